@@ -1,0 +1,1 @@
+"""Chip limits as data; read by ``hardware.chip.load_chip``."""

@@ -1,0 +1,102 @@
+"""Strict reading of the data files in ``profiles/`` and ``chips/``: nothing unknown, nothing missing, nothing twice.
+
+PyYAML is imported inside the functions, so that importing ``hardware`` stays light.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent
+
+
+class DataFileError(ValueError):
+    """A data file that cannot be trusted; the message names file, entry and remedy."""
+
+
+def names(folder: str) -> tuple[str, ...]:
+    """Names of the data files shipped in ``hardware/<folder>``, sorted."""
+    return tuple(sorted(path.stem for path in (ROOT / folder).glob("*.yaml")))
+
+
+def locate(name_or_path: str | Path, folder: str) -> Path:
+    """The shipped file of that name, or the file at that path (a path has a separator or ends in ``.yaml``).
+
+    Raises:
+        FileNotFoundError: no such file; the message lists the shipped names.
+    """
+    text = str(name_or_path)
+    is_path = isinstance(name_or_path, Path) or text.endswith((".yaml", ".yml")) or "/" in text
+    path = Path(text) if is_path else ROOT / folder / f"{text}.yaml"
+    if not path.is_file():
+        what = "file" if is_path else "name"
+        raise FileNotFoundError(f"{folder}: no {what} {text!r}; shipped names: {', '.join(names(folder))}")
+    return path
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Duplicate keys, other top-level types and syntax errors are refused."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen: set[Any] = set()
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=True)
+                if key in seen:
+                    raise DataFileError(f"{path.name}: key {key!r} appears twice (line {key_node.start_mark.line + 1})")
+                seen.add(key)
+            return super().construct_mapping(node, deep)
+
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
+    except yaml.YAMLError as error:
+        raise DataFileError(f"{path.name}: not readable as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise DataFileError(f"{path.name}: expected a mapping at the top, got {type(content).__name__}")
+    return content
+
+
+def check_keys(where: str, entry: object, required: Collection[str], optional: Collection[str] = ()) -> dict[str, Any]:
+    """``entry`` itself, if it is a mapping with all required keys and no unknown one; else :class:`DataFileError`."""
+    if not isinstance(entry, Mapping):
+        raise DataFileError(f"{where}: expected a mapping, got {type(entry).__name__}")
+    known = [*required, *optional]
+    unknown = [str(key) for key in entry if key not in known]
+    if unknown:
+        raise DataFileError(f"{where}: unknown key {', '.join(unknown)}; known keys: {', '.join(known)}")
+    missing = [key for key in required if key not in entry]
+    if missing:
+        raise DataFileError(f"{where}: missing key {', '.join(missing)}")
+    return dict(entry)
+
+
+def text(where: str, value: object) -> str:
+    """``value`` as stripped text; an empty or non-text value is refused."""
+    if not isinstance(value, str) or not value.strip():
+        raise DataFileError(f"{where}: expected a text, got {value!r}")
+    return " ".join(value.split())
+
+
+def texts(where: str, value: object) -> tuple[str, ...]:
+    """A list of texts."""
+    if not isinstance(value, list):
+        raise DataFileError(f"{where}: expected a list of texts, got {value!r}")
+    return tuple(text(where, item) for item in value)
+
+
+def iso_date(where: str, value: object) -> str:
+    """An ISO date (YYYY-MM-DD), as text."""
+    if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
+        return value.isoformat()
+    raise DataFileError(f"{where}: expected a date YYYY-MM-DD, got {value!r}")
+
+
+def choice(where: str, value: object, allowed: Collection[str]) -> str:
+    """``value``, if it is one of ``allowed``."""
+    if value not in allowed:
+        raise DataFileError(f"{where}: {value!r} is not one of {', '.join(allowed)}")
+    return str(value)

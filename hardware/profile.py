@@ -1,0 +1,169 @@
+"""Energy profiles: named sets of cost coefficients, each with interval, unit, source, method and date.
+
+A profile is a YAML file in ``profiles/``. ``costs: spiking`` prices events (synaptic operations, neuron updates,
+messages); ``costs: dense`` prices the multiply-accumulates of a dense evaluation and the weight read that each needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from hardware import datafile
+from hardware.datafile import DataFileError
+from hardware.units import Quantity
+
+METHODS = ("simulated", "fitted", "measured", "tabulated", "estimated")
+"""How a coefficient was obtained: circuit simulation before silicon, fit to micro-benchmarks on silicon, a measured
+system, a published table that gives no method, or our own arithmetic on published figures."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One priced thing: which field of ``Counts`` it multiplies, and what its coefficient is per."""
+
+    field: str
+    per: str
+
+
+SPIKING_TERMS: Mapping[str, Term] = MappingProxyType(
+    {
+        "synapse": Term("synops", "synop"),
+        "neuron_active": Term("neuron_updates_active", "update"),
+        "neuron_inactive": Term("neuron_updates_inactive", "update"),
+        "message": Term("events", "message"),
+    }
+)
+DENSE_TERMS: Mapping[str, Term] = MappingProxyType(
+    {"mac": Term("dense_macs", "mac"), "weight_read": Term("dense_macs", "read")}
+)
+STATIC = "static"
+_TERMS = {"spiking": SPIKING_TERMS, "dense": DENSE_TERMS}
+
+
+@dataclass(frozen=True)
+class Coefficient:
+    """A cost per event (energy), or the static power per powered chip.
+
+    Attributes:
+        low, mid, high: the interval, or all None when the figure is not known; ``note`` then holds the reason.
+        per: what one unit of cost pays for (``"synop"``, ``"mac"``, ``"chip"`` ...).
+        source, method, date: where it comes from, how it was obtained (one of :data:`METHODS`, or ``"unknown"``),
+            and the day it was taken from the source.
+    """
+
+    low: Quantity | None
+    mid: Quantity | None
+    high: Quantity | None
+    per: str
+    source: str
+    method: str
+    date: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A named set of coefficients.
+
+    Attributes:
+        costs: ``"spiking"`` (events on a chip; host layers are not costed) or ``"dense"`` (every layer's dense MACs).
+        payload: ``"binary"`` when the constants were obtained on one-bit spikes, else ``"any"``.
+        assumptions: what the figures take for granted; repeated in every report's labels.
+        not_modelled: costs that exist and that the profile has no figure for; every sum is then a lower bound.
+        coefficients: term name -> coefficient; the terms of ``costs`` plus ``"static"``.
+    """
+
+    name: str
+    title: str
+    costs: str
+    payload: str
+    source: str
+    assumptions: tuple[str, ...]
+    not_modelled: tuple[str, ...]
+    coefficients: Mapping[str, Coefficient]
+
+    @property
+    def terms(self) -> Mapping[str, Term]:
+        """The per-event terms that this profile prices."""
+        return _TERMS[self.costs]
+
+
+def list_profiles() -> tuple[str, ...]:
+    """Names of the shipped profiles."""
+    return datafile.names("profiles")
+
+
+def load_profile(name_or_path: str | Path) -> Profile:
+    """Read a shipped profile by name, or one's own by path.
+
+    Raises:
+        FileNotFoundError: unknown name or path.
+        DataFileError: unknown, missing or repeated key; an interval out of order; a wrong unit; no source.
+    """
+    path = datafile.locate(name_or_path, "profiles")
+    where = path.name
+    keys = ("schema", "name", "title", "costs", "payload", "source", "assumptions", "not_modelled", "coefficients")
+    entry = datafile.check_keys(where, datafile.read(path), keys)
+    if entry["schema"] != 1:
+        raise DataFileError(f"{where}: schema {entry['schema']!r} is not known; this version reads schema 1")
+    if entry["name"] != path.stem:
+        raise DataFileError(f"{where}: name {entry['name']!r} differs from the file's name {path.stem!r}")
+    costs = datafile.choice(f"{where}: costs", entry["costs"], tuple(_TERMS))
+    required = (*_TERMS[costs], STATIC)
+    raw = datafile.check_keys(f"{where}: coefficients", entry["coefficients"], required)
+    coefficients = {term: _coefficient(f"{where}: {term}", term, costs, raw[term]) for term in required}
+    return Profile(
+        name=path.stem,
+        title=datafile.text(f"{where}: title", entry["title"]),
+        costs=costs,
+        payload=datafile.choice(f"{where}: payload", entry["payload"], ("binary", "any")),
+        source=datafile.text(f"{where}: source", entry["source"]),
+        assumptions=datafile.texts(f"{where}: assumptions", entry["assumptions"]),
+        not_modelled=datafile.texts(f"{where}: not_modelled", entry["not_modelled"]),
+        coefficients=MappingProxyType(coefficients),
+    )
+
+
+def _coefficient(where: str, term: str, costs: str, raw: object) -> Coefficient:
+    if isinstance(raw, dict) and "value" in raw and raw["value"] is None:
+        entry = datafile.check_keys(where, raw, ("value", "reason", "source", "date"))
+        return Coefficient(
+            None,
+            None,
+            None,
+            per="chip" if term == STATIC else _TERMS[costs][term].per,
+            source=datafile.text(f"{where}: source", entry["source"]),
+            method="unknown",
+            date=datafile.iso_date(f"{where}: date", entry["date"]),
+            note=datafile.text(f"{where}: reason", entry["reason"]),
+        )
+    entry = datafile.check_keys(where, raw, ("value", "low", "high", "unit", "source", "method", "date"), ("note",))
+    unit, slash, per = datafile.text(f"{where}: unit", entry["unit"]).partition("/")
+    expected_per, dimension = ("chip", "power") if term == STATIC else (_TERMS[costs][term].per, "energy")
+    if not slash or per != expected_per:
+        raise DataFileError(f"{where}: unit {entry['unit']!r} must be {dimension} per {expected_per}")
+    low, mid, high = (_number(f"{where}: {key}", entry[key]) for key in ("low", "value", "high"))
+    if not low <= mid <= high:
+        raise DataFileError(f"{where}: interval out of order: low {low}, value {mid}, high {high}")
+    if Quantity(mid, unit).dimension != dimension:
+        raise DataFileError(f"{where}: unit {unit!r} is {Quantity(mid, unit).dimension}, {dimension} is needed")
+    return Coefficient(
+        Quantity(low, unit),
+        Quantity(mid, unit),
+        Quantity(high, unit),
+        per=per,
+        source=datafile.text(f"{where}: source", entry["source"]),
+        method=datafile.choice(f"{where}: method", entry["method"], METHODS),
+        date=datafile.iso_date(f"{where}: date", entry["date"]),
+        note=datafile.text(f"{where}: note", entry["note"]) if "note" in entry else "",
+    )
+
+
+def _number(where: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        raise DataFileError(f"{where}: expected a finite number >= 0, got {value!r}")
+    return float(value)

@@ -1,0 +1,1 @@
+"""Energy profiles as data; read by ``hardware.profile.load_profile``."""
