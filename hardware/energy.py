@@ -74,9 +74,7 @@ class Counts:
             try:
                 whole = operator.index(value)
             except TypeError:
-                raise ValueError(
-                    f"layer {self.layer!r}: {field} is {value!r}; a count must be a whole number"
-                ) from None
+                raise ValueError(f"layer {self.layer!r}: {field} is {value!r}; a count must be a whole number") from None
             if whole < 0:
                 raise ValueError(f"layer {self.layer!r}: {field} is {whole}; a count cannot be negative")
             object.__setattr__(self, field, whole)

@@ -117,9 +117,7 @@ def probe(env: Mapping[str, str] | None = None, *, timeout_s: float = 30.0) -> B
     env = os.environ if env is None else env
     python = lava_python(env)
     seen: dict[str, Any] = {}
-    detail = (
-        f"{env['SPIKEGATE_LAVA_PYTHON']} is no executable file" if env.get("SPIKEGATE_LAVA_PYTHON") else "none found"
-    )
+    detail = f"{env['SPIKEGATE_LAVA_PYTHON']} is no executable file" if env.get("SPIKEGATE_LAVA_PYTHON") else "none found"
     if python is not None:
         try:
             seen, detail = _ask(python, timeout_s), f"{python}"

@@ -127,9 +127,7 @@ class _Counter:
         resolution_j = max(self._unit_j, joules * self._update_s / window_s)
         caution = None
         if window_s < 10 * self._update_s:
-            caution = (
-                f"coarse: the window spans fewer than 10 updates of the counter ({self._update_s * 1e3:g} ms each)"
-            )
+            caution = f"coarse: the window spans fewer than 10 updates of the counter ({self._update_s * 1e3:g} ms each)"
         return Reading(joules, self.source, window_s, resolution_j, caution)
 
 
@@ -185,9 +183,7 @@ class Meter:
             self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -237,9 +233,7 @@ class Meter:
         root = self._powercap
         counters: list[_Counter] = []
         if not root.is_dir():
-            why = (
-                f"{root} does not exist: no RAPL here (usual in virtual machines), or try: sudo modprobe intel_rapl_msr"
-            )
+            why = f"{root} does not exist: no RAPL here (usual in virtual machines), or try: sudo modprobe intel_rapl_msr"
             self._absent.append(("RAPL", why))
             return counters
         for zone in sorted(path for path in root.iterdir() if re.fullmatch(r"intel-rapl:\d+", path.name)):

@@ -79,10 +79,21 @@ def sparse_step(
 
 
 def take_rows(x: Tensor, rows_BR: Tensor | None) -> Tensor:
-    """Rows of (B, T, N) at positions (B, R) -> (B, R, N); all of them for None."""
+    """Rows of (B, T, N) at positions (B, R) -> (B, R, N); all of them for None. Copies whole rows, in one pass."""
     if rows_BR is None:
         return x
-    return torch.take_along_dim(x, rows_BR[..., None], dim=1)
+    batch, length, width = x.shape
+    flat = rows_BR + length * torch.arange(batch, device=rows_BR.device)[:, None]
+    return x.reshape(batch * length, width).index_select(0, flat.flatten()).view(batch, -1, width)
+
+
+def _take_heads(x_BHTN: Tensor, rows_BR: Tensor | None) -> Tensor:
+    """The same along the token axis of every head: (B, H, T, N) -> (B, H, R, N)."""
+    if rows_BR is None:
+        return x_BHTN
+    batch, heads, length, width = x_BHTN.shape
+    every = rows_BR[:, None, :].expand(-1, heads, -1).flatten(0, 1)
+    return take_rows(x_BHTN.reshape(batch * heads, length, width), every).view(batch, heads, -1, width)
 
 
 class _Engine:
@@ -112,9 +123,9 @@ class _Engine:
         g = g @ self._w(model.head.weight)
         g = self._norm("norm.weight", model.norm, g, take_rows(xhat, rows), take_rows(rstd, rows))
         for index in range(len(model.blocks) - 1, active.lowest_block - 1, -1):
-            kept = saved[index]
-            assert kept is not None
-            g = self._backward(f"blocks.{index}.", model.blocks[index], g, kept, rows, cos, sin)  # type: ignore[arg-type]
+            needed = saved[index]
+            assert needed is not None
+            g = self._backward(f"blocks.{index}.", model.blocks[index], g, needed, rows, cos, sin)  # type: ignore[arg-type]
             saved[index] = None
         if "embed.weight" in active.rows:
             self._embedding(g, tokens_BT if rows is None else tokens_BT.gather(1, rows))
@@ -199,8 +210,7 @@ class _Engine:
         heads, scale = attn.heads, (width // attn.heads) ** -0.5
         self._weight(at + "attn.o.weight", g, take_rows(s.mixed_BTD, rows))
         mixed = (g @ self._w(attn.o.weight)).view(batch, kept, heads, -1).transpose(1, 2)  # (B, H, R, K)
-        at_rows = None if rows is None else rows[:, None, :, None]
-        q = s.q_BHTK if at_rows is None else torch.take_along_dim(s.q_BHTK, at_rows, dim=2)
+        q = _take_heads(s.q_BHTK, rows)
         weights = self._weights_of(s, q, rows)  # (B, H, R, T)
         slope = weights * (mixed @ s.v_BHTK.transpose(-2, -1))
         slope = slope - weights * slope.sum(-1, keepdim=True)
@@ -233,7 +243,7 @@ class _Engine:
     def _weights_of(self, s: _Saved, q_BHRK: Tensor, rows: Tensor | None) -> Tensor:
         """Attention weights of the kept queries over all keys, (B, H, R, T): gathered, or recomputed after SDPA."""
         if s.weights_BHTT is not None:
-            return s.weights_BHTT if rows is None else torch.take_along_dim(s.weights_BHTT, rows[:, None, :, None], dim=2)
+            return _take_heads(s.weights_BHTT, rows)
         length = s.k_BHTK.shape[2]
         positions = torch.arange(length, device=q_BHRK.device)
         reach = positions[None, :, None] if rows is None else rows[:, :, None]

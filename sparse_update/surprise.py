@@ -49,7 +49,10 @@ class NgramTable:
             raise ValueError(f"n-gram strength = {strength}: must be positive")
         self.vocab_size, self.orders, self.bits, self.strength = vocab_size, tuple(orders), bits, strength
         self.exact = tuple(vocab_size**n <= 1 << bits for n in orders)
-        sizes = [(vocab_size**n, vocab_size ** (n - 1)) if e else (1 << bits,) * 2 for n, e in zip(orders, self.exact, strict=True)]
+        sizes = [
+            (vocab_size**n, vocab_size ** (n - 1)) if e else (1 << bits,) * 2
+            for n, e in zip(orders, self.exact, strict=True)
+        ]
         self.pairs = [torch.zeros(pairs, dtype=torch.int32, device=device) for pairs, _ in sizes]
         self.contexts = [torch.zeros(contexts, dtype=torch.int32, device=device) for _, contexts in sizes]
 

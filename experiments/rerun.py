@@ -1,0 +1,63 @@
+"""Repeat a training run from nothing but its folder, and say whether the numbers came out the same."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiments.hydra_app import ConfigError, to_dataclass
+from experiments.plain_json import dump_line
+from experiments.runs import RunError, git_state, read_json, versions
+
+COMPARED = ("loss_nats", "bits_per_byte", "tokens", "steps", "flops", "reference_s")
+
+
+def rerun(folder: Path, out: Path | None = None) -> int:
+    """Run `folder`'s configuration again, on its own table of component times, into `out`. Returns the exit code."""
+    from experiments.train import EXPECTED
+
+    try:
+        document = repeat(folder, out or folder.with_name(f"{folder.name}-rerun"))
+    except (ConfigError, RunError, *EXPECTED) as error:
+        print(f"rerun: {error}", file=sys.stderr)
+        return 1
+    for name, (before, now) in document["compared"].items():
+        print(f"{name}: {before} then, {now} now{'' if before == now else '  DIFFERENT'}")
+    for what in document["changed_since"]:
+        print(f"changed since: {what}")
+    print(dump_line(document))
+    return 0
+
+
+def repeat(folder: Path, out: Path) -> dict[str, Any]:
+    """{"equal", "compared": {name: [then, now]}, "changed_since", "run"} of a finished training run repeated into `out`."""
+    from omegaconf import OmegaConf
+
+    from experiments.train import TrainConfig, train
+
+    record = read_json(folder / "run.json")
+    if record.get("kind") != "train" or record.get("status") != "finished":
+        raise RunError(f"{folder} is not a finished training run ({record.get('kind')}, {record.get('status')})")
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    settings |= {"run": str(out), "resume": False}
+    settings["trainer"]["component_times"] = str(folder / "component_times.json")
+    before = read_json(folder / "result.json")
+    now = train(to_dataclass(OmegaConf.create(settings), TrainConfig))
+    compared = {name: [before[name], now[name]] for name in COMPARED}
+    changed = [
+        f"{name} {record['versions'].get(name)} -> {version}"
+        for name, version in versions().items()
+        if record["versions"].get(name) != version
+    ]
+    if record["git"]["commit"] != (commit := git_state()["commit"]):
+        changed.append(f"commit {record['git']['commit']} -> {commit}")
+    return {
+        "run": str(out),
+        "of": str(folder),
+        "equal": all(a == b for a, b in compared.values()),
+        "compared": compared,
+        "changed_since": changed,
+    }

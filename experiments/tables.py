@@ -1,0 +1,217 @@
+"""A Comparison as text: aligned columns for the terminal, the same blocks as Markdown.
+
+Every joule says how it was got (counted and modelled, or measured) and from where; a sum with a part missing is printed
+with ">=", and what was not measured says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from experiments.comparison import Arm, Comparison, Deployment, Stream
+
+NOT_MEASURED = "not measured"
+DASH = "-"
+
+
+@dataclass(frozen=True)
+class Block:
+    """One table: title, header, rows, and notes under it."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = field(default=())
+    level: int = 2
+
+
+def table(comparison: Comparison) -> str:
+    """The comparison for a terminal: one block of arms per stream, the deployed models under it."""
+    parts = [_as_text(block) for block in blocks(comparison)]
+    return "\n\n".join([*parts, *_left_out(comparison, "{}\n{}", "  {}: {}")]) + "\n"
+
+
+def markdown(comparison: Comparison) -> str:
+    """The comparison as a Markdown document: verdicts first."""
+    verdicts = "\n".join(f"- {sentence}" for sentence in comparison.verdicts())
+    parts = [_as_markdown(block) for block in blocks(comparison)]
+    left_out = _left_out(comparison, "## {}\n\n{}", "- `{}`: {}")
+    return "\n\n".join(["# Comparison", verdicts, *parts, *left_out]) + "\n"
+
+
+def energy_markdown(comparison: Comparison) -> str:
+    """Where each joule of the deployed models comes from; `step` is the profile's place in the energy chart."""
+    parts = []
+    for stream in comparison.streams.values():
+        for item in stream.deployments:
+            for block in energy_blocks(item):
+                steps = [str([e["profile"] for e in item.energies()].index(row[0])) for row in block.rows]
+                rows = [[step, *row] for step, row in zip(steps, block.rows, strict=True)]
+                title = f"{stream.name}, {item.arm}: {block.title}"
+                parts.append(_as_markdown(Block(title, ["step", *block.header], rows, block.notes, level=3)))
+    return "\n\n".join(parts) or "No deployed model."
+
+
+def blocks(comparison: Comparison) -> list[Block]:
+    """All tables in the order they are printed."""
+    found = []
+    for stream in comparison.streams.values():
+        if stream.arms:
+            found.append(arms_block(stream))
+        for item in stream.deployments:
+            found += [deployed_block(stream, item), *energy_blocks(item)]
+    return found
+
+
+def arms_block(stream: Stream) -> Block:
+    """One row per training arm."""
+    dense = stream.arms.get("dense")
+    header = ["arm", "n", "loss nats", "vs dense", "bits/byte", "kept", "Mtokens", "TFLOP", "reference s", "wall s"]
+    header += ["peak MB", "measured energy"]
+    rows, notes = [], [f"Note: {note}." for note in stream.notes]
+    for arm in stream.arms.values():
+        record = arm.record()
+        loss = arm.loss
+        bounds = "" if loss.low is None or loss.high is None else f" [{loss.low:.4f}, {loss.high:.4f}]"
+        delta = DASH if dense is None or arm is dense else f"{loss.mean - dense.loss.mean:+.4f}"
+        rows.append(
+            [
+                arm.name,
+                _n(arm),
+                f"{loss.mean:.4f}{bounds}",
+                delta,
+                _number(record, "bits_per_byte", "{:.4f}"),
+                _number(record, "keep_fraction", "{:.0%}"),
+                _number(record, "tokens", "{:.3f}", 1e-6),
+                _number(record, "flops", "{:.3f}", 1e-12),
+                _number(record, "reference_s", "{:.1f}"),
+                _number(record, "wall_s", "{:.1f}"),
+                _number(record, "peak_bytes", "{:.0f}", 1e-6),
+                NOT_MEASURED if record["energy_j"] is None else _joules(record["energy_j"]),
+            ]
+        )
+    reasons = dict.fromkeys(str(r) for arm in stream.arms.values() if (r := arm.record().get("energy_reason")))
+    notes += [f"Energy: {reason.removeprefix(NOT_MEASURED + ': ')}." for reason in reasons]
+    return Block(f"Stream {stream.name}: training arms, held-out loss ({_seeds(stream)})", header, rows, notes)
+
+
+def deployed_block(stream: Stream, item: Deployment) -> Block:
+    """Loss before and after deployment, and what was counted per token."""
+    record = item.record
+    base = float(record["loss_float_nats"])
+    rows = [["loss, float", f"{base:.4f} nats", ""]]
+    for key, name in (("loss_quantised_nats", "loss, quantised"), ("loss_simulated_nats", "loss, simulated spikes")):
+        value = float(record[key])
+        rows.append([name, f"{value:.4f} nats", f"{value - base:+.4f} against float"])
+    rows.append(["MACs mapped", f"{float(record['mapped_mac_share']):.1%}", "the rest runs on the host"])
+    macs = float(record["macs_per_token"])
+    for key, name in (
+        ("events_per_token", "events per token"),
+        ("synops_per_token", "synaptic operations per token"),
+        ("neuron_updates_per_token", "neuron updates per token"),
+        ("macs_per_token", "dense MACs per token"),
+    ):
+        if record.get(key) is not None:
+            note = f"{float(record[key]) / macs:.1%} of the dense MACs" if key == "synops_per_token" and macs else ""
+            rows.append([name, f"{float(record[key]):,.0f}", note])
+    if record.get("max_payload_bits") is not None:
+        clipped = f"saturations {record.get('saturations', '?')}, wraps {record.get('wraps', '?')}"
+        rows.append(["widest payload", f"{record['max_payload_bits']} bits", clipped])
+    ran_on = record.get("ran_on", "not said where")
+    tokens = f", {record['val_tokens']:,} held-out tokens" if isinstance(record.get("val_tokens"), int) else ""
+    seed = "" if item.seed is None else f", seed {item.seed}"
+    return Block(f"Stream {stream.name}: deployed {item.arm}{seed}; {ran_on}{tokens}", ["", "value", ""], rows)
+
+
+def energy_blocks(item: Deployment) -> list[Block]:
+    """Inference energy per token under each profile, with kind, source and what the sum leaves out.
+
+    Modelled and measured joules never share a table.
+    """
+    kinds = dict.fromkeys(str(energy["kind"]) for energy in item.energies())
+    return [_energy_block(kind, [e for e in item.energies() if e["kind"] == kind]) for kind in kinds]
+
+
+def _energy_block(kind: str, energies: Sequence[Mapping[str, Any]]) -> Block:
+    header = ["profile", "low", "mid", "high", "kind", "hypothetical", "source"]
+    rows = []
+    notes: dict[str, list[str]] = {}  # the same remark on several profiles is printed once
+    for energy in energies:
+        profile = str(energy["profile"])
+        at_least = ">= " if energy.get("lower_bound") else ""
+        labels = [str(label) for label in energy.get("labels") or ()]
+        remarks = list(labels)
+        if energy.get("mid_j") is None:
+            figures = [NOT_MEASURED, DASH, DASH]
+        else:
+            figures = [at_least + _joules(energy[key]) for key in ("low_j", "mid_j", "high_j")]
+        hypothetical = "hypothetical" if any(label.startswith("hypothetical") for label in labels) else DASH
+        rows.append([profile, *figures, kind, hypothetical, str(energy["source"])])
+        if energy.get("reason"):
+            remarks.append(str(energy["reason"]))
+        remarks += [f"not in the sum: {item}" for item in energy.get("unknown") or ()]
+        for remark in remarks:
+            notes.setdefault(remark, []).append(profile)
+    every = len(energies)
+    said = [f"{'all' if len(on) == every > 1 else ', '.join(on)}: {remark}." for remark, on in notes.items()]
+    return Block(f"Inference energy per token, {kind}", header, rows, said, level=3)
+
+
+def _as_text(block: Block) -> str:
+    widths = [max(len(row[i]) for row in (block.header, *block.rows)) for i in range(len(block.header))]
+    left = [all(not _numeric(row[i]) for row in block.rows) for i in range(len(block.header))]
+
+    def line(cells: Sequence[str]) -> str:
+        aligned = (c.ljust(w) if flush else c.rjust(w) for c, w, flush in zip(cells, widths, left, strict=True))
+        return ("  " + "  ".join(aligned)).rstrip()
+
+    head = [line(block.header), "  " + "  ".join("-" * width for width in widths)] if any(block.header[0]) else []
+    return "\n".join([block.title, *head, *map(line, block.rows), *(f"  {note}" for note in block.notes)])
+
+
+def _as_markdown(block: Block) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    right = [any(_numeric(row[i]) for row in block.rows) for i in range(len(block.header))]
+    rule = "|" + "|".join("---:" if flush else "---" for flush in right) + "|"
+    notes = ["", *(f"- {note}" for note in block.notes)] if block.notes else []
+    return "\n".join(["#" * block.level + f" {block.title}", "", line(block.header), rule, *map(line, block.rows), *notes])
+
+
+def _left_out(comparison: Comparison, whole: str, each: str) -> list[str]:
+    if not comparison.excluded:
+        return []
+    lines = "\n".join(each.format(item.folder, item.reason) for item in comparison.excluded)
+    return [whole.format("Left out", lines)]
+
+
+def _numeric(cell: str) -> bool:
+    return cell.lstrip(">=+- ")[:1].isdigit()
+
+
+def _n(arm: Arm) -> str:
+    return f"{len(arm.runs)} ({arm.diverged} diverged)" if arm.diverged else str(len(arm.runs))
+
+
+def _seeds(stream: Stream) -> str:
+    counts = sorted({len(arm.runs) for arm in stream.arms.values()})
+    if counts == [1]:
+        return "n = 1, a demonstration"
+    alone = "; a row with n = 1 is a demonstration" if counts[0] == 1 else ""
+    return f"n = {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} seeds, mean [95 % t-interval]{alone}"
+
+
+def _number(record: Mapping[str, Any], key: str, form: str, factor: float = 1.0) -> str:
+    value = record.get(key)
+    return DASH if value is None else form.format(factor * float(value))
+
+
+def _joules(value: float) -> str:
+    """Three significant digits with the prefix that fits: 1.23 uJ."""
+    for unit, size in (("kJ", 1e3), ("J", 1.0), ("mJ", 1e-3), ("uJ", 1e-6), ("nJ", 1e-9)):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value / 1e-12:.3g} pJ"

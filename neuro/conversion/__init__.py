@@ -1,0 +1,1 @@
+"""Float layers to integer spiking graphs. `graded` is the default route."""

@@ -1,0 +1,192 @@
+"""The converted model on paper: one integer graph per mapped segment, its scales, its headroom; no pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from neuro.graph import FILE_SUFFIX, SpikingGraph, load_graph, save_graph
+
+SCHEMA = 1
+
+
+class PlanFileError(ValueError):
+    """A plan folder that cannot be read: missing, damaged, or written by another version."""
+
+
+@dataclass(frozen=True)
+class Headroom:
+    """Bits left in a population's 23-bit word.
+
+    `static_bits`: for the worst input that int8 payloads allow (row sums of |weight|); `calibrated_bits`: for the
+    largest value seen in calibration. Negative static headroom means that a wrap is possible and is counted at run
+    time.
+    """
+
+    population: str
+    static_bits: float
+    calibrated_bits: float
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One graph between two host crossings: a linear layer, or an MLP pair fc1 -> relu [-> square] -> fc2.
+
+    Float units: input = payload x input_scale; output = (payload + output_offset) x output_scale. `output_offset` is
+    0.5 where the last shift floors without a rounding line on the chip (the host then adds the half step), else 0.
+    `weight_scales` and `shifts` are those of the linear layers in order: weight = (stored / 2) x scale, sum >> shift.
+    `rectified_scale`: unit of what ReLU sends; `hidden_scale`: unit of the messages into fc2, after the square;
+    `square_shift`: the product neuron's shift; `constant_lines`: payloads appended to every input vector.
+    `payload_bits`: widest message per population on calibration data, sign included. `rows_per_token`: how often the
+    segment runs per token (above 1 for a layer shared by several places).
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    activation: str
+    graph: SpikingGraph
+    n_in: int
+    n_hidden: int
+    n_out: int
+    input_scale: float
+    weight_scales: tuple[float, ...]
+    shifts: tuple[int, ...]
+    square_shift: int
+    rectified_scale: float
+    hidden_scale: float
+    output_scale: float
+    output_offset: float
+    constant_lines: tuple[int, ...]
+    bias_lines: tuple[int, ...]
+    headroom: tuple[Headroom, ...]
+    payload_bits: Mapping[str, int]
+    fingerprints: tuple[str, ...]
+    rows_per_token: float = 1.0
+
+
+@dataclass(frozen=True)
+class HostWork:
+    """What stays on the host, per operation: dense multiply-accumulates per token and bytes of parameters."""
+
+    layer: str
+    kind: str
+    macs_per_token: float
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything `deploy` needs besides the module itself. `notes`: what a reader should know, in sentences."""
+
+    route: str
+    chip: str
+    module: str
+    segments: tuple[Segment, ...]
+    host: tuple[HostWork, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of all mapped modules, in order."""
+        return tuple(name for segment in self.segments for name in segment.modules)
+
+    def table(self) -> str:
+        """One line per segment: sizes, shifts, headroom (worst case / calibrated, bits), widest payloads."""
+        lines = []
+        for s in self.segments:
+            sizes = "-".join(str(n) for n in (s.n_in, s.n_hidden, s.n_out) if n)
+            room = ", ".join(f"{h.population} {h.static_bits:.1f}/{h.calibrated_bits:.1f}" for h in s.headroom)
+            widths = ", ".join(f"{name} {bits}" for name, bits in s.payload_bits.items())
+            shifts = ",".join(str(k) for k in s.shifts) + (f" square {s.square_shift}" if s.activation == "relu2" else "")
+            lines.append(
+                f"{s.name}: {sizes} {s.activation or 'linear'}; shifts {shifts}; headroom bits {room}; "
+                f"payload bits {widths}"
+            )
+        return "\n".join([*lines, *self.notes])
+
+
+def fingerprint(layer: nn.Linear) -> str:
+    """SHA-256 over dtype, shape and bytes of weight and bias: a plan fits only the weights it was made from."""
+    digest = hashlib.sha256()
+    for tensor in (layer.weight, layer.bias):
+        if tensor is not None:
+            value = tensor.detach().cpu().contiguous()
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.double().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_plan(plan: Plan, folder: str | os.PathLike[str]) -> Path:
+    """Write `plan.json` and one `NAME.graph.npz` per segment into `folder` (made if missing). plan.json comes last,
+    atomically.
+
+    Raises FileExistsError when the folder already holds a plan.
+    """
+    folder = Path(folder)
+    if (folder / "plan.json").exists():
+        raise FileExistsError(f"{folder} already holds a plan; give an empty folder or remove plan.json")
+    folder.mkdir(parents=True, exist_ok=True)
+    segments = []
+    for segment in plan.segments:
+        save_graph(segment.graph, folder / f"{segment.name}{FILE_SUFFIX}")
+        fields = asdict(replace(segment, graph=None, headroom=()))  # type: ignore[arg-type]
+        fields.pop("graph")
+        fields["headroom"] = [asdict(h) for h in segment.headroom]
+        segments.append(fields)
+    document = {
+        "schema": SCHEMA,
+        "route": plan.route,
+        "chip": plan.chip,
+        "module": plan.module,
+        "segments": segments,
+        "host": [asdict(work) for work in plan.host],
+        "notes": list(plan.notes),
+    }
+    temporary = folder / f".plan.json.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(document, indent=1, allow_nan=False), encoding="utf-8")
+    os.replace(temporary, folder / "plan.json")
+    return folder
+
+
+def load_plan(folder: str | os.PathLike[str]) -> Plan:
+    """Read a folder written by `save_plan`.
+
+    Raises PlanFileError (no plan.json, damaged, other schema, a graph missing) or neuro.graph.GraphError (a broken
+    graph).
+    """
+    folder = Path(folder)
+    try:
+        document: dict[str, Any] = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PlanFileError(f"{folder} holds no plan.json; save_plan(plan, folder) writes one") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PlanFileError(f"{folder / 'plan.json'} is damaged: {error}") from error
+    schema = document.get("schema") if isinstance(document, dict) else None
+    if schema != SCHEMA:
+        raise PlanFileError(f"{folder / 'plan.json'} has schema {schema!r}, this version reads {SCHEMA}; convert again")
+    try:
+        return Plan(
+            route=document["route"],
+            chip=document["chip"],
+            module=document["module"],
+            segments=tuple(_segment(folder, fields) for fields in document["segments"]),
+            host=tuple(HostWork(**work) for work in document["host"]),
+            notes=tuple(document["notes"]),
+        )
+    except FileNotFoundError as error:
+        raise PlanFileError(f"{folder}: a graph of the plan is missing: {error.filename}") from error
+    except (KeyError, TypeError) as error:
+        raise PlanFileError(f"{folder / 'plan.json'} is damaged: {error!r}") from error
+
+
+def _segment(folder: Path, fields: dict[str, Any]) -> Segment:
+    known: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    known["headroom"] = tuple(Headroom(**room) for room in fields["headroom"])
+    return Segment(graph=load_graph(folder / f"{fields['name']}{FILE_SUFFIX}"), **known)

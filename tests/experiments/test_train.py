@@ -1,0 +1,184 @@
+"""The applications as a user starts them: real processes, real folders, errors as a person reads them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+FAST = [
+    "model.width=16", "model.layers=1", "model.heads=2", "model.context=32", "trainer.batch_windows=4",
+    "trainer.eval_tokens=2048", "trainer.evaluations=2", "trainer.precision=fp32", "model.attention=explicit",
+    "gate.pool_windows=32", "gate.ngram_bits=12", "data=files",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    generator = np.random.default_rng(0)
+    words = [bytes(generator.integers(97, 123, generator.integers(2, 8)).astype(np.uint8)) for _ in range(200)]
+    for i in range(12):
+        (folder / f"{i}.txt").write_bytes(b" ".join(words[j] for j in generator.integers(0, 200, 1500)))
+    return folder
+
+
+def spikegate(*words, cwd, check=True, **kw):
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.cli", *words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "PYTHONWARNINGS": "ignore", **kw},
+    )
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def last_json(done):
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def runs(text, tmp_path_factory):
+    """Three arms on one table of component times, the dense one deployed."""
+    folder = tmp_path_factory.mktemp("runs")
+    for arm in ("dense", "random", "surprise"):
+        words = [f"gate={arm}", f"run={arm}", "trainer.budget_reference_s=1", "trainer.component_times=times.json"]
+        spikegate("train", *FAST, f"data.path={text}", "data.garbage_fraction=0.3", *words, cwd=folder)
+    return folder
+
+
+def test_train_deploy_compare_end_to_end(runs):
+    done = spikegate("deploy", "run=dense", "eval_tokens=2048", "calibration_tokens=1024", cwd=runs)
+    deployed = last_json(done)
+    assert "embedding lookup" in done.stdout
+    assert abs(deployed["loss_simulated_nats"] - deployed["loss_float_nats"]) < 0.05
+    assert 0 < deployed["synops_per_token"] <= deployed["mapped_macs_per_token"] * 1.1
+    assert 0 < deployed["mapped_mac_share"] < 1
+    assert {e["kind"] for e in deployed["energy"]} == {"modelled"}
+    for entry in deployed["energy"]:
+        assert 0 < entry["low_j"] <= entry["mid_j"] <= entry["high_j"]
+        assert entry["source"]
+    assert all(e["lower_bound"] for e in deployed["energy"] if e["profile"].startswith("loihi1"))
+    assert all(e["labels"] for e in deployed["energy"] if e["profile"].startswith("loihi1"))
+
+    done = spikegate("compare", "folder=.", cwd=runs)
+    found = last_json(done)
+    stream = found["streams"]["noisy"]
+    assert {"dense", "random", "surprise", "deployed"} <= set(stream)
+    for arm in ("dense", "random", "surprise"):
+        for key in ("loss_nats", "bits_per_byte", "tokens", "flops", "reference_s", "wall_s", "peak_bytes"):
+            assert stream[arm][key] > 0, (arm, key)
+        assert "energy_j" in stream[arm]
+    assert stream["surprise"]["gate_reference_s"] > 0
+    assert stream["dense"]["gate_reference_s"] == 0
+    on_disk = json.loads((runs / "comparison" / "comparison.json").read_text())
+    assert on_disk == found
+    assert "n = 1" in done.stdout
+
+
+def test_rerun_repeats_a_run_from_its_folder(runs):
+    found = last_json(spikegate("rerun", "surprise", cwd=runs))
+    assert found["equal"], found["compared"]
+    assert found["compared"]["loss_nats"][0] > 0
+
+
+def test_an_interrupted_process_resumes_to_the_same_bits(runs, text, tmp_path):
+    common = [*FAST, f"data.path={text}", "gate=surprise", "seed=3", "trainer.budget_reference_s=4"]
+    common += [f"trainer.component_times={runs / 'times.json'}", "trainer.log_every_steps=1"]
+    whole = last_json(spikegate("train", *common, "run=whole", cwd=tmp_path))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments.cli", "train", *common, "run=cut"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    )
+    lines = tmp_path / "cut" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (lines.exists() and len(lines.read_text().splitlines()) > 5):
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=120)
+    assert json.loads(stdout.splitlines()[-1])["status"] == "interrupted"
+    assert b"resume=true" in stderr
+    assert not (tmp_path / "cut" / "result.json").exists()
+    resumed = last_json(spikegate("train", *common, "run=cut", "resume=true", cwd=tmp_path))
+    assert resumed["status"] == "finished"
+    for key in ("loss_nats", "steps", "tokens", "flops", "reference_s", "source_keep"):
+        assert resumed[key] == whole[key], key
+
+    def curve(name):
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return [(row["step"], row["loss_nats"]) for row in rows]
+
+    assert curve("cut") == curve("whole")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["gate.kep_fraction=0.5"], 2, "did you mean gate.keep_fraction"),
+        (["+gate.threshold=3"], 2, "unknown configuration key 'gate.threshold'"),
+        (["gate=surprize"], 2, "no such choice; there are"),
+        (["trainer.batch_windows=many"], 2, "trainer.batch_windows"),
+        (["gate=random", "gate.keep_fraction=0"], 2, "must lie in (0, 1]"),
+        (["data=files", "data.path=nowhere"], 1, "'nowhere' does not exist"),
+        (["trainer.device=cuda"], 2, "sees no CUDA device"),
+        (["trainer.component_times=times.json"], 1, "not a table of component times"),
+        (["resume=true"], 2, "holds no run"),
+    ],
+)
+def test_bad_commands_say_what_is_wrong(words, code, message, text, tmp_path):
+    (tmp_path / "times.json").write_text("[]")
+    if message.startswith("sees") and __import__("torch").cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    given = [] if any(w.startswith("data=") for w in words) else ["data=files", f"data.path={text}"]
+    done = spikegate("train", *given, *words, cwd=tmp_path, check=False)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_is_never_written_over_nor_resumed_with_other_settings(runs, text):
+    common = [*FAST, f"data.path={text}", "data.garbage_fraction=0.3", "gate=dense", "run=dense"]
+    done = spikegate("train", *common, cwd=runs, check=False)
+    assert done.returncode == 2
+    assert "already holds a run" in done.stderr
+    done = spikegate("train", *common, "resume=true", "optim.lr=0.1", cwd=runs, check=False)
+    assert done.returncode == 2
+    assert "optim.lr" in done.stderr
+
+
+def test_deploying_what_is_no_finished_run_is_refused(runs, tmp_path):
+    done = spikegate("deploy", f"run={tmp_path}", cwd=runs, check=False)
+    assert done.returncode == 1
+    assert "is " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_multirun_gives_one_line_per_arm(text, tmp_path):
+    done = spikegate(
+        "train", "-m", *FAST, f"data.path={text}", "gate=dense,random", "trainer.budget_reference_s=0.2",
+        "trainer.component_times=times.json", cwd=tmp_path,
+    )  # fmt: skip
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [line["arm"] for line in found] == ["dense", "random"]
+
+
+def test_help_and_doctor_need_no_set_up(tmp_path):
+    assert "deploy" in spikegate("--help", cwd=tmp_path).stdout
+    report = last_json(spikegate("doctor", cwd=tmp_path))
+    assert report
+    assert spikegate("no-such-command", cwd=tmp_path, check=False).returncode == 2
