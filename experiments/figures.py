@@ -273,6 +273,8 @@ def _colours(comparison: Comparison) -> dict[str, str]:
 
 def _apart(heights: Sequence[float], gap: float) -> list[float]:
     """The heights moved as little as needed so that neighbours are at least `gap` apart; order kept."""
+    if not heights:
+        return []
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     placed = list(heights)
     for before, after in itertools.pairwise(order):

@@ -31,7 +31,7 @@ class TrainerConfig:
 
     budget_reference_s: float = 40.0
     """What the run may spend, in reference seconds; the schedule decays over it."""
-    batch_windows: int = 16
+    batch_windows: int = 32
     precision: str = "auto"
     """"fp32" | "bf16" | "auto": bf16 on a GPU, whichever measures faster on a CPU."""
     compile: str = "auto"
@@ -41,7 +41,7 @@ class TrainerConfig:
     """CPU threads; 0 leaves torch's choice."""
     component_times: str = ""
     """Path of a table of component times shared by the arms; empty: measured by the run, kept in its folder."""
-    eval_tokens: int = 65536
+    eval_tokens: int = 32768
     """Held-out tokens per evaluation, spread over all held-out documents; 0 takes all."""
     evaluations: int = 8
     """Evaluations along the run, the last one at its end; none of them is on the clock."""
