@@ -30,7 +30,7 @@ help: ## this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
 
 demo: $(INSTALLED) ## train dense, random-gated and surprise-gated, deploy, compare: about 10 minutes on 2 cores
-	$(PY) -m experiments.demo $(ARGS)
+	$(PY) -m experiments.cli demo $(ARGS)
 
 test: lint lava-if-possible ## lint and all tests; Lava's are skipped where no Python 3.10 can be had
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(JOBS) --dist worksteal --durations 15 $(ARGS)

@@ -102,14 +102,3 @@ def _call(words: Sequence[str], show: bool = False) -> None:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def main() -> int:
-    """`python -m experiments.demo [spikegate demo's options]`."""
-    from experiments.cli import main as cli
-
-    return cli(["demo", *sys.argv[1:]])
-
-
-if __name__ == "__main__":
-    sys.exit(main())
