@@ -1,4 +1,4 @@
-"""The demo's own model, briefly trained on its own corpus: its converted blocks against Lava, with the inputs they really get."""
+"""The demo's own model, briefly trained on its own corpus: its converted blocks against Lava, on the inputs they get."""
 
 from __future__ import annotations
 
