@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--budget-reference-s", type=float, default=None, help="reference seconds per arm")
     demo.set_defaults(run=_demo)
     rerun = commands.add_parser("rerun", help="repeat a run from its folder")
-    rerun.add_argument("folder", type=Path, help="folder of a training run")
+    rerun.add_argument("folder", type=Path, help="folder of a training run or a deployment")
     rerun.add_argument("--out", type=Path, default=None, help="folder of the repetition (default: FOLDER-rerun)")
     rerun.set_defaults(run=_rerun)
     verify = commands.add_parser("verify", help="our simulator against Lava on a deployed run's integer graphs")

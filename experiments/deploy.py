@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 from experiments.hydra_app import ConfigError, run_app
@@ -94,6 +95,7 @@ def deploy(cfg: DeployConfig) -> dict[str, Any]:
     context = model.cfg.context
     record = new_record("deploy", stream=trained["stream"], arm=trained["arm"], seed=trained["seed"], run=str(run))
     write_json(out / "run.json", record)
+    (out / "config.yaml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False))
 
     say(f"calibrating on {cfg.calibration_tokens:,} training tokens")
     stream = WindowStream(corpus, context, seed=trained["seed"])

@@ -1,4 +1,4 @@
-"""Repeat a training run from nothing but its folder, and say whether the numbers came out the same."""
+"""Repeat a run, training or deployment, from nothing but its folder, and say whether the numbers came out the same."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from experiments.hydra_app import ConfigError, to_dataclass
 from experiments.plain_json import dump_line
 from experiments.runs import RunError, git_state, read_json, versions
 
-COMPARED = ("loss_nats", "bits_per_byte", "tokens", "steps", "flops", "reference_s")
+COMPARED = {
+    "train": ("loss_nats", "bits_per_byte", "tokens", "steps", "flops", "reference_s"),
+    "deploy": ("loss_float_nats", "loss_quantised_nats", "loss_simulated_nats", "synops_per_token", "events_per_token"),
+}
 
 
 def rerun(folder: Path, out: Path | None = None) -> int:
     """Run `folder`'s configuration again, on its own table of component times, into `out`. Returns the exit code."""
-    from experiments.train import EXPECTED
+    from experiments.deploy import EXPECTED as DEPLOYING
+    from experiments.train import EXPECTED as TRAINING
 
     try:
         document = repeat(folder, out or folder.with_name(f"{folder.name}-rerun"))
-    except (ConfigError, RunError, *EXPECTED) as error:
+    except (ConfigError, RunError, *TRAINING, *DEPLOYING) as error:
         print(f"rerun: {error}", file=sys.stderr)
         return 1
     for name, (before, now) in document["compared"].items():
@@ -33,20 +37,29 @@ def rerun(folder: Path, out: Path | None = None) -> int:
 
 
 def repeat(folder: Path, out: Path) -> dict[str, Any]:
-    """{"equal", "compared": {name: [then, now]}, "changed_since", "run"} of a finished training run repeated into `out`."""
+    """{"equal", "compared": {name: [then, now]}, "changed_since", "run"} of a finished run repeated into `out`.
+
+    A training run keeps its own table of component times. Raises RunError for a folder that holds no finished run.
+    """
     from omegaconf import OmegaConf
 
+    from experiments.deploy import DeployConfig, deploy
     from experiments.train import TrainConfig, train
 
     record = read_json(folder / "run.json")
-    if record.get("kind") != "train" or record.get("status") != "finished":
-        raise RunError(f"{folder} is not a finished training run ({record.get('kind')}, {record.get('status')})")
+    kind = str(record.get("kind"))
+    if kind not in COMPARED or record.get("status") != "finished":
+        raise RunError(f"{folder} is no finished training run or deployment ({kind}, {record.get('status')})")
     settings = yaml.safe_load((folder / "config.yaml").read_text())
-    settings |= {"run": str(out), "resume": False}
-    settings["trainer"]["component_times"] = str(folder / "component_times.json")
-    before = read_json(folder / "result.json")
-    now = train(to_dataclass(OmegaConf.create(settings), TrainConfig))
-    compared = {name: [before[name], now[name]] for name in COMPARED}
+    if kind == "train":
+        settings |= {"run": str(out), "resume": False}
+        settings["trainer"]["component_times"] = str(folder / "component_times.json")
+        before = read_json(folder / "result.json")
+        now = train(to_dataclass(OmegaConf.create(settings), TrainConfig))
+    else:
+        before = read_json(folder / "deploy.json")
+        now = deploy(to_dataclass(OmegaConf.create(settings | {"out": str(out)}), DeployConfig))
+    compared = {name: [before[name], now[name]] for name in COMPARED[kind]}
     changed = [
         f"{name} {record['versions'].get(name)} -> {version}"
         for name, version in versions().items()

@@ -7,8 +7,9 @@ import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -29,6 +30,7 @@ from sparse_update.subset import SubsetConfig
 from sparse_update.trainer import RunResult, StepReport, Trainer, TrainerConfig, TrainingDiverged
 from sparse_update.transformer import ModelConfig, Transformer
 
+T = TypeVar("T")
 EXPECTED = (RunError, CorpusError, CheckpointError, ComponentTimesError, TrainingDiverged)
 
 
@@ -159,7 +161,8 @@ def component_times(cfg: TrainConfig, device: torch.device) -> ComponentTimes:
         return times
     kinds = [StepKind.of(cfg.gate, cfg.subset)]
     if shared is not None:  # the arms that may follow
-        kinds += [StepKind.of(gate, cfg.subset) for gate in (GateConfig(), *standard_gates())]
+        kinds += [StepKind.of(gate, cfg.subset) for gate in (GateConfig(), *shipped("gate", GateConfig))]
+        kinds += [StepKind.of(cfg.gate, subset) for subset in shipped("subset", SubsetConfig)]
     kinds = list({(kind.key, kind.gate.signal): kind for kind in reversed(kinds)}.values())
     say(cfg, "measuring component times")
     times = measure_components(
@@ -176,14 +179,11 @@ def component_times(cfg: TrainConfig, device: torch.device) -> ComponentTimes:
     return times
 
 
-def standard_gates() -> list[GateConfig]:
-    """The gates that `configs/gate` ships."""
-    from importlib.resources import files
-
-    found = sorted(
-        (f for f in files("configs").joinpath("gate").iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name
-    )
-    return [GateConfig(**yaml.safe_load(f.read_text())) for f in found]
+def shipped(group: str, schema: type[T]) -> list[T]:
+    """The settings that `configs/GROUP` ships."""
+    folder = files("configs").joinpath(group)
+    found = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+    return [schema(**yaml.safe_load(f.read_text())) for f in found]
 
 
 def _run(

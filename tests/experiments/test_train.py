@@ -182,3 +182,30 @@ def test_help_and_doctor_need_no_set_up(tmp_path):
     report = last_json(spikegate("doctor", cwd=tmp_path))
     assert report
     assert spikegate("no-such-command", cwd=tmp_path, check=False).returncode == 2
+
+
+def test_a_deployment_can_be_repeated_too(runs):
+    if not (runs / "dense" / "deploy").exists():
+        spikegate("deploy", "run=dense", "eval_tokens=2048", "calibration_tokens=1024", cwd=runs)
+    found = last_json(spikegate("rerun", "dense/deploy", cwd=runs))
+    assert found["equal"], found["compared"]
+    assert "loss_simulated_nats" in found["compared"]
+
+
+@pytest.mark.lava
+def test_verify_says_that_the_deployed_graphs_equal_lava(runs):
+    from neuro.simulators.lava_client import LavaUnavailable, find_python
+
+    try:
+        python = find_python()
+    except LavaUnavailable as error:
+        if "lava" in os.environ.get("SPIKEGATE_REQUIRE", "").split(","):
+            pytest.fail(str(error))
+        pytest.skip(str(error))
+    if not (runs / "dense" / "deploy").exists():
+        spikegate("deploy", "run=dense", "eval_tokens=2048", "calibration_tokens=1024", cwd=runs)
+    done = spikegate("verify", "dense/deploy", "--steps", "16", cwd=runs, SPIKEGATE_LAVA_PYTHON=str(python))
+    found = last_json(done)
+    assert found["equal"]
+    assert all(graph["values"] > 0 for graph in found["graphs"].values())
+    assert "equal over" in done.stdout
