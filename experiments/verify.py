@@ -9,7 +9,7 @@ import torch
 
 from experiments.plain_json import dump_line
 from neuro.graph import FILE_SUFFIX, GraphError, SpikingGraph, load_graph
-from neuro.simulators.activity import compare
+from neuro.simulators.activity import RECORD_ALL, compare
 from neuro.simulators.fixed_point import simulate
 from neuro.simulators.lava_client import LavaError, LavaTimeout, LavaUnavailable
 from neuro.simulators.lava_client import run as run_lava
@@ -27,8 +27,8 @@ def verify(target: Path, steps: int = 64, seed: int = 0) -> int:
         for path in paths:
             graph = load_graph(path)
             inputs = random_inputs(graph, steps, seed)
-            everything = tuple(p.name for p in graph.populations)
-            result = compare(run_lava(graph, inputs, record=everything), simulate(graph, inputs, record=everything))
+            lava = run_lava(graph, inputs, record=RECORD_ALL)
+            result = compare(lava, simulate(graph, inputs, record=RECORD_ALL))
             equal = equal and result.equal
             print(f"{path.name.removesuffix(FILE_SUFFIX)}: {result}")
             document[path.name.removesuffix(FILE_SUFFIX)] = {
