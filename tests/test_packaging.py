@@ -198,19 +198,19 @@ DEMO_INSTALL = ["venv .venv", "install -c constraints.txt -e .[gpu-energy]", "in
 
 
 def test_demo_installs_once(shop):
-    assert shop.make("demo", "ARGS=--fast")[0] == [*DEMO_INSTALL, "-m experiments.demo --fast"]
-    assert shop.make("demo")[0] == ["-m experiments.demo"]
+    assert shop.make("demo", "ARGS=--fast")[0] == [*DEMO_INSTALL, "-m experiments.cli demo --fast"]
+    assert shop.make("demo")[0] == ["-m experiments.cli demo"]
     os.utime(shop.folder / "pyproject.toml")
-    assert shop.make("demo")[0] == ["-m experiments.demo"]
+    assert shop.make("demo")[0] == ["-m experiments.cli demo"]
 
 
 def test_other_dependencies_are_installed_over_the_old(shop):
     shop.make("demo")
     original = (shop.folder / "pyproject.toml").read_text()
     (shop.folder / "pyproject.toml").write_text(original + "\n# changed\n")
-    assert shop.make("demo")[0] == [*DEMO_INSTALL[1:], "-m experiments.demo"]
+    assert shop.make("demo")[0] == [*DEMO_INSTALL[1:], "-m experiments.cli demo"]
     (shop.folder / "pyproject.toml").write_text(original)
-    assert shop.make("demo")[0] == [*DEMO_INSTALL[1:], "-m experiments.demo"], (
+    assert shop.make("demo")[0] == [*DEMO_INSTALL[1:], "-m experiments.cli demo"], (
         "an old stamp must not vouch for a newer install"
     )
 
@@ -221,7 +221,7 @@ def test_an_install_cut_short_is_made_anew(shop, target):
         shop.make("demo")
     notes, done = shop.make(target, BREAK="1")
     assert done.returncode != 0
-    assert not any("experiments.demo" in note or "ruff" in note for note in notes)
+    assert not any("experiments.cli" in note or "ruff" in note for note in notes)
     notes, done = shop.make(target)
     assert done.returncode == 0
     assert notes[:3] == DEMO_INSTALL
@@ -230,7 +230,7 @@ def test_an_install_cut_short_is_made_anew(shop, target):
 def test_a_moved_folder_installs_again(shop):
     shop.make("demo")
     shop.folder = shop.folder.rename(shop.folder.with_name("moved"))
-    assert shop.make("demo")[0] == [*DEMO_INSTALL[1:], "-m experiments.demo"]
+    assert shop.make("demo")[0] == [*DEMO_INSTALL[1:], "-m experiments.cli demo"]
 
 
 def test_test_lints_sets_up_lava_and_runs_pytest(shop):

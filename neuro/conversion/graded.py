@@ -44,9 +44,11 @@ PAYLOAD_LIMIT = 2 ** (PAYLOAD_BITS - 1) - 1
 MARGIN = 2.0  # outputs and hidden values may exceed what calibration saw by this factor before a limit is reached
 
 
-@dataclass(frozen=True)
+@dataclass
 class GradedConfig:
-    """`hidden_bits`: width of hidden messages on calibration data, sign included, 4..15 (they are never clipped, so
+    """Settings of the graded route; not frozen, so that Hydra can fill them.
+
+    `hidden_bits`: width of hidden messages on calibration data, sign included, 4..15 (they are never clipped, so
     unseen data may be wider, up to 16). `square_bits`: width of what is squared, 4..12, so that the square keeps
     within 23 bits. `clip_to_percentile`: scale inputs to the calibration's percentile, else to its maximum.
     `power_of_two`: round scales up to powers of two; the integers on the chip shift either way, only the host's

@@ -192,6 +192,15 @@ def test_a_deployment_can_be_repeated_too(runs):
     assert "loss_simulated_nats" in found["compared"]
 
 
+def test_settings_of_the_conversion_reach_it(runs):
+    words = ["run=random", "out=narrow", "eval_tokens=2048", "calibration_tokens=1024"]
+    narrow = last_json(spikegate("deploy", *words, "conversion.hidden_bits=5", "conversion.square_bits=5", cwd=runs))
+    assert narrow["max_payload_bits"] <= 8 + 1
+    done = spikegate("deploy", *words, "conversion.hidden_bits=50", cwd=runs, check=False)
+    assert done.returncode == 2
+    assert "hidden_bits" in done.stderr
+
+
 @pytest.mark.lava
 def test_verify_says_that_the_deployed_graphs_equal_lava(runs):
     from neuro.simulators.lava_client import LavaUnavailable, find_python

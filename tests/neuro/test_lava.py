@@ -232,7 +232,7 @@ def test_a_worker_that_ignores_sigterm_is_killed_with_its_children(tiny: Any, tm
     with pytest.raises(LavaTimeout, match="still running after 1 s"):
         lava_client.run(*tiny, python=fake, timeout_s=1)
     assert time.monotonic() - begin < 1 + lava_client.GRACE_S + 2
-    assert commands_with(str(tmp_path)) == []
+    wait_for(lambda: not commands_with(str(tmp_path)), 5)  # killed at once; a busy machine may reap it a moment later
 
 
 def test_a_worker_that_fails_says_why(tiny: Any, tmp_path: Path) -> None:
