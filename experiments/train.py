@@ -174,6 +174,12 @@ def component_times(cfg: TrainConfig, device: torch.device) -> ComponentTimes:
         cfg.trainer.precision,
         progress=lambda text: say(cfg, f"  {text}"),
     )
+    if times.unsteady:
+        say(
+            cfg,
+            f"  careful: component times spread by {times.unsteady:.0%}, so the machine is busy. Arms still compare, since",
+        )
+        say(cfg, "  they share one table, but a reference second is not one of an idle machine")
     if shared is not None:
         times.save(shared)
     return times

@@ -31,6 +31,8 @@ from sparse_update.surprise import NgramTable
 from sparse_update.transformer import ModelConfig, Transformer, token_loss
 
 SCHEMA = 1
+STEADY = 0.35
+"""Interquartile range over median up to which a machine counts as idle enough to time on (0.04 to 0.3 were seen on one)."""
 DENSE = ("forward", "backward_dx", "backward_dw", "optimizer")
 
 
@@ -142,6 +144,12 @@ class ComponentTimes:
                 "with the settings of this run (leave trainer.component_times empty)"
             ) from None
         return (step + gate) / 1000
+
+    @property
+    def unsteady(self) -> float | None:
+        """The largest spread of the plain step's components where it exceeds `STEADY`: the machine was busy."""
+        worst = max((self.spread.get(name, 0.0) for name in DENSE), default=0.0)
+        return worst if worst > STEADY else None
 
     def to_json(self) -> str:
         return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, sort_keys=True)

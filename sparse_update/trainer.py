@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparse_update.backward import sparse_step
 from sparse_update.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from sparse_update.cost import ComponentTimes, StepKind, kept_rows, ngram_flops, step_flops
+from sparse_update.cost import ComponentTimes, ComponentTimesError, StepKind, kept_rows, ngram_flops, step_flops
 from sparse_update.gate import SequenceGate, TokenGate
 from sparse_update.optimizer import OptimConfig, Optimizer, schedule
 from sparse_update.subset import choose
@@ -174,10 +174,18 @@ class Trainer:
     # the loop
 
     def run(self) -> RunResult:
-        """Train from where the state stands. Ctrl-C or SIGTERM: a checkpoint is written, `finished` is False."""
+        """Train from where the state stands. Ctrl-C or SIGTERM: a checkpoint is written, `finished` is False.
+
+        Raises ComponentTimesError for a budget below one step, TrainingDiverged for a loss that stays non-finite.
+        """
         mark = time.perf_counter()
         saved = mark
         step_s = self.times.step_s(self.kind)
+        if step_s > self.cfg.budget_reference_s:
+            raise ComponentTimesError(
+                f"trainer.budget_reference_s = {self.cfg.budget_reference_s:g} buys not one step: {self.kind.key} takes "
+                f"{step_s:.3g} reference seconds. Raise the budget, or measure again while the machine is idle"
+            )
         with self._signals():
             while not self._interrupted:
                 batch = self.sequence_gate.next(self.cfg.batch_windows)

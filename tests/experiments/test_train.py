@@ -138,6 +138,7 @@ def test_an_interrupted_process_resumes_to_the_same_bits(runs, text, tmp_path):
         (["trainer.device=cuda"], 2, "sees no CUDA device"),
         (["trainer.component_times=times.json"], 1, "not a table of component times"),
         (["resume=true"], 2, "holds no run"),
+        ([*FAST[:-1], "trainer.budget_reference_s=1e-6"], 1, "buys not one step"),
     ],
 )
 def test_bad_commands_say_what_is_wrong(words, code, message, text, tmp_path):
@@ -170,7 +171,7 @@ def test_deploying_what_is_no_finished_run_is_refused(runs, tmp_path):
 
 def test_multirun_gives_one_line_per_arm(text, tmp_path):
     done = spikegate(
-        "train", "-m", *FAST, f"data.path={text}", "gate=dense,random", "trainer.budget_reference_s=0.2",
+        "train", "-m", *FAST, f"data.path={text}", "gate=dense,random", "trainer.budget_reference_s=2",
         "trainer.component_times=times.json", cwd=tmp_path,
     )  # fmt: skip
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

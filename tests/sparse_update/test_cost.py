@@ -129,3 +129,10 @@ def test_a_broken_table_is_named(tmp_path, text):
         ComponentTimes.load(path)
     with pytest.raises(ComponentTimesError, match="no such table"):
         ComponentTimes.load(tmp_path / "missing.json")
+
+
+def test_a_busy_machine_is_noticed():
+    quiet = table()
+    assert quiet.unsteady is None
+    busy = ComponentTimes(quiet.ms, {"forward": 0.1, "backward_dx": 0.8}, "explicit", "fp32", 4, {}, {})
+    assert busy.unsteady == 0.8
