@@ -179,9 +179,9 @@ class ComponentTimes:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ComponentTimesError(f"{path}: not a table of component times ({error})") from None
 
-    def check(self, cfg: ModelConfig, batch: int, optim: OptimConfig) -> None:
-        """Raise ComponentTimesError unless the table was measured for this model, batch and optimizer."""
-        wanted = identity(cfg, optim)
+    def check(self, cfg: ModelConfig, batch: int, optim: OptimConfig, compiled: bool = False) -> None:
+        """Raise ComponentTimesError unless the table was measured for this model, batch, optimizer and compilation."""
+        wanted = identity(cfg, optim, compiled)
         have = dict(self.model)
         if have != wanted or self.batch != batch:
             raise ComponentTimesError(
@@ -190,10 +190,10 @@ class ComponentTimes:
             )
 
 
-def identity(cfg: ModelConfig, optim: OptimConfig) -> dict[str, Any]:
-    """What a table of component times is for: the model's shape and the optimizer's name."""
+def identity(cfg: ModelConfig, optim: OptimConfig, compiled: bool = False) -> dict[str, Any]:
+    """What a table of component times is for: the model's shape, the optimizer's name, a compiled plain step or not."""
     shape = {k: v for k, v in asdict(cfg).items() if k not in ("attention", "name")}
-    return {**shape, "optimizer": optim.name}
+    return {**shape, "optimizer": optim.name, "compiled": compiled}
 
 
 def measure_components(
@@ -204,11 +204,12 @@ def measure_components(
     device: torch.device,
     precision: str = "auto",
     rounds: int = 15,
+    compiled: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> ComponentTimes:
     """Measure every component that the arms `kinds` use, in turn, round after round, and keep medians.
 
-    Tokens are drawn uniformly: times do not depend on them. Two warm-up rounds are thrown away.
+    Tokens are drawn uniformly: times do not depend on them. Two warm-up rounds, compilation included, are thrown away.
     """
     attention = cfg.attention
     if attention == "auto":
@@ -231,7 +232,7 @@ def measure_components(
                 )
             precision = min(total, key=lambda name: total[name])
 
-    probes_all = dict(_dense_probes(cfg, attention, batch, optim, device, precision))
+    probes_all = dict(_dense_probes(cfg, attention, batch, optim, device, precision, compiled))
     if any(k.gate.signal == "ngram" for k in kinds):
         gate = next(k.gate for k in kinds if k.gate.signal == "ngram")
         probes_all["ngram_window"] = _ngram_probe(cfg, gate)
@@ -253,7 +254,7 @@ def measure_components(
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    return ComponentTimes(ms, spread, attention, precision, batch, identity(cfg, optim), machine)
+    return ComponentTimes(ms, spread, attention, precision, batch, identity(cfg, optim, compiled), machine)
 
 
 Probe = Callable[[], dict[str, float]]
@@ -292,16 +293,23 @@ def _setup(cfg: ModelConfig, attention: str, batch: int, device: torch.device) -
 
 
 def _dense_probes(
-    cfg: ModelConfig, attention: str, batch: int, optim: OptimConfig, device: torch.device, precision: str
+    cfg: ModelConfig,
+    attention: str,
+    batch: int,
+    optim: OptimConfig,
+    device: torch.device,
+    precision: str,
+    compiled: bool = False,
 ) -> dict[str, Probe]:
     model, x, y = _setup(cfg, attention, batch, device)
     optimizer = Optimizer(model, Active.everything(model), optim)
+    run = torch.compile(model) if compiled else model
     cast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
     def whole() -> dict[str, float]:
         start = _clock(device)
         with cast:
-            loss = token_loss(model(x), y).mean()
+            loss = token_loss(run(x), y).mean()
         forward = _clock(device)
         loss.backward()
         backward = _clock(device)
@@ -314,7 +322,7 @@ def _dense_probes(
         for p in weights:
             p.requires_grad_(False)
         with cast:
-            loss = token_loss(model(x), y).mean()
+            loss = token_loss(run(x), y).mean()
         start = _clock(device)
         torch.autograd.grad(loss, model.embed.weight)
         seconds = _clock(device) - start
