@@ -18,7 +18,7 @@ from experiments.runs import RunError, read_json
 
 STREAMS = ("clean", "noisy")
 ARMS = ("dense", "random", "surprise")
-BUDGET_REFERENCE_S = 45.0
+BUDGET_REFERENCE_S = 40.0
 
 
 def demo(folder: Path, seeds: int = 1, budget_reference_s: float | None = None) -> int:

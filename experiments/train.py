@@ -27,7 +27,7 @@ from sparse_update.optimizer import OptimConfig
 from sparse_update.sources import CorpusError
 from sparse_update.stream import WindowStream
 from sparse_update.subset import SubsetConfig
-from sparse_update.trainer import RunResult, StepReport, Trainer, TrainerConfig, TrainingDiverged, compiles
+from sparse_update.trainer import RunResult, StepReport, Trainer, TrainerConfig, TrainingDiverged, compiling
 from sparse_update.transformer import ModelConfig, Transformer
 
 T = TypeVar("T")
@@ -157,7 +157,7 @@ def component_times(cfg: TrainConfig, device: torch.device) -> ComponentTimes:
         return ComponentTimes.load(own)
     if shared is not None and shared.exists():
         times = ComponentTimes.load(shared)
-        times.check(cfg.model, cfg.trainer.batch_windows, cfg.optim, compiles(cfg.trainer, device))
+        times.check(cfg.model, cfg.trainer.batch_windows, cfg.optim)
         return times
     kinds = [StepKind.of(cfg.gate, cfg.subset)]
     if shared is not None:  # the arms that may follow
@@ -172,7 +172,7 @@ def component_times(cfg: TrainConfig, device: torch.device) -> ComponentTimes:
         cfg.optim,
         device,
         cfg.trainer.precision,
-        compiled=compiles(cfg.trainer, device),
+        compiling=compiling(cfg.trainer, device),
         progress=lambda text: say(cfg, f"  {text}"),
     )
     if times.unsteady:

@@ -117,7 +117,8 @@ class ComponentTimes:
 
     `ms["forward"]`, `"backward_dx"`, `"backward_dw"`, `"optimizer"`: the plain step at `batch` windows; `"ngram_window"`:
     scoring and learning one window; `sparse[...]`: a whole sparse step with its row choice, optimizer included.
-    `attention`, `precision`: the faster choice where the settings said "auto".
+    `attention`, `precision`, `compiled` (the plain step runs through torch.compile): the faster choice where the settings
+    said "auto".
     """
 
     ms: Mapping[str, float]
@@ -125,6 +126,7 @@ class ComponentTimes:
     """Interquartile range of each component over its median."""
     attention: str
     precision: str
+    compiled: bool
     batch: int
     model: Mapping[str, Any]
     machine: Mapping[str, Any]
@@ -179,9 +181,9 @@ class ComponentTimes:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ComponentTimesError(f"{path}: not a table of component times ({error})") from None
 
-    def check(self, cfg: ModelConfig, batch: int, optim: OptimConfig, compiled: bool = False) -> None:
-        """Raise ComponentTimesError unless the table was measured for this model, batch, optimizer and compilation."""
-        wanted = identity(cfg, optim, compiled)
+    def check(self, cfg: ModelConfig, batch: int, optim: OptimConfig) -> None:
+        """Raise ComponentTimesError unless the table was measured for this model, batch and optimizer."""
+        wanted = identity(cfg, optim)
         have = dict(self.model)
         if have != wanted or self.batch != batch:
             raise ComponentTimesError(
@@ -190,10 +192,10 @@ class ComponentTimes:
             )
 
 
-def identity(cfg: ModelConfig, optim: OptimConfig, compiled: bool = False) -> dict[str, Any]:
-    """What a table of component times is for: the model's shape, the optimizer's name, a compiled plain step or not."""
+def identity(cfg: ModelConfig, optim: OptimConfig) -> dict[str, Any]:
+    """What a table of component times is for: the model's shape and the optimizer's name."""
     shape = {k: v for k, v in asdict(cfg).items() if k not in ("attention", "name")}
-    return {**shape, "optimizer": optim.name, "compiled": compiled}
+    return {**shape, "optimizer": optim.name}
 
 
 def measure_components(
@@ -204,10 +206,12 @@ def measure_components(
     device: torch.device,
     precision: str = "auto",
     rounds: int = 15,
-    compiled: bool = False,
+    compiling: str = "off",
     progress: Callable[[str], None] = lambda text: None,
 ) -> ComponentTimes:
     """Measure every component that the arms `kinds` use, in turn, round after round, and keep medians.
+
+    `compiling`: "on", "off", or "measure": torch.compile for the plain step if it works here and is faster.
 
     Tokens are drawn uniformly: times do not depend on them. Two warm-up rounds, compilation included, are thrown away.
     """
@@ -232,6 +236,11 @@ def measure_components(
                 )
             precision = min(total, key=lambda name: total[name])
 
+    compiled = compiling == "on"
+    if compiling == "measure":
+        progress("torch.compile against eager (the first compilation takes half a minute)")
+        compiled = _compiling_pays(cfg, attention, batch, optim, device, precision, progress)
+
     probes_all = dict(_dense_probes(cfg, attention, batch, optim, device, precision, compiled))
     if any(k.gate.signal == "ngram" for k in kinds):
         gate = next(k.gate for k in kinds if k.gate.signal == "ngram")
@@ -254,7 +263,30 @@ def measure_components(
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    return ComponentTimes(ms, spread, attention, precision, batch, identity(cfg, optim, compiled), machine)
+    return ComponentTimes(ms, spread, attention, precision, compiled, batch, identity(cfg, optim), machine)
+
+
+def _compiling_pays(
+    cfg: ModelConfig,
+    attention: str,
+    batch: int,
+    optim: OptimConfig,
+    device: torch.device,
+    precision: str,
+    progress: Callable[[str], None],
+) -> bool:
+    probes = {
+        name: _dense_probes(cfg, attention, batch, optim, device, precision, name == "compiled")
+        for name in ("compiled", "eager")
+    }
+    total = {}
+    for name, probe in probes.items():
+        try:
+            total[name] = sum(_interleaved(probe, 5, device)[0].values())
+        except torch._dynamo.exc.TorchDynamoException as error:  # no working C++ compiler, most often
+            progress(f"torch.compile does not work here ({str(error).splitlines()[0]}): plain steps stay eager")
+            return False
+    return total["compiled"] < total["eager"]
 
 
 Probe = Callable[[], dict[str, float]]

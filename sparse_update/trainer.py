@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +25,8 @@ from sparse_update.transformer import Transformer, token_loss
 
 PRECISIONS = ("auto", "fp32", "bf16")
 COMPILES = ("auto", "on", "off")
+COMPILE_REPAID_S = 30.0
+"""About what the first compilation takes on two CPU cores; later ones come from torch's cache in a few seconds."""
 
 
 @dataclass
@@ -35,7 +39,8 @@ class TrainerConfig:
     precision: str = "auto"
     """"fp32" | "bf16" | "auto": bf16 on a GPU, whichever measures faster on a CPU."""
     compile: str = "auto"
-    """"on" | "off" | "auto": torch.compile on a GPU only (a CPU run of minutes does not repay it). Plain steps only."""
+    """"on" | "off" | "auto": torch.compile for plain steps on a GPU, and on a CPU where it measures faster and the budget
+    is at least 30 reference seconds."""
     device: str = "auto"
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
@@ -139,8 +144,12 @@ class Trainer:
         on_evaluation: Callable[[StepReport, float], None] = lambda report, loss: None,
     ) -> None:
         self.device = model.embed.weight.device
-        self.compiled = compiles(cfg, self.device)
-        times.check(model.cfg, cfg.batch_windows, optim, self.compiled)
+        times.check(model.cfg, cfg.batch_windows, optim)
+        if cfg.compile != "auto" and (cfg.compile == "on") != times.compiled:
+            raise ComponentTimesError(
+                f"trainer.compile = {cfg.compile}, but the table of component times was measured "
+                f"{'with' if times.compiled else 'without'} torch.compile: measure again, or leave trainer.compile at auto"
+            )
         self.model, self.sequence_gate, self.token_gate, self.kind = model, sequence_gate, token_gate, kind
         self.optim, self.cfg, self.times = optim, cfg, times
         self.val_NT1, self.folder, self.seed, self.meta = val_NT1, folder, seed, meta
@@ -149,7 +158,7 @@ class Trainer:
         self.turn = 0
         self.active = choose(model, kind.subset, 0, seed)
         self.optimizer = Optimizer(model, self.active, optim)
-        self.forward = torch.compile(model) if self.compiled and kind.dense else model
+        self.forward = torch.compile(model) if times.compiled and kind.dense else model
         self.compile_s = 0.0
         self.step = self.tokens = self.flops = self.skipped = self.evaluations = 0
         self.wall_s = 0.0
@@ -382,9 +391,17 @@ class Trainer:
         torch.set_rng_state(state["rng"])
 
 
-def compiles(cfg: TrainerConfig, device: torch.device) -> bool:
-    """Whether the plain step runs through torch.compile."""
-    return cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda")
+def compiling(cfg: TrainerConfig, device: torch.device) -> str:
+    """What to do about torch.compile: "on", "off", or "measure" whether it pays.
+
+    "auto" is on for a GPU; on a CPU it is measured where a C++ compiler is there and the budget can repay the compilation.
+    """
+    if cfg.compile != "auto":
+        return cfg.compile
+    if device.type == "cuda":
+        return "on"
+    found = any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++"))
+    return "measure" if found and cfg.budget_reference_s >= COMPILE_REPAID_S else "off"
 
 
 @torch.no_grad()

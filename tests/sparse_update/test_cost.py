@@ -75,6 +75,7 @@ def table(**ms):
         {},
         "explicit",
         "fp32",
+        False,
         4,
         {},
         {},
@@ -134,5 +135,5 @@ def test_a_broken_table_is_named(tmp_path, text):
 def test_a_busy_machine_is_noticed():
     quiet = table()
     assert quiet.unsteady is None
-    busy = ComponentTimes(quiet.ms, {"forward": 0.1, "backward_dx": 0.8}, "explicit", "fp32", 4, {}, {})
+    busy = ComponentTimes(quiet.ms, {"forward": 0.1, "backward_dx": 0.8}, "explicit", "fp32", False, 4, {}, {})
     assert busy.unsteady == 0.8

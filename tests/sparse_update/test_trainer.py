@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -12,12 +13,12 @@ import torch.nn.functional as F
 
 from sparse_update.checkpoint import load_checkpoint
 from sparse_update.corpus import DataConfig, load_corpus, val_windows
-from sparse_update.cost import ComponentTimes, StepKind, identity
+from sparse_update.cost import ComponentTimes, ComponentTimesError, StepKind, identity
 from sparse_update.gate import GateConfig, SequenceGate, TokenGate
 from sparse_update.optimizer import OptimConfig, schedule
 from sparse_update.stream import WindowStream
 from sparse_update.subset import SubsetConfig
-from sparse_update.trainer import Trainer, TrainerConfig, TrainingDiverged, evaluate
+from sparse_update.trainer import Trainer, TrainerConfig, TrainingDiverged, compiling, evaluate
 from sparse_update.transformer import ModelConfig, Transformer
 
 MODEL = {"width": 16, "layers": 2, "heads": 2, "context": 16, "vocab_size": 256, "attention": "explicit"}
@@ -48,7 +49,7 @@ def build(corpus, folder, arm="dense", steps=20, optim=None, **kw):
     ms = {"forward": 4.0, "backward_dx": 3.0, "backward_dw": 2.0, "optimizer": 1.0, "ngram_window": 0.0}
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**MODEL))
-    times = ComponentTimes({**ms, kind.key: 10.0}, {}, "explicit", "fp32", 4, identity(model.cfg, OptimConfig()), {})
+    times = ComponentTimes({**ms, kind.key: 10.0}, {}, "explicit", "fp32", False, 4, identity(model.cfg, OptimConfig()), {})
     stream = WindowStream(corpus, 16, seed=0, garbage_fraction=0.3)
     cfg = TrainerConfig(budget_reference_s=steps * 0.010 + 1e-6, batch_windows=4, log_every_steps=1, evaluations=2, **kw)
     reports, losses = [], []
@@ -182,3 +183,33 @@ def test_evaluation_is_the_mean_over_all_tokens_and_changes_nothing(corpus, tmp_
 def test_bad_settings_are_refused(kw):
     with pytest.raises(ValueError, match="trainer"):
         TrainerConfig(**kw)
+
+
+def test_a_table_without_compilation_does_not_time_a_compiled_step(corpus, tmp_path):
+    with pytest.raises(ComponentTimesError, match=r"without torch\.compile"):
+        build(corpus, tmp_path, compile="on")
+
+
+def test_compilation_is_tried_only_where_it_can_pay(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/g++" if name == "g++" else None)
+    assert compiling(TrainerConfig(budget_reference_s=60), cpu) == "measure"
+    assert compiling(TrainerConfig(budget_reference_s=5), cpu) == "off"
+    assert compiling(TrainerConfig(budget_reference_s=5), gpu) == "on"
+    assert compiling(TrainerConfig(compile="on"), cpu) == "on"
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert compiling(TrainerConfig(budget_reference_s=60), cpu) == "off"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler warns about parts of its own
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_step_trains_like_the_plain_one(corpus, tmp_path):
+    plain, reports, _ = build(corpus, tmp_path / "plain", steps=8)
+    plain.run()
+    compiled, compiled_reports, _ = build(corpus, tmp_path / "compiled", steps=8)
+    compiled.forward = torch.compile(compiled.model)
+    result = compiled.run()
+    assert result.compile_s > 0
+    for a, b in zip(reports, compiled_reports, strict=True):
+        assert b.loss_nats == pytest.approx(a.loss_nats, abs=1e-4)
