@@ -7,6 +7,8 @@ same settings goes on where the first one stopped.
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ from experiments.runs import RunError, read_json
 STREAMS = ("clean", "noisy")
 ARMS = ("dense", "random", "surprise")
 BUDGET_REFERENCE_S = 40.0
+CHECKPOINT_WAIT_S = 60.0
 
 
 def demo(folder: Path, seeds: int = 1, budget_reference_s: float | None = None) -> int:
@@ -71,8 +74,11 @@ def _train(folder: Path, stream: str, arm: str, seed: int, budget: float) -> Non
     if (run / "checkpoint").exists():
         words.append("resume=true")
     elif (run / "run.json").exists():
-        raise RunError(f"{run} broke off before its first checkpoint: remove that folder")
+        _say("  broke off before its first checkpoint: starting it again")
+        shutil.rmtree(run)
     _call(words)
+    if not _finished(run):
+        raise KeyboardInterrupt
 
 
 def _deploy(folder: Path, stream: str, seed: int) -> None:
@@ -93,11 +99,21 @@ def _finished(run: Path) -> bool:
 
 
 def _call(words: Sequence[str], show: bool = False) -> None:
-    """One command in a fresh process; its JSON goes to its own files, so standard output is shown only on request."""
+    """One command in a fresh process; its JSON goes to its own files, so standard output is shown only on request.
+
+    Ctrl-C: the command gets the time to write its checkpoint before KeyboardInterrupt goes on.
+    """
     command = [sys.executable, "-m", *words]
-    subprocess.run(
-        command, check=True, stdout=None if show else subprocess.DEVNULL, env={**os.environ, "PYTHONUNBUFFERED": "1"}
-    )
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=None if show else subprocess.DEVNULL, env=environment) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)  # for a Ctrl-C that reached this process alone
+            process.wait(CHECKPOINT_WAIT_S)
+            raise
+    if code:
+        raise subprocess.CalledProcessError(code, command)
 
 
 def _say(text: str) -> None:

@@ -217,10 +217,11 @@ class Trainer:
                     self.save()
                     saved = time.perf_counter()
                 mark = time.perf_counter()
-        if not self._interrupted:
-            self._evaluate()
-        self.save()
-        return self.result(finished=not self._interrupted)
+            finished = not self._interrupted
+            if finished:
+                self._evaluate()
+            self.save()
+        return self.result(finished)
 
     def _train(self, tokens_BT1: Tensor) -> None:
         x, y = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
