@@ -19,7 +19,13 @@ def test_the_demo_survives_an_interruption_and_ends_in_a_comparison(tmp_path):
     command = [sys.executable, "-m", "experiments.cli", "demo", "--folder", "demo", "--budget-reference-s", "1.5"]
     env = {**os.environ, "PYTHONWARNINGS": "ignore"}
     first = subprocess.Popen(
-        command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        command,
+        cwd=tmp_path,
+        env=env,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore Ctrl-C
     )
     deadline = time.monotonic() + 200
     while not (tmp_path / "demo" / "clean-random-s0" / "metrics.jsonl").exists():
