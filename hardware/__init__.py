@@ -10,6 +10,7 @@ from hardware.datafile import DataFileError
 from hardware.energy import Counts, EnergyLine, EnergyReport, account
 from hardware.loihi import BoardReport, BoardUnavailable, lava_python, probe, require_board
 from hardware.meters import Meter, Reading, total
+from hardware.placement import Connection, Convolution, DoesNotFit, LayerDemand, Placement, place
 from hardware.profile import Coefficient, Profile, list_profiles, load_profile
 from hardware.units import Quantity, UnitError
 
@@ -18,11 +19,16 @@ __all__ = [
     "BoardUnavailable",
     "Chip",
     "Coefficient",
+    "Connection",
+    "Convolution",
     "Counts",
     "DataFileError",
+    "DoesNotFit",
     "EnergyLine",
     "EnergyReport",
+    "LayerDemand",
     "Meter",
+    "Placement",
     "Profile",
     "Provenance",
     "Quantity",
@@ -34,6 +40,7 @@ __all__ = [
     "list_profiles",
     "load_chip",
     "load_profile",
+    "place",
     "probe",
     "require_board",
     "total",

@@ -10,6 +10,7 @@ from typing import Any
 
 from hardware import datafile
 from hardware.datafile import DataFileError
+from hardware.placement_budget import Budget, read_budgets
 
 METHODS = ("published", "code", "inferred")
 """A paper or brief by the makers; the source code of a public tool; our reading of published tool output."""
@@ -42,6 +43,8 @@ class Chip:
         bias_bits: bias mantissa.
         decay_bits: decay constants of u and v.
         provenance: field name -> where the value comes from.
+        budgets: name -> how one core is accounted when a network is placed; the default one first. Empty for a chip
+            file without them, on which nothing can be placed.
     """
 
     name: str
@@ -60,9 +63,10 @@ class Chip:
     bias_bits: int
     decay_bits: int
     provenance: Mapping[str, Provenance]
+    budgets: Mapping[str, Budget]
 
 
-_LIMITS = tuple(field.name for field in fields(Chip) if field.name not in ("name", "title", "provenance"))
+_LIMITS = tuple(field.name for field in fields(Chip) if field.name not in ("name", "title", "provenance", "budgets"))
 
 
 def list_chips() -> tuple[str, ...]:
@@ -79,7 +83,7 @@ def load_chip(name_or_path: str | Path) -> Chip:
     """
     path = datafile.locate(name_or_path, "chips")
     where = path.name
-    entry = datafile.check_keys(where, datafile.read(path), ("schema", "name", "title", "limits"))
+    entry = datafile.check_keys(where, datafile.read(path), ("schema", "name", "title", "limits"), ("budgets",))
     if entry["schema"] != 1:
         raise DataFileError(f"{where}: schema {entry['schema']!r} is not known; this version reads schema 1")
     if entry["name"] != path.stem:
@@ -102,7 +106,8 @@ def load_chip(name_or_path: str | Path) -> Chip:
             f"{where}: payload_bits is {values['payload_bits']} on a chip without graded payloads; 1 needed"
         )
     title = datafile.text(f"{where}: title", entry["title"])
-    return Chip(name=path.stem, title=title, provenance=MappingProxyType(provenance), **values)
+    budgets = read_budgets(where, entry["budgets"], METHODS) if "budgets" in entry else MappingProxyType({})
+    return Chip(name=path.stem, title=title, provenance=MappingProxyType(provenance), budgets=budgets, **values)
 
 
 def _value(spot: str, name: str, value: object) -> int | bool:
