@@ -1,28 +1,33 @@
 """The one intermediate form between a trained module and a simulator, Lava or a chip: integers, exponents, names.
 
-A `SpikingGraph` is populations joined by dense projections. Every value is an integer and every check happens when a
-record is built, so a graph that exists is one that the arithmetic is defined for. Lava itself checks none of these
-ranges: it clips weights, drops bits and lets registers run over in silence.
+A `SpikingGraph` is populations (`neuro/kinds.py` lists the kinds) joined by projections (`neuro/synapses.py`). Every
+value is an integer and every check happens when a record is built, so a graph that exists is one that the arithmetic is
+defined for. Lava itself checks none of these ranges: it clips weights, drops bits and lets registers run over in silence.
 
 Arithmetic (lava-nc 0.10.0, process models tagged `fixed_pt`; the simulators implement it):
 
 * projection: `acc = W s[t-1]`, then `acc << weight_exp` or, for a negative exponent, `acc >> -weight_exp` (floor). The
-  exponent acts on the sum. Every projection delays by one step, also one that closes a loop. With
-  `num_message_bits = 0` a message is 0 or 1 (anything not 0 counts as 1); above that it is a signed integer.
+  exponent acts on the sum (delay_dense: on the sum of each delay; conv: not at all). Every projection delays by one
+  step, also one that closes a loop; delay_dense by 1 + delay. With `num_message_bits = 0` a message is 0 or 1 (anything
+  not 0 counts as 1); above that it is a signed integer. A conv sum is kept modulo 2^24.
 * `lif`: `u <- u (4096 - (du + 1)) / 4096 + (a << 6)`, wrapped once at 24 bits; `v <- v (4096 - dv) / 4096 + u + bias`,
-  clipped to 24 bits; both divisions toward zero; a spike where `v > vth << 6`, and v becomes 0 there.
+  clipped to 24 bits; both divisions toward zero; a spike where `v > vth << 6`, and v becomes 0 there. `ternary_lif`
+  sends -1 below `vth_lo << 6` too; `lif_reset` starts from u = v = 0 where `t mod reset_interval = reset_offset mod
+  reset_interval`, t from 1; `lif_refractory` keeps v at 0 for `refractory` steps, its spike's own included (chip mode).
+* `sigma`: `sigma <- sigma + a`, sent whole. `delta`: sends changes of `a << (spike_exp + state_exp)` of at least vth, `>>
+  state_exp`. `sigma_delta`: sigma, then relu(sigma + bias) or sigma + bias, then the delta stage.
 * `graded`, `graded_relu`: the input is sent on where `|a| > vth`, or `a > vth`; nothing is kept.
 * `product`: `(a1 a2) >> exp` is sent where its magnitude exceeds vth.
+* `norm`: `a1[t-1] a2[t]` is sent where its magnitude exceeds vth, and `a1[t]^2` at the second port `s2_out`.
 
-This file needs numpy only and runs under Python 3.10 with numpy 1.26 as well as under newer ones: the Lava worker
-loads this very file by its path.
+This file and the two it imports need numpy only and run under Python 3.10 with numpy 1.26 as well as under newer ones:
+the Lava worker loads these very files.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -32,105 +37,54 @@ from typing import Any
 
 import numpy as np
 
-SCHEMA = 1
+from neuro.kinds import (
+    KINDS,
+    MESSAGE_BITS_RANGE,
+    WEIGHT_EXP_RANGE,
+    WEIGHT_RANGE,
+    GraphError,
+    Parameter,
+    unknown_kind,
+)
+from neuro.synapses import (
+    Convolution,
+    Projection,
+    checked_name,
+    frozen,
+    integer,
+    truncate_weights,
+    weight_step,
+)
+
+__all__ = [
+    "MESSAGE_BITS_RANGE",
+    "PORTS",
+    "WEIGHT_EXP_RANGE",
+    "WEIGHT_RANGE",
+    "Convolution",
+    "GraphError",
+    "GraphFileError",
+    "Population",
+    "Projection",
+    "SpikingGraph",
+    "identical",
+    "load_graph",
+    "save_graph",
+    "truncate_weights",
+    "weight_step",
+]
+
+SCHEMA = 2
+READABLE = (1, 2)  # 1 had dense projections and five kinds of population, in the same form
 FILE_SUFFIX = ".graph.npz"
 HEADER_KEY = "header"
 
 # Input ports of each kind of population.
-PORTS: dict[str, tuple[str, ...]] = {
-    "input": (),
-    "lif": ("a_in",),
-    "graded": ("a_in",),
-    "graded_relu": ("a_in",),
-    "product": ("a_in1", "a_in2"),
-}
-
-# Parameter -> (lowest, highest, one value per neuron allowed). Register widths as lava-nc 0.10.0 documents them in
-# lava/proc/lif/models.py and lava/proc/graded/models.py; Lava does not enforce them.
-PARAMETERS: dict[str, dict[str, tuple[int, int, bool]]] = {
-    "input": {},
-    "lif": {
-        "du": (0, 4095, False),
-        "dv": (0, 4095, False),
-        "vth": (0, 2**17 - 1, False),
-        "bias_mant": (-(2**12), 2**12 - 1, True),
-        "bias_exp": (0, 7, True),
-    },
-    "graded": {"vth": (0, 2**23 - 1, False)},
-    "graded_relu": {"vth": (0, 2**23 - 1, False)},
-    "product": {"vth": (0, 2**23 - 1, False), "exp": (0, 31, False)},
-}
-OPTIONAL_PARAMETERS = {"bias_mant": 0, "bias_exp": 0}
-
-# Sign mode -> (lowest, highest) weight, as lava/utils/weightutils.py clips them.
-WEIGHT_RANGE: dict[str, tuple[int, int]] = {"mixed": (-256, 255), "excitatory": (0, 255), "inhibitory": (-255, 0)}
-
-# Exponents the arithmetic accepts. The chip's own register holds -8..7; whether a graph keeps to it is a question for
-# whoever places it on a chip.
-WEIGHT_EXP_RANGE = (-24, 24)
-MESSAGE_BITS_RANGE = (0, 32)
-
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\Z")
-
-
-class GraphError(ValueError):
-    """A population, projection or graph that the fixed-point arithmetic is not defined for."""
+PORTS: dict[str, tuple[str, ...]] = {name: kind.ports for name, kind in KINDS.items()}
 
 
 class GraphFileError(GraphError):
     """A graph file that cannot be read: another schema, truncated, or not a graph file at all."""
-
-
-def weight_step(sign_mode: str, num_weight_bits: int) -> int:
-    """Spacing of representable weights: 2^(8 - num_weight_bits), doubled for mixed signs (the sign takes one bit)."""
-    if sign_mode not in WEIGHT_RANGE:
-        raise GraphError(f"sign mode {sign_mode!r} is unknown; known: {', '.join(WEIGHT_RANGE)}")
-    if not 1 <= num_weight_bits <= 8:
-        raise GraphError(f"num_weight_bits is {num_weight_bits}; a synapse holds 1 to 8 bits")
-    return 1 << (8 - num_weight_bits + (1 if sign_mode == "mixed" else 0))
-
-
-def truncate_weights(weight: np.ndarray, sign_mode: str, num_weight_bits: int = 8) -> np.ndarray:
-    """Clip and truncate integer weights as Lava's Dense does at its first step.
-
-    Args:
-        weight: integers of any shape.
-        sign_mode: "mixed", "excitatory" or "inhibitory".
-        num_weight_bits: 1..8.
-
-    Returns:
-        int32 of the same shape: clipped to the sign mode's range, low bits dropped by floor (inhibitory: by floor of
-        the magnitude). [3, -3, 5, -5] mixed becomes [2, -4, 4, -6].
-
-    Raises:
-        GraphError: weights that are not integers, unknown sign mode, bits out of 1..8.
-    """
-    if not np.issubdtype(np.asarray(weight).dtype, np.integer):
-        raise GraphError(f"weights are {np.asarray(weight).dtype}; give integers")
-    step = weight_step(sign_mode, num_weight_bits)
-    low, high = WEIGHT_RANGE[sign_mode]
-    clipped = np.clip(weight, low, high).astype(np.int32)
-    if sign_mode == "inhibitory":
-        return -(-clipped // step * step)
-    return clipped // step * step
-
-
-def _integer(value: Any, what: str) -> int:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise GraphError(f"{what} is {value!r} ({type(value).__name__}); an integer is needed")
-    return int(value)
-
-
-def _name(value: Any, what: str) -> str:
-    if not isinstance(value, str) or not _NAME.match(value):
-        raise GraphError(f"{what} name {value!r} is not usable: letters, digits, '_', '.', '-' and no other characters")
-    return value
-
-
-def _frozen(array: np.ndarray) -> np.ndarray:
-    array = np.ascontiguousarray(array, dtype=np.int32).copy()
-    array.flags.writeable = False
-    return array
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,11 +93,10 @@ class Population:
 
     Attributes:
         name: unique within the graph.
-        kind: "input", "lif", "graded", "graded_relu" or "product".
+        kind: one of `neuro.kinds.KINDS`.
         size: number of neurons.
-        params: per kind, as `PARAMETERS` lists them: lif: du, dv (12 bits), vth (17 bits, in units of 64),
-            bias_mant (13 bits signed), bias_exp (0..7); graded and graded_relu: vth; product: vth, exp. The two biases
-            may be int or an integer array (size,) and default to 0; they are kept as int or read-only int32.
+        params: as `KINDS[kind].parameters` lists them. Those that may differ from neuron to neuron may be int or an
+            integer array (size,); they are kept as int or read-only int32.
 
     Raises:
         GraphError: unknown kind, missing or unknown parameter, value out of range.
@@ -155,13 +108,13 @@ class Population:
     params: Mapping[str, int | np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _name(self.name, "population")
-        if self.kind not in PARAMETERS:
-            raise GraphError(f"population {self.name!r}: unknown kind {self.kind!r}; known: {', '.join(PARAMETERS)}")
-        size = _integer(self.size, f"population {self.name!r}: size")
+        checked_name(self.name, "population")
+        if self.kind not in KINDS:
+            raise GraphError(f"population {self.name!r}: {unknown_kind(self.kind, tuple(KINDS))}")
+        size = integer(self.size, f"population {self.name!r}: size")
         if size < 1:
             raise GraphError(f"population {self.name!r}: size is {size}; at least 1 neuron is needed")
-        known = PARAMETERS[self.kind]
+        known = KINDS[self.kind].parameters
         unknown = sorted(set(self.params) - set(known))
         if unknown:
             raise GraphError(
@@ -169,107 +122,49 @@ class Population:
                 f" known: {', '.join(known) or 'none'}"
             )
         params: dict[str, int | np.ndarray] = {}
-        for key, (low, high, per_neuron) in known.items():
-            if key not in self.params and key not in OPTIONAL_PARAMETERS:
+        for key, parameter in known.items():
+            if key not in self.params and parameter.default is None:
                 raise GraphError(f"population {self.name!r} ({self.kind}): parameter {key!r} is missing")
-            value = self.params.get(key, OPTIONAL_PARAMETERS.get(key, 0))
-            params[key] = self._parameter(key, value, low, high, per_neuron, size)
+            params[key] = self._parameter(key, self.params.get(key, parameter.default), parameter, size)
         object.__setattr__(self, "size", size)
         object.__setattr__(self, "params", params)
+        self._check_together()
 
-    def _parameter(self, key: str, value: Any, low: int, high: int, per_neuron: bool, size: int) -> int | np.ndarray:
-        what = f"population {self.name!r}: {key}"
+    def _parameter(self, key: str, value: Any, parameter: Parameter, size: int) -> int | np.ndarray:
+        what, low, high = f"population {self.name!r}: {key}", parameter.low, parameter.high
         if not isinstance(value, np.ndarray):
-            number = _integer(value, what)
+            number = integer(value, what)
             if not low <= number <= high:
                 raise GraphError(f"{what} is {number}; its register holds {low}..{high}")
             return number
         if not np.issubdtype(value.dtype, np.integer):
             raise GraphError(f"{what} is an array of {value.dtype}; integers are needed")
-        if not per_neuron:
+        if not parameter.per_neuron:
             raise GraphError(f"{what} is an array; one integer for the whole population is needed")
         if value.shape != (size,):
             raise GraphError(f"{what} has shape {value.shape}; the population has {size} neurons, so ({size},) is needed")
         bad = np.flatnonzero((value < low) | (value > high))
         if bad.size:
             raise GraphError(f"{what} is {int(value[bad[0]])} at neuron {bad[0]}; its register holds {low}..{high}")
-        return _frozen(value)
+        return frozen(value)
 
-
-@dataclass(frozen=True, eq=False)
-class Projection:
-    """Dense synapses from one population to one port of another, delayed by one step.
-
-    Attributes:
-        name: unique within the graph.
-        source, target: names of populations; they may be the same one (a loop takes one step like any projection).
-        port: "a_in", or "a_in1" / "a_in2" of a product population. Several projections to a port add up.
-        weight: integers (n_target, n_source), kept as read-only int32; in the sign mode's range and multiples of
-            `weight_step(sign_mode, num_weight_bits)` (mixed signs with 8 bits: even). `truncate_weights` makes them so.
-        weight_exp: power of two on the sum.
-        num_weight_bits: bits held per weight, 1..8.
-        sign_mode: "mixed", "excitatory" or "inhibitory".
-        num_message_bits: 0 for binary spikes, else the width of the signed payload, sign included.
-
-    Raises:
-        GraphError: a value out of range, with the first offending weight named.
-    """
-
-    name: str
-    source: str
-    target: str
-    port: str
-    weight: np.ndarray
-    weight_exp: int = 0
-    num_weight_bits: int = 8
-    sign_mode: str = "mixed"
-    num_message_bits: int = 0
-
-    def __post_init__(self) -> None:
-        _name(self.name, "projection")
-        where = f"projection {self.name!r}"
-        for key, (low, high) in {
-            "weight_exp": WEIGHT_EXP_RANGE,
-            "num_weight_bits": (1, 8),
-            "num_message_bits": MESSAGE_BITS_RANGE,
-        }.items():
-            number = _integer(getattr(self, key), f"{where}: {key}")
-            if not low <= number <= high:
-                raise GraphError(f"{where}: {key} is {number}; allowed are {low}..{high}")
-            object.__setattr__(self, key, number)
-        if self.sign_mode not in WEIGHT_RANGE:
-            raise GraphError(f"{where}: sign mode {self.sign_mode!r} is unknown; known: {', '.join(WEIGHT_RANGE)}")
-        weight = self.weight
-        if not isinstance(weight, np.ndarray) or not np.issubdtype(weight.dtype, np.integer):
-            kind = weight.dtype if isinstance(weight, np.ndarray) else type(weight).__name__
-            raise GraphError(f"{where}: weights are {kind}; an integer numpy array is needed")
-        if weight.ndim != 2:
-            raise GraphError(f"{where}: weight has shape {weight.shape}; (n_target, n_source) is needed")
-        low, high = WEIGHT_RANGE[self.sign_mode]
-        self._refuse((weight < low) | (weight > high), f"{self.sign_mode} weights hold {low}..{high}")
-        step = weight_step(self.sign_mode, self.num_weight_bits)
-        self._refuse(
-            weight % step != 0,
-            f"{self.sign_mode} weights of {self.num_weight_bits} bits are multiples of {step};"
-            " truncate_weights() rounds them down as Lava would",
-        )
-        object.__setattr__(self, "weight", _frozen(weight))
-
-    def _refuse(self, bad: np.ndarray, rule: str) -> None:
-        if bad.any():
-            row, column = (int(i) for i in np.argwhere(bad)[0])
-            raise GraphError(
-                f"projection {self.name!r}: weight[{row}, {column}] is {int(self.weight[row, column])}, and"
-                f" {int(bad.sum())} of {bad.size} weights break the rule: {rule}"
-            )
-
-    @property
-    def payload_range(self) -> tuple[int, int]:
-        """Lowest and highest message: (0, 1) for binary spikes, else the signed range of `num_message_bits`."""
-        if self.num_message_bits == 0:
-            return 0, 1
-        half = 1 << (self.num_message_bits - 1)
-        return -half, half - 1
+    def _check_together(self) -> None:
+        """Rules that hold between parameters."""
+        where, params = f"population {self.name!r} ({self.kind})", self.params
+        if self.kind == "ternary_lif" and params["vth_lo"] > params["vth_hi"]:
+            raise GraphError(f"{where}: vth_lo is {params['vth_lo']}, above vth_hi, which is {params['vth_hi']}")
+        if "spike_exp" not in params:
+            return
+        exponent = int(params["spike_exp"]) + int(params["state_exp"])
+        for key in ("vth", "bias"):
+            largest = int(np.abs(np.asarray(params.get(key, 0), dtype=np.int64)).max()) << exponent
+            if largest >= 2**23:
+                raise GraphError(
+                    f"{where}: {key} << (spike_exp + state_exp) is {largest}; its register holds up to {2**23 - 1}."
+                    " Lower it or an exponent"
+                )
+        if params["corrected"] and params["cum_error"]:
+            raise GraphError(f"{where}: the corrected model has no cum_error; choose one of the two")
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,7 +179,7 @@ class SpikingGraph:
 
     Raises:
         GraphError: two things of one name, a projection to or from a population that is not there, a port the target
-            does not have, a weight whose shape does not match, a product or graded population nothing arrives at,
+            does not have, a weight whose shape does not match, a population without bias that nothing arrives at,
             an output that does not exist, meta that is not JSON.
     """
 
@@ -309,7 +204,7 @@ class SpikingGraph:
             self._check(projection, sizes)
         fed = {(projection.target, projection.port) for projection in self.projections}
         for population in self.populations:
-            if population.kind == "lif":  # may live on its bias alone
+            if KINDS[population.kind].silent_ports:  # may live on its bias alone
                 continue
             for port in PORTS[population.kind]:
                 if (population.name, port) not in fed:
@@ -339,10 +234,17 @@ class SpikingGraph:
                 f"{where}: population {target.name!r} ({target.kind}) has no port {projection.port!r};"
                 f" it has: {', '.join(ports) or 'none'}"
             )
-        if projection.weight.shape != (target.size, source.size):
+        outs = KINDS[source.kind].outs
+        if projection.source_port not in outs:
             raise GraphError(
-                f"{where}: weight has shape {projection.weight.shape}; {source.name!r} -> {target.name!r} needs"
-                f" ({target.size}, {source.size}), that is (n_target, n_source)"
+                f"{where}: population {source.name!r} ({source.kind}) has no output port {projection.source_port!r};"
+                f" it has: {', '.join(outs)}"
+            )
+        if projection.ends != (target.size, source.size):
+            form = f"{projection.weight.shape}" if projection.conv is None else f"{projection.weight.shape} (conv)"
+            raise GraphError(
+                f"{where}: weight has shape {form}; {source.name!r} -> {target.name!r} needs"
+                f" ({target.size}, {source.size}), that is (n_target, n_source), and this is {projection.ends}"
             )
 
     def population(self, name: str) -> Population:
@@ -364,6 +266,20 @@ class SpikingGraph:
     def inputs(self) -> tuple[str, ...]:
         """Names of the input populations, in the graph's order."""
         return tuple(p.name for p in self.populations if p.kind == "input")
+
+
+_PROJECTION_KEYS = (
+    "name",
+    "source",
+    "target",
+    "port",
+    "weight_exp",
+    "num_weight_bits",
+    "sign_mode",
+    "num_message_bits",
+    "kind",
+    "source_port",
+)
 
 
 def save_graph(graph: SpikingGraph, path: str | os.PathLike[str]) -> Path:
@@ -388,8 +304,12 @@ def save_graph(graph: SpikingGraph, path: str | os.PathLike[str]) -> Path:
     projections = []
     for index, projection in enumerate(graph.projections):
         arrays[f"projection.{index}.weight"] = projection.weight.astype(np.int16)
-        keys = ("name", "source", "target", "port", "weight_exp", "num_weight_bits", "sign_mode", "num_message_bits")
-        projections.append({key: getattr(projection, key) for key in keys})
+        entry = {key: getattr(projection, key) for key in _PROJECTION_KEYS}
+        if projection.delays is not None:
+            arrays[f"projection.{index}.delays"] = projection.delays.astype(np.int8)
+        if projection.conv is not None:
+            entry["conv"] = vars(projection.conv)
+        projections.append(entry)
     header = {
         "schema": SCHEMA,
         "populations": populations,
@@ -436,8 +356,11 @@ def load_graph(path: str | os.PathLike[str]) -> SpikingGraph:
         zlib.error,
     ) as error:
         raise GraphFileError(f"{path}: not a readable graph file (truncated, or something else): {error}") from error
-    if schema != SCHEMA:
-        raise GraphFileError(f"{path}: the file has schema {schema!r}, this version reads schema {SCHEMA}; export it again")
+    if schema not in READABLE:
+        raise GraphFileError(
+            f"{path}: the file has schema {schema!r}, this version reads schema {' and '.join(map(str, READABLE))};"
+            " export it again"
+        )
     for key, array in arrays.items():
         if not np.issubdtype(array.dtype, np.integer):
             raise GraphFileError(f"{path}: array {key!r} is {array.dtype}; only integers belong in a graph file")
@@ -452,14 +375,19 @@ def load_graph(path: str | os.PathLike[str]) -> SpikingGraph:
             for index, entry in enumerate(header["populations"])
         )
         projections = tuple(
-            Projection(weight=arrays[f"projection.{index}.weight"], **entry)
-            for index, entry in enumerate(header["projections"])
+            _projection(entry, _strip(arrays, f"projection.{index}.")) for index, entry in enumerate(header["projections"])
         )
         return SpikingGraph(populations, projections, tuple(header["outputs"]), header["meta"])
     except GraphError as error:
         raise type(error)(f"{path}: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise GraphFileError(f"{path}: the header and the arrays do not fit together: {error!r}") from error
+
+
+def _projection(entry: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Projection:
+    geometry = entry.get("conv")
+    fields = {**entry, "conv": None if geometry is None else Convolution(**geometry)}
+    return Projection(**fields, weight=arrays["weight"], delays=arrays.get("delays"))
 
 
 def _strip(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
@@ -473,7 +401,15 @@ def identical(first: SpikingGraph, second: SpikingGraph) -> bool:
         populations = [
             (p.name, p.kind, p.size, {k: np.asarray(v).tolist() for k, v in p.params.items()}) for p in graph.populations
         ]
-        projections = [{**vars(p), "weight": p.weight.tolist()} for p in graph.projections]
+        projections = [
+            {
+                **vars(p),
+                "weight": p.weight.tolist(),
+                "delays": None if p.delays is None else p.delays.tolist(),
+                "conv": None if p.conv is None else vars(p.conv),
+            }
+            for p in graph.projections
+        ]
         return [populations, projections, graph.outputs, json.dumps(graph.meta, sort_keys=True)]
 
     return form(first) == form(second)

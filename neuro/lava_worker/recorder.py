@@ -45,18 +45,23 @@ class RecorderModelBase(PyLoihiProcessModel):
         self.ports_in = proc_params["ports"]
         self.steps = proc_params["steps"]
         self.path = proc_params["path"]
-        self.fault = proc_params["fault"]
+        self.fault, _, step = proc_params["fault"].partition(":")
+        self.fault_step = int(step or 1)
         self.rows = [[] for _ in self.keys]
 
     def run_spk(self) -> None:
+        if self.time_step == self.fault_step:
+            self.fail_on_purpose()
+        for index in range(self.ports_in):
+            self.rows[index].append(getattr(self, "port%d" % index).recv().astype(np.int32))
+
+    def fail_on_purpose(self) -> None:
         if self.fault == "raise":
             raise ArithmeticError("raised on purpose inside a Lava process model")
         if self.fault == "exit":
             os._exit(3)
         if self.fault == "hang":
             time.sleep(3600)
-        for index in range(self.ports_in):
-            self.rows[index].append(getattr(self, "port%d" % index).recv().astype(np.int32))
 
     def post_guard(self) -> bool:
         return True

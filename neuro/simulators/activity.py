@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from neuro.graph import PORTS, GraphError, Population, SpikingGraph
+from neuro.kinds import KINDS
 
-# What `record` may name. "a_in" stands for every port of a population.
-VARIABLES = ("spikes", "u", "v", "a_in")
+# What `record` may name. "a_in" stands for every port of a population; "spikes2" is what leaves by a second port.
+VARIABLES = ("spikes", "spikes2", "u", "v", "sigma", "act", "residue", "error", "a_in")
 RECORD_ALL = VARIABLES
 
 
@@ -21,7 +22,9 @@ class ProjectionCounts:
 
     Attributes:
         events: messages other than 0 that the source sent into these synapses.
-        synops: events x targets. All targets of a dense projection: its synapse lists store the zeros too.
+        synops: events x synapses of their source. All targets of a dense projection: its synapse lists store the zeros
+            too; of a sparse one the weights that are not 0; of a conv those whose target exists.
+        weight_reads: weights fetched for these events: a stored list is read whole, a kernel also at a border.
         payload_overflows: messages wider than `num_message_bits`. Lava delivers them in full, a chip could not.
         max_abs_payload: largest magnitude sent; for a binary projection the magnitude before it was read as 0 or 1.
     """
@@ -30,6 +33,7 @@ class ProjectionCounts:
     synops: int
     payload_overflows: int
     max_abs_payload: int
+    weight_reads: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,13 @@ class PopulationCounts:
 
     Attributes:
         updates_active, updates_inactive: neuron updates that sent a message, and that sent none.
-        saturations_v: times v was clipped at +-(2^23 - 1) (lif).
-        wraps_u: times u left 24 bits and was wrapped (lif).
+        saturations_v: times v was clipped at +-(2^23 - 1) (lif kinds).
+        wraps_u: times u left 24 bits and was wrapped (lif kinds).
+        wide_a: sums beyond 16 bits, sign included, that reached a lif kind. Lava writes that width beside its port and
+            passes them on; mode "chip" wraps them.
         wraps_sum: times a synaptic sum or a product ran over 32 bits and wrapped, as numpy's int32 does under Lava.
-        wide_v: values that Lava passes on unharmed and a 24-bit register could not hold (graded, product).
+        wide_v: values that a 24-bit register could not hold (all other kinds). Lava passes them on unharmed; mode "chip"
+            wraps them.
         max_abs_payload, max_abs_u, max_abs_v: largest magnitudes of messages, u, and v before its reset. For graded
             populations v is the sum that arrived, for a product the product after its shift.
     """
@@ -51,10 +58,27 @@ class PopulationCounts:
     saturations_v: int = 0
     wraps_u: int = 0
     wraps_sum: int = 0
+    wide_a: int = 0
     wide_v: int = 0
     max_abs_payload: int = 0
     max_abs_u: int = 0
     max_abs_v: int = 0
+
+
+@dataclass(frozen=True)
+class CoreCounts:
+    """Work of one core over all samples and the steps counted, given a placement.
+
+    Attributes:
+        spikes: messages other than 0 that neurons of this core sent.
+        synops, weight_reads: done for targets on this core. A convolution's reads are counted as its synops here.
+        neuron_updates: neurons on this core x steps x samples; input populations compute nothing.
+    """
+
+    spikes: int = 0
+    synops: int = 0
+    weight_reads: int = 0
+    neuron_updates: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,11 +87,15 @@ class Activity:
 
     Attributes:
         spikes: population -> int32 (batch, steps, size), the messages sent at each step. Always holds the outputs.
-        states: population -> variable -> int32 (batch, steps, size), after the step: "u", "v" of lif (v after its
-            reset), and what arrived at each port ("a_in", or "a_in1" and "a_in2").
+        states: population -> variable -> int32 (batch, steps, size), after the step: the states that `KINDS` lists (v of
+            a lif kind after its reset), what arrived at each port ("a_in", or "a_in1" and "a_in2"), and "spikes2".
         batch, steps: extent of the run.
-        ran_on: "simulated (ours, lava)" or "Lava CPU".
+        ran_on: "simulated (ours, lava)", "simulated (ours, chip)", "Lava CPU" or a board's name.
         projections, populations: counts by name; empty when the backend does not count.
+        cores: counts by core number, where a placement was given.
+        models: population -> the model used, where its kind has several: "sigma_delta (residue)".
+        notes: what the mode does differently from what the graph says, one sentence each.
+        mode: "lava" or "chip"; "" for a board.
     """
 
     spikes: Mapping[str, Tensor]
@@ -77,6 +105,10 @@ class Activity:
     ran_on: str
     projections: Mapping[str, ProjectionCounts] = field(default_factory=dict)
     populations: Mapping[str, PopulationCounts] = field(default_factory=dict)
+    cores: Mapping[int, CoreCounts] = field(default_factory=dict)
+    models: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    mode: str = "lava"
 
     def variables(self) -> dict[tuple[str, str], Tensor]:
         """All recorded arrays under (population, variable); messages are called "spikes"."""
@@ -87,8 +119,9 @@ class Activity:
 
 
 def state_names(population: Population) -> tuple[str, ...]:
-    """States a population of this kind has: its ports, and u and v for lif."""
-    return (("u", "v") if population.kind == "lif" else ()) + PORTS[population.kind]
+    """What a population of this kind can record besides its messages: states, ports, and what leaves by a second port."""
+    kind = KINDS[population.kind]
+    return kind.states + PORTS[population.kind] + (("spikes2",) if len(kind.outs) > 1 else ())
 
 
 def recorded(graph: SpikingGraph, record: Iterable[str]) -> dict[str, set[str]]:

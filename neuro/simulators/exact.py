@@ -1,39 +1,81 @@
-"""Integer arithmetic carried out in floating point where that is proven exact, and in integers elsewhere.
+"""Exact integer matrix products in the narrowest arithmetic that a bound proves exact.
 
-A matrix product of integers has no rounding in floating point as long as no partial sum can reach 2^24 (float32) or
-2^53 (float64), in whatever order it is summed; the row sums of |weight| times the largest message bound them. The
-bound is a measured one, taken from the messages at hand, so that it is tight.
+A product of integers has no rounding in floating point as long as no partial sum can reach 2^24 (float32) or 2^53
+(float64), in whatever order it is summed; the row sums of |weight| times the largest message bound them. The bound is a
+measured one, taken from the messages at hand, so that it is tight. Weights that fit a signed byte after dropping the zero
+bits they share (mixed-sign 8-bit weights are even) meet byte messages in int8 with int32 sums.
+
+Shape letters: T steps, B samples, N neurons; R rows = T x B, S sources, O targets.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from neuro.graph import Projection
+from neuro.graph import Projection, truncate_weights
 
 FLOAT32_EXACT = 2**24
 FLOAT64_EXACT = 2**53
 INT32_LIMIT = 2**31
+PATCH_VALUES = 2**25  # gathered inputs of a convolution held at a time
+# Below these shares of messages other than 0 it is cheaper to add up the weights of each event (measured, 2-core CPU).
+EVENT_SHARE_INT8 = 1 / 64
+EVENT_SHARE_FLOAT = 1 / 16
+EVENT_TARGETS = 64  # and for fewer targets it never is
+INT8_WORK = 2**16  # multiplications below which a float32 product is quicker to call
 
 
 @dataclass(frozen=True)
 class Exact:
-    """Integers in a floating-point tensor, with a proven bound on their magnitude: float32 below 2^24, else float64."""
+    """Integer messages (..., S) with a bound on their magnitude; `share`: how many are not 0, of all, where known."""
 
     value: Tensor
     bound: int
+    share: float = 1.0
 
 
-Arrived = tuple[Exact, Tensor | None]  # sums at a port, and a mask of those that wrapped (None: none can have)
+@dataclass(frozen=True)
+class Arrived:
+    """Sums (T, B, O) at a port. The sum itself is `value << exponent`, or `value >> -exponent`, and fits int32.
+
+    Attributes:
+        value: int32.
+        exponent: not yet applied, so that whoever reads the value next does it on the way.
+        bound: on the magnitude of the sum.
+        wrapped: mask of sums that left 32 bits and were wrapped on the way; None where a bound rules that out.
+    """
+
+    value: Tensor
+    exponent: int
+    bound: int
+    wrapped: Tensor | None = None
+
+    def settled(self) -> Tensor:
+        """The sums themselves, int32."""
+        if self.exponent == 0:
+            return self.value
+        return self.value << self.exponent if self.exponent > 0 else self.value >> -self.exponent
+
+    def at(self, rows: slice) -> Arrived:
+        """Some of its steps."""
+        return Arrived(self.value[rows], self.exponent, self.bound, None if self.wrapped is None else self.wrapped[rows])
 
 
 def fitting(bound: int) -> torch.dtype:
     """The narrowest floating-point type that holds every integer up to `bound`."""
     return torch.float32 if bound < FLOAT32_EXACT else torch.float64
+
+
+def narrow(bound: int) -> torch.dtype:
+    """The narrowest integer type for magnitudes up to `bound`, int8 or int32."""
+    return torch.int8 if bound <= 127 else torch.int32
 
 
 def float32_products_are_exact(device: torch.device) -> bool:
@@ -45,85 +87,279 @@ def float32_products_are_exact(device: torch.device) -> bool:
     return setting in ("none", "ieee")
 
 
-def wrap_int32(value: Tensor) -> Tensor:
-    """Two's-complement wrap to 32 bits of integers held in float64 (below 2^53 in magnitude)."""
-    return value - torch.floor((value + INT32_LIMIT) * 2.0**-32) * 2.0**32
+@cache
+def int8_products_are_exact(device_type: str) -> bool:
+    """Whether `torch._int_mm` is there, quick and exact on this kind of device, shown on its hardest cases.
+
+    Processors without VNNI add pairs of byte products in 16 bits, which saturate; they are left out.
+    """
+    cpu: Any = torch.cpu
+    if device_type == "cpu" and not (torch.backends.mkldnn.is_available() and _is(cpu, "_is_vnni_supported")):
+        return False
+    try:
+        for rows, sources, targets in ((32, 64, 32), (17, 264, 40)):
+            for left, right in ((-128, -128), (127, -128), (127, 127)):
+                a = torch.full((rows, sources), left, dtype=torch.int8, device=device_type)
+                b = torch.full((sources, targets), right, dtype=torch.int8, device=device_type)
+                if not bool((torch._int_mm(a, b) == left * right * sources).all()):
+                    return False
+    except RuntimeError:
+        return False
+    return True
 
 
-class Synapses:
-    """Weights of one projection on a device, ready for exact products."""
+def _is(module: Any, name: str) -> bool:
+    found = getattr(module, name, None)
+    return bool(found()) if callable(found) else False
 
-    def __init__(self, projection: Projection, device: torch.device) -> None:
-        self.projection = projection
-        self.binary = projection.num_message_bits == 0
-        self._weight_TS = torch.from_numpy(projection.weight.copy()).to(device)  # T targets, S sources
-        self._row_sum = int(self._weight_TS.abs().sum(dim=1, dtype=torch.int64).max())
+
+def magnitude(value: Tensor) -> int:
+    """Largest |value|, in Python's integers."""
+    least, most = torch.aminmax(value)
+    return max(-int(least), int(most))
+
+
+def wrap(value: Tensor, bits: int) -> Tensor:
+    """Two's-complement wrap of integers to `bits`, sign included, in their own type."""
+    half = 1 << (bits - 1)
+    return ((value + half) & ((1 << bits) - 1)) - half
+
+
+def outside(value: Tensor, bits: int) -> Tensor:
+    """Mask of integers that `bits`, sign included, cannot hold."""
+    half = 1 << (bits - 1)
+    return (value >= half) | (value < -half)
+
+
+class Matrix:
+    """Integer weights (O, S) on a device, ready for exact products of rows."""
+
+    def __init__(self, weight_OS: np.ndarray, device: torch.device) -> None:
+        self.row_sum = int(np.abs(weight_OS).sum(axis=1, dtype=np.int64).max())
+        self._device = device
+        self._weight_SO = torch.from_numpy(np.array(weight_OS.T, order="C"))
         self._cast: dict[torch.dtype, Tensor] = {}
+        self._room: Tensor | None = None  # fresh memory for each chunk's sums would cost more than the scan
+        used = int(np.bitwise_or.reduce(weight_OS, axis=None))
+        self._drop = min((used & -used).bit_length() - 1, 8) if used else 0  # zero bits that all weights share
+        self._bytes = min(0, int(weight_OS.min())) >> self._drop >= -128 and int(weight_OS.max()) >> self._drop <= 127
 
     def _weight(self, dtype: torch.dtype) -> Tensor:
         if dtype not in self._cast:
-            self._cast[dtype] = self._weight_TS.t().to(dtype).contiguous()
+            weight = self._weight_SO >> self._drop if dtype == torch.int8 else self._weight_SO
+            self._cast[dtype] = weight.to(dtype).to(self._device).contiguous()
         return self._cast[dtype]
 
-    def sums(self, messages: Exact) -> Arrived:
-        """`(W s) << weight_exp` of messages (..., S).
+    def arithmetic(self, rows: int, bound: int) -> str:
+        """Which arithmetic a product of that many rows takes: "int8", "float32", "float64" or "split float64"."""
+        sources, targets = self._weight_SO.shape
+        limit = bound * self.row_sum
+        exact8 = self._bytes and bound <= 127 and limit < INT32_LIMIT and int8_products_are_exact(self._device.type)
+        if exact8 and rows * sources * targets >= INT8_WORK:
+            aligned = sources % 8 == 0 and targets % 8 == 0 and rows > 16
+            if self._device.type == "cpu" or aligned:  # what cuBLASLt asks for
+                return "int8"
+        if limit < FLOAT32_EXACT and float32_products_are_exact(self._device):
+            return "float32"
+        return "float64" if limit < FLOAT64_EXACT else "split float64"
 
-        Returns:
-            the sums (..., T), and a mask (..., T) of those that left 32 bits and were wrapped on the way, or None when
-            the bound rules that out.
+    def product(self, x_RS: Tensor, bound: int, share: float = 1.0, again: bool = False) -> tuple[Tensor, int]:
+        """`x W^T` as (integers, e), the product being integers << e: int32 where the bound is below 2^31, else int64.
+
+        `again`: the caller is done with the result of the call before, so that its memory may be used.
         """
-        value, bound = messages.value, messages.bound
-        if self.binary and bound > 1:
-            value, bound = (value != 0).to(torch.float32), 1
-        limit = bound * self._row_sum
-        exponent = self.projection.weight_exp
-        dtype = fitting(limit)
-        if dtype == torch.float32 and not float32_products_are_exact(value.device):
-            dtype = torch.float64
-        wrapped: Tensor | None = None
-        if limit < FLOAT64_EXACT:
-            accumulated = value.to(dtype) @ self._weight(dtype)
-        else:  # two exact halves: below 2^16 x the row sum each; the upper half counts modulo 2^32
-            high = torch.floor(value.to(torch.float64) * 2.0**-16)
-            low = value.to(torch.float64) - high * 2.0**16
+        how = self.arithmetic(len(x_RS), bound)
+        limit = bound * self.row_sum
+        few = share < (EVENT_SHARE_INT8 if how == "int8" else EVENT_SHARE_FLOAT)
+        if few and limit < FLOAT32_EXACT and self._weight_SO.shape[1] >= EVENT_TARGETS:
+            return self._events(x_RS, bound), 0
+        if how == "int8":
+            x_RS, shape = x_RS.to(torch.int8).contiguous(), (len(x_RS), self._weight_SO.shape[1])
+            if not again:
+                return torch._int_mm(x_RS, self._weight(torch.int8)), self._drop
+            if self._room is None or self._room.shape != shape:
+                self._room = torch.empty(shape, dtype=torch.int32, device=self._device)
+            return torch._int_mm(x_RS, self._weight(torch.int8), out=self._room), self._drop
+        if how == "split float64":  # two exact halves
             weight = self._weight(torch.float64)
-            upper, lower = high @ weight, low @ weight
-            accumulated = upper * 2.0**16 + lower
-            wrapped = _outside(accumulated)
-            accumulated = wrap_int32(wrap_int32(upper) * 2.0**16 + lower)
-            limit = INT32_LIMIT
-        if limit >= INT32_LIMIT and wrapped is None:
-            wrapped = _outside(accumulated)
-            accumulated, limit = wrap_int32(accumulated), INT32_LIMIT
-        if exponent > 0:
-            limit <<= exponent
-            accumulated = accumulated.to(fitting(limit)) * 2.0**exponent
-            if limit >= INT32_LIMIT:
-                wrapped = _outside(accumulated) if wrapped is None else wrapped | _outside(accumulated)
-                accumulated, limit = wrap_int32(accumulated), INT32_LIMIT
-        elif exponent < 0:
-            accumulated = accumulated.mul_(2.0**exponent).floor_()
-            limit = -(-limit >> -exponent)
-        return Exact(accumulated.to(fitting(limit)), limit), wrapped
+            high = (x_RS >> 16).to(torch.float64) @ weight
+            low = (x_RS & 0xFFFF).to(torch.float64) @ weight
+            return (high.to(torch.int64) << 16) + low.to(torch.int64), 0
+        dtype = torch.float32 if how == "float32" else torch.float64
+        sums = x_RS.to(dtype) @ self._weight(dtype)
+        return sums.to(torch.int32 if limit < INT32_LIMIT else torch.int64), 0
+
+    def _events(self, x_RS: Tensor, bound: int) -> Tensor:
+        """Add up the weights of each event: work in proportion to the events. Exact in float32 below 2^24."""
+        row, source = torch.nonzero(x_RS, as_tuple=True)
+        count = torch.bincount(row, minlength=len(x_RS))
+        offsets = torch.cumsum(count, 0) - count
+        weight = self._weight(torch.float32)
+        factor = None if bound <= 1 and not bool((x_RS < 0).any()) else x_RS[row, source].to(torch.float32)
+        sums = torch.nn.functional.embedding_bag(source, weight, offsets, mode="sum", per_sample_weights=factor)
+        return sums.to(torch.int32)
 
 
-def _outside(value: Tensor) -> Tensor:
-    return (value >= INT32_LIMIT) | (value < -INT32_LIMIT)
+class Synapses:
+    """Weights of one projection on a device, in one of the two modes."""
+
+    def __init__(self, projection: Projection, device: torch.device, mode: str, zero_or_one: bool = False) -> None:
+        """`zero_or_one`: the source sends nothing else."""
+        self.projection, self._mode, self._zero_or_one = projection, mode, zero_or_one
+        self.binary = projection.num_message_bits == 0
+        self.exponent = projection.weight_exp
+        self.notes: list[str] = []
+        weight = projection.weight
+        if mode == "chip":
+            weight = self._per_synapse(weight.astype(np.int64))
+        elif projection.kind == "conv" and self.exponent:
+            self.notes.append(f"{projection.name}: Lava's Conv ignores weight_exp, which is {self.exponent}")
+            self.exponent = 0
+        self._patches: Tensor | None = None
+        self._delays = [0]
+        if projection.conv is not None:
+            groups = projection.conv.groups
+            flat = weight.reshape(groups, len(weight) // groups, -1)
+            self._matrices = [Matrix(part, device) for part in flat]
+            sources = projection.ends[1]
+            patches = projection.conv.patches(projection.weight.shape)
+            self._patches = torch.from_numpy(np.where(patches < 0, sources, patches)).to(device)
+        elif projection.delays is not None:
+            self._delays = sorted(set(projection.delays[weight != 0].tolist())) or [0]
+            self._matrices = [Matrix(np.where(projection.delays == d, weight, 0), device) for d in self._delays]
+        else:
+            self._matrices = [Matrix(weight, device)]
+
+    def _per_synapse(self, weight: np.ndarray) -> np.ndarray:
+        """Weights as published emulators of the chip hold them: the exponent acts on each synapse, rounding down."""
+        p, e = self.projection, self.exponent
+        if p.kind == "conv":
+            held = truncate_weights(p.weight, p.sign_mode, p.num_weight_bits).astype(np.int64)
+            if (held != weight).any():
+                self.notes.append(
+                    f"{p.name}: {int((held != weight).sum())} weights lost the bits below {p.num_weight_bits}"
+                )
+            weight = held
+        scaled = weight << e if e >= 0 else weight >> -e
+        if e < 0 and (scaled << -e != weight).any():
+            lost = int((scaled << -e != weight).sum())
+            self.notes.append(
+                f"{p.name}: weight_exp {e} acts on each synapse, and {lost} of {weight.size} weights lost bits"
+            )
+        self.exponent = 0
+        return scaled
+
+    def sums(self, read: Callable[[int], Exact], again: bool = False) -> Arrived:
+        """What arrives at the target; `read(d)` gives the messages (T, B, S) sent 1 + d steps before.
+
+        `again`: what the call before returned is not needed any more.
+        """
+        parts = [
+            self._sums(matrix, read(delay), again) for matrix, delay in zip(self._matrices, self._delays, strict=False)
+        ]
+        if self._patches is None and len(parts) == 1:
+            return parts[0]
+        return add(parts)
+
+    def _sums(self, matrix: Matrix, messages: Exact, again: bool) -> Arrived:
+        value, bound = messages.value, messages.bound
+        if self.binary and (bound > 1 or value.dtype != torch.int8):
+            value, bound = (value != 0).to(torch.int8), 1
+        elif self.binary and not self._zero_or_one:
+            value = value.abs()  # a ternary -1 counts as 1
+        elif (
+            self._mode == "chip"
+            and not self.binary
+            and bound >= 1 << (self.projection.num_message_bits - 1)
+            and value.dtype != torch.int8
+        ):
+            value = wrap(value, self.projection.num_message_bits)
+        steps, batch, sources = value.shape
+        rows = value.reshape(steps * batch, sources)
+        if self._patches is not None:
+            return self._convolve(rows, bound, steps, batch)
+        if self.projection.kind == "delay_dense" and self._mode == "lava" and 256 * bound >= INT32_LIMIT:
+            total, drop = _wrapped_one_by_one(rows, matrix), 0
+        else:
+            total, drop = matrix.product(rows, bound, messages.share, again=again)
+        total = total.reshape(steps, batch, -1)
+        return self._settle(total, drop, bound * matrix.row_sum)
+
+    def _settle(self, total: Tensor, drop: int, limit: int) -> Arrived:
+        """Apply the exponent: put off where nothing can leave 32 bits, at once where it can."""
+        e = self.exponent
+        after = limit << e if e > 0 else -(-limit >> -e)
+        if limit < INT32_LIMIT and after < INT32_LIMIT:
+            return Arrived(total, e + drop, after)
+        value = total.to(torch.int64) << drop
+        whole = self.projection.kind == "delay_dense" or self._mode == "chip"  # summed in 64 bits
+        wrapped = outside(value, 32)
+        if not whole:
+            value = wrap(value, 32)
+        value = value << e if e > 0 else value >> -e
+        if whole:
+            wrapped = outside(value, 32)
+        elif e > 0:
+            wrapped |= outside(value, 32)
+        return Arrived(wrap(value, 32).to(torch.int32), 0, min(after, INT32_LIMIT), wrapped)
+
+    def _convolve(self, rows: Tensor, bound: int, steps: int, batch: int) -> Arrived:
+        assert self._patches is not None
+        positions, _, taps = self._patches.shape
+        padded = torch.cat([rows, rows.new_zeros(len(rows), 1)], dim=1)
+        chunk = max(1, PATCH_VALUES // self._patches.numel())
+        found = []
+        for start in range(0, len(rows), chunk):
+            parts = []
+            for group, matrix in enumerate(self._matrices):
+                x = padded[start : start + chunk][:, self._patches[:, group].reshape(-1)].reshape(-1, taps)
+                total, drop = matrix.product(x, bound)
+                parts.append((total << drop).reshape(-1, positions, 1, total.shape[1]))
+            found.append(torch.cat(parts, dim=2).reshape(len(parts[0]), -1))
+        total = torch.cat(found).reshape(steps, batch, -1)
+        limit = bound * max(matrix.row_sum for matrix in self._matrices)
+        if self._mode == "chip":
+            return self._settle(total, 0, limit)
+        if limit < 2**23:
+            return Arrived(total, 0, limit)
+        wrapped = outside(total, 24)
+        if limit >= INT32_LIMIT:  # Lava's cast from float64 gives -2^31 there, and 0 is what is left of it in 24 bits
+            total = total.masked_fill(outside(total, 32), 0)
+        return Arrived(wrap(total, 24).to(torch.int32), 0, 2**23, wrapped)
+
+
+def _wrapped_one_by_one(rows: Tensor, matrix: Matrix) -> Tensor:
+    """Lava's DelayDense multiplies in int32 before it sums in int64: products beyond 32 bits wrap one by one."""
+    weight_SO = matrix._weight(torch.int64)
+    products = (wrap(row[:, None] * weight_SO, 32).sum(dim=0) for row in rows.to(torch.int64))
+    return torch.stack(list(products))
 
 
 def add(parts: list[Arrived]) -> Arrived:
     """Sum of what several projections deliver to one port, wrapped to 32 bits where it can leave them."""
-    total, wrapped = parts[0]
-    for part, mask in parts[1:]:
-        bound = total.bound + part.bound
-        dtype = fitting(bound)
-        value = total.value.to(dtype) + part.value.to(dtype)
-        wrapped = mask if wrapped is None else wrapped if mask is None else wrapped | mask
-        if bound >= INT32_LIMIT:
-            wrapped = _outside(value) if wrapped is None else wrapped | _outside(value)
-            value, bound = wrap_int32(value), INT32_LIMIT
-        total = Exact(value, bound)
-    return total, wrapped
+    if len(parts) == 1:
+        return parts[0]
+    bound = sum(part.bound for part in parts)
+    masks = [part.wrapped for part in parts if part.wrapped is not None]
+    wrapped = torch.stack(masks).any(dim=0) if masks else None
+    if bound < INT32_LIMIT:
+        same = len({part.exponent for part in parts}) == 1 and parts[0].exponent >= 0
+        values = [part.value if same else part.settled() for part in parts]
+        total = torch.stack(values).sum(dim=0, dtype=torch.int32)
+        return Arrived(total, parts[0].exponent if same else 0, bound, wrapped)
+    whole = sum((part.settled().to(torch.int64) for part in parts[1:]), parts[0].settled().to(torch.int64))
+    over = outside(whole, 32)
+    return Arrived(wrap(whole, 32).to(torch.int32), 0, min(bound, INT32_LIMIT), over if wrapped is None else wrapped | over)
+
+
+def join_arrived(parts: list[Arrived]) -> Arrived:
+    """Sums of consecutive steps as one."""
+    return Arrived(
+        torch.cat([part.settled() for part in parts]),
+        0,
+        max(part.bound for part in parts),
+        join([part.wrapped for part in parts]),
+    )
 
 
 def join(masks: list[Tensor | None]) -> Tensor | None:
@@ -132,10 +368,3 @@ def join(masks: list[Tensor | None]) -> Tensor | None:
     if present is None:
         return None
     return torch.cat([torch.zeros_like(present) if mask is None else mask for mask in masks])
-
-
-def join_arrived(parts: list[Arrived]) -> Arrived:
-    """Sums of consecutive steps as one."""
-    bound = max(part.bound for part, _ in parts)
-    value = torch.cat([part.value.to(fitting(bound)) for part, _ in parts])
-    return Exact(value, bound), join([mask for _, mask in parts])

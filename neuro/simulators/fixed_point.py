@@ -1,31 +1,41 @@
-"""Our integer simulator: batched, on CPU or CUDA, equal to Lava's fixed-point models bit for bit (`mode="lava"`).
+"""Our integer simulator: batched, on CPU or CUDA, in one of two modes that every result names.
+
+`mode="lava"` equals Lava 0.10's models tagged `fixed_pt` bit for bit. `mode="chip"` has the register widths and
+roundings of the silicon as published emulators give them (nengo-loihi, brian2_loihi; see `neuro/simulators/neurons.py`):
+weight exponents act on each synapse and round down, a lif kind receives 16 bits, u wraps at 24, other registers wrap at
+24, messages at their width, and there is a refractory period. Neither was compared with silicon.
 
 Populations that lie on no loop are evaluated layer by layer: one exact matrix product over all samples and steps of a
-chunk, then one elementwise update (stateless kinds) or a scan over time (lif). Only populations on a loop go step by
-step. Memory is bounded by chunks over time; what is recorded is kept in full.
+chunk, then one elementwise update (stateless kinds) or a scan over time. Only populations on a loop go step by step.
+Memory is bounded by chunks over time; what is recorded is kept in full.
 
-A message sent at step t arrives at step t + 1. Layout inside: (T, B, N) = steps, samples, neurons. At the door:
-(batch, steps, size).
+A message sent at step t arrives at step t + 1, or t + 1 + delay. Layout inside: (T, B, N) = steps, samples, neurons. At
+the door: (batch, steps, size).
 
-Counting (`Activity`): an event is a message other than 0 leaving a source, once per projection it feeds; synaptic
-operations are events x targets, because a dense projection stores its zeros too. Messages wider than a projection's
-`num_message_bits` are refused in the input and counted inside the graph (`strict=True` raises): Lava sends them on.
+Counting (`Activity`): an event is a message other than 0 leaving a source, once per projection it feeds. Messages wider
+than a projection's `num_message_bits` are refused in the input and counted inside the graph (`strict=True` raises): Lava
+sends them on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from neuro.graph import PORTS, Population, Projection, SpikingGraph
+from neuro.graph import PORTS, GraphError, Population, Projection, SpikingGraph
+from neuro.kinds import KINDS, LIF_KINDS, STATELESS
 from neuro.simulators.activity import Activity, PopulationCounts, ProjectionCounts, recorded
-from neuro.simulators.exact import Arrived, Exact, Synapses, add, fitting, join_arrived
-from neuro.simulators.neurons import REGISTER_LIMIT, Block, Lif, graded, join, product, settled_v
+from neuro.simulators.exact import Arrived, Exact, Synapses, add, join_arrived, magnitude, narrow
+from neuro.simulators.inputs import InputError, checked_inputs
+from neuro.simulators.lines import Line, synapses_of
+from neuro.simulators.neurons import REGISTER_LIMIT, Block, Finding, Lif, Other, join
+from neuro.simulators.scan import STATS, State
 from neuro.simulators.schedule import PipelineError, components, depths, latency
+from neuro.simulators.tally import Placement, Tally, checked_placement
 
 __all__ = [
     "FixedPointOverflow",
@@ -37,16 +47,13 @@ __all__ = [
     "simulate",
 ]
 
-MODES = ("lava",)
-CHUNK_VALUES = 2**21  # messages of all populations together held at a time, unless a single step has more
-
-
-class InputError(ValueError):
-    """Inputs that do not fit the graph: a name, a shape, a type, or a payload too wide."""
+MODES = ("lava", "chip")
+CHUNK_VALUES = 2**23  # messages of all populations together held at a time, unless a single step has more
+CHIP_NOTE = "mode chip follows published emulators of the chip; it was not compared with silicon"
 
 
 class FixedPointOverflow(OverflowError):
-    """In strict mode: a value left its register, which Lava would wrap, clip or let pass in silence."""
+    """In strict mode: a value left its register, which would wrap, be clipped, or pass in silence."""
 
 
 def simulate(
@@ -57,6 +64,8 @@ def simulate(
     strict: bool = False,
     record: Iterable[str] = ("spikes",),
     device: torch.device | str | None = None,
+    placement: Placement | None = None,
+    fused: bool | None = None,
 ) -> Activity:
     """Run a graph from rest.
 
@@ -64,17 +73,21 @@ def simulate(
         graph: any graph, loops included.
         inputs: for each input population integers (or bool) of shape (batch, steps, size), within the signed
             `num_message_bits` of every projection they feed.
-        mode: "lava", the arithmetic of lava-nc 0.10.0 tagged `fixed_pt`.
+        mode: "lava", the arithmetic of lava-nc 0.10.0 tagged `fixed_pt`, or "chip".
         strict: raise at the first value that leaves its register, instead of counting such values.
-        record: what to keep of every step: "spikes", "u", "v", "a_in", or "POPULATION.VARIABLE". The messages of the
-            outputs are always kept.
+        record: what to keep of every step: "spikes", a state's name, "a_in", or "POPULATION.VARIABLE". The messages of
+            the outputs are always kept.
         device: where to compute; by default where the first input is.
+        placement: population -> core of each neuron, for counts per core.
+        fused: the compiled scan of the lif kinds: True and False force it on and off, None takes it where it pays. The
+            bits are the same.
 
     Returns:
         Activity, its tensors int32 on the device, with counts over all samples and steps.
 
     Raises:
         ValueError: a mode that does not exist.
+        GraphError: a kind that the mode does not have (lif_refractory in mode "lava"), or a placement that does not fit.
         InputError: inputs missing, unknown, not integer, of a wrong shape or too wide.
         FixedPointOverflow: strict only; names population, step, sample, neuron, value and width. The first one met in
             the order of evaluation: by chunks of steps, and within one by population.
@@ -82,9 +95,10 @@ def simulate(
     values = _values(graph, inputs, mode, device)
     batch, steps = next(iter(values.values())).shape[:2]
     windows = {population.name: (0, steps) for population in graph.populations}
-    engine = _Engine(graph, batch, _device(values), strict, recorded(graph, record), windows, delayed=True)
+    tally = Tally(graph, checked_placement(graph, placement))
+    engine = _Engine(graph, batch, _device(values), mode, strict, recorded(graph, record), windows, True, tally, fused)
     engine.run(values, steps)
-    return engine.activity(batch, steps, mode)
+    return engine.activity(batch, steps)
 
 
 def run_pipelined(
@@ -95,35 +109,38 @@ def run_pipelined(
     strict: bool = False,
     record: Iterable[str] = (),
     device: torch.device | str | None = None,
+    placement: Placement | None = None,
+    fused: bool | None = None,
 ) -> Activity:
     """Feed one token per step through a feed-forward graph and return each population's steps aligned with the tokens.
 
     What leaves a population at step t + `latency(graph, population)` stands at index t of the result, and exactly those
-    steps are counted, so that counts per token carry no filling and flushing of the pipeline. A graph without lif has
-    no memory: its tokens are then computed without the delays, which gives the same values.
+    steps are counted, so that counts per token carry no filling and flushing of the pipeline. A graph of stateless kinds
+    has no memory: its tokens are then computed without the delays, which gives the same values.
 
     Args:
         graph: no loops, and all paths to one population of equal length.
         inputs: as in `simulate`; steps are tokens.
-        mode, strict, record, device: as in `simulate`; steps in messages of `strict` are tokens.
+        mode, strict, record, device, placement, fused: as in `simulate`; steps in messages of `strict` are tokens.
 
     Returns:
         Activity as of `simulate`, aligned.
 
     Raises:
         PipelineError: a loop, unequal paths, or a population that no input reaches.
-        ValueError, InputError, FixedPointOverflow: as `simulate`.
+        ValueError, GraphError, InputError, FixedPointOverflow: as `simulate`.
     """
     depth = depths(graph)
     values = _values(graph, inputs, mode, device)
     batch, tokens = next(iter(values.values())).shape[:2]
     keep = recorded(graph, record)
-    delayed = any(population.kind == "lif" for population in graph.populations)
+    delayed = any(population.kind not in STATELESS for population in graph.populations)
     flush = max(depth.values()) if delayed else 0
     windows = {name: (steps * delayed, steps * delayed + tokens) for name, steps in depth.items()}
-    engine = _Engine(graph, batch, _device(values), strict, keep, windows, delayed=delayed)
+    tally = Tally(graph, checked_placement(graph, placement))
+    engine = _Engine(graph, batch, _device(values), mode, strict, keep, windows, delayed, tally, fused)
     engine.run(values, tokens + flush)
-    return engine.activity(batch, tokens, mode)
+    return engine.activity(batch, tokens)
 
 
 def _values(
@@ -131,57 +148,17 @@ def _values(
 ) -> dict[str, Tensor]:
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} does not exist; there is: {', '.join(MODES)}")
+    for population in graph.populations:
+        if mode == "lava" and not KINDS[population.kind].lava:
+            raise GraphError(
+                f"population {population.name!r}: Lava 0.10 has no fixed-point model of {population.kind}, so mode 'lava'"
+                " has nothing to equal; use mode 'chip'"
+            )
     return checked_inputs(graph, inputs, device)
 
 
 def _device(values: Mapping[str, Tensor]) -> torch.device:
     return next(iter(values.values())).device
-
-
-def checked_inputs(
-    graph: SpikingGraph, inputs: Mapping[str, Tensor | np.ndarray], device: torch.device | str | None = None
-) -> dict[str, Tensor]:
-    """Inputs as tensors of shape (batch, steps, size) in the graph's order, every rule of `simulate` checked.
-
-    Raises:
-        InputError: missing, unknown, not integer, of a wrong shape, or too wide for a projection they feed.
-    """
-    if not graph.inputs:
-        raise InputError("the graph has no input population, so nothing says how many steps to run; add one")
-    for given, needed, word in ((inputs, graph.inputs, "unknown"), (graph.inputs, inputs, "missing")):
-        for name in given:
-            if name not in needed:
-                raise InputError(f"input {name!r} is {word}; the graph's inputs are: {', '.join(graph.inputs)}")
-    values: dict[str, Tensor] = {}
-    extent: tuple[int, int] | None = None
-    for name in graph.inputs:
-        raw = inputs[name]
-        value = raw if isinstance(raw, Tensor) else torch.from_numpy(np.array(raw))
-        if value.is_floating_point() or value.is_complex():
-            raise InputError(f"input {name!r} is {value.dtype}; messages are integers, so round and convert it first")
-        size = graph.population(name).size
-        if value.ndim != 3 or value.shape[2] != size or 0 in value.shape:
-            raise InputError(f"input {name!r} has shape {tuple(value.shape)}; (batch, steps, {size}) is needed")
-        if extent is not None and extent != tuple(value.shape[:2]):
-            raise InputError(f"input {name!r} has (batch, steps) = {tuple(value.shape[:2])}, another input has {extent}")
-        extent = (value.shape[0], value.shape[1])
-        for projection in graph.outgoing(name):
-            low, high = projection.payload_range
-            _refuse_wide(name, value, low, high, f"projection {projection.name!r} ({projection.num_message_bits} bits)")
-        if not graph.outgoing(name):
-            _refuse_wide(name, value, -(2**31), 2**31 - 1, "a message (32 bits)")
-        values[name] = value.to(device) if device is not None else value
-    return values
-
-
-def _refuse_wide(name: str, value: Tensor, low: int, high: int, holder: str) -> None:
-    least, most = int(value.min()), int(value.max())
-    if least < low or most > high:
-        sample, step, neuron = torch.nonzero((value < low) | (value > high))[0].tolist()
-        raise InputError(
-            f"input {name!r} is {int(value[sample, step, neuron])} at sample {sample}, step {step}, neuron {neuron};"
-            f" {holder} carries {low}..{high}"
-        )
 
 
 class _Engine:
@@ -192,218 +169,313 @@ class _Engine:
         graph: SpikingGraph,
         batch: int,
         device: torch.device,
+        mode: str,
         strict: bool,
         keep: Mapping[str, set[str]],
         windows: Mapping[str, tuple[int, int]],
         delayed: bool,
+        tally: Tally,
+        fused: bool | None,
     ) -> None:
-        self._graph, self._batch, self._device, self._strict = graph, batch, device, strict
-        self._keep, self._windows, self._delayed = keep, windows, delayed
+        self._graph, self._batch, self._device, self._mode, self._strict = graph, batch, device, mode, strict
+        self._keep, self._windows, self._delayed, self._tally = keep, windows, delayed, tally
         self._components = components(graph)
-        self._synapses = {p.name: Synapses(p, device) for p in graph.projections}
-        self._lif = {p.name: Lif(p, batch, device) for p in graph.populations if p.kind == "lif"}
-        self._last = {p.name: self._silence(p.size, 1) for p in graph.populations}  # messages of the step before
-        self._messages: dict[str, Exact] = {}  # of this chunk
-        self._delays: dict[str, Exact] = {}
+        kinds = {p.name: p.kind for p in graph.populations}
+        self._synapses = {
+            p.name: Synapses(p, device, mode, kinds[p.source] in ("lif", "lif_reset", "lif_refractory"))
+            for p in graph.projections
+        }
+        self._lif = {p.name: Lif(p, batch, device, mode, fused) for p in graph.populations if p.kind in LIF_KINDS}
+        self._other = {
+            p.name: Other(p, batch, device, mode) for p in graph.populations if p.kind not in (*LIF_KINDS, "input")
+        }
+        self._lines = {
+            (p.name, port): Line(
+                1 + max((q.max_delay for q in graph.outgoing(p.name)), default=0), batch, p.size, device, torch.int8
+            )
+            for p in graph.populations
+            for port in KINDS[p.kind].outs
+        }
         self._start = 0
-        self._counts = {p.name: {f.name: 0 for f in fields(PopulationCounts)} for p in graph.populations}
-        self._traffic = {p.name: {f.name: 0 for f in fields(ProjectionCounts)} for p in graph.projections}
+        self._input_bounds: dict[str, int] = {}
         self._kept: dict[str, dict[str, Tensor]] = {name: {} for name in keep}
-
-    def _silence(self, size: int, steps: int) -> Exact:
-        return Exact(torch.zeros(steps, self._batch, size, device=self._device), 0)
 
     def run(self, inputs: Mapping[str, Tensor], steps: int) -> None:
         """Take the graph through `steps` steps; inputs (batch, any steps, size) are silent after their end."""
         width = self._batch * sum(p.size for p in self._graph.populations)
         chunk = max(1, CHUNK_VALUES // width)
+        self._input_bounds = {name: magnitude(value) for name, value in inputs.items()}
         for start in range(0, steps, chunk):
             count = min(chunk, steps - start)
-            self._start, self._messages, self._delays = start, {}, {}
+            self._start = start
             for names, loop in self._components:
+                population = self._graph.population(names[0])
                 if loop:
                     self._loop(names, count)
-                    continue
-                population = self._graph.population(names[0])
-                if population.kind == "input":
-                    self._send(population, self._input(inputs[population.name], start, count), None, {})
-                    continue
-                arrived = {port: self._arrived(population, port, count, ()) for port in PORTS[population.kind]}
-                block = self._update(population, arrived)
-                self._send(population, _measured(block.messages), block, arrived)
-            self._last = {name: Exact(m.value[-1:].clone(), m.bound) for name, m in self._messages.items()}
+                elif population.kind == "input":
+                    self._input(population, inputs[population.name], start, count)
+                elif population.kind in LIF_KINDS:
+                    arrived = self._arrived(population, "a_in", slice(0, count), ())
+                    messages = self._lines[population.name, "s_out"].begin(count)
+                    states = self._advance_lif(population, arrived, messages, 0)
+                    self._send(population, {"s_out": messages}, {"a_in": arrived}, states, None)
+                else:
+                    ports = PORTS[population.kind]
+                    parts = {port: self._arrived(population, port, slice(0, count), ()) for port in ports}
+                    block = self._other[population.name].advance(parts)
+                    self._put(population.name, block.messages)
+                    self._send(population, block.messages, parts, block.states, block)
 
-    def _input(self, value: Tensor, start: int, count: int) -> Exact:
+    def _input(self, population: Population, value: Tensor, start: int, count: int) -> None:
         part = value[:, start : start + count].transpose(0, 1)
-        bound = max(-int(part.min()), int(part.max()), 0) if part.numel() else 0
+        bound = self._input_bounds[population.name]
         rest = count - len(part)
-        part = part.to(fitting(bound))
-        return Exact(torch.cat([part, part.new_zeros(rest, *part.shape[1:])]) if rest else part.contiguous(), bound)
+        part = part.to(narrow(bound))
+        part = torch.cat([part, part.new_zeros(rest, *part.shape[1:])]) if rest else part.contiguous()
+        self._lines[population.name, "s_out"].put(part, bound, 1.0)
+        self._send(population, {"s_out": part}, {}, {}, None)
 
-    def _delay(self, name: str) -> Exact:
-        """Messages as they arrive: those of the step before."""
+    def _put(self, name: str, messages: Mapping[str, Tensor]) -> None:
+        for port, value in messages.items():
+            self._lines[name, port].put(value, magnitude(value), 1.0)
+
+    def _read(self, projection: Projection, rows: slice) -> Arrived:
+        line = self._lines[projection.source, projection.source_port]
         if not self._delayed:
-            return self._messages[name]
-        if name not in self._delays:
-            last, now = self._last[name], self._messages[name]
-            bound = max(last.bound, now.bound)
-            self._delays[name] = Exact(torch.cat([last.value.to(fitting(bound)), now.value[:-1].to(fitting(bound))]), bound)
-        return self._delays[name]
+            return self._synapses[projection.name].sums(lambda delay: line.now(), again=True)
+        return self._synapses[projection.name].sums(lambda delay: line.read(delay, rows), again=rows.stop - rows.start > 1)
 
-    def _arrived(self, population: Population, port: str, count: int, without: tuple[str, ...]) -> Arrived:
+    def _arrived(self, population: Population, port: str, rows: slice, without: tuple[str, ...]) -> Arrived:
         incoming = [p for p in self._graph.incoming(population.name, port) if p.source not in without]
         if not incoming:
-            return self._silence(population.size, count), None
-        return add([self._synapses[p.name].sums(self._delay(p.source)) for p in incoming])
+            shape = (rows.stop - rows.start, self._batch, population.size)
+            return Arrived(torch.zeros(shape, dtype=torch.int32, device=self._device), 0, 0)
+        return add([self._read(p, rows) for p in incoming])
 
-    def _update(self, population: Population, arrived: Mapping[str, Arrived]) -> Block:
-        sums = [arrived[port] for port in PORTS[population.kind]]
-        if population.kind == "lif":
-            block = self._lif[population.name].advance(sums[0][0])
-        elif population.kind == "product":
-            block = product(population, sums[0][0], sums[1][0])
-        else:
-            block = graded(population, sums[0][0])
-        for _, mask in sums:
-            if mask is not None:
-                block.wraps_sum = mask if block.wraps_sum is None else block.wraps_sum | mask
-        return block
+    def _advance_lif(self, population: Population, arrived: Arrived, messages: Tensor, row: int) -> dict[str, Tensor]:
+        """Update a lif kind through rows from `row` on, counting those inside its window; u and v if they are kept."""
+        name, lif = population.name, self._lif[population.name]
+        self._lines[name, "s_out"].bound = 1
+        keep = bool(self._keep[name] & {"u", "v"})
+        first, end = self._windows[name]
+        at, steps = self._start + row, len(messages)
+        edges = sorted({0, steps, *(min(max(edge - at, 0), steps) for edge in (first, end))})
+        kept: list[dict[str, Tensor]] = []
+        for low, high in pairwise(edges):
+            part, rows = arrived.at(slice(low, high)), messages[low:high]
+            each = self._tally.wants_each(name) and first <= at + low < end
+            fired = torch.zeros(rows[0].numel(), dtype=torch.int32, device=self._device) if each else None
+            before = lif.state.copy() if self._strict else None
+            states, numbers = lif.advance(part, rows, at + low, keep, fired)
+            kept.append(states)
+            if first <= at + low < end:
+                stat = dict(zip(STATS, numbers, strict=True))
+                self._count_lif(population, stat, fired, part, high - low)
+                if before is not None:
+                    self._refuse_lif(population, part, rows, at + low, before, stat, row + low)
+        return {key: torch.cat([states[key] for states in kept]) for key in kept[0]}
+
+    def _count_lif(
+        self, population: Population, stat: dict[str, int], fired_M: Tensor | None, arrived: Arrived, steps: int
+    ) -> None:
+        name, events = population.name, stat["fired"]
+        each = None if fired_M is None else fired_M.view(self._batch, population.size).sum(dim=0)
+        self._tally.sent(name, "s_out", events, each)
+        self._tally.updated(name, steps * self._batch, events)
+        counts = self._tally.populations[name]
+        for key in ("wide_a", "wraps_u", "saturations_v"):
+            counts[key] += stat[key]
+        self._tally.raise_to(name, "max_abs_u", stat["max_abs_u"])
+        self._tally.raise_to(name, "max_abs_v", min(stat["max_abs_v"], REGISTER_LIMIT - 1))
+        self._tally.raise_to(name, "max_abs_payload", int(events > 0))
+        if arrived.wrapped is not None:
+            counts["wraps_sum"] += int(torch.count_nonzero(arrived.wrapped))
+        self._lines[name, "s_out"].share = events / max(1, steps * self._batch * population.size)
+
+    def _refuse_lif(
+        self,
+        population: Population,
+        arrived: Arrived,
+        messages: Tensor,
+        step: int,
+        before: State,
+        stat: dict[str, int],
+        row: int,
+    ) -> None:
+        if arrived.wrapped is not None:
+            self._refuse(population.name, _beyond_32(arrived.wrapped), row)
+        watched = ("wraps_u", "saturations_v") if self._mode == "lava" else ("wide_a", "wraps_u", "saturations_v")
+        if any(stat[key] for key in watched):
+            for found in self._lif[population.name].explain(arrived, messages, step, before):
+                self._refuse(population.name, found, row)
 
     def _loop(self, names: tuple[str, ...], count: int) -> None:
         """Populations on a loop, step by step; what comes from outside the loop is computed for all steps at once."""
         members = [self._graph.population(name) for name in names]
-        outside = {(m.name, port): self._arrived(m, port, count, names) for m in members for port in PORTS[m.kind]}
-        before = {m.name: self._last[m.name] for m in members}
-        blocks: dict[str, list[Block]] = {m.name: [] for m in members}
+        outside = {
+            (m.name, port): self._arrived(m, port, slice(0, count), names) for m in members for port in PORTS[m.kind]
+        }
+        rooms = {(m.name, port): self._room(m, port, count) for m in members for port in KINDS[m.kind].outs}
         arrivals: dict[str, dict[str, list[Arrived]]] = {m.name: {port: [] for port in PORTS[m.kind]} for m in members}
+        states: dict[str, list[dict[str, Tensor]]] = {m.name: [] for m in members}
+        blocks: dict[str, list[Block]] = {m.name: [] for m in members}
         for step in range(count):
-            now = {}
+            at = slice(step, step + 1)
             for member in members:
-                arrived: dict[str, Arrived] = {}
+                parts = {}
                 for port in PORTS[member.kind]:
-                    total, mask = outside[member.name, port]
-                    at = slice(step, step + 1)
-                    parts = [(Exact(total.value[at], total.bound), None if mask is None else mask[at])]
-                    inside = [p for p in self._graph.incoming(member.name, port) if p.source in before]
-                    parts += [self._synapses[p.name].sums(before[p.source]) for p in inside]
-                    arrived[port] = add(parts)
-                    arrivals[member.name][port].append(arrived[port])
-                block = self._update(member, arrived)
-                now[member.name] = _measured(block.messages)
+                    inside = [p for p in self._graph.incoming(member.name, port) if p.source in names]
+                    parts[port] = add([outside[member.name, port].at(at), *(self._read(p, at) for p in inside)])
+                    arrivals[member.name][port].append(parts[port])
+                if member.kind in LIF_KINDS:
+                    states[member.name].append(
+                        self._advance_lif(member, parts["a_in"], rooms[member.name, "s_out"][at], step)
+                    )
+                    continue
+                block = self._other[member.name].advance(parts)
                 blocks[member.name].append(block)
-            before = now
-        joined = {name: join(parts) for name, parts in blocks.items()}
-        self._messages.update({name: _measured(block.messages) for name, block in joined.items()})
+                for port, value in block.messages.items():
+                    rooms[member.name, port][at] = value
+                    line = self._lines[member.name, port]
+                    line.bound = max(line.bound, magnitude(value))
         for member in members:
-            name = member.name
-            whole = {port: join_arrived(parts) for port, parts in arrivals[name].items()}
-            self._send(member, self._messages[name], joined[name], whole)
+            whole = {port: join_arrived(parts) for port, parts in arrivals[member.name].items()}
+            messages = {port: rooms[member.name, port] for port in KINDS[member.kind].outs}
+            found = states[member.name]
+            kept = {key: torch.cat([part[key] for part in found]) for key in found[0]} if found else {}
+            joined = join(blocks[member.name]) if blocks[member.name] else None
+            self._send(member, messages, whole, joined.states if joined is not None else kept, joined)
+
+    def _room(self, population: Population, port: str, count: int) -> Tensor:
+        line = self._lines[population.name, port]
+        if population.kind not in LIF_KINDS:
+            line.whole = line.whole.to(torch.int32)
+        line.share = 1.0
+        return line.begin(count)
 
     # Counting, recording, refusing: over the steps of the population's window that lie in this chunk.
 
-    def _send(self, population: Population, messages: Exact, block: Block | None, arrived: Mapping[str, Arrived]) -> None:
+    def _send(
+        self,
+        population: Population,
+        messages: Mapping[str, Tensor],
+        arrived: Mapping[str, Arrived],
+        states: Mapping[str, Tensor],
+        block: Block | None,
+    ) -> None:
         name = population.name
-        self._messages[name] = messages
         first, end = self._windows[name]
-        low, high = max(first - self._start, 0), min(end - self._start, len(messages.value))
-        if low >= high:
+        steps = len(next(iter(messages.values())))
+        rows = slice(max(first - self._start, 0), min(end - self._start, steps))
+        if rows.start >= rows.stop:
             return
-        rows = slice(low, high)
-        sent = messages.value[rows]
-        events = int(torch.count_nonzero(sent))
+        if population.kind not in LIF_KINDS:
+            self._count_other(population, messages, block, rows)
         for projection in self._graph.outgoing(name):
-            self._count_traffic(projection, sent, messages.bound, events, low)
-        if block is not None:
-            self._count_updates(population, block, messages.bound, events, rows)
-        self._record(name, "spikes", sent, low)
-        if block is not None:
-            if block.u is not None:
-                self._record(name, "u", block.u[rows], low)
-                if "v" in self._keep[name]:
-                    self._record(name, "v", settled_v(block)[rows], low)
-            for port, (total, _) in arrived.items():
-                self._record(name, port, total.value[rows], low)
+            line = self._lines[name, projection.source_port]
+            self._count_payload(projection, messages[projection.source_port][rows], line.bound, rows.start)
+        self._record(name, "spikes", messages["s_out"], rows)
+        if "s2_out" in messages:
+            self._record(name, "spikes2", messages["s2_out"], rows)
+        for variable, value in states.items():
+            self._record(name, variable, value, rows)
+        for port, part in arrived.items():
+            if port in self._keep[name]:
+                self._record(name, port, part.settled(), rows)
 
-    def _record(self, name: str, variable: str, value_TBN: Tensor, low: int) -> None:
+    def _count_other(
+        self, population: Population, messages: Mapping[str, Tensor], block: Block | None, rows: slice
+    ) -> None:
+        name = population.name
+        events = 0
+        for port, value in messages.items():
+            sent = value[rows]
+            each = torch.count_nonzero(sent, dim=(0, 1)) if self._tally.wants_each(name, port) else None
+            number = int(torch.count_nonzero(sent) if each is None else each.sum())
+            self._tally.sent(name, port, number, each)
+            line = self._lines[name, port]
+            line.share = number / max(1, sent.numel())
+            events = number if port == "s_out" else events
+            self._tally.raise_to(name, "max_abs_payload", magnitude(sent) if block is not None else 0)
+        if block is None:  # an input computes nothing
+            return
+        self._tally.updated(name, (rows.stop - rows.start) * self._batch, events)
+        self._tally.raise_to(name, "max_abs_v", magnitude(block.v[rows]))
+        for found in block.findings:
+            mask = found.mask[rows]
+            self._tally.populations[name][found.counter] += int(torch.count_nonzero(mask))
+            held = None if found.value is None else found.value[rows]
+            self._refuse(name, Finding(found.counter, mask, held, found.what, found.width), rows.start)
+
+    def _record(self, name: str, variable: str, value_TBN: Tensor, rows: slice) -> None:
         if variable not in self._keep[name]:
             return
         first, end = self._windows[name]
         if variable not in self._kept[name]:
             shape = (self._batch, end - first, value_TBN.shape[2])
             self._kept[name][variable] = torch.empty(shape, dtype=torch.int32, device=self._device)
-        at = self._start + low - first
-        self._kept[name][variable][:, at : at + len(value_TBN)] = value_TBN.transpose(0, 1)
+        at = self._start + rows.start - first
+        self._kept[name][variable][:, at : at + rows.stop - rows.start] = value_TBN[rows].transpose(0, 1)
 
-    def _count_traffic(self, projection: Projection, sent: Tensor, bound: int, events: int, low: int) -> None:
-        counts = self._traffic[projection.name]
-        counts["events"] += events
-        counts["synops"] += events * projection.weight.shape[0]
+    def _count_payload(self, projection: Projection, sent: Tensor, bound: int, low: int) -> None:
+        counts = self._tally.projections[projection.name]
         counts["max_abs_payload"] = max(counts["max_abs_payload"], bound)
         least, most = projection.payload_range
-        signless = least == 0 and self._graph.population(projection.source).kind != "lif"
-        if bound > most or (signless and bool((sent < 0).any())):
+        kind = self._graph.population(projection.source).kind
+        signed = least == 0 and kind not in ("input", "lif", "lif_reset", "lif_refractory") and bool((sent < 0).any())
+        if bound > most or signed:
             holder = f"{projection.num_message_bits} message bits of projection {projection.name!r}"
             wide = (sent < least) | (sent > most)
-            counts["payload_overflows"] += self._left(projection.source, wide, low, sent, "its message", holder)
+            counts["payload_overflows"] += int(torch.count_nonzero(wide))
+            self._refuse(projection.source, Finding("", wide, sent, "its message", holder), low)
 
-    def _count_updates(self, population: Population, block: Block, bound: int, events: int, rows: slice) -> None:
-        counts, name = self._counts[population.name], population.name
-        v = block.v[rows]
-        magnitude = _magnitude(v)
-        counts["updates_active"] += events
-        counts["updates_inactive"] += v.numel() - events
-        counts["max_abs_payload"] = max(counts["max_abs_payload"], bound)
-        if block.wraps_sum is not None:
-            mask = block.wraps_sum[rows]
-            counts["wraps_sum"] += self._left(name, mask, rows.start, None, "a sum", "32 bits of numpy's int32")
-        if block.u is not None:
-            counts["max_abs_u"] = max(counts["max_abs_u"], _magnitude(block.u[rows]))
-            if block.raw_u is not None:
-                raw = block.raw_u[rows]
-                mask = (raw > REGISTER_LIMIT) | (raw <= -REGISTER_LIMIT)
-                counts["wraps_u"] += self._left(name, mask, rows.start, raw, "u", "24 bits of its register")
-        if magnitude >= REGISTER_LIMIT:
-            lowest = -REGISTER_LIMIT + (1 if population.kind == "lif" else 0)
-            mask = (v >= REGISTER_LIMIT) | (v < lowest)
-            key = "saturations_v" if population.kind == "lif" else "wide_v"
-            counts[key] += self._left(name, mask, rows.start, v, "v", "24 bits of its register")
-            magnitude = min(magnitude, REGISTER_LIMIT - 1) if population.kind == "lif" else magnitude
-        counts["max_abs_v"] = max(counts["max_abs_v"], magnitude)
-
-    def _left(self, name: str, mask: Tensor, low: int, value: Tensor | None, what: str, width: str) -> int:
-        """How many values left their register; in strict mode the first of them is an error."""
-        number = int(torch.count_nonzero(mask))
-        if not number or not self._strict:
-            return number
-        row, sample, neuron = torch.nonzero(mask)[0].tolist()
-        found = self._unbounded(name, low + row, sample, neuron) if value is None else int(value[row, sample, neuron])
+    def _refuse(self, name: str, found: Finding, low: int) -> None:
+        """In strict mode the first value that left its register is an error; `low`: row of the chunk where masks begin."""
+        if not self._strict or not bool(found.mask.any()):
+            return
+        row, sample, neuron = torch.nonzero(found.mask)[0].tolist()
+        if found.value is None:
+            value = self._unbounded(name, low + row, sample, neuron)
+        else:
+            value = int(found.value[row, sample, neuron])
         step = self._start + low + row - self._windows[name][0]
         raise FixedPointOverflow(
-            f"population {name!r}, step {step}, sample {sample}, neuron {neuron}: {what} is {found},"
-            f" outside the {width}; lower the weights, exponents or payloads that lead here"
+            f"population {name!r}, step {step}, sample {sample}, neuron {neuron}: {found.what} is {value},"
+            f" outside the {found.width}; lower the weights, exponents or payloads that lead here"
         )
 
     def _unbounded(self, name: str, row: int, sample: int, neuron: int) -> int:
         """The largest number on the way to one neuron's sums, in Python's integers."""
-        sums, seen = [], []
+        sums, seen = [], [0]
         population = self._graph.population(name)
         for port in PORTS[population.kind]:
             total = 0
             for projection in self._graph.incoming(name, port):
-                messages = [int(m) for m in self._delay(projection.source).value[row, sample].tolist()]
-                if projection.num_message_bits == 0:
-                    messages = [int(m != 0) for m in messages]
-                dot = sum(int(w) * m for w, m in zip(projection.weight[neuron], messages, strict=True))
-                shifted = dot << projection.weight_exp if projection.weight_exp > 0 else dot >> -projection.weight_exp
+                line, at = self._lines[projection.source, projection.source_port], slice(row, row + 1)
+                dot = 0
+                for weight, delay, source in synapses_of(projection, neuron):
+                    message = line.read(delay, at) if self._delayed else Exact(line.now().value[at], 0)
+                    payload = int(message.value[0, sample, source])
+                    dot += weight * (int(payload != 0) if projection.num_message_bits == 0 else payload)
+                e = 0 if projection.kind == "conv" and self._mode == "lava" else projection.weight_exp
+                shifted = dot << e if e > 0 else dot >> -e
                 total += shifted
                 seen += [dot, shifted, total]
             sums.append(total)
-        if population.kind == "product":
+        if len(sums) == 2:
             seen.append(sums[0] * sums[1])
         return max(seen, key=abs)
 
-    def activity(self, batch: int, steps: int, mode: str) -> Activity:
+    def activity(self, batch: int, steps: int) -> Activity:
         """The frozen result."""
+        cores = self._tally.finish()
+        notes = [note for synapses in self._synapses.values() for note in synapses.notes]
+        variants = {
+            p.name: f"{p.kind} ({'corrected' if p.params['corrected'] else 'residue'})"
+            for p in self._graph.populations
+            if "corrected" in p.params
+        }
+        notes += [f"{name}: the corrected model is not in Lava 0.10" for name, model in variants.items() if "cor" in model]
         return Activity(
             spikes={name: kept["spikes"] for name, kept in self._kept.items() if "spikes" in kept},
             states={
@@ -413,18 +485,15 @@ class _Engine:
             },
             batch=batch,
             steps=steps,
-            ran_on=f"simulated (ours, {mode})",
-            projections={name: ProjectionCounts(**counts) for name, counts in self._traffic.items()},
-            populations={name: PopulationCounts(**counts) for name, counts in self._counts.items()},
+            ran_on=f"simulated (ours, {self._mode})",
+            projections={name: ProjectionCounts(**counts) for name, counts in self._tally.projections.items()},
+            populations={name: PopulationCounts(**counts) for name, counts in self._tally.populations.items()},
+            cores=cores,
+            models=variants,
+            notes=tuple(notes) + ((CHIP_NOTE,) if self._mode == "chip" else ()),
+            mode=self._mode,
         )
 
 
-def _magnitude(value: Tensor) -> int:
-    least, most = torch.aminmax(value)
-    return max(-int(least), int(most))
-
-
-def _measured(messages: Exact) -> Exact:
-    """The same messages in the narrowest type, with their true bound, which lets narrower products be exact."""
-    bound = messages.bound if messages.bound <= 1 else _magnitude(messages.value)
-    return Exact(messages.value.to(fitting(bound)), bound)
+def _beyond_32(mask: Tensor) -> Finding:
+    return Finding("wraps_sum", mask, None, "a sum", "32 bits of numpy's int32")

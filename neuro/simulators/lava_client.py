@@ -1,23 +1,20 @@
 """Lava as a second opinion: runs a graph in a worker process under Lava's own interpreter, returns the same record.
 
-Lava (lava-nc 0.10.0) needs Python 3.10 and starts one process per part of a network; when one of them fails, the others
-wait for ever and their shared memory stays. So the worker gets a process group and a shared-memory prefix of its own
-and a time limit, and whatever happens, group and segments are gone when `run` returns or raises.
+Lava (lava-nc 0.10.0) needs Python 3.10, has no batch, and hangs or leaks where it fails. `LavaWorker` keeps one worker for
+many graphs; whatever happens, its process group and its shared memory are gone when it is closed or a call raises.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import itertools
 import os
-import secrets
 import shutil
-import signal
-import subprocess
-import tempfile
 import time
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -25,37 +22,40 @@ import torch
 from torch import Tensor
 
 from neuro.graph import SpikingGraph, save_graph
+from neuro.kinds import KINDS
 from neuro.simulators.activity import Activity, Comparison, Divergence, compare, recorded
-from neuro.simulators.fixed_point import checked_inputs
+from neuro.simulators.inputs import checked_inputs
+from neuro.simulators.lava_errors import (
+    LavaCrash,
+    LavaError,
+    LavaMemory,
+    LavaRoute,
+    LavaTimeout,
+    LavaUnavailable,
+    LavaUnsupported,
+)
+from neuro.simulators.lava_process import WorkerProcess, check_shared_memory
 
 __all__ = [
     "Comparison",
     "Divergence",
+    "LavaCrash",
     "LavaError",
+    "LavaMemory",
+    "LavaRoute",
     "LavaTimeout",
     "LavaUnavailable",
+    "LavaUnsupported",
+    "LavaWorker",
     "compare",
     "find_python",
     "run",
+    "unsupported",
 ]
 
 ENV_PYTHON = "SPIKEGATE_LAVA_PYTHON"
-ENV_FAULT = "SPIKEGATE_LAVA_FAULT"  # for tests of the failure paths: hang, raise, exit
-WORKER = Path(__file__).parents[1] / "lava_worker" / "worker.py"
-SHARED_MEMORY = Path("/dev/shm")
-GRACE_S = 3.0  # between the request to end and the end by force
-
-
-class LavaError(RuntimeError):
-    """Lava failed; the message holds what it wrote to stderr."""
-
-
-class LavaUnavailable(LavaError):
-    """No interpreter with lava-nc: says where one was looked for and how to get one."""
-
-
-class LavaTimeout(LavaError):
-    """The worker was still running at the time limit and was ended."""
+ENV_FAULT = "SPIKEGATE_LAVA_FAULT"  # for tests of the failure paths: hang, raise, exit, each with :STEP; shortage:BYTES
+RAN_ON = "Lava CPU"
 
 
 def find_python() -> Path:
@@ -77,6 +77,137 @@ def find_python() -> Path:
     raise LavaUnavailable(f"no Lava environment at {' or '.join(dict.fromkeys(map(str, places)))}; {remedy}")
 
 
+def unsupported(graph: SpikingGraph) -> tuple[str, ...]:
+    """What of a graph Lava 0.10 has no fixed-point model of, one sentence each; empty if it can run all of it."""
+    found = []
+    for population in graph.populations:
+        where = f"population {population.name!r} ({population.kind})"
+        if not KINDS[population.kind].lava:
+            found.append(f"{where}: lava-nc 0.10 has no fixed-point model of it; the simulator has one in mode 'chip'")
+        if population.params.get("corrected", 0):
+            found.append(
+                f"{where}: the corrected model is not in lava-nc 0.10; the simulator has it, Lava has the residue one"
+            )
+    return tuple(found)
+
+
+class LavaWorker:
+    """Runs graphs in one worker process, started with the first graph and replaced after an error.
+
+    A context manager; one caller at a time. Closing it, the end of the interpreter, Ctrl-C, and any error end the worker's
+    process group and remove its shared memory.
+
+    Attributes:
+        started: worker processes started so far.
+    """
+
+    def __init__(self, python: str | os.PathLike[str] | None = None, *, timeout_s: float = 120.0) -> None:
+        """`python`: Lava's interpreter, default `find_python()` at the first run. `timeout_s`: limit of each run."""
+        self.started = 0
+        self._python, self._timeout_s = python, timeout_s
+        self._process: WorkerProcess | None = None
+        self._end: Callable[[], object] = _nothing
+        self._numbers = itertools.count()
+
+    def __enter__(self) -> LavaWorker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker, if one runs. The next run starts another."""
+        self._process = None
+        self._end()
+
+    @property
+    def process(self) -> WorkerProcess | None:
+        """The living worker, or None."""
+        return self._process
+
+    def run(
+        self,
+        graph: SpikingGraph,
+        inputs: Mapping[str, Tensor | np.ndarray],
+        *,
+        record: Iterable[str] = ("spikes",),
+        timeout_s: float | None = None,
+    ) -> Activity:
+        """Run a graph in Lava, sample by sample, each from rest.
+
+        Args:
+            graph, inputs, record: as `fixed_point.simulate`.
+            timeout_s: limit on the whole call in seconds of wall clock, a start (about 1 s) included; default the
+                worker's.
+
+        Returns:
+            Activity with `ran_on = "Lava CPU"`, tensors int32 on the CPU, without counts.
+
+        Raises:
+            LavaUnsupported: Lava has no fixed-point model of something in the graph; nothing was started for it.
+            LavaUnavailable: no such interpreter, or it has no lava-nc.
+            LavaMemory: shared memory is too small for the network.
+            LavaTimeout: over the limit.
+            LavaCrash: the worker or a process of its network raised or vanished.
+            LavaError: Lava failed otherwise.
+            InputError: as `fixed_point.simulate`.
+        """
+        values = checked_inputs(graph, inputs, device="cpu")
+        chosen = {name: sorted(names) for name, names in recorded(graph, record).items() if names}
+        lacking = unsupported(graph)
+        if lacking:
+            raise LavaUnsupported("; ".join(lacking))
+        fault = os.environ.get(ENV_FAULT, "")
+        check_shared_memory(graph, chosen)
+        samples, _ = self.exchange(graph, values, chosen, {"fault": fault}, timeout_s)
+        return activity_of(graph, samples, ran_on=RAN_ON)
+
+    def exchange(
+        self,
+        graph: SpikingGraph,
+        values: Mapping[str, Tensor],
+        record: Mapping[str, list[str]],
+        request: Mapping[str, Any],
+        timeout_s: float | None = None,
+    ) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
+        """Hand one request to the worker: what `run` and a board run share.
+
+        Returns:
+            (arrays "population/variable" (steps, size) of each sample, what the worker told beside them).
+        """
+        limit = self._timeout_s if timeout_s is None else timeout_s
+        end = time.monotonic() + limit
+        try:
+            process = self._living()
+            with _folder(process, next(self._numbers)) as folder:
+                save_graph(graph, folder / "network.graph.npz")
+                arrays: dict[str, Any] = {name: value.to(torch.int32).numpy() for name, value in values.items()}
+                with (folder / "inputs.npz").open("wb") as file:
+                    np.savez(file, **arrays)
+                whole = {
+                    "graph": str(folder / "network.graph.npz"),
+                    "inputs": str(folder / "inputs.npz"),
+                    "folder": str(folder),
+                    "record": dict(record),
+                    **request,
+                }
+                told = process.request(whole, end, f"{limit:g} s")
+                batch = len(next(iter(values.values())))
+                return [_load(folder / f"sample{index}.npz") for index in range(batch)], told
+        except BaseException:  # Ctrl-C too
+            self.close()
+            raise
+
+    def _living(self) -> WorkerProcess:
+        if self._process is None:
+            interpreter = Path(self._python) if self._python is not None else find_python()
+            word, _, number = os.environ.get(ENV_FAULT, "").partition(":")
+            self._process = WorkerProcess(interpreter, shared_memory_limit=int(number) if word == "shortage" else -1)
+            self.started += 1
+            self._end = weakref.finalize(self, self._process.end)  # also when the interpreter ends
+        return self._process
+
+
 def run(
     graph: SpikingGraph,
     inputs: Mapping[str, Tensor | np.ndarray],
@@ -85,164 +216,41 @@ def run(
     timeout_s: float = 120.0,
     record: Iterable[str] = ("spikes",),
 ) -> Activity:
-    """Run a graph in Lava, sample by sample, each from rest.
+    """Run one graph in a worker of its own: `LavaWorker.run`, for which see arguments, result and errors."""
+    with LavaWorker(python, timeout_s=timeout_s) as worker:
+        return worker.run(graph, inputs, record=record)
 
-    Args:
-        graph, inputs, record: as `fixed_point.simulate`.
-        python: Lava's interpreter; default `find_python()`.
-        timeout_s: limit on the whole call in seconds of wall clock, start-up (about 1 s) included.
 
-    Returns:
-        Activity with `ran_on = "Lava CPU"`, tensors int32 on the CPU, without counts.
-
-    Raises:
-        LavaUnavailable: no such interpreter, or it has no lava-nc.
-        LavaTimeout: over the limit.
-        LavaError: Lava failed, or shared memory is too small for the network.
-        InputError: as `fixed_point.simulate`.
-    """
-    values = checked_inputs(graph, inputs, device="cpu")
-    variables = {name: sorted(chosen) for name, chosen in recorded(graph, record).items() if chosen}
-    interpreter = Path(python) if python is not None else find_python()
-    _check_shared_memory(graph, variables)
-    batch, steps = next(iter(values.values())).shape[:2]
-    folder = Path(tempfile.mkdtemp(prefix="lava-"))
-    try:
-        save_graph(graph, folder / "network.graph.npz")
-        arrays: dict[str, np.ndarray] = {name: value.to(torch.int32).numpy() for name, value in values.items()}
-        _save(folder / "inputs.npz", arrays)
-        prefix = f"psm_spikegate_{os.getpid()}_{secrets.token_hex(4)}_"
-        request = {
-            "graph": str(folder / "network.graph.npz"),
-            "inputs": str(folder / "inputs.npz"),
-            "folder": str(folder),
-            "record": variables,
-            "shared_memory_prefix": prefix,
-            "fault": os.environ.get(ENV_FAULT, ""),
-        }
-        (folder / "request.json").write_text(json.dumps(request))
-        _run_worker(interpreter, folder, prefix, timeout_s)
-        samples = [_load(folder / f"sample{index}.npz") for index in range(batch)]
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def activity_of(graph: SpikingGraph, samples: list[dict[str, np.ndarray]], ran_on: str, mode: str = "lava") -> Activity:
+    """One record of the arrays of all samples, each int32 (steps, size) under "population/variable"."""
     spikes: dict[str, Tensor] = {}
     states: dict[str, dict[str, Tensor]] = {}
-    for name, chosen in variables.items():
-        for variable in chosen:
-            value = torch.from_numpy(np.stack([sample[f"{name}/{variable}"] for sample in samples]))
-            if variable == "spikes":
-                spikes[name] = value
-            else:
-                states.setdefault(name, {})[variable] = value
-    return Activity(spikes, states, batch, steps, ran_on="Lava CPU")
+    for key in samples[0]:
+        name, _, variable = key.rpartition("/")
+        value = torch.from_numpy(np.stack([sample[key] for sample in samples]).astype(np.int32, copy=False))
+        if variable == "spikes":
+            spikes[name] = value
+        else:
+            states.setdefault(name, {})[variable] = value
+    batch, steps = next(iter(spikes.values())).shape[:2]
+    models = {p.name: f"{p.kind} (residue)" for p in graph.populations if "corrected" in p.params}
+    return Activity(spikes, states, batch, steps, ran_on=ran_on, models=models, mode=mode)
 
 
-def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    members: dict[str, Any] = dict(arrays)
-    with path.open("wb") as file:
-        np.savez(file, **members)
+def _nothing() -> None:
+    """Nothing runs yet."""
+
+
+@contextlib.contextmanager
+def _folder(process: WorkerProcess, number: int) -> Iterator[Path]:
+    folder = process.folder / f"q{number}"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:
     with np.load(path, allow_pickle=False) as archive:
         return {key: archive[key] for key in archive.files}
-
-
-def _run_worker(interpreter: Path, folder: Path, prefix: str, timeout_s: float) -> None:
-    errors = folder / "stderr.txt"
-    # One thread for numpy, as Lava starts a process per network part; no packages of another Python.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONNOUSERSITE": "1"}
-    environment.pop("PYTHONPATH", None)
-    environment["TMPDIR"] = str(folder)  # multiprocessing leaves a folder behind when it is killed
-    with errors.open("wb") as stderr:
-        try:
-            worker = subprocess.Popen(
-                [str(interpreter), "-u", str(WORKER), str(folder / "request.json")],
-                stdin=subprocess.PIPE,  # closes when this process dies, and the worker with it
-                stdout=stderr,
-                stderr=stderr,
-                cwd=folder,
-                env=environment,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise LavaUnavailable(f"{interpreter} cannot be started: {error}; run `make lava`") from error
-        finished = False
-        try:
-            finished = _wait(worker.pid, timeout_s)
-        finally:  # also on Ctrl-C
-            _end_group(worker)
-            for segment in SHARED_MEMORY.glob(f"{prefix}*"):
-                segment.unlink(missing_ok=True)
-    text = errors.read_text(errors="replace").strip()
-    if not finished:
-        raise LavaTimeout(f"Lava was still running after {timeout_s:g} s and was ended; stderr: {text or 'empty'}")
-    if worker.returncode:
-        if "No module named 'lava" in text:
-            raise LavaUnavailable(f"{interpreter} has no lava-nc; run `make lava`. It said: {text.splitlines()[-1]}")
-        raise LavaError(f"the Lava worker ended with code {worker.returncode}; stderr:\n{text}")
-
-
-def _wait(pid: int, timeout_s: float) -> bool:
-    """Wait for a child without reaping it, so that its group's number stays its own; False at the time limit."""
-    end = time.monotonic() + timeout_s
-    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.005)
-    return True
-
-
-def _end_group(worker: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to what lives of the worker's group, a while to end and tidy up, then SIGKILL; and reap the worker."""
-    end = time.monotonic() + GRACE_S
-    members = _members(worker.pid)
-    if members:
-        _signal(worker.pid, signal.SIGTERM)
-    while members and time.monotonic() < end:
-        time.sleep(0.005)
-        members = _members(worker.pid)
-    _signal(worker.pid, signal.SIGKILL)
-    worker.wait()
-    if worker.stdin is not None:
-        worker.stdin.close()
-
-
-def _signal(group: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody there, or (macOS) only zombies
-        os.killpg(group, number)
-
-
-def _members(group: int) -> list[int]:
-    """Living processes of a process group, by /proc; where there is no /proc, the leader itself."""
-    if not Path("/proc/self/stat").exists():
-        return [group] if os.waitid(os.P_PID, group, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None else []
-    found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                state, _, process_group = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[:3]
-            except (OSError, ValueError):
-                continue
-            if int(process_group) == group and state not in "ZX":
-                found.append(int(entry))
-    return found
-
-
-def _check_shared_memory(graph: SpikingGraph, variables: Mapping[str, list[str]]) -> None:
-    """Refuse what cannot fit: a worker that runs out of shared memory hangs or dies without a word.
-
-    Lava keeps 64 vectors (its `pypy_channel_size`) in each channel, and has a channel for each end of a projection and
-    for each recorded variable. Eight bytes an element, doubled for what else it allocates.
-    """
-    if not SHARED_MEMORY.is_dir():
-        return
-    elements = sum(sum(projection.weight.shape) for projection in graph.projections)
-    elements += sum(len(chosen) * graph.population(name).size for name, chosen in variables.items())
-    needed = 2 * 64 * 8 * elements + 2**18
-    free = shutil.disk_usage(SHARED_MEMORY).free
-    if needed > free:
-        raise LavaError(
-            f"{SHARED_MEMORY} has {free / 2**20:.1f} MiB free and Lava needs about {needed / 2**20:.1f} MiB for this"
-            " network; enlarge it (docker run --shm-size=256m) or record fewer variables"
-        )

@@ -1,23 +1,42 @@
-"""Neuron updates of Lava's fixed-point models over a block of steps, in exact floating point.
+"""Neuron updates of Lava's fixed-point models over a block of steps, in integers.
 
 Layout: (T, B, N) = steps, samples, neurons; time first, so that one step is one contiguous slice. Equations: the
-models tagged `fixed_pt` of lava-nc 0.10.0 (lava/proc/lif/models.py, proc/graded/models.py, proc/prodneuron/models.py),
-whose int32 arithmetic and single wrap of u are reproduced as they are.
+models tagged `fixed_pt` of lava-nc 0.10.0 (lava/proc/lif, sdn, graded, prodneuron), whose int32 arithmetic is
+reproduced as it is. In mode "chip" every register wraps at its width, after published emulators: 16 bits for what a
+lif kind receives, 24 for u and for everything the other kinds hold; v of a lif kind saturates in both modes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from neuro.graph import Population
-from neuro.simulators import exact
-from neuro.simulators.exact import FLOAT64_EXACT, INT32_LIMIT, Exact, fitting, wrap_int32
+from neuro.kinds import KINDS
+from neuro.simulators import scan as scans
+from neuro.simulators.exact import Arrived, outside, wrap
 
 REGISTER_LIMIT = 2**23  # u and v: 23 bits and a sign
+_FLAGS = {"lif": 0, "ternary_lif": scans.TERNARY, "lif_reset": 0, "lif_refractory": scans.REFRACTORY}
+
+
+@dataclass
+class Finding:
+    """Values that left their register: where (T, B, N), what they were, the register's name and width.
+
+    Attributes:
+        counter: field of PopulationCounts that counts them.
+        value: the values, or None where they must be worked out again (sums beyond 32 bits).
+    """
+
+    counter: str
+    mask: Tensor
+    value: Tensor | None
+    what: str
+    width: str
 
 
 @dataclass
@@ -25,18 +44,16 @@ class Block:
     """What an update of T steps gave; every tensor is (T, B, N).
 
     Attributes:
-        messages: what was sent.
-        v: before clip and reset, the value that is compared with the threshold.
-        u: lif only, after its wrap.
-        raw_u: lif only, u before its wrap; None where no value of the block left the register.
-        wraps_sum: mask of sums that left 32 bits; None where a bound rules that out.
+        messages: output port -> what was sent.
+        v: the value that is compared with the threshold; its largest magnitude is reported.
+        states: variables as they stand after each step, by name.
+        findings: values that left their registers.
     """
 
-    messages: Exact
+    messages: dict[str, Tensor]
     v: Tensor
-    u: Tensor | None = None
-    raw_u: Tensor | None = None
-    wraps_sum: Tensor | None = None
+    states: dict[str, Tensor] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
 
 
 def _parameter(population: Population, key: str) -> int:
@@ -45,118 +62,248 @@ def _parameter(population: Population, key: str) -> int:
     return value
 
 
-def _gate(value: Tensor, bound: int, threshold: int, both_signs: bool) -> Exact:
-    if not both_signs:
-        sent = value.clamp_min(0) if threshold == 0 else value * (value > threshold)
-    else:
-        sent = value if threshold == 0 else value * (value.abs() > threshold)
-        if bound >= INT32_LIMIT:  # numpy: abs(-2^31) is -2^31 in int32, so no threshold is exceeded
-            sent = sent * (value != -INT32_LIMIT)
-    return Exact(sent, bound)
-
-
-def graded(population: Population, arrived: Exact) -> Block:
-    """GradedVec and GradedReluVec: send what arrived where |v| > vth (Relu: v > vth); no state is kept."""
-    value, bound = arrived.value, arrived.bound
-    messages = _gate(value, bound, _parameter(population, "vth"), both_signs=population.kind == "graded")
-    return Block(messages, v=value)
-
-
-def product(population: Population, first: Exact, second: Exact) -> Block:
-    """ProdNeuron: (a1 a2) >> exp in int32, sent where its magnitude exceeds vth; no state is kept."""
-    bound = first.bound * second.bound
-    wrapped: Tensor | None = None
-    if bound < FLOAT64_EXACT:
-        dtype = fitting(bound)
-        value = first.value.to(dtype) * second.value.to(dtype)
-    else:
-        whole = first.value.to(torch.int64) * second.value.to(torch.int64)
-        wrapped = (whole >= INT32_LIMIT) | (whole < -INT32_LIMIT)
-        value, bound = whole.to(torch.int32).to(torch.float64), INT32_LIMIT
-    if bound >= INT32_LIMIT and wrapped is None:
-        wrapped = (value >= INT32_LIMIT) | (value < -INT32_LIMIT)
-        value, bound = wrap_int32(value), INT32_LIMIT
-    shift = _parameter(population, "exp")
-    if shift:
-        value, bound = torch.floor(value * 2.0**-shift), -(-bound >> shift)
-    value = value.to(fitting(bound))
-    messages = _gate(value, bound, _parameter(population, "vth"), both_signs=True)
-    return Block(messages, v=value, wraps_sum=wrapped)
+def per_neuron(population: Population, value: np.ndarray | int, batch: int, device: torch.device) -> Tensor:
+    """A parameter as int32 (batch x size,)."""
+    row = np.broadcast_to(np.asarray(value, dtype=np.int64), (population.size,)).astype(np.int32)
+    return torch.from_numpy(row.copy()).to(device).repeat(batch)
 
 
 class Lif:
-    """State of one LIF population for B samples; `advance` takes it through T steps.
+    """State of one population of the lif family for B samples; `advance` takes it through T steps."""
 
-    u and v live in float64, where every operation is exact: |u| < 2^31 times a 12-bit decay stays below 2^53. A block
-    is first computed as if u never left its 24 bits; only if it did, the block is computed again with the wrap.
-    """
-
-    def __init__(self, population: Population, batch: int, device: torch.device) -> None:
-        self._decay_u = (4096 - (_parameter(population, "du") + 1)) / 4096  # Lava: ds_offset = 1
-        self._decay_v = (4096 - _parameter(population, "dv")) / 4096  # dm_offset = 0
-        self._threshold = float(_parameter(population, "vth") << 6)
+    def __init__(self, population: Population, batch: int, device: torch.device, mode: str, fused: bool | None) -> None:
+        ternary = population.kind == "ternary_lif"
         mantissa = np.asarray(population.params["bias_mant"], dtype=np.int64)
-        bias = np.broadcast_to(mantissa << np.asarray(population.params["bias_exp"]), (population.size,))
-        self._bias = torch.from_numpy(bias.astype(np.float64)).to(device) if bias.any() else None
-        self._wraps = False  # it happened before, so do not bet against it again
-        self.u = torch.zeros(batch, population.size, dtype=torch.float64, device=device)
-        self.v = torch.zeros_like(self.u)
+        self.scan = scans.Scan(
+            flags=_FLAGS[population.kind] | (scans.CHIP if mode == "chip" else 0),
+            keep_u=4096 - (_parameter(population, "du") + 1),  # Lava: ds_offset = 1
+            keep_v=4096 - _parameter(population, "dv"),  # dm_offset = 0
+            high=_parameter(population, "vth_hi" if ternary else "vth") << 6,
+            low=_parameter(population, "vth_lo") << 6 if ternary else -(2**31),
+            refractory=_parameter(population, "refractory") if population.kind == "lif_refractory" else 0,
+            bias_M=per_neuron(population, mantissa << np.asarray(population.params["bias_exp"]), batch, device),
+        )
+        self._interval = 0
+        if population.kind == "lif_reset":
+            self._interval = _parameter(population, "reset_interval")
+            self._offset = _parameter(population, "reset_offset") % self._interval
+        self._fused, self._shape, self._device = fused, (batch, population.size), device
 
-    def advance(self, arrived: Exact) -> Block:
-        """Update through the T steps of `arrived` (T, B, N), in this order: u, its wrap, v, its clip, spike, reset."""
-        if not self._wraps and len(arrived.value) > 1:  # betting needs a look at the result, too dear for one step
-            u_TBN, v_TBN, s_TBN, state = self._scan(arrived, None)
-            least, most = torch.aminmax(u_TBN)
-            self._wraps = not max(-float(least), float(most)) < REGISTER_LIMIT
-        raw_u = None
-        if self._wraps or len(arrived.value) == 1:
-            raw_u = torch.empty(arrived.value.shape, dtype=torch.float64, device=self.u.device)
-            u_TBN, v_TBN, s_TBN, state = self._scan(arrived, raw_u)
-        self.u, self.v = u_TBN[-1].clone(), state
-        return Block(Exact(s_TBN.to(torch.float32), 1), v=v_TBN, u=u_TBN, raw_u=raw_u)
+        def zeros() -> Tensor:
+            return torch.zeros(batch * population.size, dtype=torch.int32, device=device)
 
-    def _scan(self, arrived: Exact, raw_u: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        u_TBN = arrived.value.to(torch.float64) * 64.0  # becomes u, step by step
-        v_TBN = torch.empty_like(u_TBN)
-        s_TBN = torch.empty_like(u_TBN, dtype=torch.bool)
-        u, v, kept = self.u, self.v.clone(), torch.empty_like(self.u)
-        for step in range(len(u_TBN)):
-            if self._decay_u:
-                torch.mul(u, self._decay_u, out=kept)
-                u_TBN[step].add_(kept.trunc_())
-            u = u_TBN[step]
-            if raw_u is not None:
-                u.copy_(wrap_int32(u))
-                raw_u[step] = u
-                shift = (u <= -REGISTER_LIMIT).to(torch.float64) - (u > REGISTER_LIMIT).to(torch.float64)
-                u.add_(shift, alpha=2 * REGISTER_LIMIT)  # once: what lies further out stays out
-            now = v_TBN[step]
-            if self._decay_v == 1.0:
-                torch.add(v, u, out=now)
+        self.state = scans.State(zeros(), zeros(), zeros())
+
+    def advance(
+        self, arrived: Arrived, s_TBN: Tensor, start: int, keep: bool, fired_M: Tensor | None
+    ) -> tuple[dict[str, Tensor], list[int]]:
+        """Update through the T steps of `arrived`, the first of which is step `start` (from 0) of the run.
+
+        Args:
+            s_TBN: int8, receives the messages.
+            keep: whether to return u and v of every step.
+            fired_M: int32 (B x N), messages of each neuron are added to it; None where nobody asks.
+
+        Returns:
+            u and v, if kept, and the numbers that `scan.STATS` names.
+        """
+        steps = len(s_TBN)
+        reset = self._resets(start, steps)
+        s_TM = s_TBN.view(steps, -1)
+        if scans.use_fused(self._fused, self._device, steps, s_TM.shape[1]):
+            pair = (
+                (torch.empty(s_TM.shape, dtype=torch.int32), torch.empty(s_TM.shape, dtype=torch.int32)) if keep else None
+            )
+            a_TM = arrived.value.contiguous().view(steps, -1)
+            stat = scans.compiled(self.scan, a_TM, arrived.exponent, s_TM, self.state, reset, fired_M, pair)
+            return {} if pair is None else {"u": pair[0].view_as(s_TBN), "v": pair[1].view_as(s_TBN)}, stat
+        trace = scans.Trace() if keep else None
+        stat = scans.plain(self.scan, arrived.settled().reshape(steps, -1), s_TM, self.state, reset, fired_M, trace)
+        if trace is None:
+            return {}, stat
+        return {"u": torch.stack(trace.u).view_as(s_TBN), "v": torch.stack(trace.v).view_as(s_TBN)}, stat
+
+    def _resets(self, start: int, steps: int) -> Tensor | None:
+        if not self._interval:
+            return None
+        step = torch.arange(start + 1, start + 1 + steps)  # Lava counts steps from 1
+        return step % self._interval == self._offset
+
+    def explain(self, arrived: Arrived, s_TBN: Tensor, start: int, state: scans.State) -> list[Finding]:
+        """Run again from `state`, and say which values left their registers."""
+        steps, trace = len(s_TBN), scans.Trace()
+        sums = arrived.settled().reshape(steps, -1)
+        scans.plain(self.scan, sums, s_TBN.view(steps, -1), state, self._resets(start, steps), trace=trace)
+        raw_u, raw_v = torch.stack(trace.raw_u).view_as(s_TBN), torch.stack(trace.raw_v).view_as(s_TBN)
+        chip = bool(self.scan.flags & scans.CHIP)
+        over_u = outside(raw_u, 24) if chip else (raw_u > REGISTER_LIMIT) | (raw_u <= -REGISTER_LIMIT)
+        found = [
+            Finding("wraps_u", over_u, raw_u, "u", "24 bits of its register"),
+            Finding("saturations_v", raw_v.abs() >= REGISTER_LIMIT, raw_v, "v", "24 bits of its register"),
+        ]
+        if chip:
+            a = arrived.settled()
+            found.insert(
+                0, Finding("wide_a", outside(a, 16), a, "the sum of its synapses", "16 bits (22 with the shift by 6)")
+            )
+        return found
+
+
+class Other:
+    """State of one population of another kind for B samples; `advance` takes it through T steps."""
+
+    def __init__(self, population: Population, batch: int, device: torch.device, mode: str) -> None:
+        self._population, self._chip, self._device = population, mode == "chip", device
+        self._shape = (batch, population.size)
+        self.state = {
+            name: torch.zeros(self._shape, dtype=torch.int32, device=device) for name in KINDS[population.kind].states
+        }
+
+    def advance(self, arrived: dict[str, Arrived]) -> Block:
+        """Update through the T steps that `arrived` holds for each port."""
+        findings: list[Finding] = []
+        sums = []
+        for part in arrived.values():
+            if part.wrapped is not None:
+                findings.append(Finding("wraps_sum", part.wrapped, None, "a sum", "32 bits of numpy's int32"))
+            value = part.settled()
+            sums.append(self._held(value, findings) if self._chip and part.bound >= REGISTER_LIMIT else value)
+        kind = self._population.kind
+        if kind == "graded" or kind == "graded_relu":
+            block = self._graded(sums[0], arrived["a_in"].bound, findings)
+        elif kind == "product":
+            block = self._product(sums[0], sums[1], findings)
+        elif kind == "norm":
+            block = self._norm(sums[0], sums[1], findings)
+        elif kind == "sigma":
+            block = self._sigma(sums[0], findings)
+        else:
+            block = self._delta(sums[0], findings)
+        return block
+
+    def _held(self, value: Tensor, findings: list[Finding]) -> Tensor:
+        """`value` as its 24-bit register holds it: counted in both modes, wrapped in mode "chip"."""
+        mask = outside(value, 24)
+        if bool(mask.any()):
+            findings.append(Finding("wide_v", mask, value, "v", "24 bits of its register"))
+        return wrap(value, 24) if self._chip else value
+
+    def _narrowed(self, value: Tensor, findings: list[Finding]) -> Tensor:
+        """int64 values as numpy's int32 keeps them, then as the register does."""
+        mask = outside(value, 32)
+        if bool(mask.any()):
+            findings.append(Finding("wraps_sum", mask, None, "a value", "32 bits of numpy's int32"))
+        return wrap(value, 32).to(torch.int32)
+
+    def _gated(self, value: Tensor, both_signs: bool = True) -> Tensor:
+        threshold = _parameter(self._population, "vth")
+        size = value.abs() if both_signs else value  # |-2^31| is -2^31 in int32, here as in numpy
+        return value * (size > threshold)
+
+    def _graded(self, value: Tensor, bound: int, findings: list[Finding]) -> Block:
+        if bound >= REGISTER_LIMIT and not self._chip:
+            self._held(value, findings)
+        relu = self._population.kind == "graded_relu"
+        if _parameter(self._population, "vth") == 0:
+            sent = value.clamp_min(0) if relu else value.masked_fill(value == -(2**31), 0) if bound >= 2**31 else value
+        else:
+            sent = self._gated(value, both_signs=not relu)
+        return Block({"s_out": sent}, v=value, findings=findings)
+
+    def _product(self, first: Tensor, second: Tensor, findings: list[Finding]) -> Block:
+        value = self._narrowed(first.to(torch.int64) * second.to(torch.int64), findings)
+        value = self._held(value >> _parameter(self._population, "exp"), findings)
+        return Block({"s_out": self._gated(value)}, v=value, findings=findings)
+
+    def _norm(self, first: Tensor, second: Tensor, findings: list[Finding]) -> Block:
+        before = torch.cat([self.state["v"][None], first[:-1]]).to(torch.int64)
+        square = self._narrowed(first.to(torch.int64) ** 2, findings)
+        value = self._held(self._narrowed(before * second.to(torch.int64), findings), findings)
+        self.state["v"] = first[-1].clone()
+        square = self._held(square, findings)
+        return Block({"s_out": self._gated(value), "s2_out": square}, v=value, states={"v": first}, findings=findings)
+
+    def _sigma(self, value: Tensor, findings: list[Finding]) -> Block:
+        sigma = self._accumulated(value, findings)
+        return Block({"s_out": sigma}, v=sigma, states={"sigma": sigma}, findings=findings)
+
+    def _accumulated(self, value: Tensor, findings: list[Finding]) -> Tensor:
+        whole = torch.cumsum(value, 0, dtype=torch.int64) + self.state["sigma"]
+        bits = 24 if self._chip else 32
+        sigma = wrap(whole, bits).to(torch.int32)
+        before = torch.cat([self.state["sigma"][None], sigma[:-1]]).to(torch.int64)
+        reached = before + value
+        for counter, width in (("wide_v", 24), ("wraps_sum", 32)):
+            mask = outside(reached, width)
+            if bool(mask.any()):
+                findings.append(Finding(counter, mask, reached, "sigma", f"{width} bits of its register"))
+        self.state["sigma"] = sigma[-1].clone()
+        return sigma
+
+    def _delta(self, value: Tensor, findings: list[Finding]) -> Block:
+        population = self._population
+        params = population.params
+        exponent, state_exp = _parameter(population, "spike_exp") + _parameter(population, "state_exp"), params["state_exp"]
+        assert isinstance(state_exp, int)
+        states: dict[str, Tensor] = {}
+        if population.kind == "sigma_delta":
+            states["sigma"] = value = self._accumulated(value, findings)
+            bias = np.asarray(params["bias"], dtype=np.int64) << exponent
+            shifted = value.to(torch.int64) + per_neuron(population, bias, 1, self._device)
+            value = self._narrowed(shifted, findings)
+            if _parameter(population, "relu"):
+                value = value.clamp_min(0)
+        else:
+            value = self._narrowed(value.to(torch.int64) << exponent, findings)
+        value = self._held(value, findings)
+        threshold = _parameter(population, "vth") << exponent
+        sent, kept = self._encode(value, threshold, state_exp)
+        return Block({"s_out": sent}, v=value, states={**states, **kept}, findings=findings)
+
+    def _encode(self, value: Tensor, threshold: int, state_exp: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The delta stage, step by step: messages, and act, residue and error after each step."""
+        corrected, cum_error = _parameter(self._population, "corrected"), _parameter(self._population, "cum_error")
+        act, residue, error = (self.state[name] for name in ("act", "residue", "error"))
+        kept: dict[str, list[Tensor]] = {"act": [], "residue": [], "error": []}
+        sent = torch.empty_like(value)
+        for t in range(len(value)):
+            change = value[t] - act + residue
+            if cum_error:
+                error = error + change
+                out = torch.where(error.abs() >= threshold, change, 0)
+                error = error * (out == 0)
             else:
-                torch.mul(v, self._decay_v, out=kept)
-                torch.add(kept.trunc_(), u, out=now)
-            if self._bias is not None:
-                now.add_(self._bias)
-            torch.gt(now, self._threshold, out=s_TBN[step])
-            # The upper clip needs no operation: the highest threshold lies below it, so what it would catch is reset.
-            torch.clamp_min(now, 1.0 - REGISTER_LIMIT, out=v).masked_fill_(s_TBN[step], 0.0)
-        return u_TBN, v_TBN, s_TBN, v
-
-
-def settled_v(block: Block) -> Tensor:
-    """v of a lif population as it stands after the step: clipped, and 0 where a spike was sent."""
-    clipped = block.v.clamp(1 - REGISTER_LIMIT, REGISTER_LIMIT - 1)
-    return clipped.masked_fill(block.messages.value != 0, 0.0)
+                out = torch.where(change.abs() >= threshold, change, 0)
+            sent[t] = out >> state_exp
+            if corrected:
+                act = act + (sent[t] << state_exp)
+            else:
+                residue, act = change - out, value[t]
+            for name, now in (("act", act), ("residue", residue), ("error", error)):
+                kept[name].append(now)
+        self.state.update(act=act, residue=residue, error=error)
+        return sent, {name: torch.stack(values) for name, values in kept.items()}
 
 
 def join(blocks: list[Block]) -> Block:
     """Blocks of consecutive steps as one."""
-    bound = max(block.messages.bound for block in blocks)
+    steps = [len(block.v) for block in blocks]
+    findings: dict[tuple[str, str, str], Finding] = {}
+    for index, block in enumerate(blocks):
+        for found in block.findings:
+            key = (found.counter, found.what, found.width)
+            if key not in findings:
+                mask = torch.zeros(sum(steps), *found.mask.shape[1:], dtype=torch.bool, device=found.mask.device)
+                value = None if found.value is None else torch.zeros(mask.shape, dtype=torch.int64, device=mask.device)
+                findings[key] = Finding(found.counter, mask, value, found.what, found.width)
+            at = slice(sum(steps[:index]), sum(steps[: index + 1]))
+            whole = findings[key]
+            whole.mask[at] |= found.mask
+            if whole.value is not None and found.value is not None:
+                whole.value[at] = torch.where(found.mask, found.value.to(torch.int64), whole.value[at])
     return Block(
-        Exact(torch.cat([block.messages.value.to(fitting(bound)) for block in blocks]), bound),
-        v=torch.cat([block.v.to(torch.float64) for block in blocks]),
-        u=exact.join([block.u for block in blocks]),
-        raw_u=exact.join([block.raw_u for block in blocks]),
-        wraps_sum=exact.join([block.wraps_sum for block in blocks]),
+        {port: torch.cat([block.messages[port] for block in blocks]) for port in blocks[0].messages},
+        v=torch.cat([block.v for block in blocks]),
+        states={name: torch.cat([block.states[name] for block in blocks]) for name in blocks[0].states},
+        findings=list(findings.values()),
     )

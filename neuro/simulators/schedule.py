@@ -63,7 +63,11 @@ def depths(graph: SpikingGraph) -> dict[str, int]:
         if graph.population(name).kind == "input":
             depth[name] = 0
             continue
-        arrivals = {depth[p.source] + 1: p for p in graph.incoming(name)}
+        arrivals = {}
+        for p in graph.incoming(name):
+            if p.delays is not None and len(set(p.delays[p.weight != 0].tolist())) > 1:
+                raise PipelineError(f"projection {p.name!r} has several delays; a token would meet others on the way")
+            arrivals[depth[p.source] + 1 + p.max_delay] = p
         if not arrivals:
             raise PipelineError(f"population {name!r} is reached by no input; it has no latency")
         if len(arrivals) > 1:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -138,3 +140,14 @@ def lava_python() -> Path:
         if "lava" in os.environ.get("SPIKEGATE_REQUIRE", "").split(","):
             pytest.fail(f"SPIKEGATE_REQUIRE asks for Lava: {error}")
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def networks() -> ModuleType:
+    """The generator of random networks, tests/neuro/networks.py: `network(seed, kinds)`, `messages(graph, seed, ...)`."""
+    spec = importlib.util.spec_from_file_location("networks", Path(__file__).with_name("networks.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -18,8 +18,8 @@ from neuro.segments import encode
 from neuro.simulators import lava_client
 from neuro.simulators.activity import compare
 from neuro.simulators.fixed_point import simulate
-from sparse_update.corpus import DataConfig, load_corpus, val_windows
-from sparse_update.stream import WindowStream
+from sparse_update.data.corpus import DataConfig, load_corpus, val_windows
+from sparse_update.data.stream import WindowStream
 from sparse_update.trainer import evaluate
 from sparse_update.transformer import ModelConfig, Transformer
 

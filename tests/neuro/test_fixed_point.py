@@ -249,8 +249,8 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
     ]:
         with pytest.raises(InputError, match=text):
             simulate(graph, inputs)
-    with pytest.raises(ValueError, match="mode 'chip' does not exist; there is: lava"):
-        simulate(graph, {"x": good}, mode="chip")
+    with pytest.raises(ValueError, match="mode 'loihi' does not exist; there is: lava, chip"):
+        simulate(graph, {"x": good}, mode="loihi")
     with pytest.raises(GraphError, match="record names 'w'"):
         simulate(graph, {"x": good}, record=("w",))
 

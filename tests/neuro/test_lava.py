@@ -7,13 +7,9 @@ To make the files of tests/neuro/golden again (with Lava):
 from __future__ import annotations
 
 import os
-import stat
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,27 +17,105 @@ import pytest
 import torch
 
 from neuro.graph import Population, Projection, SpikingGraph, identical, load_graph, save_graph
-from neuro.simulators import lava_client
+from neuro.kinds import KINDS, PROJECTIONS
 from neuro.simulators.activity import RECORD_ALL, Activity
 from neuro.simulators.fixed_point import simulate
-from neuro.simulators.lava_client import LavaError, LavaTimeout, LavaUnavailable, compare
+from neuro.simulators.lava_client import LavaUnsupported, LavaWorker, compare
 
 GOLDEN = {"lif_loop": 3, "lif_self_loop": 4, "lif_deep": 7, "mlp_relu": 1, "mlp_squared": 2}
+GOLDEN |= {f"all_kinds_{seed}": seed for seed in (78, 200, 201, 121, 6, 33)}
+NETWORKS, PER_TEST, STEPS = 210, 5, 20
 
 
-def golden_case(name: str, lif_graph: Any, mlp_graph: Any, messages: Any) -> tuple[SpikingGraph, dict[str, np.ndarray]]:
-    seed = GOLDEN[name]
-    graph = lif_graph(seed) if name.startswith("lif") else mlp_graph(seed, squared=name == "mlp_squared")
-    return graph, messages(graph, seed, 2, 40)
+@pytest.fixture(scope="module")
+def lava(lava_python: Path) -> Iterator[LavaWorker]:
+    """One worker for all tests of this file."""
+    with LavaWorker(lava_python) as worker:
+        yield worker
+
+
+@pytest.fixture
+def cases(lif_graph: Any, mlp_graph: Any, messages: Any, networks: ModuleType) -> Any:
+    """Name of a golden file -> (graph, inputs)."""
+
+    def case(name: str) -> tuple[SpikingGraph, dict[str, np.ndarray]]:
+        seed = GOLDEN[name]
+        if name.startswith("all_kinds"):
+            graph = networks.network(seed)
+            return graph, networks.messages(graph, seed, 2, STEPS)
+        graph = lif_graph(seed) if name.startswith("lif") else mlp_graph(seed, squared=name == "mlp_squared")
+        return graph, messages(graph, seed, 2, 40)
+
+    return case
 
 
 @pytest.mark.lava
-@pytest.mark.parametrize("seed", range(14))
-def test_lif_networks_equal_lava_in_every_state(seed: int, lif_graph: Any, messages: Any, lava_python: Path) -> None:
+@pytest.mark.parametrize("first", range(0, NETWORKS, PER_TEST))
+def test_generated_networks_equal_lava_in_every_state_at_every_step(
+    first: int, networks: ModuleType, lava: LavaWorker
+) -> None:
+    before = max(lava.started, 1)
+    for seed in range(first, first + PER_TEST):
+        graph = networks.network(seed)
+        inputs = networks.messages(graph, seed, 1, STEPS)
+        ours = simulate(graph, inputs, record=RECORD_ALL)
+        result = compare(lava.run(graph, inputs, record=RECORD_ALL), ours)
+        assert result.equal, f"network {seed}: {result}"
+        assert result.skipped == ()
+        assert result.values <= 20_000
+    assert lava.started == before  # one worker served them all
+
+
+def test_the_generated_networks_hold_every_kind_and_are_not_silent(networks: ModuleType) -> None:
+    kinds: set[str] = set()
+    ways: set[str] = set()
+    exponents: set[int] = set()
+    loops = 0
+    for seed in range(NETWORKS):
+        graph = networks.network(seed)
+        kinds |= {population.kind for population in graph.populations}
+        ways |= {projection.kind for projection in graph.projections}
+        exponents |= {projection.weight_exp for projection in graph.projections}
+        loops += any(p.source == p.target for p in graph.projections)
+    active = []
+    for seed in range(0, NETWORKS, 5):
+        graph = networks.network(seed)
+        sent = simulate(graph, networks.messages(graph, seed, 1, STEPS)).spikes[graph.outputs[0]]
+        active.append(bool(torch.count_nonzero(sent)))
+    assert kinds == {name for name, kind in KINDS.items() if kind.lava}
+    assert ways == set(PROJECTIONS)
+    assert min(exponents) < 0 < max(exponents)
+    assert loops > 20
+    assert sum(active) > 0.8 * len(active)
+
+
+def test_what_lava_lacks_is_refused_by_name_before_anything_starts() -> None:
+    lif = {"du": 0, "dv": 0, "vth": 1}
+    weight = np.array([[2]])
+    worker = LavaWorker("/no/such/python")
+    x, w = Population("x", "input", 1), Projection("w", "x", "y", "a_in", weight)
+    for population, text in (
+        (
+            Population("y", "lif_refractory", 1, {**lif, "refractory": 2}),
+            r"population 'y' \(lif_refractory\): lava-nc 0.10",
+        ),
+        (
+            Population("y", "delta", 1, {"vth": 1, "corrected": 1}),
+            r"population 'y' \(delta\): the corrected model is not in",
+        ),
+    ):
+        with pytest.raises(LavaUnsupported, match=text):
+            worker.run(SpikingGraph((x, population), (w,), ("y",)), {"x": np.ones((1, 2, 1), dtype=np.int64)})
+    assert worker.started == 0
+
+
+@pytest.mark.lava
+@pytest.mark.parametrize("seed", range(8))
+def test_lif_networks_equal_lava_in_every_state(seed: int, lif_graph: Any, messages: Any, lava: LavaWorker) -> None:
     graph = lif_graph(seed)
     inputs = messages(graph, seed, 1, 50)
     ours = simulate(graph, inputs, record=RECORD_ALL)
-    result = compare(lava_client.run(graph, inputs, python=lava_python, record=RECORD_ALL), ours)
+    result = compare(lava.run(graph, inputs, record=RECORD_ALL), ours)
     assert result.equal, str(result)
     assert result.skipped == ()
     assert result.values > 1500
@@ -51,17 +125,17 @@ def test_lif_networks_equal_lava_in_every_state(seed: int, lif_graph: Any, messa
 @pytest.mark.lava
 @pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_graded_pipelines_equal_lava(seed: int, squared: bool, mlp_graph: Any, messages: Any, lava_python: Path) -> None:
+def test_graded_pipelines_equal_lava(seed: int, squared: bool, mlp_graph: Any, messages: Any, lava: LavaWorker) -> None:
     graph = mlp_graph(seed, squared, (32, 64, 16))
     inputs = messages(graph, seed, 1, 40)
     ours = simulate(graph, inputs, record=RECORD_ALL)
-    result = compare(lava_client.run(graph, inputs, python=lava_python, record=RECORD_ALL), ours)
+    result = compare(lava.run(graph, inputs, record=RECORD_ALL), ours)
     assert result.equal, str(result)
     assert torch.count_nonzero(ours.spikes["y"]) > 300
 
 
 @pytest.mark.lava
-def test_registers_that_run_over_do_so_as_in_lava(lava_python: Path) -> None:
+def test_registers_that_run_over_do_so_as_in_lava(lava: LavaWorker) -> None:
     """Wraps of u (one wrap only), clips of v, int32 wraps of sums and products, biases alone."""
     rng = np.random.default_rng(0)
     wide = {"num_message_bits": 32}
@@ -87,7 +161,7 @@ def test_registers_that_run_over_do_so_as_in_lava(lava_python: Path) -> None:
     )
     inputs = {"x": rng.integers(-(2**31), 2**31, (1, 30, 6))}
     ours = simulate(graph, inputs, record=RECORD_ALL)
-    result = compare(lava_client.run(graph, inputs, python=lava_python, record=RECORD_ALL), ours)
+    result = compare(lava.run(graph, inputs, record=RECORD_ALL), ours)
     assert result.equal, str(result)
     assert ours.populations["lif"].wraps_u > 0
     assert ours.populations["alone"].saturations_v > 0
@@ -101,11 +175,9 @@ def golden_arrays(name: str, folder: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.lava
 @pytest.mark.parametrize("name", GOLDEN)
-def test_golden_files_are_what_lava_says(
-    name: str, lif_graph: Any, mlp_graph: Any, messages: Any, lava_python: Path, golden_folder: Path
-) -> None:
-    graph, inputs = golden_case(name, lif_graph, mlp_graph, messages)
-    activity = lava_client.run(graph, inputs, python=lava_python, record=RECORD_ALL)
+def test_golden_files_are_what_lava_says(name: str, cases: Any, lava: LavaWorker, golden_folder: Path) -> None:
+    graph, inputs = cases(name)
+    activity = lava.run(graph, inputs, record=RECORD_ALL)
     arrays = {f"state/{population}/{variable}": v.numpy() for (population, variable), v in activity.variables().items()}
     arrays.update({f"input/{key}": value for key, value in inputs.items()})
     if os.environ.get("SPIKEGATE_WRITE_GOLDEN"):
@@ -119,6 +191,12 @@ def test_golden_files_are_what_lava_says(
         assert np.array_equal(kept[key], value), key
 
 
+def test_the_golden_files_hold_every_kind(golden_folder: Path) -> None:
+    graphs = [load_graph(golden_folder / f"{name}.graph.npz") for name in GOLDEN]
+    assert {p.kind for graph in graphs for p in graph.populations} == {name for name, kind in KINDS.items() if kind.lava}
+    assert {p.kind for graph in graphs for p in graph.projections} == set(PROJECTIONS)
+
+
 @pytest.mark.parametrize("name", GOLDEN)
 def test_what_lava_once_computed_is_what_we_compute(name: str, golden_folder: Path) -> None:
     graph = load_graph(golden_folder / f"{name}.graph.npz")
@@ -127,143 +205,9 @@ def test_what_lava_once_computed_is_what_we_compute(name: str, golden_folder: Pa
     ours = simulate(graph, inputs, record=RECORD_ALL).variables()
     states = {(key[1], key[2]): value for key, value in arrays.items() if key[0] == "state"}
     assert set(states) == set(ours)
-    assert sum(value.size for value in states.values()) > 4000
+    assert sum(value.size for value in states.values()) > 2000
     for key, value in states.items():
         assert np.array_equal(ours[key].numpy(), value), key
-
-
-def commands_with(pattern: str) -> list[str]:
-    """Command lines of living processes that mention a text, this one aside."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:
-                continue
-            if pattern in line:
-                found.append(line)
-    return found
-
-
-@pytest.fixture
-def tiny(mlp_graph: Any, messages: Any) -> tuple[SpikingGraph, dict[str, np.ndarray]]:
-    graph = mlp_graph(0, False, (3, 4, 2))
-    return graph, messages(graph, 0, 1, 5)
-
-
-@pytest.mark.lava
-@pytest.mark.parametrize(
-    ("fault", "timeout_s", "error", "text"),
-    [
-        ("hang", 4, LavaTimeout, "still running after 4 s"),
-        ("raise", 30, LavaError, "ArithmeticError: raised on purpose inside a Lava process model"),
-        ("exit", 30, LavaError, "a process of the Lava network ended with code 3"),
-    ],
-)
-def test_a_failure_inside_lava_is_an_error_in_time_and_leaves_nothing(
-    tiny: Any, lava_python: Path, monkeypatch: Any, fault: str, timeout_s: float, error: type[LavaError], text: str
-) -> None:
-    with tempfile.TemporaryDirectory(prefix="sg-") as folder:  # short: sockets are made in it
-        monkeypatch.setenv("SPIKEGATE_LAVA_FAULT", fault)
-        monkeypatch.setattr(tempfile, "tempdir", folder)
-        begin = time.monotonic()
-        with pytest.raises(error, match=text):
-            lava_client.run(*tiny, python=lava_python, timeout_s=timeout_s)
-        assert time.monotonic() - begin < 4 + lava_client.GRACE_S + 2
-        assert commands_with(folder) == []
-        assert list(Path(folder).iterdir()) == []
-    assert not list(Path("/dev/shm").glob(f"psm_spikegate_{os.getpid()}_*"))
-
-
-@pytest.mark.lava
-def test_a_starter_that_is_killed_takes_lava_with_it(tiny: Any, lava_python: Path) -> None:
-    graph, inputs = tiny
-    with tempfile.TemporaryDirectory(prefix="sg-") as folder:
-        save_graph(graph, Path(folder) / "net.graph.npz")
-        np.save(Path(folder) / "x.npy", inputs["x"])
-        inside = Path(folder) / "t"
-        inside.mkdir()
-        code = (
-            "import numpy, tempfile\n"
-            f"tempfile.tempdir = {str(inside)!r}\n"
-            "from neuro.graph import load_graph\n"
-            "from neuro.simulators import lava_client\n"
-            f"lava_client.run(load_graph({folder + '/net.graph.npz'!r}), {{'x': numpy.load({folder + '/x.npy'!r})}},"
-            f" python={str(lava_python)!r})\n"
-        )
-        environment = {**os.environ, "SPIKEGATE_LAVA_FAULT": "hang"}
-        root = Path(lava_client.__file__).parents[2]
-        starter = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=root)
-        segments = f"psm_spikegate_{starter.pid}_*"
-        try:
-            wait_for(lambda: len(list(Path("/dev/shm").glob(segments))) > 5, 60)
-            assert commands_with(str(inside))
-        finally:
-            starter.kill()
-            starter.wait()
-        wait_for(lambda: not commands_with(str(inside)), 10)
-        wait_for(lambda: not list(Path("/dev/shm").glob(segments)), 10)
-        wait_for(lambda: not list(inside.iterdir()), 10)
-
-
-def wait_for(condition: Callable[[], bool], limit_s: float) -> None:
-    end = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
-
-
-def script(path: Path, text: str) -> Path:
-    path.write_text(f"#!{sys.executable}\n{text}")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return path
-
-
-def test_a_worker_that_ignores_sigterm_is_killed_with_its_children(tiny: Any, tmp_path: Path) -> None:
-    fake = script(
-        tmp_path / "python",
-        "import signal, subprocess, sys, time\n"
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        f"subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)  # {tmp_path}'])\n"
-        "time.sleep(60)\n",
-    )
-    begin = time.monotonic()
-    with pytest.raises(LavaTimeout, match="still running after 1 s"):
-        lava_client.run(*tiny, python=fake, timeout_s=1)
-    assert time.monotonic() - begin < 1 + lava_client.GRACE_S + 2
-    wait_for(lambda: not commands_with(str(tmp_path)), 5)  # killed at once; a busy machine may reap it a moment later
-
-
-def test_a_worker_that_fails_says_why(tiny: Any, tmp_path: Path) -> None:
-    with pytest.raises(LavaError, match=r"code 1; stderr:\n(.|\n)*ValueError: no luck"):
-        lava_client.run(*tiny, python=script(tmp_path / "a", "raise ValueError('no luck')"))
-    with pytest.raises(LavaUnavailable, match="has no lava-nc; run `make lava`"):
-        lava_client.run(*tiny, python=script(tmp_path / "b", "import lava.magma"))
-    with pytest.raises(LavaUnavailable, match="cannot be started"):
-        lava_client.run(*tiny, python=tmp_path / "none")
-
-
-def test_no_interpreter_is_said_with_the_remedy(tiny: Any, monkeypatch: Any, tmp_path: Path) -> None:
-    monkeypatch.delenv("SPIKEGATE_LAVA_PYTHON", raising=False)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(lava_client, "__file__", str(tmp_path / "neuro" / "simulators" / "lava_client.py"))
-    with pytest.raises(LavaUnavailable, match=r"no Lava environment at .*\.venv-lava.*run `make lava` .*Python 3\.10"):
-        lava_client.run(*tiny)
-    monkeypatch.setenv("SPIKEGATE_LAVA_PYTHON", "/nowhere/python")
-    with pytest.raises(LavaUnavailable, match="SPIKEGATE_LAVA_PYTHON is '/nowhere/python', which is no program"):
-        lava_client.find_python()
-    monkeypatch.setenv("SPIKEGATE_LAVA_PYTHON", sys.executable)
-    assert lava_client.find_python() == Path(sys.executable)
-
-
-def test_too_little_shared_memory_is_said_before_the_start(tiny: Any, monkeypatch: Any) -> None:
-    usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(lava_client.shutil, "disk_usage", lambda path: usage)
-    if not Path("/dev/shm").is_dir():
-        pytest.skip("no /dev/shm here")
-    with pytest.raises(LavaError, match=r"MiB free and Lava needs about .* MiB"):
-        lava_client.run(*tiny, python=sys.executable)
 
 
 def test_the_first_divergence_is_named() -> None:

@@ -1,0 +1,131 @@
+"""The kinds of node that a spiking graph may hold: their ports, states, parameters and ranges.
+
+One table for populations, one for projections; the graph checks against them, the simulators and the Lava worker build
+from them, and whoever generates random networks draws from them. Register widths are those that lava-nc 0.10.0 writes
+beside its process models (lava/proc/lif, sdn, graded, prodneuron, dense, sparse, conv); Lava itself enforces none.
+
+No imports beyond the standard library: the Lava worker reads this file under Python 3.10.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+class GraphError(ValueError):
+    """A population, projection or graph that the fixed-point arithmetic is not defined for."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One integer parameter: `low`..`high`, inclusive; one value per neuron where `per_neuron`; optional if it has a
+    `default`."""
+
+    low: int
+    high: int
+    per_neuron: bool = False
+    default: int | None = None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of population.
+
+    Attributes:
+        lava: Lava's process class, or "" where Lava 0.10 has no fixed-point model of it.
+        ports: names of the input ports; several projections to one port add up.
+        parameters: name -> range.
+        states: variables kept from step to step, as Lava names them; all int32, one value per neuron.
+        outs: names of the output ports.
+        silent_ports: whether the population may live with nothing arriving at a port.
+    """
+
+    lava: str
+    ports: tuple[str, ...]
+    parameters: dict[str, Parameter] = field(default_factory=dict)
+    states: tuple[str, ...] = ()
+    outs: tuple[str, ...] = ("s_out",)
+    silent_ports: bool = False
+
+
+VTH_17 = Parameter(0, 2**17 - 1)  # in units of 64
+VTH_24 = Parameter(0, 2**23 - 1)
+_LIF = {
+    "du": Parameter(0, 4095),
+    "dv": Parameter(0, 4095),
+    "bias_mant": Parameter(-(2**12), 2**12 - 1, per_neuron=True, default=0),
+    "bias_exp": Parameter(0, 7, per_neuron=True, default=0),
+}
+_DELTA = {
+    "vth": VTH_24,  # in the unit of what arrives; kept as vth << (spike_exp + state_exp)
+    "spike_exp": Parameter(0, 7, default=0),
+    "state_exp": Parameter(0, 7, default=0),
+    "cum_error": Parameter(0, 1, default=0),
+    "corrected": Parameter(0, 1, default=0),  # 0: the residue model of lava-nc 0.10.0; 1: the model of Lava's repository
+}
+
+KINDS: dict[str, Kind] = {
+    "input": Kind("RingBuffer", ()),
+    "lif": Kind("LIF", ("a_in",), {**_LIF, "vth": VTH_17}, ("u", "v"), silent_ports=True),
+    "ternary_lif": Kind(
+        "TernaryLIF",
+        ("a_in",),
+        {**_LIF, "vth_hi": Parameter(1 - 2**17, 2**17 - 1), "vth_lo": Parameter(1 - 2**17, 2**17 - 1)},
+        ("u", "v"),
+        silent_ports=True,
+    ),
+    "lif_reset": Kind(
+        "LIFReset",
+        ("a_in",),
+        {
+            **_LIF,
+            "vth": VTH_17,
+            "reset_interval": Parameter(1, 2**16 - 1),
+            "reset_offset": Parameter(0, 2**16 - 1, default=0),
+        },
+        ("u", "v"),
+        silent_ports=True,
+    ),
+    "lif_refractory": Kind(
+        "", ("a_in",), {**_LIF, "vth": VTH_17, "refractory": Parameter(1, 64)}, ("u", "v"), silent_ports=True
+    ),
+    "sigma": Kind("Sigma", ("a_in",), {}, ("sigma",)),
+    "delta": Kind("Delta", ("a_in",), _DELTA, ("act", "residue", "error")),
+    "sigma_delta": Kind(
+        "SigmaDelta",
+        ("a_in",),
+        {**_DELTA, "bias": Parameter(-(2**15), 2**15 - 1, per_neuron=True, default=0), "relu": Parameter(0, 1, default=1)},
+        ("sigma", "act", "residue", "error"),
+    ),
+    "graded": Kind("GradedVec", ("a_in",), {"vth": VTH_24}),
+    "graded_relu": Kind("GradedReluVec", ("a_in",), {"vth": VTH_24}),
+    "product": Kind("ProdNeuron", ("a_in1", "a_in2"), {"vth": VTH_24, "exp": Parameter(0, 31)}),
+    # s_out: a_in1[t-1] a_in2[t] where its magnitude exceeds vth; s2_out: a_in1[t]^2
+    "norm": Kind("NormVecDelay", ("a_in1", "a_in2"), {"vth": VTH_24}, ("v",), outs=("s_out", "s2_out")),
+}
+LIF_KINDS = ("lif", "ternary_lif", "lif_reset", "lif_refractory")
+STATELESS = ("input", "graded", "graded_relu", "product")
+
+# Kind of projection -> Lava's process class.
+PROJECTIONS: dict[str, str] = {"dense": "Dense", "sparse": "Sparse", "delay_dense": "DelayDense", "conv": "Conv"}
+MAX_DELAY = 63  # lava/proc/dense/models.py; a synapse's delay field has 6 bits
+
+# Sign mode -> (lowest, highest) weight, as lava/utils/weightutils.py clips them.
+WEIGHT_RANGE: dict[str, tuple[int, int]] = {"mixed": (-256, 255), "excitatory": (0, 255), "inhibitory": (-255, 0)}
+
+# Exponents the arithmetic accepts. The chip's own register holds -8..7; whether a graph keeps to it is a question for
+# whoever places it on a chip.
+WEIGHT_EXP_RANGE = (-24, 24)
+MESSAGE_BITS_RANGE = (0, 32)
+
+# What Lava has and a graph cannot hold, with the reason.
+REFUSED: dict[str, str] = dict.fromkeys(
+    ("learning_lif", "learning_dense", "learning_sparse", "stdp", "r_stdp"),
+    "on-chip learning is not bit-exact even in Lava: its models are tagged bit_approximate_loihi and round at random",
+)
+
+
+def unknown_kind(kind: object, known: tuple[str, ...]) -> str:
+    """Text for a kind that is not in `known`: what it is, why it is refused if that is known, what there is."""
+    reason = f" ({REFUSED[kind]})" if isinstance(kind, str) and kind in REFUSED else ""
+    return f"unknown kind {kind!r}{reason}; known: {', '.join(known)}"

@@ -1,0 +1,59 @@
+"""Messages on their way: those of a chunk of steps, and as many steps before as delays ask for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from neuro.graph import Projection
+from neuro.simulators.exact import Exact, narrow
+
+
+class Line:
+    """Messages of one output port: those of this chunk, and as many steps before as the longest delay asks for."""
+
+    def __init__(self, past: int, batch: int, size: int, device: torch.device, dtype: torch.dtype) -> None:
+        self._past = past
+        self.whole = torch.zeros(past, batch, size, dtype=dtype, device=device)
+        self.bound, self.share, self._bound_before = 0, 1.0, 0
+
+    def begin(self, steps: int) -> Tensor:
+        """Room for a chunk's messages, to be written in place; returns it."""
+        past = self.whole[len(self.whole) - self._past :]
+        same = len(self.whole) == self._past + steps  # then the room is used again
+        whole = self.whole if same else past.new_empty(self._past + steps, *past.shape[1:])
+        whole[: self._past] = past.clone()
+        self.whole, self._bound_before = whole, self.bound
+        return whole[self._past :]
+
+    def put(self, messages: Tensor, bound: int, share: float) -> None:
+        """A chunk's messages, made elsewhere."""
+        past = self.whole[len(self.whole) - self._past :]
+        kept = max(self.bound, bound)
+        dtype = narrow(kept)
+        self.whole = torch.cat([past.to(dtype), messages.to(dtype)])
+        self._bound_before, self.bound, self.share = self.bound, bound, share
+
+    def read(self, delay: int, rows: slice) -> Exact:
+        """Messages that arrive at `rows` of this chunk, 1 + delay steps after they were sent."""
+        first = self._past - 1 - delay
+        bound = max(self.bound, self._bound_before)
+        return Exact(self.whole[first + rows.start : first + rows.stop], bound, self.share)
+
+    def now(self) -> Exact:
+        """This chunk's messages without delay."""
+        return Exact(self.whole[self._past :], self.bound, self.share)
+
+
+def synapses_of(projection: Projection, neuron: int) -> list[tuple[int, int, int]]:
+    """(weight, delay, source) of every synapse of one target."""
+    if projection.conv is None:
+        row = projection.weight[neuron].tolist()
+        delays = [0] * len(row) if projection.delays is None else projection.delays[neuron].tolist()
+        return list(zip(row, delays, range(len(row)), strict=True))
+    channels = len(projection.weight)
+    position, channel = divmod(neuron, channels)
+    group = channel // (channels // projection.conv.groups)
+    sources = projection.conv.patches(projection.weight.shape)[position, group].tolist()
+    weights = projection.weight[channel].reshape(-1).tolist()
+    return [(weight, 0, source) for weight, source in zip(weights, sources, strict=True) if source >= 0]

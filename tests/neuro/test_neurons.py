@@ -1,0 +1,198 @@
+"""Every neuron kind against a reference in Python's own integers, in both modes; both scans against each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from neuro.graph import GraphError, Population, Projection, SpikingGraph
+from neuro.simulators import scan
+from neuro.simulators.activity import RECORD_ALL, compare
+from neuro.simulators.fixed_point import FixedPointOverflow, simulate
+
+LIF = {"du": 700, "dv": 90, "vth": 60, "bias_mant": 11, "bias_exp": 3}
+
+
+def wrapped(value: int, bits: int) -> int:
+    half = 1 << (bits - 1)
+    return (value + half) % (1 << bits) - half
+
+
+def toward_zero(value: int) -> int:
+    return (abs(value) >> 12) * (1 if value >= 0 else -1)
+
+
+def one(kind: str, params: dict[str, Any], exponent: int = 0, size: int = 3, bits: int = 24) -> SpikingGraph:
+    """Each neuron hears its own line, with weight 2."""
+    return SpikingGraph(
+        (Population("x", "input", size), Population("y", kind, size, params)),
+        (Projection("w", "x", "y", "a_in", 2 * np.eye(size, dtype=np.int64), exponent, num_message_bits=bits),),
+        ("y",),
+    )
+
+
+def reference_lif(kind: str, p: dict[str, int], sums: list[int], mode: str) -> list[tuple[int, int, int]]:
+    """(u, v, message) of each step for one neuron that receives `sums`."""
+    u = v = rest = 0
+    rows = []
+    for t, total in enumerate(sums, start=1):
+        if kind == "lif_reset" and t % p["reset_interval"] == p.get("reset_offset", 0) % p["reset_interval"]:
+            u = v = 0
+        a = wrapped(total, 16) if mode == "chip" else total
+        u = toward_zero(u * (4095 - p["du"])) + (a << 6)
+        drive = p["bias_mant"] << p["bias_exp"]
+        if mode == "chip":
+            u = wrapped(u, 24)
+            v = toward_zero(v * (4096 - p["dv"])) + wrapped(u + drive, 24)
+        else:
+            u += -(2**24) if u > 2**23 else 2**24 if u <= -(2**23) else 0
+            v = toward_zero(v * (4096 - p["dv"])) + u + drive
+        if rest > 0 and kind == "lif_refractory":
+            v = 0
+        v = max(1 - 2**23, min(2**23 - 1, v))
+        high, low = (p["vth_hi"], p["vth_lo"]) if kind == "ternary_lif" else (p["vth"], -(2**20))
+        fire = int(v > high << 6) - int(v < low << 6)
+        if fire:
+            v = 0
+        rest = max((p.get("refractory", 0) if fire else rest) - 1, 0)
+        rows.append((u, v, fire))
+    return rows
+
+
+KINDS = {
+    "lif": LIF,
+    "ternary_lif": {k: v for k, v in LIF.items() if k != "vth"} | {"vth_hi": 60, "vth_lo": -40},
+    "lif_reset": LIF | {"reset_interval": 4, "reset_offset": 6},
+    "lif_refractory": LIF | {"refractory": 4},
+}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("mode", ["lava", "chip"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("largest", [60, 50_000, 5_000_000])
+def test_lif_kinds_equal_the_reference(kind: str, mode: str, fused: bool, largest: int) -> None:
+    if kind == "lif_refractory" and mode == "lava":
+        with pytest.raises(GraphError, match=r"Lava 0\.10 has no fixed-point model of lif_refractory.*use mode 'chip'"):
+            simulate(one(kind, KINDS[kind]), {"x": np.zeros((1, 1, 3), dtype=int)}, mode=mode)
+        return
+    rng = np.random.default_rng(1)
+    x = rng.integers(-largest, largest, (2, 40, 3)) * (rng.random((2, 40, 3)) < 0.7)
+    found = simulate(one(kind, KINDS[kind]), {"x": x}, mode=mode, record=RECORD_ALL, fused=fused)
+    fired = 0
+    for sample in range(2):
+        for neuron in range(3):
+            rows = reference_lif(kind, KINDS[kind], [0, *(2 * x[sample, :-1, neuron]).tolist()], mode)
+            for index, got in enumerate((found.states["y"]["u"], found.states["y"]["v"], found.spikes["y"])):
+                assert got[sample, :, neuron].tolist() == [row[index] for row in rows]
+            fired += sum(abs(row[2]) for row in rows)
+    assert fired > 10
+    assert found.populations["y"].updates_active == fired
+    if largest > 60:
+        assert found.populations["y"].wide_a > 0
+    assert (found.mode, found.ran_on) == (mode, f"simulated (ours, {mode})")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_both_scans_give_the_same_bits_and_counts(seed: int, networks: Any) -> None:
+    if scan.library() is None:
+        pytest.skip("no C compiler here")
+    graph = networks.network(seed, ["lif", "ternary_lif", "lif_reset"])
+    inputs = networks.messages(graph, seed, 3, 25)
+    for mode in ("lava", "chip"):
+        plain = simulate(graph, inputs, mode=mode, record=RECORD_ALL, fused=False)
+        fused = simulate(graph, inputs, mode=mode, record=RECORD_ALL, fused=True)
+        assert compare(plain, fused).equal
+        assert (plain.populations, plain.projections) == (fused.populations, fused.projections)
+
+
+def test_without_a_compiler_the_plain_scan_takes_over(monkeypatch: Any) -> None:
+    monkeypatch.setattr(scan, "library", lambda: None)
+    monkeypatch.setattr(scan, "_compiled", lambda: False)
+    assert not scan.use_fused(True, torch.device("cpu"), 10**6, 10**6)
+    graph = one("lif", LIF)
+    assert simulate(graph, {"x": np.full((1, 5, 3), 90)}, fused=True).populations["y"].updates_active > 0
+
+
+@pytest.mark.parametrize("cum_error", [0, 1])
+@pytest.mark.parametrize("corrected", [0, 1])
+@pytest.mark.parametrize("kind", ["delta", "sigma_delta"])
+def test_delta_kinds_equal_the_reference(kind: str, corrected: int, cum_error: int) -> None:
+    params = {"vth": 9, "spike_exp": 1, "state_exp": 2, "cum_error": cum_error, "corrected": corrected}
+    params |= {"bias": 5, "relu": 1} if kind == "sigma_delta" else {}
+    if corrected and cum_error:
+        with pytest.raises(GraphError, match="the corrected model has no cum_error"):
+            one(kind, params)
+        return
+    x = np.random.default_rng(0).integers(-20, 21, (1, 30, 3))
+    found = simulate(one(kind, params), {"x": x}, record=RECORD_ALL)
+    for neuron in range(3):
+        sigma = act = residue = error = 0
+        for t, a in enumerate([0, *(2 * x[0, :-1, neuron]).tolist()]):
+            if kind == "sigma_delta":
+                sigma += a
+                value = max(sigma + (5 << 3), 0)
+            else:
+                value = a << 3
+            change = value - act + residue
+            error = error + change if cum_error else 0
+            out = change if abs(error if cum_error else change) >= 9 << 3 else 0
+            error = 0 if out else error
+            sent = out >> 2
+            act, residue = (act + (sent << 2), 0) if corrected else (value, change - out)
+            assert int(found.spikes["y"][0, t, neuron]) == sent
+            for name, expected in (("act", act), ("residue", residue), ("error", error)):
+                assert int(found.states["y"][name][0, t, neuron]) == expected
+    assert found.models["y"] == f"{kind} ({'corrected' if corrected else 'residue'})"
+    assert any("not in Lava 0.10" in note for note in found.notes) == bool(corrected)
+    assert found.populations["y"].updates_active > 4
+
+
+def test_sigma_wraps_at_24_bits_on_the_chip_and_at_32_in_lava() -> None:
+    graph, x = one("sigma", {}), {"x": np.full((1, 400, 3), 2**22)}
+    for mode, bits in (("lava", 32), ("chip", 24)):
+        found = simulate(graph, x, mode=mode)
+        sums = [wrapped(2**23 * t if mode == "lava" else wrapped(2**23, 24) * t, bits) for t in range(400)]
+        assert found.spikes["y"][0, :, 0].tolist() == sums
+        assert found.populations["y"].wide_v > 0
+        with pytest.raises(
+            FixedPointOverflow, match=r"'y', step 1, sample 0, neuron 0: .* is 8388608, outside the 24 bits"
+        ):
+            simulate(graph, x, mode=mode, strict=True)
+
+
+def test_norm_multiplies_with_the_step_before_and_squares() -> None:
+    eye = 2 * np.eye(2, dtype=np.int64)
+    graph = SpikingGraph(
+        (
+            Population("x", "input", 2),
+            Population("n", "norm", 2, {"vth": 30}),
+            Population("sq", "graded", 2, {"vth": 0}),
+        ),
+        (
+            Projection("a", "x", "n", "a_in1", eye, num_message_bits=16),
+            Projection("b", "x", "n", "a_in2", eye, -1, num_message_bits=16),
+            Projection("c", "n", "sq", "a_in", eye, -1, num_message_bits=24, source_port="s2_out"),
+        ),
+        ("n", "sq"),
+    )
+    x = np.array([[[3, -4], [5, 1], [7, 90], [0, 0], [0, 0]]])
+    found = simulate(graph, {"x": x}, record=RECORD_ALL)
+    assert found.spikes["n"][0, :, 0].tolist() == [0, 0, 0, 70, 0]  # 2*3*5 = 30 is not above 30; 2*5*7; 2*7*0
+    assert found.spikes["n"][0, :, 1].tolist() == [0, 0, 0, 180, 0]
+    assert found.states["n"]["spikes2"][0, :, 1].tolist() == [0, 64, 4, 32400, 0]
+    assert found.spikes["sq"][0, :, 1].tolist() == [0, 0, 64, 4, 32400]
+
+
+def test_chip_mode_refuses_in_strict_what_it_wraps() -> None:
+    graph = one("lif", LIF | {"vth": 131071})
+    x = {"x": np.full((1, 3, 3), 20_000)}
+    with pytest.raises(FixedPointOverflow, match=r"step 1, .*the sum of its synapses is 40000, outside the 16 bits"):
+        simulate(graph, x, mode="chip", strict=True)
+    found = simulate(graph, x, mode="chip", record=("u",))
+    assert found.states["y"]["u"][0, 1, 0] == (40_000 - 65_536) * 64
+    assert found.populations["y"].wide_a == 6
+    simulate(graph, x, mode="lava", strict=True)  # Lava passes it on, and 24 bits hold it
