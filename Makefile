@@ -61,6 +61,7 @@ $(INSTALLED):
 $(INSTALLED_DEV): | $(INSTALLED)
 	@rm $(INSTALLED) && touch $(VENV)/.installing
 	$(PY) $(PIP_INSTALL) -c constraints.txt -e '.[dev,gpu-energy]'
+	$(PY) $(PIP_INSTALL) --no-deps galore-torch==1.0
 	@rm $(VENV)/.installing && touch $(INSTALLED) $@
 
 $(INSTALLED_LAVA):

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments import place, simulate, verify
+
 HYDRA = {
     "train": "train one arm",
     "deploy": "put a trained run on the simulated chip",
@@ -15,10 +17,16 @@ HYDRA = {
 }
 
 
+HANDED_ON = {
+    "sweep": "arms x seeds x budgets of one regime, resumable",
+    "bench": "measurements: bench gate, bench simulator",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script. Exit codes: 0 done; 1 the job failed; 2 the command or configuration is wrong."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0] in HYDRA:
+    if words and words[0] in (*HYDRA, *HANDED_ON):
         return importlib.import_module(f"experiments.{words[0]}").main(words[1:])
     args = _parser().parse_args(words)
     return args.run(args)
@@ -32,6 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, text in HYDRA.items():
         commands.add_parser(name, help=f"{text} (Hydra: KEY=VALUE ...)", add_help=False)
+    for name, text in HANDED_ON.items():
+        commands.add_parser(name, help=text, add_help=False)
     demo = commands.add_parser("demo", help="the main job: train, deploy and compare on two streams")
     demo.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where the runs go (default: runs/demo)")
     demo.add_argument("--seeds", type=int, default=1, help="seeds per arm (default: 1)")
@@ -41,11 +51,14 @@ def _parser() -> argparse.ArgumentParser:
     rerun.add_argument("folder", type=Path, help="folder of a training run or a deployment")
     rerun.add_argument("--out", type=Path, default=None, help="folder of the repetition (default: FOLDER-rerun)")
     rerun.set_defaults(run=_rerun)
-    verify = commands.add_parser("verify", help="our simulator against Lava on a deployed run's integer graphs")
-    verify.add_argument("folder", type=Path, help="a deployment (RUN/deploy), or one NAME.graph.npz")
-    verify.add_argument("--steps", type=int, default=64, help="time steps of random 8-bit input per graph (default: 64)")
-    verify.set_defaults(run=_verify)
+    for name, module in {"verify": verify, "simulate": simulate, "place": place}.items():
+        own = commands.add_parser(name, help=module.HELP)
+        module.add_arguments(own)
+        own.set_defaults(run=module.run)
     doctor = commands.add_parser("doctor", help="what stands between this machine and a Loihi board")
+    doctor.add_argument("graph", type=Path, nargs="?", default=None, help="a NAME.graph.npz: does it fit the board too?")
+    doctor.add_argument("--chip", default="loihi2", help="chip of the board (default: loihi2)")
+    doctor.add_argument("--chips", type=int, default=None, help="chips of the board")
     doctor.set_defaults(run=_doctor)
     return parser
 
@@ -62,17 +75,21 @@ def _rerun(args: argparse.Namespace) -> int:
     return rerun(args.folder, args.out)
 
 
-def _verify(args: argparse.Namespace) -> int:
-    from experiments.verify import verify
-
-    return verify(args.folder, args.steps)
-
-
 def _doctor(args: argparse.Namespace) -> int:
     from experiments.plain_json import dump_line
     from hardware.loihi import probe
 
-    report = probe()
+    demands = None
+    if args.graph is not None:
+        from neuro.demand import layer_demands
+        from neuro.graph import GraphError, load_graph
+
+        try:
+            demands = layer_demands(load_graph(args.graph))
+        except (GraphError, OSError) as error:
+            print(f"doctor: {error}", file=sys.stderr)
+            return 2
+    report = probe(demands=demands, chip=args.chip, chips=args.chips)
     print(report)
     print(dump_line(report.to_dict()))
     return 0

@@ -13,7 +13,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.comparison import SCHEMA, Arm, Comparison, Deployment, Excluded, Run, Stream, arm_rank, notes_on
+from experiments.comparison import (
+    SCHEMA,
+    Arm,
+    Comparison,
+    Deployment,
+    Excluded,
+    Run,
+    Stream,
+    arm_rank,
+    at_budget,
+    full_budget,
+    notes_on,
+)
 from experiments.runs import RunError, read_json
 
 ARM_FIELDS = ("loss_nats", "bits_per_byte", "tokens", "flops", "reference_s", "wall_s", "peak_bytes")
@@ -52,15 +64,15 @@ def collect(folders: Iterable[str | Path]) -> Comparison:
                 deployments.append(_read_deployment(folder, info))
         except (_Unusable, RunError) as reason:
             excluded.append(Excluded(str(folder), str(reason)))
-    kept: dict[tuple[str, str, int], Run] = {}
+    kept: dict[tuple[str, str, int, float | None], Run] = {}
     for _, run in sorted(runs, key=lambda item: (item[0], item[1].folder)):
-        key = (run.stream, run.arm, run.seed)
+        key = (run.stream, run.arm, run.seed, run.budget)
         if key in kept:  # the first one counts: choosing among repeats would be choosing the result
             same = f"stream {run.stream}, arm {run.arm}, seed {run.seed}"
             excluded.append(Excluded(run.folder, f"double of {kept[key].folder} ({same}); the earlier one counts"))
         else:
             kept[key] = run
-    names = dict.fromkeys([*(key[0] for key in sorted(kept)), *sorted(item.stream for item in deployments)])
+    names = dict.fromkeys([*sorted(key[0] for key in kept), *sorted(item.stream for item in deployments)])
     streams = {name: _stream(name, kept.values(), deployments, diverged) for name in names}
     return Comparison(streams, tuple(excluded))
 
@@ -144,15 +156,16 @@ def _stream(
     name: str, runs: Iterable[Run], deployments: Sequence[Deployment], diverged: Mapping[tuple[str, str], int]
 ) -> Stream:
     by_arm: dict[str, list[Run]] = {}
-    for run in runs:
+    for run in sorted(runs, key=lambda run: (run.seed, run.budget or 0.0)):
         if run.stream == name:
             by_arm.setdefault(run.arm, []).append(run)
+    full = full_budget(by_arm)
     arms = {
-        arm: Arm(arm, tuple(sorted(by_arm[arm], key=lambda run: run.seed)), diverged.get((name, arm), 0))
-        for arm in sorted(by_arm, key=arm_rank)
+        arm: Arm(arm, at_budget(by_arm[arm], full), diverged.get((name, arm), 0)) for arm in sorted(by_arm, key=arm_rank)
     }
+    ladders = {arm: tuple(by_arm[arm]) for arm in arms}
     ours = sorted(
         (item for item in deployments if item.stream == name),
         key=lambda d: (not d.arm.startswith("surprise"), d.arm, d.folder),
     )
-    return Stream(name, arms, tuple(ours), tuple(notes_on(arms)))
+    return Stream(name, arms, tuple(ours), tuple(notes_on(arms)), ladders)

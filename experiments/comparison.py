@@ -13,8 +13,8 @@ from typing import Any
 from experiments.statistics import Interval, PairedTest, holm, interval, paired_test, verdict, verdict_without_test
 
 SCHEMA = 1
+SAME_RATE = 0.03  # a random arm whose kept share differs by no more has the rate of a gated one
 EQUAL_BUDGET = 0.02  # arms whose reference seconds differ by more than this share were not given the same budget
-CANDIDATES_AGAINST = ("dense", "random")
 ARM_ORDER = ("dense", "random", "surprise")
 
 
@@ -29,6 +29,12 @@ class Run:
     component_times: str | None
     result: Mapping[str, Any]
     curve: tuple[tuple[float, float], ...]
+
+    @property
+    def budget(self) -> float | None:
+        """The reference seconds it was given; None where the run does not say."""
+        value = self.result.get("budget_reference_s")
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,8 @@ class Stream:
     arms: Mapping[str, Arm]
     deployments: tuple[Deployment, ...]
     notes: tuple[str, ...]
+    ladders: Mapping[str, tuple[Run, ...]] = field(default_factory=dict)
+    """Arm -> its runs at all budgets; `arms` has those of the full budget."""
 
     def to_json(self) -> dict[str, Any]:
         record: dict[str, Any] = {name: arm.record() for name, arm in self.arms.items()}
@@ -155,8 +163,10 @@ class Comparison:
         all deployments, verdicts, notes per stream, excluded folders.
 
         `deployed` is the first of a stream's deployed models (of the surprise arm where there is one), `deployments`
-        lists all of them.
+        lists all of them. `time_to_dense` and `frontier` hold what several budgets say (`targets.py`).
         """
+        from experiments.targets import frontier, times_to_dense
+
         return {
             "schema": SCHEMA,
             "streams": {name: stream.to_json() for name, stream in self.streams.items()},
@@ -166,45 +176,83 @@ class Comparison:
                 for item in stream.deployments
             ],
             "verdicts": self.verdicts(),
+            "time_to_dense": {n: {r.arm: r.to_json() for r in times_to_dense(s)} for n, s in self.streams.items()},
+            "frontier": {n: [p.to_json() for p in frontier(s)] for n, s in self.streams.items()},
             "notes": {name: list(stream.notes) for name, stream in self.streams.items()},
             "excluded": [{"folder": item.folder, "reason": item.reason} for item in self.excluded],
         }
 
     def verdicts(self) -> list[str]:
-        """One plain sentence per stream, gated arm and control: better at equal reference seconds, or why unknown.
+        """One plain sentence per stream, gated arm and control: better at equal reference seconds, or why unknown; then
+        what several budgets say (`targets.sentences`).
 
-        Several tests are corrected together by Holm's method.
+        A gated arm stands against dense, the random arms of its rate (all of them, where none has it) and the stream's
+        other controls. The tests of one stream are corrected together by Holm's method.
         """
-        pairs = [
-            (stream, stream.arms[name], stream.arms[control])
-            for stream in self.streams.values()
-            for name in stream.arms
-            if name not in CANDIDATES_AGAINST
-            for control in CANDIDATES_AGAINST
-            if control in stream.arms
-        ]
-        tests = [_test(arm, control) for _, arm, control in pairs]
-        done = [test for test in tests if isinstance(test, PairedTest)]
-        adjusted = iter(holm([test.p for test in done]) if len(done) > 1 else [None] * len(done))
-        sentences = []
-        for (stream, arm, control), test in zip(pairs, tests, strict=True):
-            if isinstance(test, str):
-                sentence = test
-            else:
-                sentence = verdict(arm.name, control.name, test, adjusted_p=next(adjusted))
-            lost = [f"{a.diverged} diverged run(s) of {a.name}" for a in (arm, control) if a.diverged]
-            tail = f"; {' and '.join(lost)} left out, which flatters that arm" if lost else ""
-            sentences.append(f"{stream.name}: {sentence}{tail}.")
+        from experiments.targets import sentences
+
+        said = [sentence for stream in self.streams.values() for sentence in _verdicts_of(stream)]
         for stream in self.streams.values():
-            gated = [name for name in stream.arms if name not in CANDIDATES_AGAINST]
+            said += sentences(stream)
+            gated = [name for name in stream.arms if not is_control(name)]
             if stream.arms and (not gated or "dense" not in stream.arms):
                 there = ", ".join(stream.arms)
-                sentences.append(f"{stream.name}: no verdict; it takes a gated arm and dense, and there is only {there}.")
-        return sentences
+                said.append(f"{stream.name}: no verdict; it takes a gated arm and dense, and there is only {there}.")
+        return said
+
+
+def is_control(arm: str) -> bool:
+    """dense and what is dense but for the data or the batch (dense_dedup, dense_half_batch, ...), and random choice."""
+    return arm == "dense" or arm.startswith(("dense_", "random"))
+
+
+def _controls(stream: Stream, arm: Arm) -> list[Arm]:
+    """What `arm` must beat: dense, random at its own rate, and the regime's cheap controls."""
+    controls = [other for name, other in stream.arms.items() if is_control(name)]
+    random = [other for other in controls if other.name.startswith("random")]
+    rate = arm.mean("keep_fraction")
+    same = [r for r in random if rate is not None and abs((r.mean("keep_fraction") or 0.0) - rate) <= SAME_RATE]
+    return [other for other in controls if other not in random or other in (same or random)]
+
+
+def _verdicts_of(stream: Stream) -> list[str]:
+    pairs = [
+        (arm, control) for arm in stream.arms.values() if not is_control(arm.name) for control in _controls(stream, arm)
+    ]
+    tests = [_test(arm, control) for arm, control in pairs]
+    done = [test for test in tests if isinstance(test, PairedTest)]
+    adjusted = iter(holm([test.p for test in done]) if len(done) > 1 else [None] * len(done))
+    sentences = []
+    for (arm, control), test in zip(pairs, tests, strict=True):
+        sentence = test if isinstance(test, str) else verdict(arm.name, control.name, test, adjusted_p=next(adjusted))
+        lost = [f"{a.diverged} diverged run(s) of {a.name}" for a in (arm, control) if a.diverged]
+        tail = f"; {' and '.join(lost)} left out, which flatters that arm" if lost else ""
+        sentences.append(f"{stream.name}: {sentence}{tail}.")
+    return sentences
+
+
+def full_budget(by_arm: Mapping[str, Sequence[Run]]) -> float | None:
+    """The budget that the rows of a stream's table share: the largest of dense, or of all without a dense arm."""
+    budgets = [run.budget for runs in by_arm.values() for run in runs if run.budget is not None]
+    dense = [run.budget for run in by_arm.get("dense", ()) if run.budget is not None]
+    return max(dense or budgets, default=None)
+
+
+def at_budget(runs: Sequence[Run], full: float | None) -> tuple[Run, ...]:
+    """Those of one arm at the full budget; where there is none, those at the arm's largest."""
+    if full is None or all(run.budget is None for run in runs):
+        return tuple(runs)
+    there = [run for run in runs if run.budget is not None and abs(run.budget - full) <= EQUAL_BUDGET * full]
+    largest = max(run.budget for run in runs if run.budget is not None)
+    return tuple(there or [run for run in runs if run.budget == largest])
 
 
 def arm_rank(arm: str) -> tuple[int, str]:
-    return (ARM_ORDER.index(arm) if arm in ARM_ORDER else len(ARM_ORDER), arm)
+    """dense, what is dense but for the data or the batch, random, surprise, then the others by name."""
+    for rank, name in enumerate(ARM_ORDER):
+        if arm == name or arm.startswith(f"{name}_"):
+            return (2 * rank + (arm != name), arm)
+    return (2 * len(ARM_ORDER), arm)
 
 
 def notes_on(arms: Mapping[str, Arm]) -> list[str]:
@@ -256,9 +304,13 @@ def _unequal_budget(arm: Arm, control: Arm) -> str | None:
 
 
 def _mean_mapping(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean per key over the mappings that have a number there."""
-    means = {}
+    """Mean per key over the mappings that have a number there; mappings inside in the same way."""
+    means: dict[str, Any] = {}
     for key in dict.fromkeys(key for value in values for key in value):
+        inner = [v[key] for v in values if isinstance(v.get(key), Mapping)]
+        if inner:
+            means[key] = _mean_mapping(inner)
+            continue
         numbers = [float(v[key]) for v in values if isinstance(v.get(key), int | float)]
         means[key] = math.fsum(numbers) / len(numbers) if numbers else None
     return means

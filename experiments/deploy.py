@@ -25,9 +25,9 @@ from neuro.conversion.graded import GradedConfig, convert
 from neuro.conversion.plan import save_plan
 from neuro.deployed import deploy as deployed_model
 from sparse_update.checkpoint import CheckpointError, load_checkpoint
-from sparse_update.corpus import Corpus, DataConfig, load_corpus, val_windows
-from sparse_update.sources import CorpusError
-from sparse_update.stream import WindowStream
+from sparse_update.data.corpus import Corpus, DataConfig, load_corpus, val_windows
+from sparse_update.data.sources import CorpusError
+from sparse_update.data.stream import WindowStream
 from sparse_update.trainer import evaluate
 from sparse_update.transformer import ModelConfig, Transformer
 

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from experiments.comparison import Comparison, Deployment, Stream
+from experiments.comparison import Comparison, Deployment, Run, Stream
 from experiments.statistics import mean_curve
+from experiments.targets import frontier
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette: distinct under the common colour-vision deficiencies and in grey.
 ARM_COLOURS = {"dense": "#000000", "random": "#E69F00", "surprise": "#0072B2"}
-MORE_COLOURS = ("#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+MORE_COLOURS = ("#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8A6D00", "#5C4B99", "#7A7A7A", "#00606B")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h", "p", "*")
 MUTED = "#6b6b6b"
 SMALLEST_RANGE_NATS = 0.04  # differences far below a hundredth of a nat must not fill the axis
@@ -74,9 +75,10 @@ def pareto(candidates: Sequence[Point]) -> list[Point]:
 
 
 def figure(comparison: Comparison) -> Figure:
-    """Upper row: energy per token (log) against held-out loss, with the frontier; lower row: the training curves.
+    """Upper row: energy per token (log) against held-out loss, with the frontier; below: the training curves, with the end
+    loss of every budget as a dot; below that: prequential loss against FLOPs.
 
-    Without a deployed model there is no upper row.
+    Without a deployed model there is no upper row, without prequential losses no last one.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -84,7 +86,8 @@ def figure(comparison: Comparison) -> Figure:
     streams = list(comparison.streams.values())
     columns = max(1, len(streams))
     profiles = {p.profile: None for s in streams for p in points(s.deployments)}
-    rows = 2 if profiles else 1
+    drifting = any(frontier(stream) for stream in streams)
+    rows = 1 + bool(profiles) + drifting
     size = (1.6 + 4.6 * columns, 4.1 * rows)
     picture = Figure(figsize=size, layout="constrained", facecolor="white")
     FigureCanvasAgg(picture)
@@ -95,7 +98,9 @@ def figure(comparison: Comparison) -> Figure:
     colours = _colours(comparison)
     shapes = {name: MARKERS[i % len(MARKERS)] for i, name in enumerate(profiles)}
     for column, stream in enumerate(streams):
-        _training_panel(axes[-1][column], stream, colours)
+        _training_panel(axes[-2 if drifting else -1][column], stream, colours)
+        if drifting:
+            _frontier_panel(axes[-1][column], stream, colours)
         if profiles:
             _energy_panel(axes[0][column], stream, colours, shapes)
     if profiles:
@@ -182,6 +187,38 @@ def _undeployed(stream: Stream) -> dict[str, float]:
     }
 
 
+def budget_ends(stream: Stream, arm: str) -> list[tuple[float, float]]:
+    """(reference seconds, mean end loss) of each budget of an arm that was run at several; none otherwise."""
+    by_budget: dict[float, list[Run]] = {}
+    for run in stream.ladders.get(arm, ()):
+        if run.budget is not None:
+            by_budget.setdefault(run.budget, []).append(run)
+    if len(by_budget) < 2:
+        return []
+    means = [
+        tuple(math.fsum(float(r.result[key]) for r in runs) / len(runs) for key in ("reference_s", "loss_nats"))
+        for _, runs in sorted(by_budget.items())
+    ]
+    return [(x, y) for x, y in means]
+
+
+def _frontier_panel(ax: Axes, stream: Stream, colours: Mapping[str, str]) -> None:
+    _plain(ax, f"{stream.name}: prequential loss against FLOPs")
+    ax.set_xlabel("counted TFLOP, scoring included")
+    ax.set_ylabel("prequential loss, nats per token")
+    found = frontier(stream)
+    if not found:
+        ax.text(0.5, 0.5, "no prequential loss recorded", transform=ax.transAxes, ha="center", color=MUTED)
+        return
+    for point in found:
+        x, y = point.flops * 1e-12, point.loss.mean
+        half = 0.0 if point.loss.high is None else point.loss.high - y
+        ax.errorbar([x], [y], yerr=[half], marker="o", markersize=5, color=colours[point.arm], capsize=2)
+        ax.annotate(point.arm, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8, color=colours[point.arm])
+    edge = [(point.flops * 1e-12, point.loss.mean) for point in found if point.on_frontier]
+    ax.plot([x for x, _ in edge], [y for _, y in edge], color="#b8b8b8", linewidth=1.0, zorder=0)
+
+
 def _training_panel(ax: Axes, stream: Stream, colours: Mapping[str, str]) -> None:
     _plain(ax, f"{stream.name}: training ({_seeds(stream)})")
     ax.set_xlabel("reference seconds")
@@ -197,6 +234,8 @@ def _training_panel(ax: Axes, stream: Stream, colours: Mapping[str, str]) -> Non
         if middle:
             ax.plot([t for t, _ in middle], [v for _, v in middle], color=colour, linewidth=1.8)
             ends.append((middle[-1][0], middle[-1][1], arm.name))
+        for x, y in budget_ends(stream, arm.name):
+            ax.plot([x], [y], marker="o", markersize=4.5, color=colour, linestyle="none", zorder=3)
     if not ends:
         ax.text(0.5, 0.5, "no held-out curve recorded", transform=ax.transAxes, ha="center", color=MUTED)
         return

@@ -6,11 +6,13 @@ with ">=", and what was not measured says so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from experiments.comparison import Arm, Comparison, Deployment, Stream
+from experiments.statistics import Interval, interval, p_text
+from experiments.targets import frontier, times_to_dense
 
 NOT_MEASURED = "not measured"
 DASH = "-"
@@ -59,7 +61,7 @@ def blocks(comparison: Comparison) -> list[Block]:
     found = []
     for stream in comparison.streams.values():
         if stream.arms:
-            found.append(arms_block(stream))
+            found += [arms_block(stream), *held_out_block(stream), *budgets_block(stream), *frontier_block(stream)]
         for item in stream.deployments:
             found += [deployed_block(stream, item), *energy_blocks(item)]
     return found
@@ -95,6 +97,76 @@ def arms_block(stream: Stream) -> Block:
     reasons = dict.fromkeys(str(r) for arm in stream.arms.values() if (r := arm.record().get("energy_reason")))
     notes += [f"Energy: {reason.removeprefix(NOT_MEASURED + ': ')}." for reason in reasons]
     return Block(f"Stream {stream.name}: training arms, held-out loss ({_seeds(stream)})", header, rows, notes)
+
+
+def held_out_block(stream: Stream) -> list[Block]:
+    """Losses on held-out sets beside the headline one, and their distance from dense; none where there is only one set."""
+    sets = dict.fromkeys(
+        name
+        for arm in stream.arms.values()
+        for run in arm.runs
+        for name in run.result.get("held_out") or ()
+        if name != "val"
+    )
+    if not sets:
+        return []
+    dense = stream.arms.get("dense")
+    base = _set_losses(dense, sets) if dense else {}
+    rows = []
+    for arm in stream.arms.values():
+        losses = _set_losses(arm, sets)
+        cells = []
+        for name in sets:
+            loss, plain = losses[name], base.get(name)
+            beside = "" if arm is dense or loss is None or plain is None else f" ({loss.mean - plain.mean:+.4f})"
+            cells.append(NOT_MEASURED if loss is None else f"{loss.text()}{beside}")
+        rows.append([arm.name, _n(arm), *cells])
+    title = f"Stream {stream.name}: other held-out text, nats (against dense)"
+    return [Block(title, ["arm", "n", *sets], rows)]
+
+
+def _set_losses(arm: Arm, sets: Iterable[str]) -> dict[str, Interval | None]:
+    found: dict[str, Interval | None] = {}
+    for name in sets:
+        values = [(run.result.get("held_out") or {}).get(name, {}).get("loss_nats") for run in arm.runs]
+        numbers = [float(value) for value in values if isinstance(value, int | float)]
+        found[name] = interval(numbers) if numbers and len(numbers) == len(values) else None
+    return found
+
+
+def budgets_block(stream: Stream) -> list[Block]:
+    """End loss by budget, and the time to the dense end loss; none where all arms had one budget."""
+    reached = times_to_dense(stream)
+    if not reached:
+        return []
+    rows = []
+    for item in reached:
+        ladder = stream.ladders[item.arm]
+        budgets = sorted({run.budget for run in ladder if run.budget is not None})
+        losses = [
+            f"{b:.3g} s: {interval([float(r.result['loss_nats']) for r in ladder if r.budget == b]).mean:.4f}"
+            for b in budgets
+        ]
+        share = "not reached" if item.ratio is None else item.ratio.text(3)
+        notes = [f"seed {s}: at most" for s in item.at_most] + [f"seed {s}: never" for s in item.never]
+        tests = ", ".join(f"{name} {p_text(test.p)}" for name, test in item.against.items()) or DASH
+        rows.append([item.arm, share, tests, "; ".join(losses), ", ".join(notes) or DASH])
+    header = ["arm", "share of dense time", "p against (unadjusted)", "mean end loss by budget", "bounds"]
+    return [Block(f"Stream {stream.name}: reference seconds to the dense end loss", header, rows)]
+
+
+def frontier_block(stream: Stream) -> list[Block]:
+    """Prequential loss against counted FLOPs; none where it was not measured."""
+    rows = []
+    for point in frontier(stream):
+        test = point.against_random
+        against = DASH if test is None else f"{test.difference:+.4f} (p = {p_text(test.p)}, n = {test.n})"
+        rows.append(
+            [point.arm, f"{point.flops * 1e-12:.3f}", point.loss.text(), against, "yes" if point.on_frontier else "no"]
+        )
+    header = ["arm", "TFLOP", "prequential loss, nats", "against random at equal FLOPs", "on the frontier"]
+    title = f"Stream {stream.name}: prequential loss against FLOPs (scoring, forward, backward, optimizer)"
+    return [Block(title, header, rows)] if rows else []
 
 
 def deployed_block(stream: Stream, item: Deployment) -> Block:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import yaml
@@ -20,18 +19,28 @@ from experiments.runs import RunError, new_record, read_json
 from experiments.tracking import Tracker, hparam_metrics
 from hardware.meters import Meter, Reading, total
 from sparse_update.checkpoint import CheckpointError, load_checkpoint
-from sparse_update.corpus import Corpus, DataConfig, load_corpus, val_windows
-from sparse_update.cost import ComponentTimes, ComponentTimesError, StepKind, measure_components
-from sparse_update.gate import GateConfig, SequenceGate, TokenGate
-from sparse_update.optimizer import OptimConfig
-from sparse_update.sources import CorpusError
-from sparse_update.stream import WindowStream
-from sparse_update.subset import SubsetConfig
-from sparse_update.trainer import RunResult, StepReport, Trainer, TrainerConfig, TrainingDiverged, compiling
+from sparse_update.cost import ComponentTimes, ComponentTimesError, Step, locked
+from sparse_update.data.corpus import Corpus, DataConfig, load_corpus
+from sparse_update.data.regimes import held_out, make_stream
+from sparse_update.data.sources import CorpusError
+from sparse_update.gates.gate import GateConfig
+from sparse_update.signals import SignalError
+from sparse_update.timing import Component, extend, measure
+from sparse_update.trainer import (
+    RunResult,
+    StepReport,
+    Trainer,
+    TrainerConfig,
+    TrainingDiverged,
+    compiling,
+    start_from,
+)
 from sparse_update.transformer import ModelConfig, Transformer
+from sparse_update.weights.lowrank import FACTOR, PeersError
+from sparse_update.weights.optimizer import OptimConfig
+from sparse_update.weights.subset import SubsetConfig
 
-T = TypeVar("T")
-EXPECTED = (RunError, CorpusError, CheckpointError, ComponentTimesError, TrainingDiverged)
+EXPECTED = (RunError, CorpusError, CheckpointError, ComponentTimesError, TrainingDiverged, SignalError, PeersError)
 
 
 @dataclass
@@ -40,6 +49,8 @@ class TrainConfig:
 
     run: str = ""
     """Folder of the run; empty: runs/train/STREAM-ARM-MODEL-sSEED."""
+    arm: str = ""
+    """Name of the arm in tables; empty: the gate's, with the subset's after a plus where there is one."""
     stream: str = ""
     """Name of the data stream in tables; empty: "clean", or "noisy" with garbage in it."""
     seed: int = 0
@@ -48,6 +59,8 @@ class TrainConfig:
     """Continue the run in its folder from its checkpoint."""
     progress: bool = True
     """A progress bar on standard error."""
+    init: str = ""
+    """Short for trainer.init_from: run folder or checkpoint whose weights the run starts from."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     gate: GateConfig = field(default_factory=GateConfig)
@@ -55,17 +68,24 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
+    def __post_init__(self) -> None:
+        if self.init and self.trainer.init_from not in ("", self.init):
+            raise ValueError(f"init = {self.init} and trainer.init_from = {self.trainer.init_from}: give one of them")
+        self.trainer.init_from = self.init = self.init or self.trainer.init_from
+
     @property
     def stream_name(self) -> str:
         return self.stream or ("noisy" if self.data.garbage_fraction > 0 else "clean")
 
     @property
-    def arm(self) -> str:
+    def arm_name(self) -> str:
+        if self.arm:
+            return self.arm
         return self.gate.name if self.subset.kind == "all" else f"{self.gate.name}+{self.subset.name}"
 
     @property
     def folder(self) -> Path:
-        name = f"{self.stream_name}-{self.arm}-{self.model.name}-s{self.seed}"
+        name = f"{self.stream_name}-{self.arm_name}-{self.model.name}-s{self.seed}"
         return Path(self.run) if self.run else Path("runs/train") / name
 
 
@@ -76,10 +96,11 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
     _claim(folder, cfg)
-    record = new_record("train", stream=cfg.stream_name, arm=cfg.arm, seed=cfg.seed)
+    record = new_record("train", stream=cfg.stream_name, arm=cfg.arm_name, seed=cfg.seed)
     if cfg.resume:
         record["started"] = read_json(folder / "run.json").get("started", record["started"])
     corpus = load_corpus(cfg.data)
+    _check_size(cfg, corpus)
     cfg.model.vocab_size = check_vocabulary(cfg, corpus)
     times = component_times(cfg, device)
     record |= {"component_times_sha256": times.sha256, "corpus_sha256": corpus.sha256}
@@ -155,24 +176,27 @@ def component_times(cfg: TrainConfig, device: torch.device) -> ComponentTimes:
     shared = Path(cfg.trainer.component_times) if cfg.trainer.component_times else None
     if cfg.resume and own.exists():
         return ComponentTimes.load(own)
-    if shared is not None and shared.exists():
-        times = ComponentTimes.load(shared)
-        times.check(cfg.model, cfg.trainer.batch_windows, cfg.optim)
-        return times
-    kinds = [StepKind.of(cfg.gate, cfg.subset)]
-    if shared is not None:  # the arms that may follow
-        kinds += [StepKind.of(gate, cfg.subset) for gate in (GateConfig(), *shipped("gate", GateConfig))]
-        kinds += [StepKind.of(cfg.gate, subset) for subset in shipped("subset", SubsetConfig)]
-    kinds = list({(kind.key, kind.gate.signal): kind for kind in reversed(kinds)}.values())
+    if shared is None:
+        return _measure(cfg, device)
+    with locked(shared):
+        if shared.exists():
+            times = ComponentTimes.load(shared)
+            times.check(cfg.model, cfg.optim)
+            return times
+        times = _measure(cfg, device)
+        times.save(shared)
+    return times
+
+
+def _measure(cfg: TrainConfig, device: torch.device) -> ComponentTimes:
     say(cfg, "measuring component times")
-    times = measure_components(
+    times = measure(
         cfg.model,
-        cfg.trainer.batch_windows,
-        kinds,
         cfg.optim,
         device,
+        cfg.trainer.batch_windows,
         cfg.trainer.precision,
-        compiling=compiling(cfg.trainer, device),
+        compiling(cfg.trainer, device),
         progress=lambda text: say(cfg, f"  {text}"),
     )
     if times.unsteady:
@@ -181,16 +205,53 @@ def component_times(cfg: TrainConfig, device: torch.device) -> ComponentTimes:
             f"  careful: component times spread by {times.unsteady:.0%}, so the machine is busy. Arms still compare, since",
         )
         say(cfg, "  they share one table, but a reference second is not one of an idle machine")
-    if shared is not None:
-        times.save(shared)
     return times
 
 
-def shipped(group: str, schema: type[T]) -> list[T]:
-    """The settings that `configs/GROUP` ships."""
-    folder = files("configs").joinpath(group)
-    found = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
-    return [schema(**yaml.safe_load(f.read_text())) for f in found]
+def _extend(
+    cfg: TrainConfig,
+    device: torch.device,
+    times: ComponentTimes,
+    steps: Sequence[Step],
+    components: Mapping[str, Component],
+) -> ComponentTimes:
+    """`times` with what it lacks: from the shared table where another arm measured it, measured now otherwise; kept in
+    both."""
+    own = cfg.folder / "component_times.json"
+    shared = Path(cfg.trainer.component_times) if cfg.trainer.component_times else own
+
+    def more() -> ComponentTimes:
+        found = times
+        if shared.exists():
+            there = ComponentTimes.load(shared)
+            if there.sha256 == times.sha256:
+                found = times.merged(there)
+        return extend(
+            found, cfg.model, cfg.optim, device, steps, components, progress=lambda text: say(cfg, f"measuring {text}")
+        )
+
+    with locked(shared):
+        found = more()
+        if not shared.exists() or ComponentTimes.load(shared).sha256 == times.sha256:
+            found.save(shared)
+    found.save(own)
+    return found
+
+
+def _check_size(cfg: TrainConfig, corpus: Corpus) -> None:
+    for length, _ in cfg.trainer.lengths():
+        if cfg.model.context % length:
+            raise ConfigError(
+                f"trainer.length_schedule: {length} does not divide the model's context {cfg.model.context}: windows are "
+                "cut into equal parts"
+            )
+    windows = (len(corpus.train_tokens) - 1) // cfg.model.context
+    if windows < cfg.trainer.batch_windows:
+        raise ConfigError(
+            f"corpus {corpus.name} has {len(corpus.train_tokens)} training tokens, {windows} windows of model.context = "
+            f"{cfg.model.context}, fewer than one batch (trainer.batch_windows = {cfg.trainer.batch_windows}): "
+            "lower one of them, or give more text"
+        )
 
 
 def _run(
@@ -204,17 +265,19 @@ def _run(
     torch.manual_seed(cfg.seed)
     cfg.model.attention = times.attention if cfg.model.attention == "auto" else cfg.model.attention
     model = Transformer(cfg.model).to(device)
-    stream = WindowStream(corpus, cfg.model.context, cfg.seed, garbage_fraction=cfg.data.garbage_fraction)
-    sequences = SequenceGate(cfg.gate, stream, corpus.vocab_size, seed=cfg.seed + 1)
-    held_out = val_windows(corpus, cfg.model.context, cfg.trainer.eval_tokens or None)
+    if cfg.trainer.init_from and not cfg.resume:
+        start_from(model, cfg.trainer.init_from)
+    stream = make_stream(corpus, cfg.data, cfg.model.context, cfg.seed)
+    windows = held_out(corpus, cfg.data, cfg.model.context, cfg.trainer.eval_tokens or None)
     meta = {
         "config": resolved,
         "model": asdict(cfg.model),
         "tokenizer": corpus.tokenizer.record(),
         "corpus_sha256": corpus.sha256,
     }
-    targets = held_out[:, 1:]
-    bits_per_nat = targets.numel() / corpus.count_bytes(targets) / math.log(2)
+    bits_per_nat = {
+        name: part[:, 1:].numel() / corpus.count_bytes(part[:, 1:]) / math.log(2) for name, part in windows.items()
+    }
     resumed = load_checkpoint(folder / "checkpoint") if cfg.resume else None
     with Tracker(folder, resume_step=int(resumed.meta["step"]) if resumed else None) as tracker, _bar(cfg) as bar:
 
@@ -226,24 +289,28 @@ def _run(
                 f"{report.tokens / max(report.wall_s, 1e-9) / 1000:.0f}k tokens/s"
             )
 
-        def on_evaluation(report: StepReport, loss: float) -> None:
-            line = _scalars(report, cfg) | {"val_loss_nats": loss, "val_bits_per_byte": loss * bits_per_nat}
+        def on_evaluation(report: StepReport, losses: dict[str, float]) -> None:
+            line = _scalars(report, cfg)
+            line |= {"val_loss_nats": losses["val"], "val_bits_per_byte": losses["val"] * bits_per_nat["val"]}
+            line |= {f"held_out/{name}": loss for name, loss in losses.items() if name != "val"}
             tracker.log(report.step, line)
-            if sequences.last_surprise_N is not None:
-                tracker.histogram("gate/surprise_nats", sequences.last_surprise_N, report.step)
+            if trainer.gate.last_score_N is not None:
+                tracker.histogram("gate/surprise_nats", trainer.gate.last_score_N, report.step)
 
         trainer = Trainer(
             model,
-            sequences,
-            TokenGate(cfg.gate, seed=cfg.seed + 2),
-            StepKind.of(cfg.gate, cfg.subset),
+            cfg.gate,
+            cfg.subset,
             cfg.optim,
             cfg.trainer,
+            stream,
             times,
-            held_out,
+            windows,
             folder,
             cfg.seed,
             meta,
+            {"known_tokens": getattr(corpus, "known_tokens", None)},
+            lambda table, steps, components: _extend(cfg, device, table, steps, components),
             on_report,
             on_evaluation,
         )
@@ -253,12 +320,12 @@ def _run(
             tracker.text("config", f"```\n{yaml.safe_dump(resolved, sort_keys=False)}```")
         with Meter() as meter:
             result = trainer.run()
-        document = _document(cfg, corpus, model, result, meter.readings, device, held_out.shape[0], bits_per_nat)
+        document = _document(cfg, corpus, model, result, meter.readings, device, windows, bits_per_nat)
         if result.finished:
             tracker.hparams(
                 {
                     "stream": cfg.stream_name,
-                    "arm": cfg.arm,
+                    "arm": cfg.arm_name,
                     "seed": cfg.seed,
                     "model": cfg.model.name,
                     "keep": cfg.gate.keep_fraction,
@@ -288,6 +355,8 @@ def _scalars(report: StepReport, cfg: TrainConfig) -> dict[str, float | int | No
         "train/gradient_norm": report.gradient_norm,
         "gate/active_weight_fraction": report.active_fraction,
         "health/skipped_steps": report.skipped,
+        **{f"source/{name}": share for name, share in report.kept_share.items()},
+        **report.notes,
     }
 
 
@@ -298,8 +367,8 @@ def _document(
     result: RunResult,
     readings: Sequence[Reading],
     device: torch.device,
-    held_out_windows: int,
-    bits_per_nat: float,
+    windows: Mapping[str, torch.Tensor],
+    bits_per_nat: Mapping[str, float],
 ) -> dict[str, Any]:
     joules = total(readings) if readings and not cfg.resume else None
     reasons = [f"{r.source}: {r.reason}" for r in readings if r.joules is None]
@@ -310,10 +379,17 @@ def _document(
         "status": "finished" if result.finished else "interrupted",
         "folder": str(cfg.folder),
         "stream": cfg.stream_name,
-        "arm": cfg.arm,
+        "arm": cfg.arm_name,
         "seed": cfg.seed,
         "loss_nats": result.val_loss_nats,
-        "bits_per_byte": result.val_loss_nats * bits_per_nat,
+        "bits_per_byte": result.val_loss_nats * bits_per_nat["val"],
+        "held_out": {
+            name: {"loss_nats": loss, "bits_per_byte": loss * bits_per_nat[name], "tokens": windows[name][:, 1:].numel()}
+            for name, loss in result.held_out.items()
+        },
+        "prequential": _prequential(result),
+        "gate_decisions": [dict(decision) for decision in result.gate_decisions],
+        "budget_reference_s": cfg.trainer.budget_reference_s,
         "tokens": result.tokens,
         "steps": result.step,
         "windows_offered": result.windows_offered,
@@ -325,15 +401,25 @@ def _document(
         "peak_bytes": peak,
         "peak_bytes_kind": kind,
         "optimizer_bytes": result.optimizer_bytes,
+        "gradient_bytes": result.gradient_bytes,
+        "update_bytes": result.update_bytes,
         "energy_j": joules,
         "energy_reason": None if joules is not None else "not measured: " + "; ".join(reasons),
         "keep_fraction": result.keep_fraction,
         "source_keep": result.kept_share,
         "skipped_steps": result.skipped,
-        "params": sum(p.numel() for p in model.parameters()),
-        "val_tokens": held_out_windows * cfg.model.context,
+        "params": sum(p.numel() for name, p in model.named_parameters() if FACTOR not in name),  # of the merged model
+        "val_tokens": windows["val"][:, 1:].numel(),
         "corpus": corpus.name,
     }
+
+
+def _prequential(result: RunResult) -> dict[str, Any] | None:
+    """Losses before training on what came next, measured off the clock; None where the run took none."""
+    if not result.prequential:
+        return None
+    mean = sum(loss for _, loss, _ in result.prequential) / len(result.prequential)
+    return {"loss_nats": mean, "on_the_clock": False, "points": [list(point) for point in result.prequential]}
 
 
 def peak_bytes(device: torch.device) -> tuple[int, str]:
@@ -349,7 +435,7 @@ def _bar(cfg: TrainConfig) -> Any:
 
     return tqdm(
         total=round(cfg.trainer.budget_reference_s, 1),
-        desc=f"{cfg.stream_name} {cfg.arm}",
+        desc=f"{cfg.stream_name} {cfg.arm_name}",
         unit="ref s",
         bar_format="{desc}: {percentage:3.0f}%|{bar:20}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}, {postfix}]",
         disable=not cfg.progress,

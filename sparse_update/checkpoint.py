@@ -126,6 +126,12 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     return Checkpoint(tensors[MODEL], unpack(meta["state"], tensors[STATE]), own, place)
 
 
+def checkpoint_of(folder: str | Path) -> Path:
+    """The checkpoint that is meant by a run's folder, or by the checkpoint's own."""
+    place = Path(folder)
+    return place / "checkpoint" if (place / "checkpoint").is_dir() else place
+
+
 def _places(folder: str | Path) -> tuple[Path, Path, Path]:
     """(the folder, where a new one is written, where the old one waits)"""
     target = Path(folder).expanduser().resolve()

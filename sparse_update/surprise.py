@@ -1,4 +1,4 @@
-"""Surprise signals: how unexpected data is, in nats, and what it costs to ask.
+"""Hashed n-gram counts: how unexpected text is, in nats, for next to nothing. Signals by name are in `signals/`.
 
 Shape letters: N windows, T predicted tokens of a window, V vocabulary.
 """
@@ -11,6 +11,12 @@ import torch
 from torch import Tensor
 
 _MIX = -7046029254386353131  # 0x9E3779B97F4A7C15, the 64-bit golden-ratio multiplier (Knuth, TAOCP 3, 6.4)
+
+
+def mix(key: Tensor) -> Tensor:
+    """Scramble int64 keys, elementwise: multiply, then fold the high bits down (not cryptographic)."""
+    key = key * _MIX
+    return key ^ (key >> 29)
 
 
 class NgramTable:

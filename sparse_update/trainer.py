@@ -2,185 +2,224 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_update.backward import sparse_step
-from sparse_update.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from sparse_update.cost import ComponentTimes, ComponentTimesError, StepKind, kept_rows, ngram_flops, step_flops
-from sparse_update.gate import SequenceGate, TokenGate
-from sparse_update.optimizer import OptimConfig, Optimizer, schedule
-from sparse_update.subset import choose
+from sparse_update.checkpoint import Checkpoint, checkpoint_of, load_checkpoint, save_checkpoint
+from sparse_update.cost import ComponentTimes, ComponentTimesError, Step, optimizer_tag
+from sparse_update.evaluation import evaluate, start_from
+from sparse_update.gates.bias import cosines
+from sparse_update.gates.gate import Gate, GateConfig, GateContext, GatedBatch, make_gate
+from sparse_update.records import RunResult, StepReport, TrainerConfig, TrainingDiverged, compiling
+from sparse_update.step.backward import Stepper
+from sparse_update.step.flops import plan_flops
+from sparse_update.step.plan import PLAIN, Chosen, SparseStep, StepPlan, View
+from sparse_update.timing import Component, Setting, step_probe
 from sparse_update.transformer import Transformer, token_loss
+from sparse_update.weights.lowrank import adapt, apart, merged, restore
+from sparse_update.weights.optimizer import OptimConfig, Optimizer, schedule
+from sparse_update.weights.subset import Subset, SubsetConfig
 
-PRECISIONS = ("auto", "fp32", "bf16")
-COMPILES = ("auto", "on", "off")
-COMPILE_REPAID_S = 30.0
-"""About what the first compilation takes on two CPU cores; later ones come from torch's cache in a few seconds."""
-
-
-@dataclass
-class TrainerConfig:
-    """Budget, batch and habits of a run. Raises ValueError for values that cannot train."""
-
-    budget_reference_s: float = 40.0
-    """What the run may spend, in reference seconds; the schedule decays over it."""
-    batch_windows: int = 32
-    precision: str = "auto"
-    """"fp32" | "bf16" | "auto": bf16 on a GPU, whichever measures faster on a CPU."""
-    compile: str = "auto"
-    """"on" | "off" | "auto": torch.compile for plain steps on a GPU, and on a CPU where it measures faster and the budget
-    is at least 30 reference seconds."""
-    device: str = "auto"
-    threads: int = 0
-    """CPU threads; 0 leaves torch's choice."""
-    component_times: str = ""
-    """Path of a table of component times shared by the arms; empty: measured by the run, kept in its folder."""
-    eval_tokens: int = 32768
-    """Held-out tokens per evaluation, spread over all held-out documents; 0 takes all."""
-    evaluations: int = 8
-    """Evaluations along the run, the last one at its end; none of them is on the clock."""
-    log_every_steps: int = 10
-    checkpoint_every_s: float = 60.0
-    """Wall seconds between checkpoints; one is always written at the end and when interrupted."""
-    stop_after_skipped: int = 20
-    """Consecutive steps with a loss that is not finite before the run gives up."""
-
-    def __post_init__(self) -> None:
-        if self.budget_reference_s <= 0:
-            raise ValueError(f"trainer.budget_reference_s = {self.budget_reference_s}: must be positive")
-        if self.batch_windows < 1 or self.log_every_steps < 1 or self.evaluations < 1:
-            raise ValueError("trainer.batch_windows, log_every_steps and evaluations must be at least 1")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"trainer.precision = {self.precision!r}: one of {', '.join(PRECISIONS)}")
-        if self.compile not in COMPILES:
-            raise ValueError(f"trainer.compile = {self.compile!r}: one of {', '.join(COMPILES)}")
-        if self.eval_tokens < 0 or self.threads < 0:
-            raise ValueError("trainer.eval_tokens and trainer.threads must not be negative")
+__all__ = [
+    "RunResult",
+    "StepReport",
+    "Trainer",
+    "TrainerConfig",
+    "TrainingDiverged",
+    "compiling",
+    "evaluate",
+    "start_from",
+]
 
 
-class TrainingDiverged(RuntimeError):
-    """The loss stayed non-finite for too many steps in a row."""
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One logged step. Totals count from the start of the run; `keep_fraction` is the share of offered items trained on."""
-
-    step: int
-    tokens: int
-    """Tokens that went through a forward."""
-    reference_s: float
-    wall_s: float
-    loss_nats: float
-    """Mean over the batch's tokens since the last report."""
-    learning_rate_factor: float
-    gradient_norm: float
-    keep_fraction: float
-    active_fraction: float
-    flops: int
-    skipped: int
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """Where a run ended. `finished` is False when it was interrupted (its checkpoint resumes it)."""
-
-    finished: bool
-    step: int
-    tokens: int
-    windows_offered: int
-    windows_scored: int
-    flops: int
-    reference_s: float
-    gate_reference_s: float
-    wall_s: float
-    compile_s: float
-    """Wall seconds of the first step where it is compiled, not in `wall_s`; 0.0 otherwise."""
-    val_loss_nats: float
-    keep_fraction: float
-    kept_share: dict[str, float]
-    skipped: int
-    optimizer_bytes: int
+EAGER = "plain_step_eager"
+"""Component key of a plain step that runs eagerly for a gate to observe, where plain steps are compiled."""
 
 
 class Trainer:
-    """Trains a model on what its gates let through until the budget of reference seconds is spent.
+    """Trains a model on what its gate lets through until the budget is spent.
 
     Args:
-        model: on `device` already, with `cfg.attention` resolved.
-        sequence_gate, token_gate, optim, subset: the arm.
+        model: on its device already, with `cfg.attention` resolved.
+        gate, subset, optim: the arm.
+        stream: source of windows.
         times: table of component times; its `precision` is used.
-        val_NT1: held-out windows, int64 (N, T + 1), on CPU.
+        held_out: windows by name, int64 (N, T + 1), on CPU; "val" is the headline.
         folder: checkpoints go to `folder/checkpoint`.
         meta: put into every checkpoint (schema, config, tokenizer, ...).
-        on_report, on_evaluation: callbacks (step report; step, tokens, reference seconds, loss in nats).
+        context: what the gate gets beside model and stepper: `known_tokens`.
+        measure: extends the table by steps and components it lacks; without it a missing entry is an error.
+        on_report, on_evaluation: callbacks (step report; step report, loss by held-out set).
     """
 
     def __init__(
         self,
         model: Transformer,
-        sequence_gate: SequenceGate,
-        token_gate: TokenGate,
-        kind: StepKind,
+        gate: GateConfig,
+        subset: SubsetConfig,
         optim: OptimConfig,
         cfg: TrainerConfig,
+        stream: Any,
         times: ComponentTimes,
-        val_NT1: Tensor,
+        held_out: Mapping[str, Tensor],
         folder: Path,
         seed: int,
         meta: dict[str, Any],
+        context: Mapping[str, Any] | None = None,
+        measure: Callable[[ComponentTimes, Sequence[Step], Mapping[str, Component]], ComponentTimes] | None = None,
         on_report: Callable[[StepReport], None] = lambda report: None,
-        on_evaluation: Callable[[StepReport, float], None] = lambda report, loss: None,
+        on_evaluation: Callable[[StepReport, dict[str, float]], None] = lambda report, losses: None,
     ) -> None:
         self.device = model.embed.weight.device
-        times.check(model.cfg, cfg.batch_windows, optim)
-        if cfg.compile != "auto" and (cfg.compile == "on") != times.compiled:
+        times.check(model.cfg, optim)
+        on = times.variant.endswith("compiled") or times.compiled
+        if cfg.compile != "auto" and (cfg.compile == "on") != on:
             raise ComponentTimesError(
                 f"trainer.compile = {cfg.compile}, but the table of component times was measured "
-                f"{'with' if times.compiled else 'without'} torch.compile: measure again, or leave trainer.compile at auto"
+                f"{'with' if on else 'without'} torch.compile: measure again, or leave trainer.compile at auto"
             )
-        self.model, self.sequence_gate, self.token_gate, self.kind = model, sequence_gate, token_gate, kind
-        self.optim, self.cfg, self.times = optim, cfg, times
-        self.val_NT1, self.folder, self.seed, self.meta = val_NT1, folder, seed, meta
-        self.on_report, self.on_evaluation = on_report, on_evaluation
+        context_length = model.cfg.context
+        for length, _ in cfg.lengths():
+            if context_length % length:
+                raise ValueError(
+                    f"trainer.length_schedule: {length} does not divide the model's context {context_length}: windows are "
+                    "cut into equal parts"
+                )
+        self.model, self.optim, self.cfg, self.times, self.stream = model, optim, cfg, times, stream
+        self.held_out, self.folder, self.seed, self.meta = dict(held_out), folder, seed, meta
+        self.measure, self.on_report, self.on_evaluation = measure, on_report, on_evaluation
         self.bf16 = times.precision == "bf16"
-        self.turn = 0
-        self.active = choose(model, kind.subset, 0, seed)
-        self.optimizer = Optimizer(model, self.active, optim)
-        self.forward = torch.compile(model) if times.compiled and kind.dense else model
+        self.stepper = Stepper(model, torch.bfloat16 if self.bf16 else None, times.compiled)
+        self.engine = self.stepper
+        if (times.variant == "engine_compiled") != times.compiled:
+            self.engine = Stepper(model, torch.bfloat16 if self.bf16 else None, times.variant == "engine_compiled")
+        self.adapted = subset.kind == "lora"
+        if self.adapted:
+            adapt(model, subset, gate, seed)
+        self.subset = Subset(model, subset, seed)
+        self.dense_weights = subset.kind == "all"
+        self.optimizer = Optimizer(model, self.subset.active, optim)
+        vocabulary = int(getattr(getattr(stream, "corpus", None), "vocab_size", model.cfg.vocab_size))
+        self.gate: Gate = make_gate(
+            gate,
+            stream,
+            GateContext(
+                vocabulary,
+                context_length,
+                seed,
+                model=model,
+                device=self.device,
+                stepper=self.stepper,
+                active=lambda: self.subset.active,
+                step_key=lambda plan, batch, length: self.times.key(self._step(plan, batch, length)),
+                reference=str(checkpoint_of(gate.reference)) if gate.reference else "",
+                **(context or {}),
+            ),
+        )
+        compiled = times.variant == "autograd_compiled" or (self.adapted and times.compiled)
+        self.forward = torch.compile(model) if compiled else model
+        self.generator = torch.Generator(device=self.device).manual_seed(seed + 3)
+        self.uses: Counter[str] = Counter()
+        """Steps taken, by key of the table."""
         self.compile_s = 0.0
-        self.step = self.tokens = self.flops = self.skipped = self.evaluations = 0
+        self.step = self.tokens = self.flops = self.skipped = self.evaluations = self.next_stretch = 0
         self.wall_s = 0.0
-        self.last_val_loss = float("nan")
+        self.losses: dict[str, float] = {name: float("nan") for name in self.held_out}
+        self.points: list[tuple[int, float, str]] = []
+        self.peak_gradient = self.peak_optimizer = self.peak_both = 0
         self._losses: list[float] = []
         self._norm = 0.0
         self._skipped_in_a_row = 0
         self._interrupted = False
+        self._last: tuple[Tensor, Tensor, StepPlan, Tensor | None] | None = None
+        self._require(self._planned(), self._components())
 
     # the clock
 
+    def _step(self, plan: StepPlan, batch: int, length: int) -> Step:
+        tag = optimizer_tag(self.optim)
+        tag = "" if tag == self.times.model.get("optimizer", tag) else tag
+        return Step(plan, None if self.dense_weights else self.subset.active, batch, length, tag)
+
+    def _shape(self, progress: float) -> tuple[int, int]:
+        """(sequences, their length) of the step at `progress`."""
+        length = self.cfg.length_at(progress, self.model.cfg.context)
+        return self.cfg.batch_windows * (self.model.cfg.context // length), length
+
+    def _planned(self) -> list[Step]:
+        context = self.model.cfg.context
+        shapes = {
+            length: self.cfg.batch_windows * (context // length) for length, _ in (*self.cfg.lengths(), (context, 1.0))
+        }
+        return [
+            self._step(plan, batch, length) for length, batch in shapes.items() for plan in self.gate.plans(batch, length)
+        ]
+
+    def _components(self) -> dict[str, Component]:
+        found: dict[str, Component] = dict(self.gate.components())
+        key = getattr(self.stream, "cost_key", "")
+        if key:
+            found[key] = (self.cfg.batch_windows, lambda: self.stream.probe(self.cfg.batch_windows))
+        if self.gate.cfg.unit == "auto" and self.times.variant.endswith("compiled"):
+            found[EAGER] = (1, self._eager_step)
+        return found
+
+    def _eager_step(self) -> Callable[[], None]:
+        """A plain step as one that is observed runs: by autograd, not compiled."""
+        times = self.times
+        setting = Setting(self.model.cfg, self.optim, self.device, times.attention, times.precision)
+        probe = step_probe(setting, Step(PLAIN, None, self.cfg.batch_windows, self.model.cfg.context), EAGER)
+
+        def use() -> None:
+            probe()
+
+        return use
+
+    def _require(self, steps: Sequence[Step], components: Mapping[str, Component]) -> None:
+        """Entries for all of these in the table: measured now where they are missing and can be."""
+        missing = [step for step in steps if not self.times.has(self.times.key(step))]
+        lacking = {key: use for key, use in components.items() if not self.times.has(key)}
+        if (missing or lacking) and self.measure is not None:
+            self.times = self.measure(self.times, missing, lacking)
+        for key in [self.times.key(step) for step in steps] + list(components):
+            self.times.ms_of(key)
+
+    def _seconds(self, step: Step) -> float:
+        key = self.times.key(step)
+        if not self.times.has(key):
+            self._require([step], {})
+        return self.times.ms_of(key) / 1000
+
     @property
     def gate_reference_s(self) -> float:
-        scored = self.sequence_gate.windows_scored
-        return scored * self.times.ms["ngram_window"] / 1000 if scored else 0.0
+        extra = Counter(self.gate.uses) + Counter(getattr(self.stream, "uses", Counter()))
+        lacking = [key for key in extra if not self.times.has(key)]
+        if lacking:
+            self._require([], {key: use for key, use in self._components().items() if key in lacking})
+        return self.times.seconds(extra)
 
     @property
     def reference_s(self) -> float:
-        return self.step * self.times.step_s(self.kind) + self.gate_reference_s
+        return self.times.seconds(self.uses) + self.gate_reference_s
+
+    @property
+    def offered_tokens(self) -> int:
+        return int(getattr(self.stream, "read_windows", self.gate.windows_offered)) * self.model.cfg.context
 
     @property
     def progress(self) -> float:
+        if self.cfg.budget_offered_tokens:
+            return self.offered_tokens / self.cfg.budget_offered_tokens
         return self.reference_s / self.cfg.budget_reference_s
 
     # the loop
@@ -192,20 +231,29 @@ class Trainer:
         """
         mark = time.perf_counter()
         saved = mark
-        step_s = self.times.step_s(self.kind)
-        if step_s > self.cfg.budget_reference_s:
+        by_time = not self.cfg.budget_offered_tokens
+        first = self._step(self.gate.plan(self.progress, *self._shape(self.progress)), *self._shape(self.progress))
+        if by_time and self._seconds(first) > self.cfg.budget_reference_s:
             raise ComponentTimesError(
-                f"trainer.budget_reference_s = {self.cfg.budget_reference_s:g} buys not one step: {self.kind.key} takes "
-                f"{step_s:.3g} reference seconds. Raise the budget, or measure again while the machine is idle"
+                f"trainer.budget_reference_s = {self.cfg.budget_reference_s:g} buys not one step: {self.times.key(first)} "
+                f"takes {self._seconds(first):.3g} reference seconds. Raise the budget, or measure again while the "
+                "machine is idle"
             )
         with self._signals():
             while not self._interrupted:
-                batch = self.sequence_gate.next(self.cfg.batch_windows)
-                if self.reference_s + step_s > self.cfg.budget_reference_s:
+                self._preview()
+                progress = self.progress
+                if not by_time and progress >= 1 and self.gate.waiting < self.cfg.batch_windows:
                     break
-                self._train(batch.tokens.to(self.device))
+                batch = self.gate.next(self.cfg.batch_windows, progress)
+                shape = self._shape(progress)
+                plan = self.gate.plan(progress, *shape)
+                seconds = self._seconds(self._step(plan, *shape))
+                if by_time and self.reference_s + seconds > self.cfg.budget_reference_s:
+                    break
+                self._train(batch, plan, progress, seconds)
                 now = time.perf_counter()
-                if self.forward is not self.model and not self.compile_s:
+                if (self.times.compiled or self.forward is not self.model) and not self.compile_s:
                     self.compile_s = now - mark  # the first step compiles: reported apart
                 else:
                     self.wall_s += now - mark
@@ -213,7 +261,7 @@ class Trainer:
                     self.on_report(self.report())
                 if self.progress >= (self.evaluations + 1) / self.cfg.evaluations and self.progress < 1:
                     self._evaluate()
-                if now - saved > self.cfg.checkpoint_every_s:
+                if now - saved > self.cfg.checkpoint_every_s and not self._skipped_in_a_row:
                     self.save()
                     saved = time.perf_counter()
                 mark = time.perf_counter()
@@ -223,47 +271,124 @@ class Trainer:
             self.save()
         return self.result(finished)
 
-    def _train(self, tokens_BT1: Tensor) -> None:
-        x, y = tokens_BT1[:, :-1], tokens_BT1[:, 1:]
-        turn = self.step // self.kind.subset.change_every_steps
-        if turn != self.turn and self.kind.subset.kind != "all":
-            self.turn, self.active = turn, choose(self.model, self.kind.subset, turn, self.seed)
-            self.optimizer.activate(self.active)
-        if self.kind.dense:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                loss = token_loss(self.forward(x), y).mean()
-            loss.backward()
-        else:
-            sparse = sparse_step(
-                self.model, x, y, self.token_gate.rows(), self.active, torch.bfloat16 if self.bf16 else None
-            )
-            self.optimizer.set_gradients(sparse.gradients)
-            loss = sparse.loss_BT.mean()
-        self._update(float(loss.detach()))
+    def _train(self, batch: GatedBatch, plan: StepPlan, progress: float, seconds: float) -> None:
+        tokens_BT1 = batch.tokens.to(self.device)
+        sequences, length = self._shape(progress)
+        x_BT = tokens_BT1[:, :-1].reshape(sequences, length)
+        y_BT = tokens_BT1[:, 1:].reshape(sequences, length)
+        self._last = (x_BT, y_BT, plan, None)
+        observed = self.gate.observing and plan == PLAIN and self.dense_weights
+        found = self._gradients(batch, plan, x_BT, y_BT)
+        loss = float(found.loss_BT.mean())
+        self._update(loss, found, progress)
+        step = self._step(plan, sequences, length)
+        eager = EAGER if observed and self.times.variant.endswith("compiled") else ""
+        self.uses[eager or self.times.key(step)] += 1
         self.step += 1
-        self.tokens += x.numel()
-        rows = kept_rows(self.token_gate.cfg, x.shape[1])
-        self.flops += step_flops(self.model.cfg, len(x), rows, None if self.kind.dense else self.active).total
+        self.tokens += x_BT.numel()
+        self.flops += plan_flops(self.model.cfg, sequences, plan, step.active, length).total
+        plain_s = self.times.dense_ms / 1000
+        if len(found.loss_BT) != len(batch.tokens):  # the gate thinks in windows
+            found = replace(found, loss_BT=found.loss_BT.reshape(len(batch.tokens), -1))
+        self.gate.observe(batch, found, progress, seconds / plain_s)
+        self._turn()
 
-    def _update(self, loss: float) -> None:
-        if loss == loss and abs(loss) != float("inf"):
-            self._norm = self.optimizer.step(self.progress)
-            self._losses.append(loss)
-            self._skipped_in_a_row = 0
-            return
+    def _gradients(self, batch: GatedBatch, plan: StepPlan, x_BT: Tensor, y_BT: Tensor) -> SparseStep:
+        """Take the step's gradients: by autograd in place where that is the fastest plain step, else by the engine."""
+        observing = self.gate.observing
+        autograd = self.times.variant.startswith("autograd")
+        weight_B = batch.weight_B
+        if weight_B is not None:
+            weight_B = weight_B.repeat_interleave(len(x_BT) // len(weight_B)).to(self.device)
+        if self.adapted or (plan == PLAIN and self.dense_weights and (autograd or observing)):
+            run = self.model if observing else self.forward
+            with self.gate.tap(self.model), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                loss_BT = token_loss(run(x_BT), y_BT)
+                loss = loss_BT.mean() if weight_B is None else (loss_BT * weight_B[:, None]).mean()
+                loss.backward()
+            loss_BT = loss_BT.detach()
+            return SparseStep(loss_BT, {}, Chosen(), View(loss_BT))
+        places = self.gate.bypass(batch, plan)
+        if places is not None:
+            places = places.reshape(len(x_BT), -1).to(self.device)
+        stepper = self.engine if plan == PLAIN and self.dense_weights else self.stepper
+        found = stepper.step(
+            x_BT,
+            y_BT,
+            plan,
+            self.subset.active,
+            choose=self.gate.choose if plan.sequences or plan.rows else None,
+            bypass_BR=places,
+            skip=self.gate.skip(plan),
+            weight_B=weight_B,
+            generator=self.generator,
+        )
+        self.optimizer.set_gradients(found.gradients)
+        self._last = (x_BT, y_BT, plan, places)
+        return found
+
+    def _update(self, loss: float, found: SparseStep, progress: float) -> None:
+        if math.isfinite(loss) and self._finite():
+            self._bytes(self.optimizer.gradient_bytes())
+            self.subset.observe(found.gradients, loss)
+            norm = self.optimizer.step(progress)
+            if math.isfinite(norm):
+                self._norm = norm
+                self._losses.append(loss)
+                self._skipped_in_a_row = 0
+                self._bytes(0)
+                return
         self.optimizer.clear()
         self.skipped += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= self.cfg.stop_after_skipped:
+            what = f"the loss was {loss}" if not math.isfinite(loss) else "the gradient was not finite"
             raise TrainingDiverged(
-                f"step {self.step}: the loss was {loss} for {self._skipped_in_a_row} steps in a row. Lower optim.lr (now "
+                f"step {self.step}: {what} for {self._skipped_in_a_row} steps in a row. Lower optim.lr (now "
                 f"{self.optim.lr}) or look at the data; {self.folder / 'checkpoint'} holds the last good state, if any"
             )
 
+    def _finite(self) -> bool:
+        """Whether every gradient is; moments that met one that is not would never recover."""
+        leaves = (*self.optimizer.leaves.values(), *self.optimizer.signed.values())
+        sums = [leaf.grad.sum() for leaf in leaves if leaf.grad is not None]
+        return not sums or bool(torch.stack(sums).isfinite().all())
+
+    def _turn(self) -> None:
+        """Move on to the next choice of weights where it is due."""
+        if self.subset.due(self.step, self.progress):
+            self.optimizer.activate(self.subset.advance(None))
+
+    def _bytes(self, gradients: int) -> None:
+        state = self.optimizer.state_bytes()
+        self.peak_gradient = max(self.peak_gradient, gradients)
+        self.peak_optimizer = max(self.peak_optimizer, state)
+        self.peak_both = max(self.peak_both, gradients + state)
+
+    def _preview(self) -> None:
+        """Prequential loss where the stream stands at a new stretch."""
+        every = self.cfg.prequential_every
+        stretch = self.offered_tokens // self.model.cfg.context // every if every else 0
+        if not every or stretch < self.next_stretch:
+            return
+        self.next_stretch = stretch + 1
+        from sparse_update.data.regimes import prequential
+
+        preview = prequential(self.stream, every, self.cfg.prequential_windows)
+        self.points.append((self.offered_tokens, evaluate(self.model, preview.batch.tokens), preview.source))
+
     def _evaluate(self) -> None:
-        self.last_val_loss = evaluate(self.model, self.val_NT1)
+        self.losses = {name: evaluate(self.model, windows) for name, windows in self.held_out.items()}
         self.evaluations += 1
-        self.on_evaluation(self.report(), self.last_val_loss)
+        notes = self._bias() if self.cfg.measure_bias else {}
+        self.on_evaluation(self.report(notes), dict(self.losses))
+
+    def _bias(self) -> dict[str, float]:
+        if self._last is None or self._last[2].plain:
+            return {}
+        x_BT, y_BT, plan, places = self._last
+        found = cosines(self.stepper, x_BT, y_BT, plan, self.subset.active, self.gate, places, self.seed)
+        return {f"bias/{name}": value for name, value in found.items()}
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -284,7 +409,7 @@ class Trainer:
 
     # records
 
-    def report(self) -> StepReport:
+    def report(self, notes: Mapping[str, float] | None = None) -> StepReport:
         """The state of the run now; the mean loss covers the steps since the last call."""
         loss = sum(self._losses) / len(self._losses) if self._losses else float("nan")
         self._losses = []
@@ -296,41 +421,41 @@ class Trainer:
             loss_nats=loss,
             learning_rate_factor=schedule(min(1.0, self.progress), self.optim),
             gradient_norm=self._norm,
-            keep_fraction=self.keep_fraction(),
-            active_fraction=self.active.fraction(self.model),
+            keep_fraction=self.gate.keep_fraction(),
+            active_fraction=self.subset.active.fraction(self.model),
             flops=self.total_flops(),
             skipped=self.skipped,
+            kept_share=self.gate.kept_share(),
+            notes={**self.gate.notes(), **(notes or {})},
         )
-
-    def keep_fraction(self) -> float:
-        """Share of what was offered that was trained on: windows, times token rows."""
-        offered = self.sequence_gate.windows_offered
-        windows = float(self.sequence_gate.kept_by_source.sum()) / offered if offered else 1.0
-        rows = kept_rows(self.token_gate.cfg, self.model.cfg.context)
-        return windows * (rows / self.model.cfg.context if rows else 1.0)
 
     def total_flops(self) -> int:
         """Counted FLOPs of all steps and of the gate's own scoring."""
-        gate = self.sequence_gate
-        return self.flops + ngram_flops(gate.windows_scored, self.model.cfg.context, len(gate.cfg.ngram_orders))
+        stream = getattr(self.stream, "flops", None)
+        return self.flops + self.gate.flops + (int(stream(self.stream.read_windows)) if stream else 0)
 
     def result(self, finished: bool) -> RunResult:
         return RunResult(
             finished=finished,
             step=self.step,
             tokens=self.tokens,
-            windows_offered=self.sequence_gate.windows_offered,
-            windows_scored=self.sequence_gate.windows_scored,
+            windows_offered=self.gate.windows_offered,
+            windows_scored=self.gate.windows_scored,
             flops=self.total_flops(),
             reference_s=self.reference_s,
             gate_reference_s=self.gate_reference_s,
             wall_s=self.wall_s,
             compile_s=self.compile_s,
-            val_loss_nats=self.last_val_loss,
-            keep_fraction=self.keep_fraction(),
-            kept_share=self.sequence_gate.kept_share(),
+            val_loss_nats=self.losses["val"],
+            held_out=dict(self.losses),
+            keep_fraction=self.gate.keep_fraction(),
+            kept_share=self.gate.kept_share(),
             skipped=self.skipped,
-            optimizer_bytes=self.optimizer.state_bytes(),
+            optimizer_bytes=self.peak_optimizer,
+            gradient_bytes=self.peak_gradient,
+            update_bytes=self.peak_both,
+            prequential=tuple(self.points),
+            gate_decisions=tuple(getattr(self.gate, "decisions", ())),
         )
 
     # checkpoints
@@ -339,28 +464,28 @@ class Trainer:
         """Everything but the weights that the next step depends on."""
         return {
             "optimizer": self.optimizer.state_dict(),
-            "sequence_gate": self.sequence_gate.state_dict(),
-            "token_gate": self.token_gate.state_dict(),
+            "gate": self.gate.state_dict(),
+            "subset": self.subset.state_dict(),
             "counters": {
-                "step": self.step,
-                "tokens": self.tokens,
-                "flops": self.flops,
-                "skipped": self.skipped,
-                "evaluations": self.evaluations,
-                "turn": self.turn,
+                **{name: getattr(self, name) for name in _COUNTERS},
+                "uses": dict(self.uses),
                 "wall_s": self.wall_s,
-                "last_val_loss": self.last_val_loss,
+                "held_out": dict(self.losses),
+                "points": [list(point) for point in self.points],
                 "losses": torch.tensor(self._losses, dtype=torch.float64),
                 "norm": self._norm,
             },
             "rng": torch.get_rng_state(),
+            "generator": self.generator.get_state(),
+            **({"adapted": apart(self.model)} if self.adapted else {}),
         }
 
     def save(self) -> Path:
         """Write `folder/checkpoint`, atomically."""
         target = self.folder / "checkpoint"
         meta = {**self.meta, "step": self.step, "component_times_sha256": self.times.sha256}
-        save_checkpoint(target, dict(self.model.state_dict()), self.state_dict(), meta)
+        weights = merged(self.model) if self.adapted else dict(self.model.state_dict())
+        save_checkpoint(target, weights, self.state_dict(), meta)
         return target
 
     def resume(self, checkpoint: Path | Checkpoint) -> None:
@@ -376,44 +501,28 @@ class Trainer:
                 "the checkpoint was written under another table of component times: its clock would jump. Resume with the "
                 "component_times.json of the run's own folder"
             )
-        self.model.load_state_dict(found.model)
         state = found.state
+        if self.adapted:
+            restore(self.model, found.model, state.get("adapted", {}))
+        else:
+            self.model.load_state_dict(found.model)
         counters = state["counters"]
-        self.turn = int(counters["turn"])
-        self.active = choose(self.model, self.kind.subset, self.turn, self.seed)
-        self.optimizer.activate(self.active)
+        self.subset.load_state_dict(state["subset"])
+        self.optimizer.activate(self.subset.active)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.sequence_gate.load_state_dict(state["sequence_gate"])
-        self.token_gate.load_state_dict(state["token_gate"])
-        self.step, self.tokens, self.flops = (int(counters[k]) for k in ("step", "tokens", "flops"))
-        self.skipped, self.evaluations = int(counters["skipped"]), int(counters["evaluations"])
-        self.wall_s, self.last_val_loss = float(counters["wall_s"]), float(counters["last_val_loss"])
+        self.gate.load_state_dict(state["gate"])
+        for name in _COUNTERS:
+            setattr(self, name, int(counters[name]))
+        self.uses = Counter({str(k): int(v) for k, v in counters["uses"].items()})
+        self.wall_s = float(counters["wall_s"])
+        self.losses = {str(k): float(v) for k, v in counters["held_out"].items()}
+        self.points = [(int(t), float(loss), str(source)) for t, loss, source in counters["points"]]
         self._losses, self._norm = counters["losses"].tolist(), float(counters["norm"])
         torch.set_rng_state(state["rng"])
+        self.generator.set_state(state["generator"])
 
 
-def compiling(cfg: TrainerConfig, device: torch.device) -> str:
-    """What to do about torch.compile: "on", "off", or "measure" whether it pays.
-
-    "auto" is on for a GPU; on a CPU it is measured where a C++ compiler is there and the budget can repay the compilation.
-    """
-    if cfg.compile != "auto":
-        return cfg.compile
-    if device.type == "cuda":
-        return "on"
-    found = any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++"))
-    return "measure" if found and cfg.budget_reference_s >= COMPILE_REPAID_S else "off"
-
-
-@torch.no_grad()
-def evaluate(model: torch.nn.Module, windows_NT1: Tensor, batch: int = 64) -> float:
-    """Mean loss in nats per token over held-out windows, int64 (N, T + 1), in the parameters' own precision."""
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    total = 0.0
-    for part in windows_NT1.split(batch):
-        tokens = part.to(device)
-        total += float(token_loss(model(tokens[:, :-1]), tokens[:, 1:]).double().sum())
-    model.train(training)
-    return total / windows_NT1[:, 1:].numel()
+_COUNTERS = (
+    "step", "tokens", "flops", "skipped", "evaluations", "next_stretch", "peak_gradient", "peak_optimizer", "peak_both",
+    "_skipped_in_a_row",
+)  # fmt: skip

@@ -32,8 +32,9 @@ ANYWHERE = ("configs/", "hardware/", "neuro/", "sparse_update/", "experiments/")
 THIRD_PARTIES = {
     "numpy": ANYWHERE,
     "torch": ("neuro/", "sparse_update/", "experiments/"),
-    "scipy": ("experiments/",),
+    "scipy": ("experiments/", WORKER),
     "yaml": ("hardware/", "experiments/"),
+    "sklearn": ("experiments/digits.py",),
     "tqdm": ("experiments/",),
     "matplotlib": ("experiments/",),
     "hydra": ("experiments/",),
@@ -42,14 +43,19 @@ THIRD_PARTIES = {
     "torch.utils.tensorboard": ("experiments/tracking.py",),
     "pynvml": ("hardware/meters.py",),
     "safetensors": ("sparse_update/checkpoint.py",),
-    "tokenizers": ("sparse_update/tokens.py",),
+    "tokenizers": ("sparse_update/data/tokens.py",),
     "snntorch": ("neuro/spiking.py", "neuro/simulators/snntorch_backend.py"),
     "nir": ("neuro/nir_io.py",),
+    "transformers": ("sparse_update/library/callbacks.py",),
+    "datasets": ("sparse_update/data/hub.py",),
+    "pytorch_lightning": ("sparse_update/library/callbacks.py",),
+    "peft": ("sparse_update/weights/lowrank.py",),
+    "galore_torch": ("sparse_update/weights/lowrank.py",),
     "lava": (WORKER,),
 }
 # Read also by Python 3.10 in an environment that has numpy and Lava, and nothing of ours.
-STANDALONE = ("neuro/graph.py", WORKER)
-STANDALONE_MAY = {"numpy", "lava"}
+STANDALONE = ("neuro/graph.py", "neuro/kinds.py", "neuro/synapses.py", WORKER)
+STANDALONE_MAY = {"numpy", "scipy", "lava"}
 # Formats that run code when they are read.
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
@@ -99,7 +105,11 @@ def _import_problem(place: str, name: str) -> str | None:
         return f"imports {top}, which runs code from data" if top in PICKLES else None
     if place.startswith(STANDALONE):
         beside = place.startswith(WORKER) and (ROOT / WORKER / f"{top}.py").is_file()
-        if top not in STANDALONE_MAY and not beside:
+        bare = not place.startswith(WORKER) or place == f"{WORKER}worker.py"  # which makes a bare `neuro` to load them from
+        shared = bare and any(
+            f"{name}.".startswith(f"{file.removesuffix('.py').replace('/', '.')}.") for file in STANDALONE
+        )
+        if top not in STANDALONE_MAY and not beside and not shared:
             return f"imports {name}, but runs under Python 3.10 without it"
     if top in FLOORS:
         allowed = top == here or top in FLOORS[here]
@@ -146,7 +156,7 @@ def test_the_house_keeps_its_floors():
 
 PLANTED = {
     "hardware/up.py": ("import neuro", "hardware may import no other"),
-    "neuro/across.py": ("def f():\n    from sparse_update.gate import band", "neuro may import hardware"),
+    "neuro/across.py": ("def f():\n    from sparse_update.gates.gate import band", "neuro may import hardware"),
     "sparse_update/across.py": ("import importlib\nimportlib.import_module('neuro.graph')", "imports neuro.graph"),
     "sparse_update/relative.py": ("from ..experiments import cli", "imports experiments.cli"),
     "neuro/simulators/board.py": ("import torch.utils.tensorboard as tb", "experiments/tracking.py"),
@@ -208,6 +218,11 @@ HEAVY = (
     "safetensors",
     "pynvml",
     "snntorch",
+    "datasets",
+    "transformers",
+    "pytorch_lightning",
+    "peft",
+    "sklearn",
     "nir",
     "lava",
 )

@@ -59,7 +59,7 @@ def test_the_wheel_holds_all_code_and_data_and_no_tests(installed):
         path.relative_to(ROOT).as_posix()
         for top in TOPS
         for path in (ROOT / top).rglob("*")
-        if path.suffix in {".py", ".yaml", ".md"} and "__pycache__" not in path.parts
+        if path.suffix in {".py", ".yaml", ".md", ".c"} and "__pycache__" not in path.parts
     }
     assert code == expected
     assert any(name.endswith("licenses/LICENSE") for name in names)

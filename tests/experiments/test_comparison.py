@@ -17,7 +17,9 @@ from experiments.collection import collect
 from experiments.compare import CompareConfig, main, write
 from experiments.figures import Point, figure, pareto, points
 from experiments.hydra_app import ConfigError
+from experiments.statistics import paired_test
 from experiments.tables import markdown, table
+from experiments.targets import frontier, times_to_dense
 
 RunMaker = Callable[..., Path]
 
@@ -234,6 +236,117 @@ def test_pareto_keeps_what_nothing_beats() -> None:
     ]  # by definition, pair by pair
     expected = {(p.mid_j, p.loss_nats) for p, worse in zip(cloud, beaten, strict=True) if not worse}
     assert {(p.mid_j, p.loss_nats) for p in pareto(cloud)} == expected
+
+
+def ladder(make_run: RunMaker, arm: str, ends: dict[float, list[float]], stream: str = "noisy", **result: Any) -> None:
+    """One run per budget and seed, its end loss given."""
+    for budget, losses in ends.items():
+        for seed, loss in enumerate(losses):
+            numbers = {"budget_reference_s": budget, "reference_s": 0.999 * budget, **result}
+            make_run(arm, loss, seed=seed, stream=stream, name=f"{stream}-{arm}-{budget}-{seed}", result=numbers)
+
+
+def test_time_to_the_dense_end_loss_is_interpolated_per_seed(tmp_path: Path, make_run: RunMaker) -> None:
+    ladder(make_run, "dense", {20.0: [1.80, 1.82, 1.81], 10.0: [1.9, 1.9, 1.9]})
+    ladder(make_run, "surprise", {10.0: [1.84, 1.85, 1.82], 14.0: [1.80, 1.81, 1.79], 20.0: [1.7, 1.7, 1.7]})
+    ladder(make_run, "random", {14.0: [1.90, 1.90, 1.90], 20.0: [1.81, 1.80, 1.79]}, keep_fraction=0.51)
+    comparison = collect([tmp_path])
+    assert comparison.excluded == ()
+    stream = comparison.streams["noisy"]
+    assert {name: arm.loss.mean for name, arm in stream.arms.items()} == pytest.approx(
+        {"dense": 1.81, "random": 1.80, "surprise": 1.7}
+    )
+    found = {item.arm: item for item in times_to_dense(stream)}
+    # surprise: seed 0 reaches 1.80 at 14; seed 1: 1.82 three quarters of the way; seed 2: 1.81 a third of the way
+    expected = {0: 14.0, 1: 13.0, 2: 10 + 4 / 3}
+    assert dict(found["surprise"].times) == pytest.approx({s: 0.999 * t for s, t in expected.items()})
+    assert found["surprise"].ratio is not None
+    assert found["surprise"].ratio.mean == pytest.approx(sum(expected.values()) / 60)
+    assert set(found["surprise"].against) == {"dense", "random"}
+    # random: seed 0 never gets to 1.80, so its largest budget stands for it
+    assert found["random"].never == (0,)
+    assert found["random"].ratio is None
+    assert found["surprise"].bounded == ("random",)
+    random_time = {0: 20.0, 1: 14 + 6 * 0.8, 2: 14 + 6 * 9 / 11}
+    test = paired_test([0.999 * t for t in expected.values()], [0.999 * t for t in random_time.values()])
+    assert found["surprise"].against["random"].p == pytest.approx(test.p)
+    said = comparison.verdicts()
+    assert any("noisy: surprise takes 0.639" in sentence and "(n = 3)" in sentence for sentence in said)
+    assert any("random does not reach the dense end loss with seed(s) 0" in sentence for sentence in said)
+    assert "10 s: 1.8367; 14 s: 1.8000; 20 s: 1.7000" in table(comparison)
+    document = json.loads(json.dumps(comparison.to_json()))
+    assert document["time_to_dense"]["noisy"]["surprise"]["share_of_dense"]["n"] == 3
+    assert len(figure(comparison).axes) == 1
+
+
+def test_a_bound_is_called_a_bound(tmp_path: Path, make_run: RunMaker) -> None:
+    ladder(make_run, "dense", {20.0: [1.80, 1.80]})
+    ladder(make_run, "surprise", {10.0: [1.79, 1.85], 20.0: [1.7, 1.7]})
+    (found,) = times_to_dense(collect([tmp_path]).streams["noisy"])
+    assert found.at_most == (0,)
+    assert found.times[0] == pytest.approx(9.99)
+    assert "seed(s) 0: at most" in " ".join(collect([tmp_path]).verdicts())
+
+
+def test_a_gate_stands_against_random_at_its_own_rate_and_all_cheap_controls(tmp_path: Path, make_run: RunMaker) -> None:
+    rates = {"dense": 1.0, "dense_near": 1.0, "random_50": 0.5, "random_25": 0.25, "a_50": 0.51, "b_33": 0.33}
+    for arm, rate in rates.items():
+        for seed in range(2):
+            make_run(arm, 1.8 + 0.01 * seed + 0.001 * rate, seed=seed, result={"keep_fraction": rate})
+    against = [sentence.split(";")[0].split(": ", 1)[1] for sentence in collect([tmp_path]).verdicts()]
+    tested = {tuple(part.split(":")[0].split(" beats ")) for part in against}
+    assert tested == {
+        ("a_50", "dense"),
+        ("a_50", "dense_near"),
+        ("a_50", "random_50"),
+        ("b_33", "dense"),
+        ("b_33", "dense_near"),
+        ("b_33", "random_50"),
+        ("b_33", "random_25"),
+    }
+
+
+def test_other_held_out_text_has_its_own_table(tmp_path: Path, make_run: RunMaker) -> None:
+    for arm, known in (("dense", 1.9), ("surprise", 1.95)):
+        for seed in range(2):
+            sets = {"val": {"loss_nats": 1.7}, "known": {"loss_nats": known + 0.01 * seed}}
+            make_run(arm, 1.7, seed=seed, result={"held_out": sets})
+    comparison = collect([tmp_path])
+    text = table(comparison)
+    assert "other held-out text" in text
+    assert "(+0.0500)" in text
+    assert comparison.to_json()["streams"]["clean"]["surprise"]["held_out"]["known"]["loss_nats"] == pytest.approx(1.955)
+
+
+def test_the_frontier_compares_with_random_at_equal_flops(tmp_path: Path, make_run: RunMaker) -> None:
+    def arm(name: str, flops: float, losses: list[float]) -> None:
+        for seed, loss in enumerate(losses):
+            numbers = {"flops": flops, "prequential": {"loss_nats": loss}}
+            make_run(name, 1.8, seed=seed, stream="drift", name=f"{name}-{seed}", result=numbers)
+
+    arm("dense", 8e12, [2.00, 2.02])
+    arm("random_50", 4e12, [2.10, 2.13])
+    arm("surprise_50", 5e12, [2.05, 2.07])
+    arm("surprise_25", 2e12, [2.20, 2.20])
+    comparison = collect([tmp_path])
+    found = {point.arm: point for point in frontier(comparison.streams["drift"])}
+    test = found["surprise_50"].against_random
+    assert test is not None
+    line = [2.10 - 0.25 * 0.10, 2.13 - 0.25 * 0.11]
+    assert test.difference == pytest.approx(((2.05 - line[0]) + (2.07 - line[1])) / 2)
+    assert found["surprise_25"].against_random is None, "below the least random FLOPs nothing is extrapolated"
+    assert [name for name, point in found.items() if point.on_frontier] == [
+        "surprise_25",
+        "random_50",
+        "surprise_50",
+        "dense",
+    ]
+    arm("worse", 6e12, [2.3, 2.3])
+    again = {point.arm: point.on_frontier for point in frontier(collect([tmp_path]).streams["drift"])}
+    assert again["worse"] is False
+    assert any("surprise_50: +0.0500 nats prequential at 62% of the dense FLOPs" in s for s in comparison.verdicts())
+    assert "prequential loss against FLOPs" in table(comparison)
+    assert len(figure(comparison).axes) == 2
 
 
 def test_files_picture_and_tensorboard(tmp_path: Path, make_run: RunMaker, make_deployment: RunMaker) -> None:

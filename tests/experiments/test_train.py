@@ -131,6 +131,13 @@ def test_an_interrupted_process_resumes_to_the_same_bits(runs, text, tmp_path):
     [
         (["gate.kep_fraction=0.5"], 2, "did you mean gate.keep_fraction"),
         (["+gate.threshold=3"], 2, "unknown configuration key 'gate.threshold'"),
+        (["gate=surprise", "gate.policy=best"], 2, "gate.policy = 'best' is not known"),
+        (["gate=surprise_tokens", "gate.signal=stale_loss"], 2, "cannot gate unit 'token'"),
+        ([*FAST[:-1], "trainer.compile=off", "gate=rho_loss"], 1, "signal 'excess' needs reference"),
+        ([*FAST[:-1], "trainer.compile=off", "gate=rho_loss", "gate.reference=nowhere"], 1, "there is no checkpoint"),
+        ([*FAST[:-1], "trainer.compile=off", "trainer.init_from=nowhere"], 1, "there is no checkpoint"),
+        (["trainer.batch_windows=100000"], 2, "fewer than one batch"),
+        ([*FAST[:-1], "trainer.compile=off", "trainer.length_schedule=5@0.5"], 2, "does not divide the model's context"),
         (["gate=surprize"], 2, "no such choice; there are"),
         (["trainer.batch_windows=many"], 2, "trainer.batch_windows"),
         (["gate=random", "gate.keep_fraction=0"], 2, "must lie in (0, 1]"),

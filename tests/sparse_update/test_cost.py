@@ -1,4 +1,4 @@
-"""Counted FLOPs against torch's own counter, and the clock of reference seconds."""
+"""The clock of reference seconds: components times uses, extended without moving what was there."""
 
 from __future__ import annotations
 
@@ -6,123 +6,133 @@ import json
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from sparse_update.backward import sparse_step
 from sparse_update.cost import (
     ComponentTimes,
     ComponentTimesError,
-    StepKind,
-    measure_components,
-    step_flops,
+    Step,
+    identity,
+    locked,
+    optimizer_tag,
+    tagged_optimizer,
 )
-from sparse_update.gate import GateConfig
-from sparse_update.optimizer import OptimConfig
-from sparse_update.subset import SubsetConfig, choose
-from sparse_update.transformer import ModelConfig, Transformer, token_loss
+from sparse_update.step.plan import PLAIN, StepPlan
+from sparse_update.timing import extend, measure
+from sparse_update.transformer import ModelConfig, Transformer
+from sparse_update.weights.optimizer import OptimConfig
+from sparse_update.weights.subset import Subset, SubsetConfig
 
 SMALL = {"width": 16, "layers": 3, "heads": 2, "context": 12, "vocab_size": 23, "attention": "explicit"}
-
-
-def counted(function):
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
-
-
-def setup(**kw):
-    torch.manual_seed(0)
-    model = Transformer(ModelConfig(**{**SMALL, **kw}))
-    tokens = torch.randint(0, 23, (4, 13))
-    return model, tokens[:, :-1], tokens[:, 1:]
-
-
-@pytest.mark.parametrize("tie", [False, True])
-def test_dense_step_equals_torchs_counter(tie):
-    model, x, y = setup(tie_embeddings=tie)
-    flops = step_flops(model.cfg, 4)
-    assert counted(lambda: model(x)) == flops.forward
-    assert counted(lambda: token_loss(model(x), y).mean().backward()) == flops.total
-
-
-@pytest.mark.parametrize("rows", [1, 5, 12])
-def test_row_compacted_step_equals_torchs_counter(rows):
-    model, x, y = setup()
-    kept = torch.arange(rows).expand(4, rows)
-    assert counted(lambda: sparse_step(model, x, y, lambda _: kept)) == step_flops(model.cfg, 4, rows=rows).total
-
-
-@pytest.mark.parametrize(
-    "subset",
-    [
-        SubsetConfig(kind="blocks", active_fraction=0.25, block_rows=4),
-        SubsetConfig(kind="layers", active_fraction=0.34),
-        SubsetConfig(kind="layers", active_fraction=0.34, train_embeddings=False),
-    ],
-)
-@pytest.mark.parametrize("turn", [0, 2])
-def test_subset_step_equals_torchs_counter(subset, turn):
-    model, x, y = setup()
-    active = choose(model, subset, turn, seed=0)
-    expected = step_flops(model.cfg, 4, active=active)
-    assert counted(lambda: sparse_step(model, x, y, active=active)) == expected.total
-    assert expected.total < step_flops(model.cfg, 4).total
+CPU = torch.device("cpu")
 
 
 def table(**ms):
-    return ComponentTimes(
-        {"forward": 3.0, "backward_dx": 4.0, "backward_dw": 2.0, "optimizer": 1.0, **ms},
-        {},
-        "explicit",
-        "fp32",
-        False,
-        4,
-        {},
-        {},
-    )
+    own = {"forward": 3.0, "backward_dx": 4.0, "backward_dw": 2.0, "optimizer": 1.0, **ms}
+    model = identity(ModelConfig(**SMALL), OptimConfig())
+    return ComponentTimes(own, {}, "explicit", "fp32", "autograd", False, 4, model, {})
 
 
 def test_reference_seconds_are_components_times_uses():
-    dense = StepKind.of(GateConfig(), SubsetConfig())
-    assert table().step_s(dense) == pytest.approx(0.010)
-    assert table(ngram_window=0.5).step_s(dense, windows_scored=6) == pytest.approx(0.013)
-    rows = StepKind.of(GateConfig(unit="token", signal="random", keep_fraction=0.5), SubsetConfig())
-    assert table(**{rows.key: 6.0}).step_s(rows) == pytest.approx(0.006)
+    rows = Step(StepPlan(rows=6), None, 4, 12)
+    times = table(**{"signal[ngram]": 0.5, rows.key: 6.0})
+    assert times.key(Step(PLAIN, None, 4, 12)) == "dense"
+    assert times.seconds({"dense": 2, "signal[ngram]": 6, rows.key: 3}) == pytest.approx(0.020 + 0.003 + 0.018)
 
 
 def test_a_component_that_was_not_measured_is_never_free():
-    rows = StepKind.of(GateConfig(unit="token", signal="random", keep_fraction=0.5), SubsetConfig())
-    with pytest.raises(ComponentTimesError, match="no entry"):
-        table().step_s(rows)
-    with pytest.raises(ComponentTimesError, match="ngram_window"):
-        table().step_s(StepKind.of(GateConfig(), SubsetConfig()), windows_scored=1)
+    with pytest.raises(ComponentTimesError, match=r"no entry 'step\[rows=6"):
+        table().seconds({Step(StepPlan(rows=6), None, 4, 12).key: 1})
+    with pytest.raises(ComponentTimesError, match="signal"):
+        table().seconds({"signal[ngram]": 1})
 
 
-def test_a_table_of_another_model_is_refused(tmp_path):
-    cfg = ModelConfig(**SMALL)
-    optim = OptimConfig()
-    rows = StepKind.of(GateConfig(unit="token", signal="token_loss", keep_fraction=0.5), SubsetConfig())
-    blocks = StepKind.of(GateConfig(), SubsetConfig(kind="blocks", active_fraction=0.5))
-    ngram = StepKind.of(GateConfig(unit="sequence", signal="ngram", keep_fraction=0.5, pool_windows=8), SubsetConfig())
-    times = measure_components(cfg, 4, [rows, blocks, ngram], optim, torch.device("cpu"), "fp32", rounds=3)
-    assert set(times.ms) == {
-        "forward", "backward_dx", "backward_dw", "optimizer", "ngram_window", rows.key, blocks.key
-    }  # fmt: skip
+def test_keys_tell_batches_lengths_plans_and_weights_apart():
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**SMALL))
+    half = Subset(model, SubsetConfig(kind="blocks", active_fraction=0.5, block_rows=4), 0).active
+    steps = [
+        Step(plan, active, batch, length)
+        for plan in (PLAIN, StepPlan(rows=6), StepPlan(rows=6, rows_exact=True))
+        for active in (None, half)
+        for batch, length in ((4, 12), (8, 12), (8, 6))
+    ]
+    assert len({table().key(step) for step in steps}) == len(steps)
+
+
+def test_a_table_is_measured_kept_and_refused_for_another_model(tmp_path):
+    cfg, optim = ModelConfig(**SMALL), OptimConfig()
+    times = measure(cfg, optim, CPU, 4, "fp32", rounds=3)
+    assert set(times.ms) == {"forward", "backward_dx", "backward_dw", "optimizer"}
+    assert times.variant in ("autograd", "engine")
     assert all(ms >= 0 for ms in times.ms.values())
-    times.check(cfg, 4, optim)
+    times.check(cfg, optim)
     times.save(tmp_path / "times.json")
     again = ComponentTimes.load(tmp_path / "times.json")
     assert again == times
     assert again.sha256 == times.sha256
     with pytest.raises(ComponentTimesError, match="measure again"):
-        times.check(ModelConfig(**{**SMALL, "width": 32}), 4, optim)
-    with pytest.raises(ComponentTimesError, match="muon"):
-        times.check(cfg, 4, OptimConfig(name="muon"))
-    with pytest.raises(ComponentTimesError, match="batch 8"):
-        times.check(cfg, 8, optim)
+        times.check(ModelConfig(**{**SMALL, "width": 32}), optim)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", json.dumps({"schema": 99}), json.dumps({"schema": 1, "ms": {}})])
+def test_another_optimizers_plain_step_is_an_entry_of_its_own():
+    cfg, times = ModelConfig(**SMALL), table()
+    times.check(cfg, OptimConfig(name="muon"))
+    own, other = (Step(PLAIN, None, times.batch, cfg.context, tag) for tag in ("", "muon"))
+    assert times.dense_key(own)
+    assert not times.dense_key(other)
+    with pytest.raises(ComponentTimesError, match="o=muon"):
+        times.ms_of(times.key(other))
+    torch.manual_seed(0)
+    half = Subset(Transformer(cfg), SubsetConfig(kind="blocks", active_fraction=0.5, block_rows=4), 0).active
+    strips = Step(PLAIN, half, times.batch, cfg.context, "muon")
+    found = extend(times, cfg, OptimConfig(name="muon"), CPU, [other, strips, strips], {}, rounds=3)
+    assert found.ms_of(times.key(other)) > 0
+    assert found.ms_of(times.key(strips)) > 0
+    assert found.sha256 == times.sha256
+
+
+@pytest.mark.parametrize("optim", [OptimConfig(), OptimConfig(name="galore", galore_rank=3, galore_every_steps=7)])
+def test_an_optimizers_tag_gives_it_back(optim):
+    assert tagged_optimizer(optimizer_tag(optim)) == optim
+
+
+def test_what_is_missing_is_measured_beside_the_plain_step_and_scaled(tmp_path):
+    cfg, optim = ModelConfig(**SMALL), OptimConfig()
+    times = table()
+    used = []
+    steps = [Step(PLAIN, None, 4, 12), Step(StepPlan(rows=6), None, 4, 12), Step(PLAIN, None, 8, 6)]
+    more = extend(times, cfg, optim, CPU, steps, {"signal[mine]": (5, lambda: lambda: used.append(1))}, rounds=3)
+    new = {steps[1].key, steps[2].key, "signal[mine]"}
+    assert set(more.ms) - set(times.ms) == new == set(more.extensions)
+    for key in new:
+        note = more.extensions[key]
+        assert more.ms[key] == pytest.approx(note["measured_ms"] * note["scaled_by"])
+        assert note["scaled_by"] == pytest.approx(times.dense_ms / note["dense_ms"])
+    assert len(used) == 5  # three rounds and two that warm up
+    assert more.sha256 == times.sha256
+    assert extend(more, cfg, optim, CPU, steps, {}) is more
+    more.save(tmp_path / "t.json")
+    assert ComponentTimes.load(tmp_path / "t.json").sha256 == times.sha256
+    assert times.merged(more).ms == more.ms
+
+
+def test_a_changed_table_has_another_hash():
+    assert table().sha256 != table(forward=3.5).sha256
+    assert table().sha256 != table(**{"signal[ngram]": 0.5}).sha256
+
+
+def test_a_shared_table_is_held_by_one_at_a_time(tmp_path):
+    import fcntl
+
+    path = tmp_path / "times.json"
+    with locked(path), (tmp_path / ".times.json.lock").open("w") as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", json.dumps({"schema": 1}), json.dumps({"schema": 99}), json.dumps({"schema": 2, "ms": {}})],
+)
 def test_a_broken_table_is_named(tmp_path, text):
     path = tmp_path / "times.json"
     path.write_text(text)
@@ -135,5 +145,5 @@ def test_a_broken_table_is_named(tmp_path, text):
 def test_a_busy_machine_is_noticed():
     quiet = table()
     assert quiet.unsteady is None
-    busy = ComponentTimes(quiet.ms, {"forward": 0.1, "backward_dx": 0.8}, "explicit", "fp32", False, 4, {}, {})
+    busy = ComponentTimes(quiet.ms, {"forward": 0.1, "backward_dx": 0.8}, "explicit", "fp32", "autograd", False, 4, {}, {})
     assert busy.unsteady == 0.8

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,14 +14,14 @@ import torch
 import torch.nn.functional as F
 
 from sparse_update.checkpoint import load_checkpoint
-from sparse_update.corpus import DataConfig, load_corpus, val_windows
-from sparse_update.cost import ComponentTimes, ComponentTimesError, StepKind, identity
-from sparse_update.gate import GateConfig, SequenceGate, TokenGate
-from sparse_update.optimizer import OptimConfig, schedule
-from sparse_update.stream import WindowStream
-from sparse_update.subset import SubsetConfig
-from sparse_update.trainer import Trainer, TrainerConfig, TrainingDiverged, compiling, evaluate
+from sparse_update.cost import ComponentTimes, ComponentTimesError, identity
+from sparse_update.data.corpus import DataConfig, load_corpus, val_windows
+from sparse_update.data.stream import WindowStream
+from sparse_update.gates.gate import GateConfig
+from sparse_update.trainer import Trainer, TrainerConfig, TrainingDiverged, compiling, evaluate, start_from
 from sparse_update.transformer import ModelConfig, Transformer
+from sparse_update.weights.optimizer import OptimConfig, schedule
+from sparse_update.weights.subset import SubsetConfig
 
 MODEL = {"width": 16, "layers": 2, "heads": 2, "context": 16, "vocab_size": 256, "attention": "explicit"}
 SEQUENCE = {"unit": "sequence", "signal": "ngram", "keep_fraction": 0.75, "noise_cut": 0.125, "pool_windows": 16}
@@ -43,32 +45,62 @@ def corpus(tmp_path_factory):
     return load_corpus(DataConfig(name="files", path=str(folder)))
 
 
-def build(corpus, folder, arm="dense", steps=20, optim=None, **kw):
-    gate, subset = ARMS[arm]
-    kind = StepKind.of(gate, subset)
-    ms = {"forward": 4.0, "backward_dx": 3.0, "backward_dw": 2.0, "optimizer": 1.0, "ngram_window": 0.0}
+def table(variant="autograd", **ms):
+    own = {"forward": 4.0, "backward_dx": 3.0, "backward_dw": 2.0, "optimizer": 1.0, **ms}
+    model = identity(ModelConfig(**MODEL), OptimConfig())
+    return ComponentTimes(own, {}, "explicit", "fp32", variant, False, 4, model, {})
+
+
+def measured(times, steps, components):
+    """Every other step costs a plain one's time, every other component nothing."""
+    return times.extended({**{step.key: 10.0 for step in steps}, **dict.fromkeys(components, 0.0)}, 10.0)
+
+
+def build(corpus, folder, arm="dense", steps=20, optim=None, times=None, held_out=None, measure=measured, **kw):
+    gate, subset = ARMS[arm] if isinstance(arm, str) else arm
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**MODEL))
-    times = ComponentTimes({**ms, kind.key: 10.0}, {}, "explicit", "fp32", False, 4, identity(model.cfg, OptimConfig()), {})
     stream = WindowStream(corpus, 16, seed=0, garbage_fraction=0.3)
-    cfg = TrainerConfig(budget_reference_s=steps * 0.010 + 1e-6, batch_windows=4, log_every_steps=1, evaluations=2, **kw)
+    cfg = TrainerConfig(
+        **{"budget_reference_s": steps * 0.010 + 1e-6, "batch_windows": 4, "log_every_steps": 1, "evaluations": 2, **kw}
+    )
     reports, losses = [], []
     trainer = Trainer(
         model,
-        SequenceGate(gate, stream, corpus.vocab_size, seed=1),
-        TokenGate(gate, seed=2),
-        kind,
+        gate,
+        subset,
         optim or OptimConfig(),
         cfg,
-        times,
-        val_windows(corpus, 16, 512),
+        stream,
+        times or table(),
+        held_out or {"val": val_windows(corpus, 16, 512)},
         folder,
         seed=0,
-        meta={"config": {"arm": arm}},
+        meta={"config": {"arm": str(arm)}},
+        measure=measure,
         on_report=reports.append,
-        on_evaluation=lambda report, loss: losses.append(loss),
+        on_evaluation=lambda report, found: losses.append(found["val"]),
     )
     return trainer, reports, losses
+
+
+@pytest.mark.parametrize("arm", ["dense", "sequence", "random", "tokens", "random tokens"])
+def test_what_the_first_gates_chose_and_lost_is_what_they_still_do(corpus, tmp_path, arm):
+    """Recorded before there was one interface for all gates: windows exactly, losses to rounding."""
+    golden = json.loads((Path(__file__).parent / "golden_gates.json").read_text())[arm]
+    trainer, reports, losses = build(corpus, tmp_path, arm)
+    chosen, take = [], trainer.gate.next
+
+    def next_batch(windows, progress):
+        batch = take(windows, progress)
+        chosen.append(batch.window.tolist())
+        return batch
+
+    trainer.gate.next = next_batch
+    trainer.run()
+    assert chosen[:20] == golden["windows"]
+    assert [r.loss_nats for r in reports] == pytest.approx(golden["losses"], abs=2e-5)
+    assert losses == pytest.approx(golden["val"], abs=2e-5)
 
 
 def test_gate_dense_is_bit_equal_to_plain_training(corpus, tmp_path):
@@ -129,14 +161,13 @@ def test_an_interrupted_run_resumes_exactly(corpus, tmp_path, arm):
 def test_a_checkpoint_timed_by_another_table_is_refused(corpus, tmp_path):
     trainer, _, _ = build(corpus, tmp_path)
     trainer.run()
-    other, _, _ = build(corpus, tmp_path, "tokens")
+    other, _, _ = build(corpus, tmp_path, times=table(forward=5.0))
     with pytest.raises(ValueError, match="another table of component times"):
         other.resume(tmp_path / "checkpoint")
 
 
 def test_the_clock_is_components_times_uses(corpus, tmp_path):
-    trainer, reports, _ = build(corpus, tmp_path, "sequence", steps=30)
-    object.__setattr__(trainer.times, "ms", {**trainer.times.ms, "ngram_window": 0.5})
+    trainer, reports, _ = build(corpus, tmp_path, "sequence", steps=30, times=table(**{"signal[ngram]": 0.5}))
     result = trainer.run()
     assert result.gate_reference_s == pytest.approx(result.windows_scored * 0.5e-3)
     assert result.reference_s == pytest.approx(result.step * 0.010 + result.gate_reference_s)
@@ -156,14 +187,140 @@ def test_a_loss_that_is_not_finite_is_skipped_counted_and_then_stops_the_run(cor
     assert torch.equal(trainer.model.blocks[0].mlp.fc1.weight, before)
 
 
+def test_a_gradient_that_is_not_finite_moves_nothing(corpus, tmp_path):
+    trainer, _, _ = build(corpus, tmp_path, steps=20, stop_after_skipped=3)
+    before = trainer.model.head.weight.detach().clone()
+    trainer.model.blocks[0].mlp.fc1.weight.register_hook(lambda g: g * float("nan"))
+    with pytest.raises(TrainingDiverged, match="the gradient was not finite for 3 steps"):
+        trainer.run()
+    assert torch.equal(trainer.model.head.weight, before)
+
+
+def test_the_last_good_checkpoint_outlives_a_divergence(corpus, tmp_path):
+    trainer, reports, _ = build(corpus, tmp_path, steps=20, stop_after_skipped=3, checkpoint_every_s=0.0)
+
+    def spoil(report):
+        reports.append(report)
+        if report.step == 5:
+            trainer.model.head.weight.data.fill_(float("nan"))
+
+    trainer.on_report = spoil
+    trainer.cfg.checkpoint_every_s = 1e9
+    trainer.save()
+    with pytest.raises(TrainingDiverged):
+        trainer.run()
+    found = load_checkpoint(tmp_path / "checkpoint")
+    assert all(bool(t.isfinite().all()) for t in found.model.values())
+
+
 def test_checkpoint_holds_gate_sampler_and_generator_state(corpus, tmp_path):
     trainer, _, _ = build(corpus, tmp_path, "sequence")
     trainer.run()
     found = load_checkpoint(tmp_path / "checkpoint")
     assert found.meta["config"] == {"arm": "sequence"}
     assert found.meta["step"] == trainer.step
-    assert {"stream", "generator", "table"} <= set(found.state["sequence_gate"])
-    assert {"rng", "optimizer", "token_gate", "counters"} <= set(found.state)
+    assert {"stream", "generator", "signal", "policy", "rate", "queue"} <= set(found.state["gate"])
+    assert {"rng", "generator", "optimizer", "subset", "counters"} <= set(found.state)
+
+
+def test_a_step_that_was_not_timed_is_measured_or_refused(corpus, tmp_path):
+    with pytest.raises(ComponentTimesError, match=r"no entry 'step\[rows=8"):
+        build(corpus, tmp_path, "tokens", measure=None)
+    trainer, _, _ = build(corpus, tmp_path, "tokens", times=table(), batch_windows=8)
+    assert set(trainer.times.extensions) == {"step[rows=8|all|b=8|t=16]"}
+    plain, _, _ = build(corpus, tmp_path, "dense", batch_windows=8)
+    assert set(plain.times.extensions) == {"step[plain|all|b=8|t=16]"}
+    assert plain.times.sha256 == table().sha256  # the clock of what was there has not moved
+
+
+def test_length_warm_up_cuts_windows_and_keeps_the_tokens_of_a_step(corpus, tmp_path):
+    trainer, _, _ = build(corpus, tmp_path, length_schedule="4@0.3,8@0.6")
+    result = trainer.run()
+    assert result.tokens == result.step * 4 * 16
+    assert result.step == 20
+    assert dict(trainer.uses) == {
+        "step[plain|all|b=16|t=4]": 7, "step[plain|all|b=8|t=8]": 6, "dense": 7,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="does not divide the model's context 16"):
+        build(corpus, tmp_path, length_schedule="5@0.5")
+
+
+@pytest.mark.parametrize("text", ["32", "32@", "8@0.5,4@0.2", "8@1.5", "0@0.5"])
+def test_a_length_schedule_that_is_none_is_refused(text):
+    with pytest.raises(ValueError, match=r"trainer\.length_schedule"):
+        TrainerConfig(length_schedule=text)
+
+
+def test_training_starts_from_another_runs_weights(corpus, tmp_path):
+    first, _, _ = build(corpus, tmp_path / "first")
+    first.run()
+    second, _, _ = build(corpus, tmp_path / "second")
+    start_from(second.model, tmp_path / "first")
+    for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    other = Transformer(ModelConfig(**{**MODEL, "vocab_size": 300}))
+    with pytest.raises(ValueError, match=r"another vocabulary"):
+        start_from(other, tmp_path / "first")
+
+
+def test_several_held_out_sets_are_evaluated_apart(corpus, tmp_path):
+    windows = val_windows(corpus, 16, 512)
+    trainer, _, losses = build(corpus, tmp_path, held_out={"val": windows, "known": windows[:5]})
+    result = trainer.run()
+    assert set(result.held_out) == {"val", "known"}
+    assert result.val_loss_nats == result.held_out["val"] == losses[-1]
+    assert result.held_out["known"] == evaluate(trainer.model, windows[:5])
+
+
+def test_a_prequential_loss_is_taken_before_training_and_off_the_clock(corpus, tmp_path):
+    trainer, _, _ = build(corpus, tmp_path, prequential_every=16, prequential_windows=4)
+    untrained = evaluate(trainer.model, trainer.stream.read(0, 16).tokens[torch.arange(4) * 4])
+    result = trainer.run()
+    assert result.prequential[0][:2] == (0, untrained)
+    assert [tokens // 16 for tokens, _, _ in result.prequential] == list(range(0, 81, 16))
+    plain, _, _ = build(corpus, tmp_path / "plain")
+    assert plain.run().reference_s == result.reference_s
+
+
+def test_a_budget_of_offered_tokens_ends_the_run(corpus, tmp_path):
+    for arm in ("dense", "random"):
+        trainer, _, _ = build(corpus, tmp_path / arm, arm, steps=1, budget_offered_tokens=16 * 16 * 4)
+        result = trainer.run()
+        assert result.windows_offered == 64
+        assert result.step == (16 if arm == "dense" else 12)  # what was kept is trained on, to the last batch
+
+
+def test_bytes_of_gradients_and_optimizer_are_those_of_allocated_tensors(corpus, tmp_path):
+    dense, _, _ = build(corpus, tmp_path / "dense")
+    result = dense.run()
+    size = sum(p.numel() * 4 for p in dense.model.parameters())
+    assert result.gradient_bytes == size
+    assert 2 * size <= result.optimizer_bytes <= 2 * size + 200
+    assert result.update_bytes == result.gradient_bytes + result.optimizer_bytes
+    blocks, _, _ = build(corpus, tmp_path / "blocks", "blocks")
+    assert blocks.run().update_bytes < 0.9 * result.update_bytes
+
+
+def test_the_bias_of_compacted_rows_is_logged_and_moves_nothing(corpus, tmp_path):
+    seen = []
+    trainer, _, _ = build(corpus, tmp_path / "a", "random tokens", measure_bias=True)
+    trainer.on_evaluation = lambda report, losses: seen.append(report.notes)
+    trainer.run()
+    for notes in seen:
+        assert {"bias/all", "bias/blocks.0", "bias/blocks.1", "bias/head", "bias/embed", "bias/norm"} <= set(notes)
+        assert all(-1 <= value <= 1 + 1e-9 for key, value in notes.items() if key.startswith("bias"))
+    assert seen[0]["bias/all"] < 0.999
+    without, _, _ = build(corpus, tmp_path / "b", "random tokens")
+    without.run()
+    for a, b in zip(trainer.model.parameters(), without.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_every_report_says_what_each_source_lost(corpus, tmp_path):
+    trainer, reports, _ = build(corpus, tmp_path, "sequence")
+    trainer.run()
+    assert set(reports[-1].kept_share) >= {"clean", "random"}
+    assert reports[-1].kept_share == trainer.gate.kept_share()
 
 
 def test_evaluation_is_the_mean_over_all_tokens_and_changes_nothing(corpus, tmp_path):
@@ -178,7 +335,14 @@ def test_evaluation_is_the_mean_over_all_tokens_and_changes_nothing(corpus, tmp_
 
 @pytest.mark.parametrize(
     "kw",
-    [{"budget_reference_s": 0.0}, {"batch_windows": 0}, {"precision": "fp8"}, {"compile": "maybe"}, {"threads": -1}],
+    [
+        {"budget_reference_s": 0.0},
+        {"batch_windows": 0},
+        {"precision": "fp8"},
+        {"compile": "maybe"},
+        {"threads": -1},
+        {"prequential_every": 8, "prequential_windows": 9},
+    ],
 )
 def test_bad_settings_are_refused(kw):
     with pytest.raises(ValueError, match="trainer"):

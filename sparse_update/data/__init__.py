@@ -1,0 +1,1 @@
+"""Text to batches: corpora, tokenizers, exact resumable streams, the regimes and their controls."""

@@ -1,0 +1,115 @@
+"""The stream and the held-out sets that a `DataConfig` asks for: one line per regime.
+
+plain       windows in random order; with `garbage_fraction` the `noisy` regime, with `train_tokens` several epochs
+redundant   a share of the positions shows a small set of documents again and again, each time edited a little
+drift       domains one after the other, in equal parts of `horizon_tokens`; the last stays
+familiar    text of a domain that the model knows, mixed with that of a new one
+adapt       the new domain alone
+
+Axes: N windows, T tokens of context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sparse_update.data.corpus import Corpus, DataConfig, val_windows
+from sparse_update.data.filters import FilterStream
+from sparse_update.data.hashing import draw, key
+from sparse_update.data.mixture import MixtureStream, Part
+from sparse_update.data.sources import CorpusError
+from sparse_update.data.stream import Batch, Stream, WindowStream, count_windows
+
+DOCUMENT_WINDOWS = 4
+"""redundant: a repeated document is this many windows that follow each other."""
+
+
+def make_stream(corpus: Corpus, cfg: DataConfig, context: int, seed: int) -> Stream:
+    """The training stream of `cfg`, its controls (`source_weights`, `dedup`) included.
+
+    Raises `CorpusError` where the text is too short for the regime, ValueError for weights of sources it does not have.
+    """
+    stream = _stream(corpus, cfg, context, seed)
+    return FilterStream(stream, cfg.source_weights, cfg.dedup) if cfg.source_weights or cfg.dedup != "off" else stream
+
+
+def _stream(corpus: Corpus, cfg: DataConfig, context: int, seed: int) -> Stream:
+    if cfg.regime == "plain":
+        return WindowStream(corpus, context, seed, cfg.garbage_fraction)
+    if cfg.regime == "redundant":
+        parts = _fresh_and_repeated(corpus, cfg, context, seed)
+        return MixtureStream(corpus, context, seed, parts, (1.0 - cfg.repeated_fraction, cfg.repeated_fraction))
+    parts = [Part(name, _starts(corpus, name, context)) for name in cfg.domains]
+    if cfg.regime == "drift":
+        phase = max(1, cfg.horizon_tokens // context // len(parts))
+        return MixtureStream(corpus, context, seed, parts, None, phase)
+    known, new = (Part(name, part.starts) for name, part in zip(("known", "new"), parts, strict=True))
+    if cfg.regime == "adapt":
+        return MixtureStream(corpus, context, seed, [new], (1.0,))
+    return MixtureStream(corpus, context, seed, [known, new], (cfg.known_fraction, 1.0 - cfg.known_fraction))
+
+
+def held_out(corpus: Corpus, cfg: DataConfig, context: int, tokens: int | None = None) -> dict[str, torch.Tensor]:
+    """Held-out windows by name, int64 (N, T + 1) each; `tokens` bounds the targets of each set.
+
+    "val" is the set that a run is judged by: untouched text of the trained source; familiar and adapt: of the new domain,
+    with "known" for the old one; drift: equal parts of all domains, with each domain's own set under its name.
+    """
+    if cfg.regime in ("familiar", "adapt"):
+        known, new = cfg.domains
+        return {"val": val_windows(corpus, context, tokens, new), "known": val_windows(corpus, context, tokens, known)}
+    if cfg.regime == "drift":
+        sets = {name: val_windows(corpus, context, tokens, name) for name in cfg.domains}
+        least = min(len(windows) for windows in sets.values())
+        share = least if tokens is None else max(1, min(least, tokens // context // len(sets)))
+        return {"val": torch.cat([_evenly(windows, share) for windows in sets.values()]), **sets}
+    return {"val": val_windows(corpus, context, tokens)}
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Windows that a stream brings next, spread evenly over a stretch of it, and their most frequent source."""
+
+    batch: Batch
+    source: str
+
+
+def prequential(stream: Stream, every: int, windows: int) -> Preview:
+    """`windows` of the next `every` positions of the unfiltered stream: evaluate on them before training on that stretch.
+
+    The same for every arm that stands at the same position. Raises ValueError for more windows than positions.
+    """
+    if not 1 <= windows <= every:
+        raise ValueError(f"prequential: {windows} windows of the next {every}: choose 1..{every}")
+    ahead = stream.peek(every)
+    rows = torch.arange(windows) * every // windows
+    batch = Batch(ahead.tokens[rows], ahead.source[rows], ahead.window[rows])
+    return Preview(batch, stream.source_names[int(batch.source.long().bincount().argmax())])
+
+
+def _evenly(windows: torch.Tensor, count: int) -> torch.Tensor:
+    return windows[(2 * torch.arange(count) + 1) * len(windows) // (2 * count)]
+
+
+def _starts(corpus: Corpus, domain: str, context: int) -> np.ndarray:
+    start, stop = corpus.spans[domain].train
+    return start + context * np.arange(count_windows(f"{corpus.name}, {domain}", stop - start, context), dtype=np.int64)
+
+
+def _fresh_and_repeated(corpus: Corpus, cfg: DataConfig, context: int, seed: int) -> list[Part]:
+    windows = count_windows(corpus.name, len(corpus.train_tokens), context)
+    wanted = cfg.repeated_fraction * cfg.horizon_tokens / context / cfg.copies
+    documents = max(1, round(wanted / DOCUMENT_WINDOWS))
+    if documents * DOCUMENT_WINDOWS > windows // 2:
+        raise CorpusError(
+            f"data.regime=redundant: {documents} repeated documents of {DOCUMENT_WINDOWS} windows are more than half of "
+            f"the {windows} windows of corpus {corpus.name}: lower data.horizon_tokens ({cfg.horizon_tokens}) or raise "
+            "data.copies"
+        )
+    order = np.argsort(draw(key(seed, "repeated documents"), np.arange(windows // DOCUMENT_WINDOWS)), kind="stable")
+    repeated = (order[:documents, None] * DOCUMENT_WINDOWS + np.arange(DOCUMENT_WINDOWS)).reshape(-1)
+    fresh = np.setdiff1d(np.arange(windows), repeated)
+    return [Part("fresh", fresh * context), Part("repeated", np.sort(repeated) * context, cfg.edit_rate)]

@@ -1,0 +1,197 @@
+"""Windows chosen before their forward: a pool is scored at once and leaves the chosen ones in a queue, so that batches
+keep one shape. Online signals learn from every window of the pool, kept or not.
+
+Shape letters: N windows of a pool, B windows of a step, T token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_update.data.stream import Batch
+from sparse_update.gates.gate import Gate, GateConfig, GateContext, GatedBatch, join, part
+from sparse_update.gates.policies import Selection, kept_count
+from sparse_update.step.plan import SparseStep, StepPlan, View
+from sparse_update.transformer import token_loss
+
+Component = tuple[int, Callable[[], Callable[[], None]]]
+FORWARD = "scoring_forward"
+"""Component key of a forward of one window that only scores."""
+SCORING_WINDOWS = 64
+
+
+class WindowGate(Gate):
+    """Units "sequence" and "repeats".
+
+    A signal out of the forward (the model's own loss, its gradient norm) costs a scoring forward of the whole pool,
+    which is charged. A policy that is switched off passes everything on, unscored, and watches the steps' own forwards.
+    """
+
+    def __init__(self, cfg: GateConfig, stream: Any, context: GateContext) -> None:
+        super().__init__(cfg, stream, context)
+        self.queue: GatedBatch | None = None
+        self.own_forward = self.signal is not None and self.signal.needs == "forward"
+        if self.own_forward and (missing := self.signal.want - {"entropy", "gradient_norm"}):  # type: ignore[union-attr]
+            raise ValueError(
+                f"gate.signal = {cfg.signal!r} reads {', '.join(missing)}, which a scoring forward does not give: "
+                "use gate.unit = sequence_after"
+            )
+
+    def next(self, windows: int, progress: float = 0.0) -> GatedBatch:
+        self.progress = progress
+        while self.queue is None or len(self.queue.tokens) < windows:
+            fresh = self._pool(windows)
+            self.queue = fresh if self.queue is None or not len(self.queue.tokens) else _join(self.queue, fresh)
+        batch, self.queue = _cut(self.queue, slice(windows)), _cut(self.queue, slice(windows, None))
+        if batch.weight_B is not None and bool((batch.weight_B == 1).all()):
+            batch = replace(batch, weight_B=None)
+        return batch
+
+    @property
+    def waiting(self) -> int:
+        return 0 if self.queue is None else len(self.queue.tokens)
+
+    def plan(self, progress: float, windows: int, length: int) -> StepPlan:
+        return StepPlan() if self.policy.switched_on() else self._watching()
+
+    def plans(self, windows: int, length: int) -> list[StepPlan]:
+        return [StepPlan()] if self.policy.switched_on() else [StepPlan(), self._watching()]
+
+    def _watching(self) -> StepPlan:
+        return StepPlan(want=self.signal.want if self.signal is not None else frozenset())
+
+    def observe(self, batch: GatedBatch, step: SparseStep, progress: float, cost_over_plain: float) -> None:
+        super().observe(batch, step, progress, cost_over_plain)
+        if self.own_forward and not self.policy.switched_on() and self.signal is not None:
+            self.policy.observe(per_window(self.signal.read(step.view, batch)))
+
+    def _pool(self, windows: int) -> GatedBatch:
+        keep = self.rate.at(self.progress)
+        if self.rate.annealed(self.progress) or not self.policy.switched_on():
+            pool = self._take(windows)
+            self._tally(pool, pool)
+            return _weighted(pool, torch.ones(len(pool.tokens)))
+        pool = self._take(self.cfg.pool_windows)
+        score_N, score_BT = self._scores(pool)
+        selection = self._select(score_N, keep)
+        index = selection.index.cpu()
+        chosen = part(pool, index)
+        self._tally(pool, chosen)
+        weight = torch.ones(len(index))
+        if selection.weight is not None:
+            weight = selection.weight.cpu() * (len(index) / selection.offered)
+        found = _weighted(chosen, weight, None if score_BT is None else score_BT[index])
+        return self._repeat(found) if self.cfg.repeats > 1 else found
+
+    def _scores(self, pool: Batch) -> tuple[Tensor, Tensor | None]:
+        """Score per window, and per token where the signal has one; the scores of the random control are nothing."""
+        if self.signal is None:
+            return torch.zeros(len(pool.tokens)), None
+        score = self._forward_score(pool) if self.own_forward else self._score(pool)
+        self.last_score_N = per_window(score)
+        return self.last_score_N, score if score.dim() == 2 else None
+
+    def _forward_score(self, pool: Batch) -> Tensor:
+        assert self.signal is not None
+        count = len(pool.tokens)
+        self.uses[FORWARD] += count
+        found = []
+        for at in range(0, count, SCORING_WINDOWS):
+            piece = part(pool, slice(at, at + SCORING_WINDOWS))
+            found.append(self._read(forward_view(self.context, piece.tokens, self.signal.want), piece).cpu())
+        return torch.cat(found)
+
+    def _select(self, score_N: Tensor, keep: float) -> Selection:
+        """The policy's choice; a share of the kept places goes to windows drawn uniformly."""
+        count = len(score_N)
+        replayed = round(self.cfg.replay_fraction * kept_count(count, keep))
+        if not replayed or self.signal is None:
+            return self.policy.select(score_N, keep, self.generator, self.progress)
+        order = torch.randperm(count, generator=self.generator)
+        rest = order[replayed:].sort().values
+        share = max(1, kept_count(count, keep) - replayed) / len(rest)
+        chosen = self.policy.select(score_N[rest], min(1.0, share), self.generator, self.progress)
+        index = torch.cat((order[:replayed], rest[chosen.index.cpu()]))
+        weight = None
+        if chosen.weight is not None:
+            weight = torch.cat((torch.ones(replayed), chosen.weight.cpu()))
+        place = index.argsort()
+        return Selection(index[place], count, None if weight is None else weight[place])
+
+    def _repeat(self, chosen: GatedBatch) -> GatedBatch:
+        """The chosen windows `repeats` times over, each time in another order."""
+        orders = [torch.randperm(len(chosen.tokens), generator=self.generator) for _ in range(self.cfg.repeats)]
+        return _cut(chosen, torch.cat(orders))
+
+    def components(self) -> dict[str, Component]:
+        own: dict[str, Component] = {FORWARD: (SCORING_WINDOWS, self._forward_probe)} if self.own_forward else {}
+        return {**super().components(), **own}
+
+    def _forward_probe(self) -> Callable[[], None]:
+        wants = self.signal.want if self.signal is not None else frozenset()
+        shape = (SCORING_WINDOWS, self.context.context + 1)
+        tokens = torch.randint(0, self.context.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+
+        def use() -> None:
+            forward_view(self.context, tokens, wants).loss_BT.sum().item()
+
+        return use
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if self.queue is not None:
+            state["queue"] = {key: value for key, value in vars(self.queue).items() if value is not None}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.queue = GatedBatch(**state["queue"]) if "queue" in state else None
+
+
+def per_window(score: Tensor) -> Tensor:
+    """(N,) from (N,) or (N, T): the mean over tokens."""
+    return score.mean(-1) if score.dim() == 2 else score
+
+
+@torch.no_grad()
+def forward_view(context: GateContext, tokens_BT1: Tensor, wants: frozenset[str]) -> View:
+    """Losses and signals (B, T) of a forward that only scores, in the precision of training."""
+    model = context.model
+    assert model is not None
+    device = next(model.parameters()).device
+    tokens_BT1 = tokens_BT1.to(device)
+    bf16 = getattr(context.stepper, "dtype", None) == torch.bfloat16
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        h_BTD = model.hidden(tokens_BT1[:, :-1])  # type: ignore[operator]
+        logits_BTV = model.head(h_BTD)  # type: ignore[operator]
+    y_BT = tokens_BT1[:, 1:]
+    signals = {}
+    if wants:
+        p_BTV = torch.softmax(logits_BTV.float(), -1)
+        if "entropy" in wants:
+            signals["entropy"] = torch.special.entr(p_BTV).sum(-1)
+        if "gradient_norm" in wants:
+            hit_BT = p_BTV.gather(-1, y_BT[..., None]).squeeze(-1)
+            error_BT = (p_BTV.square().sum(-1) - 2 * hit_BT + 1).clamp(min=0).sqrt()
+            signals["gradient_norm"] = error_BT * h_BTD.float().norm(dim=-1)
+    return View(token_loss(logits_BTV, y_BT), signals)
+
+
+def _weighted(batch: Batch, weight: Tensor, score_BT: Tensor | None = None) -> GatedBatch:
+    extra = {key: value for key, value in vars(batch).items() if key not in ("weight_B", "score_BT")}
+    return GatedBatch(**extra, weight_B=weight, score_BT=score_BT)
+
+
+def _cut(batch: GatedBatch, which: Tensor | slice) -> GatedBatch:
+    return part(batch, which)  # type: ignore[return-value]
+
+
+def _join(a: GatedBatch, b: GatedBatch) -> GatedBatch:
+    if (a.score_BT is None) != (b.score_BT is None):  # a pool that went by unscored
+        a, b = replace(a, score_BT=None), replace(b, score_BT=None)
+    return join(a, b)  # type: ignore[return-value]

@@ -1,0 +1,167 @@
+"""Active strips of a user's own weights: which they are, as parameters of their own for any torch optimizer.
+
+A strip is a view of its weight, so an update of the strip is an update of the model; the weight itself asks for no
+gradient. Gradient and optimizer state exist for strips only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparse_update.library.linear import GateError, Layer, Strip
+from sparse_update.weights.subset import Part, Subset, SubsetConfig
+
+
+def layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The ModuleList that holds most of the parameters: the repeated blocks. Raises GateError where there is none."""
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    if not lists:
+        raise GateError(
+            "weights.kind = 'layers' needs an nn.ModuleList of two or more blocks and this model has none: "
+            "use weights.kind = 'blocks', which takes strips of every matrix"
+        )
+    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def subset_names(model: nn.Module, gated: set[str]) -> dict[str, str]:
+    """Names under which `Subset` knows the parameters: "blocks.NUMBER.NAME" for what is in the stack of layers or gated."""
+    number: dict[str, int] = {}
+    try:
+        at, stack = layer_stack(model)
+    except GateError:
+        pass  # a model without a stack: its gated matrices count as one block
+    else:
+        number = {f"{at}.{i}.{n}": i for i, block in enumerate(stack) for n, _ in block.named_parameters()}
+    names = [name for name, _ in model.named_parameters()]
+    inner = {n: number.get(n, 0 if n in gated else None) for n in names}
+    return {n: f"rest.{n}" if i is None else f"blocks.{i}.{n}" for n, i in inner.items()}
+
+
+@dataclass(frozen=True)
+class _Shape:
+    shape: tuple[int, ...]
+
+
+class _Shapes:
+    """A model as `Subset` looks at it: names, shapes, number of blocks. What must stay whole is shown as a vector."""
+
+    def __init__(self, shapes: dict[str, _Shape]) -> None:
+        self.shapes = shapes
+        self.blocks = range(1 + max((int(n.split(".")[1]) for n in shapes if n.startswith("blocks.")), default=0))
+
+    def named_parameters(self) -> Iterator[tuple[str, _Shape]]:
+        yield from self.shapes.items()
+
+
+def subset_of(
+    names: Mapping[str, str], parameters: Mapping[str, nn.Parameter], gated: set[str], cfg: SubsetConfig, seed: int
+) -> Subset:
+    """The choice of active weights for any model. Raises ValueError for settings that need our own optimizer."""
+    if cfg.inactive != "frozen" or cfg.look_every_turns:
+        raise ValueError(
+            f"weights.inactive = {cfg.inactive!r}, weights.look_every_turns = {cfg.look_every_turns}: inactive weights "
+            "move or "
+            "are looked at by this package's own optimizer only; with one of your own leave them 'frozen' and 0"
+        )
+    if cfg.embedding_strips:
+        raise ValueError(
+            "weights.embedding_strips: embeddings of an attached model stay whole; train_embeddings = False freezes them"
+        )
+    shapes = {names[n]: _Shape(tuple(p.shape) if n in gated else (p.shape.numel() or 1,)) for n, p in parameters.items()}
+    return Subset(_Shapes(shapes), cfg, seed)  # type: ignore[arg-type]
+
+
+class Strips:
+    """The leaves of the gated weights, and their exchange in the user's optimizers."""
+
+    def __init__(self, layers: Mapping[str, list[Layer]]) -> None:
+        self.layers = layers
+        """gated weight -> the layers that use it"""
+        self.leaves: dict[tuple[str, int], nn.Parameter] = {}
+        """(gated weight, number of the strip) -> the strip"""
+        self.groups: dict[tuple[int, str], int] = {}
+
+    def activate(self, chosen: Mapping[str, tuple[Part, ...]]) -> None:
+        """Make these the active strips; a weight without any is frozen."""
+        self.leaves = {}
+        for name, layers in self.layers.items():
+            weight = layers[0].weight
+            weight.grad = None
+            leaves = [nn.Parameter(part.of(weight.detach())) for part in chosen[name]]
+            self.leaves |= {(name, i): leaf for i, leaf in enumerate(leaves)}
+            for layer in layers:
+                layer.strips = tuple(
+                    Strip((part.dim == 0) != layer.turned, part.start, leaf, part.dim)
+                    for part, leaf in zip(chosen[name], leaves, strict=True)
+                )
+
+    def check(self) -> None:
+        """Raise GateError where the model's weights were moved away from under the strips."""
+        for (name, _), leaf in self.leaves.items():
+            if leaf.untyped_storage().data_ptr() != self.layers[name][0].weight.untyped_storage().data_ptr():
+                raise GateError(
+                    f"{name} was moved or cast after attach, its active strip was not: call model.to(...) before attach"
+                )
+
+    def adopt(
+        self,
+        optimizers: Iterable[Any],
+        names: Mapping[str, nn.Parameter],
+        old: Mapping[tuple[str, int], nn.Parameter],
+    ) -> None:
+        """Put the present leaves in the place of the weights' old ones in the optimizers. State of old ones is dropped,
+        unless it has the new leaf's shape and nothing was active before (a loaded state)."""
+        for number, optimizer in enumerate(optimizers):
+            self.note_groups(number, optimizer, [*names.items(), *((n, p) for (n, _), p in old.items())])
+            gone = {id(p): (name, 0) for name, p in names.items()} | {id(p): key for key, p in old.items()}
+            present = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            placed = {key for key, leaf in self.leaves.items() if id(leaf) in present}
+            for group in optimizer.param_groups:
+                kept = []
+                for p in group["params"]:
+                    key = gone.get(id(p))
+                    if key is None or p is self.leaves.get(key):
+                        kept.append(p)
+                        continue
+                    state = optimizer.state.pop(p, None)
+                    leaf = self.leaves.get(key)
+                    if leaf is not None and key not in placed:
+                        kept.append(leaf)
+                        placed.add(key)
+                        if not old and state and _fits(state, leaf):
+                            optimizer.state[leaf] = state
+                group["params"] = kept
+            self.place(number, optimizer, [(key[0], leaf) for key, leaf in self.leaves.items() if key not in placed])
+
+    def place(self, number: int, optimizer: Any, wanted: Iterable[tuple[str, nn.Parameter]]) -> None:
+        """Add parameters to the group that they, or their like in another layer, were in."""
+        for name, p in wanted:
+            index = self._group_of(number, name)
+            if index is not None:
+                optimizer.param_groups[index]["params"].append(p)
+
+    def note_groups(self, number: int, optimizer: Any, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+        of = {id(p): name for name, p in named}
+        of |= {id(p): name for (name, _), p in self.leaves.items()}
+        for index, group in enumerate(optimizer.param_groups):
+            for p in group["params"]:
+                if id(p) in of:
+                    self.groups[number, of[id(p)]] = index
+
+    def _group_of(self, number: int, name: str) -> int | None:
+        """The group that this weight was in before, or one of the same role in another layer."""
+        if (number, name) in self.groups:
+            return self.groups[number, name]
+        role = re.sub(r"\d+", "*", name)
+        same = [i for (n, other), i in self.groups.items() if n == number and re.sub(r"\d+", "*", other) == role]
+        return same[0] if same else None
+
+
+def _fits(state: Mapping[str, Any], leaf: Tensor) -> bool:
+    tensors = [v for v in state.values() if isinstance(v, Tensor) and v.dim()]
+    return all(v.shape == leaf.shape for v in tensors)

@@ -1,0 +1,174 @@
+"""What a run is told (`TrainerConfig`) and what it tells (`StepReport`, `RunResult`)."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+PRECISIONS = ("auto", "fp32", "bf16")
+COMPILES = ("auto", "on", "off")
+COMPILE_REPAID_S = 30.0
+"""About what the first compilation takes on two CPU cores; later ones come from torch's cache in a few seconds."""
+
+
+@dataclass
+class TrainerConfig:
+    """Budget, batch and habits of a run. Raises ValueError for values that cannot train."""
+
+    budget_reference_s: float = 40.0
+    """What the run may spend, in reference seconds; the schedule decays over it."""
+    budget_offered_tokens: int = 0
+    """If set, the run ends when the stream has offered that many tokens, and progress is counted in them; reference
+    seconds are still counted. For one pass over the same fixed stream by every arm."""
+    batch_windows: int = 32
+    length_schedule: str = ""
+    """Sequence-length warm-up, "32@0.2,64@0.5": length 32 until 0.2 of the budget, 64 until 0.5, then the model's
+    context. A window is cut into shorter ones, so a step keeps its number of tokens."""
+    init_from: str = ""
+    """Run folder or checkpoint whose weights the run starts from (not its optimizer)."""
+    precision: str = "auto"
+    """"fp32" | "bf16" | "auto": bf16 on a GPU, whichever measures faster on a CPU."""
+    compile: str = "auto"
+    """"on" | "off" | "auto": torch.compile on a GPU, and on a CPU where it measures faster and the budget is at least 30
+    reference seconds."""
+    device: str = "auto"
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+    component_times: str = ""
+    """Path of a table of component times shared by the arms; empty: measured by the run, kept in its folder."""
+    eval_tokens: int = 32768
+    """Held-out tokens per evaluation and held-out set, spread over all held-out documents; 0 takes all."""
+    evaluations: int = 8
+    """Evaluations along the run, the last one at its end; none of them is on the clock."""
+    prequential_every: int = 0
+    """Windows of the stream between prequential losses, measured before the run trains on them and off the clock; 0:
+    none."""
+    prequential_windows: int = 32
+    measure_bias: bool = False
+    """At evaluations, the cosine per layer between the step's gradient and the exact one (off the clock)."""
+    log_every_steps: int = 10
+    checkpoint_every_s: float = 60.0
+    """Wall seconds between checkpoints; one is always written at the end and when interrupted."""
+    stop_after_skipped: int = 20
+    """Consecutive steps with a loss or gradient that is not finite before the run gives up."""
+
+    def __post_init__(self) -> None:
+        if self.budget_reference_s <= 0:
+            raise ValueError(f"trainer.budget_reference_s = {self.budget_reference_s}: must be positive")
+        if self.batch_windows < 1 or self.log_every_steps < 1 or self.evaluations < 1:
+            raise ValueError("trainer.batch_windows, log_every_steps and evaluations must be at least 1")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"trainer.precision = {self.precision!r}: one of {', '.join(PRECISIONS)}")
+        if self.compile not in COMPILES:
+            raise ValueError(f"trainer.compile = {self.compile!r}: one of {', '.join(COMPILES)}")
+        if self.eval_tokens < 0 or self.threads < 0 or self.budget_offered_tokens < 0 or self.prequential_every < 0:
+            raise ValueError(
+                "trainer.eval_tokens, threads, budget_offered_tokens and prequential_every must not be negative"
+            )
+        if self.prequential_every and not 1 <= self.prequential_windows <= self.prequential_every:
+            raise ValueError(
+                f"trainer.prequential_windows = {self.prequential_windows}: must lie in 1..trainer.prequential_every = "
+                f"{self.prequential_every}"
+            )
+        self.lengths()
+
+    def lengths(self) -> list[tuple[int, float]]:
+        """(length, share of the budget until which it holds), rising. Raises ValueError for a schedule that is none."""
+        found: list[tuple[int, float]] = []
+        for piece in filter(None, self.length_schedule.split(",")):
+            try:
+                length, share = piece.split("@")
+                found.append((int(length), float(share)))
+            except ValueError:
+                raise ValueError(
+                    f"trainer.length_schedule: {piece!r} is not LENGTH@SHARE, for instance 32@0.2,64@0.5"
+                ) from None
+        shares = [0.0, *(share for _, share in found)]
+        if any(not a < b <= 1 for a, b in itertools.pairwise(shares)) or any(n < 1 for n, _ in found):
+            raise ValueError(
+                f"trainer.length_schedule = {self.length_schedule!r}: lengths from 1 on, shares rising within (0, 1]"
+            )
+        return found
+
+    def length_at(self, progress: float, context: int) -> int:
+        return next((length for length, share in self.lengths() if progress < share), context)
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss stayed non-finite for too many steps in a row."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One logged step. Totals count from the start of the run; `keep_fraction` is the share of offered items trained on."""
+
+    step: int
+    tokens: int
+    """Tokens that went through a forward."""
+    reference_s: float
+    wall_s: float
+    loss_nats: float
+    """Mean over the batch's tokens since the last report."""
+    learning_rate_factor: float
+    gradient_norm: float
+    keep_fraction: float
+    active_fraction: float
+    flops: int
+    skipped: int
+    kept_share: Mapping[str, float] = field(default_factory=dict)
+    """Share of the offered windows kept so far, by source."""
+    notes: Mapping[str, float] = field(default_factory=dict)
+    """The gate's own numbers, and at evaluations the bias by layer."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run ended. `finished` is False when it was interrupted (its checkpoint resumes it)."""
+
+    finished: bool
+    step: int
+    tokens: int
+    windows_offered: int
+    windows_scored: int
+    flops: int
+    reference_s: float
+    gate_reference_s: float
+    """Of it, everything beside the steps: scoring, proxies, probes, filters."""
+    wall_s: float
+    compile_s: float
+    """Wall seconds of the first step where it is compiled, not in `wall_s`; 0.0 otherwise."""
+    val_loss_nats: float
+    held_out: Mapping[str, float]
+    """Loss per token in nats on each held-out set; "val" is the headline."""
+    keep_fraction: float
+    kept_share: dict[str, float]
+    skipped: int
+    optimizer_bytes: int
+    """Largest optimizer state over the steps, bytes of allocated tensors."""
+    gradient_bytes: int
+    """Largest gradients over the steps."""
+    update_bytes: int
+    """Largest sum of both."""
+    prequential: Sequence[tuple[int, float, str]]
+    """(offered tokens, loss in nats before training on what follows, its main source)"""
+    gate_decisions: Sequence[Mapping[str, Any]] = ()
+    """What a gate that decides while training decided, and why."""
+
+
+def compiling(cfg: TrainerConfig, device: torch.device) -> str:
+    """What to do about torch.compile: "on", "off", or "measure" whether it pays.
+
+    "auto" is on for a GPU; on a CPU it is measured where a C++ compiler is there and the budget can repay the compilation.
+    """
+    if cfg.compile != "auto":
+        return cfg.compile
+    if device.type == "cuda":
+        return "on"
+    found = any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++"))
+    return "measure" if found and cfg.budget_reference_s >= COMPILE_REPAID_S else "off"

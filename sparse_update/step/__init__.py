@@ -1,0 +1,1 @@
+"""The sparse step: its plan, forward and backward, unbiased draws, compiled kernels, counted FLOPs."""

@@ -1,0 +1,261 @@
+"""AdamW, Muon, sign descent or GaLore over the active weights only: state exists for active strips and for nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_update.weights.subset import SIGNS, Active, Part
+
+NAMES = ("adamw", "muon", "sign", "galore")
+MOMENTS = ("drop", "keep")
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer and schedule. Raises ValueError for values that cannot train."""
+
+    name: str = "adamw"
+    """"adamw" | "muon": torch.optim.Muon for the matrices of the blocks, AdamW for the rest | "sign": descent by the
+    gradient's sign, no state | "galore": AdamW in a low-rank space for the matrices of the blocks (lowrank.py)."""
+    lr: float = 4e-3
+    muon_lr: float = 0.02
+    beta1: float = 0.9
+    beta2: float = 0.98
+    weight_decay: float = 0.1
+    """Decoupled, on matrices only."""
+    warmup_fraction: float = 0.05
+    """Share of the budget with linearly rising rate."""
+    final_fraction: float = 0.05
+    """End of the cosine, as a share of the peak rate."""
+    grad_clip: float = 1.0
+    """Largest norm of the whole gradient; 0 switches clipping off."""
+    sign_scale: float = 1.0
+    """Step of strips under the rule "sign", as a share of `lr` (FRUGAL's inactive weights)."""
+    frozen_moments: str = "drop"
+    """"drop": moments of a strip that goes inactive are freed | "keep": they wait for its return, allocated and counted."""
+    galore_rank: int = 16
+    galore_every_steps: int = 200
+    """Steps between two decompositions of the gradient."""
+    galore_scale: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise ValueError(f"optim.name = {self.name!r}: one of {', '.join(NAMES)}")
+        if self.frozen_moments not in MOMENTS:
+            raise ValueError(f"optim.frozen_moments = {self.frozen_moments!r}: one of {', '.join(MOMENTS)}")
+        if self.name == "galore" and self.frozen_moments == "keep":
+            raise ValueError("optim.frozen_moments = keep: projections of optim.name = galore cannot wait, use drop")
+        if self.sign_scale <= 0 or self.galore_scale <= 0 or self.galore_rank < 1 or self.galore_every_steps < 1:
+            raise ValueError(
+                "optim.sign_scale, galore_scale must be positive, optim.galore_rank, galore_every_steps at least 1"
+            )
+        if self.lr <= 0 or self.muon_lr <= 0:
+            raise ValueError(f"optim.lr = {self.lr}, optim.muon_lr = {self.muon_lr}: learning rates must be positive")
+        if not 0 <= self.warmup_fraction < 1 or not 0 <= self.final_fraction <= 1:
+            raise ValueError("optim.warmup_fraction must lie in [0, 1), optim.final_fraction in [0, 1]")
+
+
+def schedule(progress: float, cfg: OptimConfig) -> float:
+    """Factor on the learning rate at `progress` in [0, 1] of the budget: linear warm-up, then cosine."""
+    if progress < cfg.warmup_fraction:
+        return progress / cfg.warmup_fraction
+    done = min(1.0, (progress - cfg.warmup_fraction) / (1 - cfg.warmup_fraction))
+    return cfg.final_fraction + (1 - cfg.final_fraction) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class Optimizer:
+    """torch's own optimizers on the active strips of a module's parameters.
+
+    A fully active parameter is handed over itself; a strip is a view of it that shares storage. A new `Active` makes new
+    optimizers: strips that stay active keep their moments, those of strips that went inactive are freed (or kept, see
+    `OptimConfig.frozen_moments`), and frozen weights neither decay nor move. Strips under the rule "sign" move by
+    lr * sign(gradient) and have no state; "look" strips never move.
+
+    `leaves`: what is updated, by name, or by name and place for a strip.
+    """
+
+    def __init__(self, module: nn.Module, active: Active, cfg: OptimConfig) -> None:
+        self.module, self.cfg = module, cfg
+        self.parked: dict[str, dict[str, Tensor]] = {}
+        self.parts: list[torch.optim.Optimizer] = []
+        self.leaves: dict[str, Tensor] = {}
+        self.look: list[Tensor] = []
+        self.signs: dict[str, Tensor] = {}
+        self.gradient_peak_bytes = self.peak_bytes = 0
+        self.activate(active)
+
+    def activate(self, active: Active) -> None:
+        """Make `active` what is updated; moments of strips that stay are kept, new strips start from zero."""
+        before = {**self.parked, **self._moments()}
+        self.active, self.look, self.signs = active, [], {}
+        self.leaves = {}
+        self.signed: dict[str, Tensor] = {}
+        self._keys: dict[str, tuple[str | None, ...]] = {}
+        for name, p in self.module.named_parameters():
+            parts = active.parts.get(name, ())
+            whole = len(parts) == 1 and parts[0].rule == "optimizer" and parts[0].whole(p)
+            if not whole:
+                p.grad = None
+            keys: list[str | None] = []
+            for part in parts:
+                if part.rule == "look":
+                    keys.append(None)
+                    continue
+                key = name if whole else _key(name, part)
+                leaf = p if whole else part.of(p.detach()).requires_grad_()
+                (self.signed if part.rule in SIGNS else self.leaves)[key] = leaf
+                keys.append(key)
+            self._keys[name] = tuple(keys)
+        self.parts = self._build()
+        self.peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
+        for key, owner, leaf in self._owners():
+            if key in before:
+                owner.state[leaf] = before.pop(key)
+        self.parked = before if self.cfg.frozen_moments == "keep" else {}
+
+    def _build(self) -> list[torch.optim.Optimizer]:
+        cfg = self.cfg
+        if cfg.name == "sign":
+            self.signed, self.leaves = {**self.signed, **self.leaves}, {}
+        matrices = {n: p for n, p in self.leaves.items() if p.dim() == 2}
+        vectors = [p for p in self.leaves.values() if p.dim() != 2]
+        apart = cfg.name in ("muon", "galore")
+        inner = {n: p for n, p in matrices.items() if n.startswith("blocks.")} if apart else {}
+        decayed = [p for n, p in matrices.items() if n not in inner]
+        # torch's fused AdamW ignores strides on a CPU (2.13): on a view of columns it writes into frozen weights
+        parts: list[torch.optim.Optimizer] = []
+        for dense in (True, False):
+            some = [p for p in decayed if p.is_contiguous() == dense]
+            rest = [p for p in vectors if p.is_contiguous() == dense]
+            groups = [{"params": some, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+            groups = [g for g in groups if g["params"]]
+            if groups:
+                parts.append(torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=dense))
+        if inner and cfg.name == "muon":
+            parts.append(torch.optim.Muon(list(inner.values()), lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
+        elif inner:
+            from sparse_update.weights.lowrank import galore_adamw
+
+            parts.append(galore_adamw(list(inner.values()), cfg))
+        return parts
+
+    def _owners(self) -> Iterable[tuple[str, torch.optim.Optimizer, Tensor]]:
+        names = {id(leaf): key for key, leaf in self.leaves.items()}
+        for part in self.parts:
+            for group in part.param_groups:
+                for leaf in group["params"]:
+                    yield names[id(leaf)], part, leaf
+
+    def _moments(self) -> dict[str, Any]:
+        return {key: part.state[leaf] for key, part, leaf in self._owners() if leaf in part.state}
+
+    def set_gradients(self, gradients: Mapping[str, Sequence[Tensor] | Tensor]) -> None:
+        """Hand over the sparse step's gradients, aligned with `active.parts`; what has no entry stays as it is."""
+        self.look, self.signs = [], {}
+        for name, keys in self._keys.items():
+            given = gradients.get(name)
+            tensors = (given,) if isinstance(given, Tensor) else given or (None,) * len(keys)
+            for key, g in zip(keys, tensors, strict=True):
+                if key is not None and g is not None and g.dtype == torch.int8:
+                    self.signs[key] = g
+                elif key is not None:
+                    leaf = (self.leaves if key in self.leaves else self.signed)[key]
+                    leaf.grad = g.contiguous() if g is not None and leaf.is_contiguous() else g
+                elif g is not None:
+                    self.look.append(g)
+
+    def step(self, progress: float) -> float:
+        """Clip, update, clear. Returns the gradient's norm before clipping (0.0 where clipping is off).
+
+        A norm that is not finite is returned without an update: nothing moves and no moment changes.
+        """
+        norm = 0.0
+        gradient_bytes = self.gradient_bytes()
+        if self.cfg.grad_clip > 0:
+            norm = float(nn.utils.clip_grad_norm_([*self.leaves.values(), *self.signed.values()], self.cfg.grad_clip))
+            if not math.isfinite(norm):
+                self.clear()
+                return norm
+        factor = schedule(progress, self.cfg)
+        for part, peaks in zip(self.parts, self.peaks, strict=True):
+            for group, peak in zip(part.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+            part.step()
+        self._descend(self.cfg.lr * factor)
+        self.gradient_peak_bytes = max(self.gradient_peak_bytes, gradient_bytes)
+        self.peak_bytes = max(self.peak_bytes, gradient_bytes + self.state_bytes())
+        self.clear()
+        return norm
+
+    @torch.no_grad()
+    def _descend(self, lr: float) -> None:
+        """w <- w (1 - lr decay) - lr scale sign(g), decay on matrices only (signSGD; FRUGAL's state-free rule)."""
+        for key, leaf in self.signed.items():
+            signs = leaf.grad.sign_() if leaf.grad is not None else self.signs.get(key)
+            if signs is not None:
+                if leaf.dim() == 2:
+                    leaf.mul_(1 - lr * self.cfg.weight_decay)
+                leaf.add_(signs, alpha=-lr * self.cfg.sign_scale)
+
+    def clear(self) -> None:
+        """Drop the gradients without an update."""
+        self.look, self.signs = [], {}
+        for leaf in (*self.leaves.values(), *self.signed.values()):
+            leaf.grad = None
+
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradients that are allocated now, a shared storage counted once and whole."""
+        return storage_bytes(
+            [*(p.grad for p in (*self.leaves.values(), *self.signed.values())), *self.signs.values(), *self.look]
+        )
+
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state that are allocated now, parked moments included."""
+        states = [*(s for part in self.parts for s in part.state.values()), *self.parked.values()]
+        return storage_bytes(t for state in states for t in _tensors(state))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments by part and parameter number; the numbering follows the module and the active strips."""
+        found = {str(i): {str(k): v for k, v in part.state_dict()["state"].items()} for i, part in enumerate(self.parts)}
+        return {**found, "parked": self.parked} if self.parked else found
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for i, part in enumerate(self.parts):
+            own = part.state_dict()
+            own["state"] = {int(k): v for k, v in state.get(str(i), {}).items()}
+            part.load_state_dict(own)
+        self.parked = {key: dict(moments) for key, moments in state.get("parked", {}).items()}
+
+
+def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes of the storages behind tensors: what is allocated, each storage once, a view's whole storage."""
+    found = {}
+    for t in tensors:
+        if t is not None:
+            storage = t.untyped_storage()
+            found[t.device, storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    """All tensors in an optimizer's state, in dicts and in helper objects (GaLore's projectors) too."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif hasattr(value, "__dict__"):
+        yield from _tensors(vars(value))
+
+
+def _key(name: str, part: Part) -> str:
+    return f"{name}[{part.start}:{part.stop}]" if part.dim == 0 else f"{name}[:, {part.start}:{part.stop}]"

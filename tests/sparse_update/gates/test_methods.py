@@ -1,0 +1,159 @@
+"""Every named method, gate, subset or optimizer, found on disk: it trains, resumes to the same bits, serialises."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+from dataclasses import asdict
+from importlib.resources import files
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from sparse_update.checkpoint import load_checkpoint, save_checkpoint
+from sparse_update.cost import ComponentTimes, identity
+from sparse_update.data.corpus import DataConfig, load_corpus, val_windows
+from sparse_update.data.stream import WindowStream
+from sparse_update.gates.gate import GateConfig
+from sparse_update.trainer import Trainer, TrainerConfig, evaluate, start_from
+from sparse_update.transformer import ModelConfig, Transformer
+from sparse_update.weights.optimizer import OptimConfig
+from sparse_update.weights.subset import SubsetConfig
+
+MODEL = {"width": 16, "layers": 3, "heads": 2, "context": 16, "vocab_size": 256, "attention": "explicit"}
+SMALL = {
+    "gate": {"pool_windows": 16, "ngram_bits": 12, "vcas_every": 4, "sensitivity_at": 0.3},
+    "subset": {"change_every_steps": 3},
+    "optim": {"galore_rank": 3, "galore_every_steps": 4},
+}
+STEPS, STOP = 14, 6
+
+
+def shipped(group):
+    folder = files("configs").joinpath(group)
+    found = sorted(f.name for f in folder.iterdir() if f.name.endswith(".yaml"))
+    return [(group, name.removesuffix(".yaml"), yaml.safe_load(folder.joinpath(name).read_text())) for name in found]
+
+
+METHODS = [*shipped("gate"), *shipped("subset"), *shipped("optim")]
+PEERS = {"lora": ("peft",), "galore": ("galore_torch", "transformers")}
+"""Libraries of the extra `peers` that a method needs."""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    generator = np.random.default_rng(0)
+    for i in range(8):
+        (folder / f"{i}.txt").write_bytes(bytes(generator.integers(97, 110, 700).astype(np.uint8)))
+    return load_corpus(DataConfig(name="files", path=str(folder)))
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A checkpoint as a training run leaves it, for methods that need a reference model."""
+    folder = tmp_path_factory.mktemp("reference")
+    torch.manual_seed(7)
+    model = Transformer(ModelConfig(**MODEL))
+    save_checkpoint(folder / "checkpoint", dict(model.state_dict()), {}, {"model": asdict(model.cfg), "step": 0})
+    return str(folder)
+
+
+def build(corpus, folder, group, settings, reference, times=None):
+    given = {"gate": {}, "subset": {}, "optim": {}}
+    given[group] = {**{k: v for k, v in SMALL[group].items() if k not in settings or group == "gate"}, **settings}
+    if group == "subset":
+        known = SubsetConfig.__dataclass_fields__
+        given[group] |= {k: v for k, v in {"change_every_steps": 3, "block_rows": 4, "look_steps": 1}.items() if k in known}
+    if given["gate"].get("signal") == "excess":
+        given["gate"]["reference"] = reference
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**MODEL))
+    ms = {"forward": 4.0, "backward_dx": 3.0, "backward_dw": 2.0, "optimizer": 1.0}
+    table = ComponentTimes(ms, {}, "explicit", "fp32", "autograd", False, 4, identity(model.cfg, OptimConfig()), {})
+    reports = []
+    trainer = Trainer(
+        model,
+        GateConfig(**given["gate"]),
+        SubsetConfig(**given["subset"]),
+        OptimConfig(**given["optim"]),
+        TrainerConfig(budget_reference_s=STEPS * 0.010 + 1e-6, batch_windows=4, log_every_steps=1, evaluations=2),
+        WindowStream(corpus, 16, seed=0),
+        times or table,
+        {"val": val_windows(corpus, 16, 256)},
+        folder,
+        seed=0,
+        meta={"method": settings["name"]},
+        # every other step costs a plain one's time, scoring costs nothing
+        measure=lambda table, wanted, parts: table.extended(
+            {**{step.key: 10.0 for step in wanted}, **dict.fromkeys(parts, 0.0)}, 10.0
+        ),
+        on_report=reports.append,
+    )
+    return trainer, reports
+
+
+@pytest.mark.parametrize(("group", "name", "settings"), METHODS, ids=[f"{group}-{name}" for group, name, _ in METHODS])
+def test_a_named_method_trains_resumes_bit_exactly_and_serialises(corpus, tmp_path, reference, group, name, settings):
+    for library in PEERS.get(name, ()):
+        if not importlib.util.find_spec(library):
+            pytest.skip(f"needs {library}")
+    assert settings["name"] == name
+    whole, whole_reports = build(corpus, tmp_path / "whole", group, settings, reference)
+    before = [p.detach().clone() for p in whole.model.parameters()]
+    expected = whole.run()
+    assert expected.finished
+    assert expected.step > STOP
+    assert np.isfinite(expected.val_loss_nats)
+    assert any(not torch.equal(a, b) for a, b in zip(before, whole.model.parameters(), strict=False))
+    plain = Transformer(ModelConfig(**MODEL))
+    start_from(plain, tmp_path / "whole")  # whatever the method, its checkpoint is a plain model
+    assert evaluate(plain, whole.held_out["val"]) == pytest.approx(expected.val_loss_nats, abs=1e-5)
+
+    cut, cut_reports = build(corpus, tmp_path / "cut", group, settings, reference)
+    cut.on_report = lambda report: (
+        cut_reports.append(report),
+        os.kill(os.getpid(), signal.SIGINT) if report.step == STOP else None,
+    )
+    assert cut.run().step == STOP
+    saved = load_checkpoint(tmp_path / "cut" / "checkpoint")
+    assert {"optimizer", "gate", "subset", "counters", "rng", "generator"} <= set(saved.state)
+    json.dumps(saved.meta)
+
+    again, again_reports = build(corpus, tmp_path / "cut", group, settings, reference, cut.times)
+    torch.manual_seed(99)
+    again.resume(tmp_path / "cut" / "checkpoint")
+    found = again.run()
+    for key in (
+        "step",
+        "tokens",
+        "flops",
+        "reference_s",
+        "val_loss_nats",
+        "kept_share",
+        "windows_offered",
+        "windows_scored",
+    ):
+        assert getattr(found, key) == getattr(expected, key), key
+    assert [r.loss_nats for r in cut_reports + again_reports] == [r.loss_nats for r in whole_reports]
+    for (label, a), b in zip(again.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(a, b), label
+
+
+def test_the_published_methods_are_there():
+    names = {name for _, name, _ in METHODS}
+    assert {
+        "selective_backprop", "rho_loss", "rho1", "infobatch", "importance", "vcas", "random_ltd", "surprise_ltd", "dropbp",
+        "exact_head", "dense", "random", "surprise", "random_tokens", "surprise_tokens",
+    } <= names  # fmt: skip
+
+
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group, name, _ in METHODS if group == "gate"])
+def test_a_method_opens_with_its_rule(group, name):
+    first = files("configs").joinpath(group, f"{name}.yaml").read_text().splitlines()[0]
+    assert first.startswith("# ")
+    assert len(first) > 20
