@@ -25,7 +25,9 @@ from neuro.conversion.graded import GradedConfig, convert
 from neuro.conversion.plan import save_plan
 from neuro.deployed import deploy as deployed_model
 from sparse_update.checkpoint import CheckpointError, load_checkpoint
-from sparse_update.data.corpus import Corpus, DataConfig, load_corpus, val_windows
+from sparse_update.data.corpus import Corpus, DataConfig, load_corpus
+from sparse_update.data.regimes import held_out as held_out_sets
+from sparse_update.data.regimes import make_stream
 from sparse_update.data.sources import CorpusError
 from sparse_update.data.stream import WindowStream
 from sparse_update.trainer import evaluate
@@ -59,8 +61,8 @@ class DeployConfig:
             raise ValueError("calibration_tokens and eval_tokens must be at least 1")
 
 
-def load_run(folder: Path) -> tuple[Transformer, Corpus, dict[str, Any]]:
-    """(model in eval mode, its corpus, run.json) of a finished training run.
+def load_run(folder: Path) -> tuple[Transformer, Corpus, DataConfig, dict[str, Any]]:
+    """(model in eval mode, its corpus, what was trained on, run.json) of a finished training run.
 
     Raises RunError for a folder that is no finished run, or whose corpus has changed since.
     """
@@ -70,7 +72,8 @@ def load_run(folder: Path) -> tuple[Transformer, Corpus, dict[str, Any]]:
     if record.get("status") != "finished":
         raise RunError(f"{folder}: the run is {record.get('status')}, not finished: resume it first (resume=true)")
     checkpoint = load_checkpoint(folder / "checkpoint")
-    corpus = load_corpus(DataConfig(**checkpoint.meta["config"]["data"]))
+    data = DataConfig(**checkpoint.meta["config"]["data"])
+    corpus = load_corpus(data)
     if corpus.sha256 != checkpoint.meta["corpus_sha256"]:
         raise RunError(
             f"{folder}: its corpus had sha256 {checkpoint.meta['corpus_sha256']}, the one read now has {corpus.sha256}: "
@@ -78,7 +81,7 @@ def load_run(folder: Path) -> tuple[Transformer, Corpus, dict[str, Any]]:
         )
     model = Transformer(ModelConfig(**checkpoint.meta["model"]))
     model.load_state_dict(checkpoint.model)
-    return model.eval(), corpus, record
+    return model.eval(), corpus, data, record
 
 
 def deploy(cfg: DeployConfig) -> dict[str, Any]:
@@ -91,20 +94,21 @@ def deploy(cfg: DeployConfig) -> dict[str, Any]:
         torch.set_num_threads(cfg.threads)
     for name in cfg.profiles:  # a wrong name is said before the work, not after
         load_profile(name)
-    model, corpus, trained = load_run(run)
+    model, corpus, data, trained = load_run(run)
     context = model.cfg.context
     record = new_record("deploy", stream=trained["stream"], arm=trained["arm"], seed=trained["seed"], run=str(run))
     write_json(out / "run.json", record)
     (out / "config.yaml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False))
 
     say(f"calibrating on {cfg.calibration_tokens:,} training tokens")
-    stream = WindowStream(corpus, context, seed=trained["seed"])
+    seed = trained["seed"]
+    stream = WindowStream(corpus, context, seed) if data.regime == "plain" else make_stream(corpus, data, context, seed)
     training = stream.take(max(1, cfg.calibration_tokens // context)).tokens[:, :-1]
     report = analyse(model, training[:1], cfg.chip)
     plan = convert(model, calibrate(model, training.split(16)), report, cfg.conversion)
     save_plan(plan, out / "plan")
 
-    held_out = val_windows(corpus, context, cfg.eval_tokens)
+    held_out = held_out_sets(corpus, data, context, cfg.eval_tokens)["val"]  # the set that the run was judged by
     say(f"evaluating on {held_out[:, 1:].numel():,} held-out tokens: float, quantised, simulated")
     seconds: dict[str, float] = {}
     with Meter() as meter:
