@@ -69,9 +69,9 @@ def chip_figure(placement: Placement) -> Figure:
         handlelength=0,
     )
     picture.suptitle(
-        f"{placement.title}, accounting: {placement.budget}. {len(placement.cores)} cores;"
+        f"{placement.title}, accounting: {placement.budget}\n{len(placement.cores)} cores;"
         f" {placement.messages_between_chips:,.0f} messages per step between chips",
-        fontsize=11,
+        fontsize=10,
         x=0.01,
         ha="left",
     )
@@ -107,7 +107,7 @@ def _chip(ax: Axes, cores: list[Core], per_chip: int, colours: Colormap, letter:
             ax.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7, color=ink)
     ax.set_xlim(0, COLUMNS)
     ax.set_ylim(high, 0)
-    ax.set_aspect("equal")
+    ax.set_aspect("equal", anchor="NW")
     ax.set_xticks([])
     ax.set_yticks([])
     for side in ax.spines.values():

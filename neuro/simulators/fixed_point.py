@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import torch
@@ -48,6 +49,7 @@ __all__ = [
 ]
 
 MODES = ("lava", "chip")
+Fused = bool | Literal["torch"] | None
 CHUNK_VALUES = 2**23  # messages of all populations together held at a time, unless a single step has more
 CHIP_NOTE = "mode chip follows published emulators of the chip; it was not compared with silicon"
 
@@ -65,7 +67,7 @@ def simulate(
     record: Iterable[str] = ("spikes",),
     device: torch.device | str | None = None,
     placement: Placement | None = None,
-    fused: bool | None = None,
+    fused: Fused = None,
 ) -> Activity:
     """Run a graph from rest.
 
@@ -79,14 +81,14 @@ def simulate(
             the outputs are always kept.
         device: where to compute; by default where the first input is.
         placement: population -> core of each neuron, for counts per core.
-        fused: the compiled scan of the lif kinds: True and False force it on and off, None takes it where it pays. The
-            bits are the same.
+        fused: the compiled scan of the lif kinds: True and False force it on and off, None takes it where it pays. That
+            is a loop in C on the CPU and torch.compile on CUDA; "torch" takes the latter on either. The bits are the same.
 
     Returns:
         Activity, its tensors int32 on the device, with counts over all samples and steps.
 
     Raises:
-        ValueError: a mode that does not exist.
+        ValueError: a mode or a scan that does not exist.
         GraphError: a kind that the mode does not have (lif_refractory in mode "lava"), or a placement that does not fit.
         InputError: inputs missing, unknown, not integer, of a wrong shape or too wide.
         FixedPointOverflow: strict only; names population, step, sample, neuron, value and width. The first one met in
@@ -110,7 +112,7 @@ def run_pipelined(
     record: Iterable[str] = (),
     device: torch.device | str | None = None,
     placement: Placement | None = None,
-    fused: bool | None = None,
+    fused: Fused = None,
 ) -> Activity:
     """Feed one token per step through a feed-forward graph and return each population's steps aligned with the tokens.
 
@@ -175,7 +177,7 @@ class _Engine:
         windows: Mapping[str, tuple[int, int]],
         delayed: bool,
         tally: Tally,
-        fused: bool | None,
+        fused: Fused,
     ) -> None:
         self._graph, self._batch, self._device, self._mode, self._strict = graph, batch, device, mode, strict
         self._keep, self._windows, self._delayed, self._tally = keep, windows, delayed, tally
@@ -185,7 +187,12 @@ class _Engine:
             p.name: Synapses(p, device, mode, kinds[p.source] in ("lif", "lif_reset", "lif_refractory"))
             for p in graph.projections
         }
-        self._lif = {p.name: Lif(p, batch, device, mode, fused) for p in graph.populations if p.kind in LIF_KINDS}
+        if isinstance(fused, str) and fused != "torch":
+            raise ValueError(f'fused {fused!r} does not exist; there is: True, False, None, "torch"')
+        in_c = False if isinstance(fused, str) else fused
+        self._lif = {p.name: Lif(p, batch, device, mode, in_c) for p in graph.populations if p.kind in LIF_KINDS}
+        for lif in self._lif.values():
+            lif.scan.in_chunks = isinstance(fused, str) or (fused if device.type == "cuda" else False)
         self._other = {
             p.name: Other(p, batch, device, mode) for p in graph.populations if p.kind not in (*LIF_KINDS, "input")
         }

@@ -42,6 +42,8 @@ class Backward:
         self.cos, self.sin = forward.tables(tokens_BT.shape[1])
         self.norms_LS: Tensor | None = None
         """Filled on the way down, see `SparseStep`."""
+        self.others: tuple[Tensor, Tensor] | None = None
+        """The kept rows and, beside them, the positions that are not kept."""
         self.place_S: Tensor | None = None
         """Where the sequences that are left stand among those that `choose` kept; None before the first draw."""
 
@@ -162,20 +164,31 @@ class Backward:
         self, g: Tensor, s: Saved, w: Weights, cos: Tensor, sin: Tensor, rows_SR: Tensor | None, valid_SR: Tensor | None
     ) -> tuple[Tensor, ...]:
         """Attention backward after SDPA: its own backward for whole sequences, weights formed anew for kept rows."""
-        sequences = self.sequences_S
+        sequences, lse = self.sequences_S, s.lse_BHT
         dmixed = self.run(b.out_backward, g, w.o, self.heads)
-        q, k, v = (b.take_heads(t.detach(), sequences, None) for t in (s.q_BHTK, s.k_BHTK, s.v_BHTK))
+        heads = (s.q_BHTK.detach(), s.k_BHTK.detach(), s.v_BHTK.detach())
         if rows_SR is None:
-            dq, dk, dv = _sdpa_backward(dmixed, q, k, v, s, sequences)
+            dq, dk, dv = _sdpa_backward(dmixed, heads, s, sequences)
+        elif lse is not None and valid_SR is None:
+            others = self._others(rows_SR, heads[1].shape[2])
+            dq, dk, dv = self.run(b.rows_backward, dmixed, *heads, s.mixed_BTD, lse, sequences, rows_SR, others)
         else:
-            length = k.shape[2]
-            q = b.take_heads(q, None, rows_SR)
-            weights = self.run(b.scores_to_weights, q, k, b.reach(rows_SR, length))
+            q = b.take_heads(heads[0], sequences, rows_SR)
+            k, v = (b.take_heads(t, sequences, None) for t in heads[1:])
+            weights = self.run(b.scores_to_weights, q, k, b.reach(rows_SR, k.shape[2]))
             dq, dk, dv = self.run(b.mix_backward, dmixed, q, k, v, weights, rows_SR)
         below = self.run(
             b.in_backward, g, dq, dk, dv, s.x_BTD, s.rstd1_BT1, w.gain1, w.qkv, cos, sin, sequences, rows_SR, valid_SR
         )
         return below[0], b.take(s.mixed_BTD, sequences, rows_SR), *below[1:]
+
+    def _others(self, rows_SR: Tensor, length: int) -> Tensor:
+        """The positions that are not among the rows, (S, T - R), ascending; the same tensor for all blocks."""
+        if self.others is None or self.others[0] is not rows_SR:
+            left = torch.ones(len(rows_SR), length, dtype=torch.int8, device=rows_SR.device).scatter_(1, rows_SR, 0)
+            order = left.argsort(dim=1, descending=True, stable=True)
+            self.others = rows_SR, order[:, : length - rows_SR.shape[1]].contiguous()
+        return self.others[1]
 
     # tokens that passed the block by
 
@@ -251,12 +264,23 @@ class Backward:
 
 
 def _sdpa_backward(
-    dmixed: Tensor, q: Tensor, k: Tensor, v: Tensor, s: Saved, sequences_S: Tensor | None
+    dmixed: Tensor, heads: tuple[Tensor, Tensor, Tensor], s: Saved, sequences_S: Tensor | None
 ) -> tuple[Tensor, ...]:
     if sequences_S is None:
         assert s.graph is not None
         return torch.autograd.grad(s.graph, (s.q_BHTK, s.k_BHTK, s.v_BHTK), dmixed)
+    q, k, v = (_sequences(t, sequences_S) for t in heads)
+    lse, graph = s.lse_BHT, s.graph
+    if lse is not None and graph is not None:
+        out = _sequences(graph.detach(), sequences_S)
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return tuple(backward(dmixed, q, k, v, out, lse[sequences_S], 0.0, True))
     with torch.enable_grad():
         q, k, v = (t.requires_grad_() for t in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return torch.autograd.grad(out, (q, k, v), dmixed)
+
+
+def _sequences(x_BHTK: Tensor, sequences_S: Tensor) -> Tensor:
+    """Sequences of a tensor laid out as (B, T, H, K), in the same layout."""
+    return x_BHTK.transpose(1, 2).index_select(0, sequences_S).transpose(1, 2)

@@ -36,6 +36,8 @@ def take_heads(x_BHTN: Tensor, sequences_S: Tensor | None, rows_SR: Tensor | Non
         return x_BHTN if sequences_S is None else x_BHTN.index_select(0, sequences_S)
     batch, heads, length, width = x_BHTN.shape
     count, kept = rows_SR.shape
+    if x_BHTN.transpose(1, 2).is_contiguous():  # a token's heads side by side: one copy for them all
+        return take(x_BHTN.transpose(1, 2).flatten(2), sequences_S, rows_SR).view(count, kept, heads, width).transpose(1, 2)
     if sequences_S is None:
         sequences_S = torch.arange(batch, device=rows_SR.device)
     head = sequences_S[:, None] * heads + torch.arange(heads, device=rows_SR.device)
@@ -75,13 +77,22 @@ def normalise_backward(dn: Tensor, x: Tensor, rstd: Tensor, gain_D: Tensor) -> t
 
 
 def attention_in(
-    x_BTD: Tensor, gain_D: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+    x_BTD: Tensor, gain_D: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, tokens_first: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Norm, the three projections in one product with `qkv` (3 D, D), rotation -> 1 / rms, q, k, v (B, H, T, K)."""
+    """Norm, the three projections in one product with `qkv` (3 D, D), rotation -> 1 / rms, q, k, v (B, H, T, K).
+
+    `tokens_first`: laid out in memory as (B, T, H, K), which fused attention takes as it is and gives back; batched products
+    want (B, H, T, K).
+    """
     batch, length, width = x_BTD.shape
     n, rstd = normalise(x_BTD, gain_D, eps, qkv.dtype)
     q, k, v = F.linear(n, qkv).view(batch, length, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
-    return rstd, rotate(q, cos, sin).contiguous(), rotate(k, cos, sin).contiguous(), v.contiguous()
+    parts = (rotate(q, cos, sin), rotate(k, cos, sin), v)
+    if tokens_first:
+        q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in parts)
+    else:
+        q, k, v = (t.contiguous() for t in parts)
+    return rstd, q, k, v
 
 
 def reach(queries: Tensor, keys: int) -> Tensor:
@@ -176,6 +187,38 @@ def mix_backward(
         columns = rows_SR[:, None, None, :].expand(-1, weights.shape[1], weights.shape[2], -1)
         weights, slope = weights.gather(3, columns), slope.gather(3, columns)
     return dq, slope.transpose(-2, -1) @ q_SHRK, weights.transpose(-2, -1) @ dmixed_SHRK
+
+
+def rows_backward(
+    dmixed_SHRK: Tensor,
+    q_BHTK: Tensor,
+    k_BHTK: Tensor,
+    v_BHTK: Tensor,
+    mixed_BTD: Tensor,
+    lse_BHT: Tensor,
+    sequences_S: Tensor | None,
+    rows_SR: Tensor,
+    others_SP: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dq, dk, dv at the rows R (S, H, R, K), from the logsumexp of the scores; `others_SP`: the positions not in R.
+
+    Keys stand in the order R, then the others: what R's keys receive is then a slice of the weights, and no gather.
+    """
+    kept, scale = rows_SR.shape[1], q_BHTK.shape[-1] ** -0.5
+    order_ST = torch.cat([rows_SR, others_SP], 1)
+    q = take_heads(q_BHTK, sequences_S, rows_SR).contiguous()
+    k = take_heads(k_BHTK, sequences_S, order_ST).contiguous()
+    v = take_heads(v_BHTK, sequences_S, order_ST).contiguous()
+    mixed = take(mixed_BTD, sequences_S, rows_SR).view(*q.transpose(1, 2).shape).transpose(1, 2)
+    lse = take_heads(lse_BHT[..., None], sequences_S, rows_SR)
+    dmixed = dmixed_SHRK.contiguous()
+    moved = (dmixed.to(lse.dtype) * mixed).sum(-1, keepdim=True)  # the slope's mean under the weights
+    hidden = order_ST[:, None, None, :] > rows_SR[:, None, :, None]
+    scores = (q * scale) @ k.transpose(-2, -1)
+    weights = torch.where(hidden, 0.0, torch.exp(scores.to(lse.dtype) - lse))
+    slope = (weights * ((dmixed @ v.transpose(-2, -1)).to(lse.dtype) - moved) * scale).to(q.dtype)
+    weights = weights[..., :kept].to(q.dtype)
+    return slope @ k, slope[..., :kept].transpose(-2, -1) @ q, weights.transpose(-2, -1) @ dmixed
 
 
 def in_backward(

@@ -35,6 +35,14 @@ class Saved:
     graph: Tensor | None
     """SDPA's output with its graph over q, k and v, where the fused backward is used."""
 
+    @property
+    def lse_BHT(self) -> Tensor | None:
+        """Logsumexp of the scores, where the fused kernel on the CPU left it."""
+        found: Tensor | None = None
+        if self.graph is not None and not self.graph.is_cuda:
+            found = getattr(self.graph.grad_fn, "_saved_logsumexp", None)
+        return found if found is not None and found.shape == self.q_BHTK.shape[:3] else None
+
 
 @dataclass
 class Weights:
@@ -129,7 +137,7 @@ class Forward:
                 b.block_forward, x, w.gain1, w.qkv, w.o, w.gain2, w.fc1, w.fc2, cos, sin, heads, eps, square
             )
             return out, Saved(x, rstd1, q, k, v, weights, mixed, middle, rstd2, pre, None)
-        rstd1, q, k, v = self.run(b.attention_in, x, w.gain1, w.qkv, cos, sin, heads, eps)
+        rstd1, q, k, v = self.run(b.attention_in, x, w.gain1, w.qkv, cos, sin, heads, eps, True)
         with torch.enable_grad():
             q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
             graph = F.scaled_dot_product_attention(q, k, v, is_causal=True)

@@ -312,3 +312,6 @@ def test_cuda_gives_the_same_bits(seed: int, lif_graph: Any, mlp_graph: Any, mes
         there = simulate(graph, inputs, record=RECORD_ALL, device="cuda")
         assert compare(here, there).equal
         assert (here.projections, here.populations) == (there.projections, there.populations)
+        compiled = simulate(graph, inputs, record=RECORD_ALL, device="cuda", fused=True)  # a fallback would warn: an error
+        assert compare(here, compiled).equal
+        assert (here.projections, here.populations) == (compiled.projections, compiled.populations)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -107,6 +110,107 @@ def test_both_scans_give_the_same_bits_and_counts(seed: int, networks: Any) -> N
         fused = simulate(graph, inputs, mode=mode, record=RECORD_ALL, fused=True)
         assert compare(plain, fused).equal
         assert (plain.populations, plain.projections) == (fused.populations, fused.projections)
+
+
+def random_scan(rng: np.random.Generator, flags: int, neurons: int) -> scan.Scan:
+    bias = torch.from_numpy(rng.integers(-2000, 4000, neurons).astype(np.int32))
+    low = -int(rng.integers(1, 9000)) << 6 if flags & scan.TERNARY else -(2**31)
+    keep_u, keep_v, rest = (int(rng.choice(values)) for values in ([0, 2500, 4095], [1, 3000, 4096], [1, 2, 6]))
+    return scan.Scan(
+        flags, keep_u, keep_v, int(rng.integers(0, 9000)) << 6, low, rest if flags & scan.REFRACTORY else 0, bias
+    )
+
+
+def assert_chunks_equal_plain(seed: int, chip: bool, traced: bool, neurons: int = 50) -> None:
+    """One random population of each kind, sums from silence to all of int32, with and without steps left over."""
+    rng = np.random.default_rng(seed)
+    kinds = (0, scan.TERNARY, scan.REFRACTORY) if chip else (0, scan.TERNARY)
+    sent = 0
+    for flags, steps, bits in itertools.product(kinds, (2 * scan.CHUNK, 4 * scan.CHUNK - 1), (9, 17, 32)):
+        made = random_scan(rng, flags | (scan.CHIP if chip else 0), neurons)
+        sums = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (steps, neurons)) * (rng.random((steps, neurons)) < 0.6)
+        a = torch.from_numpy(sums.astype(np.int32))
+        reset = torch.from_numpy(rng.random(steps) < 0.2) if rng.integers(2) else None
+        state = [torch.from_numpy(rng.integers(1 - 2**23, 2**23, neurons).astype(np.int32)) for _ in range(2)]
+        found: list[tuple[Any, ...]] = []
+        for in_chunks in (False, True):
+            now = scan.State(state[0].clone(), state[1].clone(), torch.zeros(neurons, dtype=torch.int32))
+            messages, fired = torch.empty(a.shape, dtype=torch.int8), torch.zeros(neurons, dtype=torch.int32)
+            trace = scan.Trace() if traced else None
+            chunked = dataclasses.replace(made, in_chunks=in_chunks)
+            numbers = scan.plain(chunked, a, messages, now, reset, fired, trace)
+            rows = [torch.stack(part) for part in vars(trace).values()] if trace else []
+            found.append((numbers, [messages, fired, now.u, now.v, now.rest, *rows]))
+        assert found[0][0] == found[1][0]
+        assert all(torch.equal(*pair) for pair in zip(found[0][1], found[1][1], strict=True))
+        sent += found[0][0][3]
+    assert sent > 100
+    assert not scan._without
+
+
+@pytest.fixture
+def programs(monkeypatch: Any, backend: str) -> Any:
+    """The kind of each block that went through torch.compile, in short chunks, which compile sooner."""
+    calls, original, compiler = [], scan.chunk_program.__wrapped__, torch.compile
+
+    @cache
+    def made(*kind: bool) -> Any:
+        return original(*kind)
+
+    def program(*kind: bool) -> Any:
+        calls.append(kind)
+        return made(*kind)
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **settings: compiler(*args, backend=backend, **settings))
+    monkeypatch.setattr(scan, "CHUNK", 2)
+    monkeypatch.setattr(scan, "chunk_program", program)
+    return calls
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("chip", "traced"), [(False, True), (True, False)])
+def test_chunks_by_torch_compile_give_the_same_bits(
+    chip: bool, traced: bool, networks: Any, programs: Any, backend: str
+) -> None:
+    for seed in range(4):
+        assert_chunks_equal_plain(seed, chip, traced)
+    before = len(programs)
+    assert before > 0
+    mode, keep = "chip" if chip else "lava", RECORD_ALL if traced else ("spikes",)
+    kinds = ["lif", "ternary_lif", "lif_reset", "delta", "sigma_delta", *(["lif_refractory"] if chip else [])]
+    for seed in range(6):
+        graph = networks.network(seed, kinds)
+        inputs = networks.messages(graph, seed, 3, 25)
+        plain = simulate(graph, inputs, mode=mode, record=keep, fused=False)
+        chunked = simulate(graph, inputs, mode=mode, record=keep, fused="torch")
+        assert compare(plain, chunked).equal
+        assert (plain.populations, plain.projections) == (chunked.populations, chunked.projections)
+    assert set(programs) == {(chip, traced)}
+    assert len(programs) > before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("chip", "traced"), [(False, False), (True, True)])
+def test_whole_chunks_in_several_widths(chip: bool, traced: bool, monkeypatch: Any) -> None:
+    monkeypatch.setattr(scan, "WIDTHS", (16, 48))
+    for neurons in (16, 37, 48, 101):  # all of one call, part of one, and several
+        assert_chunks_equal_plain(neurons, chip, traced, neurons)
+
+
+def test_where_torch_compile_fails_the_plain_scan_takes_over_with_one_warning(monkeypatch: Any) -> None:
+    def program(*kind: bool) -> Any:
+        raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(scan, "chunk_program", program)
+    monkeypatch.setattr(scan, "_without", set())
+    graph, inputs = one("lif", LIF), {"x": np.full((1, 30, 3), 90)}
+    plain = simulate(graph, inputs, record=RECORD_ALL, fused=False)
+    with pytest.warns(UserWarning, match="torch.compile failed on cpu, so scans there run in plain torch: no compiler$"):
+        first = simulate(graph, inputs, record=RECORD_ALL, fused="torch")
+    assert compare(plain, first).equal
+    assert compare(plain, simulate(graph, inputs, record=RECORD_ALL, fused="torch")).equal  # and no second warning
+    with pytest.raises(ValueError, match="fused 'triton' does not exist"):
+        simulate(graph, inputs, fused="triton")  # type: ignore[arg-type]
 
 
 def test_without_a_compiler_the_plain_scan_takes_over(monkeypatch: Any) -> None:
