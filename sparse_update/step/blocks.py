@@ -81,8 +81,8 @@ def attention_in(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Norm, the three projections in one product with `qkv` (3 D, D), rotation -> 1 / rms, q, k, v (B, H, T, K).
 
-    `tokens_first`: laid out in memory as (B, T, H, K), which fused attention takes as it is and gives back; batched products
-    want (B, H, T, K).
+    `tokens_first`: laid out in memory as (B, T, H, K), as fused attention takes and gives it; batched products want
+    (B, H, T, K).
     """
     batch, length, width = x_BTD.shape
     n, rstd = normalise(x_BTD, gain_D, eps, qkv.dtype)
