@@ -40,7 +40,7 @@ class AutoConfig:
     """Ranks of the score within a pool are cut into as many equal parts."""
     phases: tuple[float, ...] = (0.03, 0.25, 0.5)
     """Shares of the budget at which it looks, while it is off."""
-    quotas: tuple[float, ...] = (0.02, 0.028, 0.035)
+    quotas: tuple[float, ...] = (0.018, 0.024, 0.03)
     """Largest share of the run's steps that may have been observed by the end of each phase, while it is off."""
     observe_every: int = 3
     """Steps between observed ones in a phase."""

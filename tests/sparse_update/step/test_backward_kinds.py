@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_update.step.backward import Stepper, row_bias
 from sparse_update.step.flops import plan_flops
+from sparse_update.step.forward import Saved
 from sparse_update.step.plan import PLAIN, Chosen, StepPlan
 from sparse_update.transformer import ModelConfig, Transformer, rotate
 from sparse_update.weights.subset import Active, Part
@@ -350,3 +351,23 @@ def test_plans_that_do_not_fit_are_refused(plan, message):
     x, y = data()
     with pytest.raises(ValueError, match=message):
         Stepper(build()).step(x, y, plan)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 4, T])
+@pytest.mark.parametrize("sequences", [0, 2])
+def test_fused_backward_is_the_same_with_and_without_the_saved_logsumexp(monkeypatch, sequences, rows, dtype):
+    model, (x, y) = build("sdpa"), data()
+    chosen = Chosen(
+        torch.tensor([1, 3]) if sequences else None, pick(sequences or B, rows) if rows else None
+    )  # the last row of a sequence is not always kept
+    plan = StepPlan(sequences=sequences, rows=rows)
+    step = Stepper(model, dtype)
+    found = step.step(x, y, plan, choose=lambda _: chosen).gradients
+    used = []
+    monkeypatch.setattr(Saved, "lse_BHT", property(lambda saved: used.append(saved)))
+    other = step.step(x, y, plan, choose=lambda _: chosen).gradients
+    assert bool(used) and found.keys() == other.keys()
+    for name, (ours,) in found.items():
+        distance = (ours - other[name][0]).norm() / other[name][0].norm()
+        assert distance < (1e-12 if dtype == torch.float64 else 0.03), name
