@@ -131,18 +131,21 @@ class Backward:
             cos, sin = cos[at][:, None], sin[at][:, None]
         elif rows_SR is not None:
             cos, sin = cos[rows_SR][:, None], sin[rows_SR][:, None]
-        w, sequences = self.kept.weights[index], self.sequences_S
+        w, sequences, name = self.kept.weights[index], self.sequences_S, f"blocks.{index}."
+        matrices = [f"{name}attn.{m}.weight" for m in "qkvo"]
+        factors = self.gradients.wants(*matrices, name + "norm1.weight")
         if s.weights_BHTT is None:
-            g_below, mixed, dqkv, n, dgain = self._fused(g, s, w, cos, sin, rows_SR, valid_SR)
+            g_below, mixed, dqkv, n, dgain = self._fused(g, s, w, cos, sin, rows_SR, valid_SR, factors)
         else:
             g_below, mixed, dqkv, n, dgain = self.run(
                 b.attention_backward, g, s.x_BTD, s.rstd1_BT1, s.q_BHTK, s.k_BHTK, s.v_BHTK, s.weights_BHTT, s.mixed_BTD,
-                w.gain1, w.qkv, w.o, cos, sin, sequences, rows_SR, valid_SR,
+                w.gain1, w.qkv, w.o, cos, sin, sequences, rows_SR, valid_SR, factors,
             )  # fmt: skip
-        name = f"blocks.{index}."
-        sampled = self.gradients.sample(g) if self.gradients.wants(*(f"{name}attn.{m}.weight" for m in "qkvo")) else None
+        if not factors:
+            return g_below
+        sampled = self.gradients.sample(g) if self.gradients.wants(*matrices) else None
         self.gradients.weight(name + "attn.o.weight", g, mixed, sampled)
-        self.gradients.joined([f"{name}attn.{m}.weight" for m in "qkv"], dqkv, n, sampled)
+        self.gradients.joined(matrices[:3], dqkv, n, sampled)
         self.gradients.vector(name + "norm1.weight", dgain)
         return g_below
 
@@ -150,10 +153,13 @@ class Backward:
         if (index, "mlp") in self.skip:
             return g
         w, name = self.kept.weights[index], f"blocks.{index}.mlp."
+        factors = self.gradients.wants(name + "fc1.weight", name + "fc2.weight", f"blocks.{index}.norm2.weight")
         g_below, act, dpre, n, dgain = self.run(
             b.mlp_backward, g, s.middle_BTD, s.rstd2_BT1, s.pre_BTF, w.gain2, w.fc1, w.fc2, self.sequences_S, rows_SR,
-            self.square,
+            self.square, factors,
         )  # fmt: skip
+        if not factors:
+            return g_below
         sampled = self.gradients.sample(g) if self.gradients.wants(name + "fc1.weight", name + "fc2.weight") else None
         self.gradients.weight(name + "fc2.weight", g, act, sampled)
         self.gradients.weight(name + "fc1.weight", dpre, n, sampled)
@@ -161,7 +167,15 @@ class Backward:
         return g_below
 
     def _fused(
-        self, g: Tensor, s: Saved, w: Weights, cos: Tensor, sin: Tensor, rows_SR: Tensor | None, valid_SR: Tensor | None
+        self,
+        g: Tensor,
+        s: Saved,
+        w: Weights,
+        cos: Tensor,
+        sin: Tensor,
+        rows_SR: Tensor | None,
+        valid_SR: Tensor | None,
+        factors: bool,
     ) -> tuple[Tensor, ...]:
         """Attention backward after SDPA: its own backward for whole sequences, weights formed anew for kept rows."""
         sequences, lse = self.sequences_S, s.lse_BHT
@@ -178,9 +192,23 @@ class Backward:
             weights = self.run(b.scores_to_weights, q, k, b.reach(rows_SR, k.shape[2]))
             dq, dk, dv = self.run(b.mix_backward, dmixed, q, k, v, weights, rows_SR)
         below = self.run(
-            b.in_backward, g, dq, dk, dv, s.x_BTD, s.rstd1_BT1, w.gain1, w.qkv, cos, sin, sequences, rows_SR, valid_SR
+            b.in_backward,
+            g,
+            dq,
+            dk,
+            dv,
+            s.x_BTD,
+            s.rstd1_BT1,
+            w.gain1,
+            w.qkv,
+            cos,
+            sin,
+            sequences,
+            rows_SR,
+            valid_SR,
+            factors,
         )
-        return below[0], b.take(s.mixed_BTD, sequences, rows_SR), *below[1:]
+        return below[0], b.take(s.mixed_BTD, sequences, rows_SR) if factors else None, *below[1:]
 
     def _others(self, rows_SR: Tensor, length: int) -> Tensor:
         """The positions that are not among the rows, (S, T - R), ascending; the same tensor for all blocks."""

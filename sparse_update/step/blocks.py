@@ -156,14 +156,17 @@ def mlp_backward(
     sequences_S: Tensor | None,
     rows_SR: Tensor | None,
     square: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    factors: bool = True,
+) -> tuple[Tensor | None, ...]:
     """-> g below the MLP; factors act (S, R, F) of fc2's gradient, dpre (S, R, F) and n (S, R, D) of fc1's; gain's
-    gradient."""
+    gradient. Without `factors`, for frozen weights: g and Nones."""
     hidden = F.relu(take(pre_BTF, sequences_S, rows_SR))
     dact = g_SRD.to(fc2.dtype) @ fc2
     dpre = dact * (2 * hidden) if square else dact * (hidden > 0)
     middle, rstd = take(middle_BTD, sequences_S, rows_SR), take(rstd_BT1, sequences_S, rows_SR)
     dx, dgain = normalise_backward(dpre @ fc1, middle, rstd, gain_D)
+    if not factors:
+        return g_SRD + dx, None, None, None, None
     n = (middle * rstd * gain_D).to(fc1.dtype)
     return g_SRD + dx, hidden * hidden if square else hidden, dpre, n, dgain
 
@@ -235,14 +238,20 @@ def in_backward(
     sequences_S: Tensor | None,
     rows_SR: Tensor | None,
     valid_SR: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> g below the block; factors dqkv (S, R, 3 D) and n (S, R, D) of the projections' gradient; gain's gradient."""
+    factors: bool = True,
+) -> tuple[Tensor | None, ...]:
+    """-> g below the block; factors dqkv (S, R, 3 D) and n (S, R, D) of the projections' gradient; gain's gradient.
+
+    Without `factors`, for frozen weights: g and Nones.
+    """
     dqkv = torch.stack([rotate(dq, cos, -sin), rotate(dk, cos, -sin), dv])  # rotation transposed: angle negated
     dqkv = dqkv.permute(1, 3, 0, 2, 4).flatten(2)
     if valid_SR is not None:
         dqkv = dqkv * valid_SR[..., None]
     x, rstd = take(x_BTD, sequences_S, rows_SR), take(rstd_BT1, sequences_S, rows_SR)
     dx, dgain = normalise_backward(dqkv @ qkv, x, rstd, gain_D)
+    if not factors:
+        return g_SRD + dx, None, None, None
     return g_SRD + dx, dqkv, (x * rstd * gain_D).to(qkv.dtype), dgain
 
 
@@ -263,7 +272,8 @@ def attention_backward(
     sequences_S: Tensor | None,
     rows_SR: Tensor | None,
     valid_SR: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    factors: bool = True,
+) -> tuple[Tensor | None, ...]:
     """Attention with explicit weights -> g below the block, mixed values (S, R, D), dqkv, n, gain's gradient."""
     dmixed = out_backward(g_SRD, o, q_BHTK.shape[1])
     dq, dk, dv = mix_backward(
@@ -274,8 +284,8 @@ def attention_backward(
         take_heads(weights_BHTT, sequences_S, rows_SR),
         rows_SR,
     )
-    below = in_backward(g_SRD, dq, dk, dv, x_BTD, rstd_BT1, gain_D, qkv, cos, sin, sequences_S, rows_SR, valid_SR)
-    return below[0], take(mixed_BTD, sequences_S, rows_SR), *below[1:]
+    below = in_backward(g_SRD, dq, dk, dv, x_BTD, rstd_BT1, gain_D, qkv, cos, sin, sequences_S, rows_SR, valid_SR, factors)
+    return below[0], take(mixed_BTD, sequences_S, rows_SR) if factors else None, *below[1:]
 
 
 # queries at some rows, keys and values everywhere: tokens that pass by but give keys; the last block under exact rows
