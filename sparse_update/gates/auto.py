@@ -38,7 +38,7 @@ class AutoConfig:
 
     strata: int = 16
     """Ranks of the score within a pool are cut into as many equal parts."""
-    phases: tuple[float, ...] = (0.03, 0.25, 0.5)
+    phases: tuple[float, ...] = (0.06, 0.25, 0.5)
     """Shares of the budget at which it looks, while it is off."""
     quotas: tuple[float, ...] = (0.018, 0.024, 0.03)
     """Largest share of the run's steps that may have been observed by the end of each phase, while it is off."""
@@ -50,13 +50,15 @@ class AutoConfig:
     """Observed steps that count, the latest."""
     sigma: float = 3.0
     """Standard errors that a gain must exceed to switch on."""
-    cautious: float = 2.0
+    cautious: float = 3.0
     """Standard errors taken off a gain when bands are compared: few observations then keep more."""
     margin: float = 0.04
     """Gain that is left after the price of scoring, to switch on."""
-    least_kept: float = 0.25
+    least_kept: float = 0.5
     price: float = 0.015
     """Scoring a window over training on it: what was measured for "fresh" at width 64; wider models pay less."""
+    apart: float = 0.25
+    """Share of the strata: windows that lie no further apart do not vouch for each other."""
     probe_share: float = 1 / 32
     """Share of each pool that is set aside, while it is on, as the uniform stream that is observed and never gated."""
 
@@ -232,8 +234,13 @@ class Controller:
         self.decisions = [dict(record) for record in state["decisions"]]
 
 
-def values(found: Mapping[str, tuple[Tensor, Tensor]], weight_B: Tensor) -> Tensor:
+def values(
+    found: Mapping[str, tuple[Tensor, Tensor]], weight_B: Tensor, stratum_B: Tensor | None = None, apart: int = 0
+) -> Tensor:
     """What each window does for the others: mean cosine of its gradient to theirs, weighted by `weight_B`, float32 (B,).
+
+    With `stratum_B`, others are those whose stratum lies more than `apart` away: what a window does for windows unlike
+    itself. Garbage agrees with garbage, the more so the longer it was left out, and must not vouch for itself.
 
     `found`: inputs (B, T, I) and output gradients (B, T, O) of linear layers, as `signals.gradients.tapped` leaves them.
     The cosine does not count how large a loss is, which optimizers that normalise do not either.
@@ -245,6 +252,8 @@ def values(found: Mapping[str, tuple[Tensor, Tensor]], weight_B: Tensor) -> Tens
         gram_BB = gram_BB + (flat_BX @ flat_BX.T).cpu()
     norm_B = gram_BB.diag().clamp(min=1e-30).sqrt()
     others_BB = weight_B[None].expand(size, size) * (1 - torch.eye(size))
+    if stratum_B is not None:
+        others_BB = others_BB * ((stratum_B[:, None] - stratum_B[None]).abs() > apart)
     return (gram_BB / (norm_B[:, None] * norm_B) * others_BB).sum(1) / others_BB.sum(1).clamp(min=1e-6)
 
 
@@ -374,7 +383,9 @@ class AutoGate(Gate):
         whole = {name: (_windows(a, size), _windows(g, size)) for name, (a, g) in found.items()}
         self.uses[OBSERVE] += 1
         self.scoring_flops += sum(2 * a.shape[0] * a.shape[1] * a.shape[2] * g.shape[2] for a, g in whole.values())
-        self.controller.add(batch.stratum_B, values(whole, batch.rest_B), progress, self.controller.cfg.price)
+        auto = self.controller.cfg
+        value_B = values(whole, batch.rest_B, batch.stratum_B, int(auto.apart * auto.strata))
+        self.controller.add(batch.stratum_B, value_B, progress, auto.price)
 
     # what the clock and the records ask
 

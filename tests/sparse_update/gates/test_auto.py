@@ -191,7 +191,7 @@ class Run:
 
 
 def test_noise_is_found_and_dropped_in_a_real_run():
-    run = Run(0.4, 120).go(120)
+    run = Run(0.2, 240, apart=0.125).go(240)  # of eight strata: noise fills two, and further apart little is left
     assert run.gate.controller.state == "on", run.gate.decisions
     assert run.gate.controller.band.first == 0
     kept = run.gate.kept_share()
