@@ -72,7 +72,7 @@ def run_app(
     from omegaconf.errors import OmegaConfBaseException
 
     register(name, schema)
-    given = list(sys.argv[1:] if argv is None else argv)
+    given = [_settable(word, _free(schema)) for word in (sys.argv[1:] if argv is None else argv)]
 
     shown: tuple[type[Exception], ...] = (ConfigError, *expected)
     held: list[Exception] = []
@@ -186,6 +186,12 @@ def _free(schema: type) -> list[str]:
     cfg = OmegaConf.structured(schema)
     nodes = {key: OmegaConf.select(cfg, key) for key in _walk(cfg) if not OmegaConf.is_missing(cfg, key)}
     return [key for key, node in nodes.items() if isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict]
+
+
+def _settable(word: str, free: Sequence[str]) -> str:
+    """`KEY=VALUE` as Hydra takes it where KEY is a plain dictionary or lies in one: with its "add or override" prefix."""
+    key, equals, _ = word.partition("=")
+    return f"++{word}" if equals and any(f"{key}.".startswith(f"{name}.") for name in free) else word
 
 
 def _unknown(key: str, keys: Sequence[str]) -> str:

@@ -123,7 +123,8 @@ def test_wrong_configurations_say_what_to_do(words: list[str], message: str, cap
 
 
 def test_free_dictionaries_stay_free(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("must=x", "+extra.anything=3") == 0
+    for words in (["+extra.anything=3"], ["extra.anything=3"], ["extra={anything: 3}"], ["extra.a=3", "extra.a=4"]):
+        assert run("must=x", *words) == 0, words
 
 
 def test_foreseen_errors_have_no_traceback_and_mistakes_do(capsys: pytest.CaptureFixture[str]) -> None:
