@@ -317,6 +317,11 @@ def save_graph(graph: SpikingGraph, path: str | os.PathLike[str]) -> Path:
         "outputs": list(graph.outputs),
         "meta": dict(graph.meta),
     }
+    return write_archive(path, header, arrays)
+
+
+def write_archive(path: Path, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Path:
+    """`arrays` and a JSON `header` into one compressed npz, written beside `path` and renamed. Raises OSError."""
     text = json.dumps(header, allow_nan=False).encode()
     members: dict[str, Any] = {HEADER_KEY: np.frombuffer(text, dtype=np.uint8), **arrays}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

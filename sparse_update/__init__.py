@@ -28,7 +28,7 @@ _HOME = {
     "band": "gates.policies",
     "held_out": "data.regimes",
     "load_corpus": "data.corpus",
-    "make_gate": "gates.gate",
+    "make_gate": "gates.choice",
     "make_stream": "data.regimes",
     "register_policy": "gates.policies",
     "register_signal": "signals",

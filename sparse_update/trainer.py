@@ -19,7 +19,8 @@ from sparse_update.checkpoint import Checkpoint, checkpoint_of, load_checkpoint,
 from sparse_update.cost import ComponentTimes, ComponentTimesError, Step, optimizer_tag
 from sparse_update.evaluation import evaluate, start_from
 from sparse_update.gates.bias import cosines
-from sparse_update.gates.gate import Gate, GateConfig, GateContext, GatedBatch, make_gate
+from sparse_update.gates.choice import make_gate
+from sparse_update.gates.gate import Gate, GateConfig, GateContext, GatedBatch
 from sparse_update.records import RunResult, StepReport, TrainerConfig, TrainingDiverged, compiling
 from sparse_update.step.backward import Stepper
 from sparse_update.step.flops import plan_flops

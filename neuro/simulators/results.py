@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from neuro.graph import SpikingGraph
+from neuro.graph import HEADER_KEY, SpikingGraph, write_archive
 from neuro.simulators.activity import Activity, CoreCounts, PopulationCounts, ProjectionCounts
 from neuro.simulators.inputs import InputError
 
 SCHEMA = 1
-HEADER_KEY = "header"
 SUFFIX = ".npz"
 _UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile, zlib.error)
 
@@ -98,17 +97,8 @@ def save_result(activity: Activity, path: str | os.PathLike[str], extra: Mapping
         "notes": list(activity.notes),
         **(extra or {}),
     }
-    text = json.dumps(header, allow_nan=False).encode()
-    members: dict[str, Any] = {HEADER_KEY: np.frombuffer(text, dtype=np.uint8)}
-    members |= {f"{name}/{variable}": value.cpu().numpy() for (name, variable), value in activity.variables().items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, **members)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    arrays = {f"{name}/{variable}": value.cpu().numpy() for (name, variable), value in activity.variables().items()}
+    return write_archive(path, header, arrays)
 
 
 def load_result(path: str | os.PathLike[str]) -> Activity:

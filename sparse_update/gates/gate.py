@@ -1,8 +1,8 @@
 """Which data, tokens or gradients a step is spent on: one interface for every published way to gate.
 
 A gate hands out batches, says by which `StepPlan` a step is taken, chooses after the forward where the plan asks for it,
-and counts every component it uses beside the step itself, so that the clock can charge it. `make_gate` picks the gate of a
-unit; this one, the base of all, gates nothing.
+and counts every component it uses beside the step itself, so that the clock can charge it. `choice.py` picks
+the gate of a unit; this one, the base of all, gates nothing.
 
 Shape letters: N windows offered, B windows of a step, T token, S kept sequence, R kept row.
 """
@@ -467,20 +467,4 @@ def _fields(batch: Batch) -> dict[str, Tensor]:
     return {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
 
 
-def make_gate(cfg: GateConfig, stream: Any, context: GateContext) -> Gate:
-    """The gate of `cfg.unit`. Raises SignalError for a signal that lacks what it needs (a reference, known text)."""
-    from sparse_update.gates.rows import BypassGate, RowGate
-    from sparse_update.gates.sampling import GradientGate, SubblockGate, VcasGate
-    from sparse_update.gates.windows import WindowGate
-
-    kinds: dict[str, type[Gate]] = {"none": Gate, "bypass": BypassGate}
-    kinds |= {"dw_rows": GradientGate, "gradient": VcasGate, "subblock": SubblockGate}
-    kinds |= dict.fromkeys(BEFORE, WindowGate) | dict.fromkeys(("sequence_after", "token", "token_exact"), RowGate)
-    if cfg.unit == "auto":
-        from sparse_update.gates.auto import AutoGate
-
-        return AutoGate(cfg, stream, context)
-    return kinds[cfg.unit](cfg, stream, context)
-
-
-__all__ = ["Gate", "GateConfig", "GateContext", "GatedBatch", "Selection", "join", "kept_count", "make_gate", "part"]
+__all__ = ["Gate", "GateConfig", "GateContext", "GatedBatch", "Selection", "join", "kept_count", "part"]

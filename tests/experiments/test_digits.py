@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 import torch
@@ -66,17 +65,6 @@ def test_integers_agree_with_the_float_network_on_every_simulator(data, small):
     activity = simulate(network.graph, network.present(x))
     assert found["synops_per_image"] == sum(c.synops for c in activity.projections.values()) / 200
     assert found["lava"] == float((predicted(network.collect(activity.spikes["layer2"])) == classes[:200]).double().mean())
-
-
-@pytest.fixture(scope="module")
-def lava():
-    """Skips without Lava's interpreter, or fails where SPIKEGATE_REQUIRE lists lava."""
-    try:
-        lava_client.find_python()
-    except lava_client.LavaUnavailable as error:
-        if "lava" in os.environ.get("SPIKEGATE_REQUIRE", "").split(","):
-            pytest.fail(f"SPIKEGATE_REQUIRE asks for Lava: {error}")
-        pytest.skip(str(error))
 
 
 @pytest.mark.lava

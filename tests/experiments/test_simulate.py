@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 
 import numpy as np
 import pytest
@@ -93,17 +92,6 @@ def test_snntorch(files, capsys):
     assert torch.equal(result.spikes["y"], expected(files).spikes["y"])
     assert (result.mode, result.ran_on) == ("float", "snnTorch 1.0.0 (float64)")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["backend"] == "snntorch"
-
-
-@pytest.fixture(scope="module")
-def lava():
-    """Skips without Lava's interpreter, or fails where SPIKEGATE_REQUIRE lists lava."""
-    try:
-        lava_client.find_python()
-    except lava_client.LavaUnavailable as error:
-        if "lava" in os.environ.get("SPIKEGATE_REQUIRE", "").split(","):
-            pytest.fail(f"SPIKEGATE_REQUIRE asks for Lava: {error}")
-        pytest.skip(str(error))
 
 
 @pytest.mark.lava

@@ -210,18 +210,10 @@ def test_settings_of_the_conversion_reach_it(runs):
 
 
 @pytest.mark.lava
-def test_verify_says_that_the_deployed_graphs_equal_lava(runs):
-    from neuro.simulators.lava_client import LavaUnavailable, find_python
-
-    try:
-        python = find_python()
-    except LavaUnavailable as error:
-        if "lava" in os.environ.get("SPIKEGATE_REQUIRE", "").split(","):
-            pytest.fail(str(error))
-        pytest.skip(str(error))
+def test_verify_says_that_the_deployed_graphs_equal_lava(runs, lava):
     if not (runs / "dense" / "deploy").exists():
         spikegate("deploy", "run=dense", "eval_tokens=2048", "calibration_tokens=1024", cwd=runs)
-    done = spikegate("verify", "dense/deploy", "--steps", "16", cwd=runs, SPIKEGATE_LAVA_PYTHON=str(python))
+    done = spikegate("verify", "dense/deploy", "--steps", "16", cwd=runs, SPIKEGATE_LAVA_PYTHON=str(lava))
     found = last_json(done)
     assert found["equal"]
     assert all(graph["values"] > 0 for graph in found["graphs"].values())
