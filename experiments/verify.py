@@ -94,6 +94,7 @@ def verify(
                 graph = load_graph(path)
                 given = random_inputs(graph, steps, seed) if input_path is None else load_inputs(input_path, graph)
                 values = checked_inputs(graph, given)
+                steps = next((len(value[0]) for value in values.values()), steps)  # a file brings its own number
                 result, document = (_on_board if board else _in_lava)(graph, values, worker, timeout_s)
                 name = path.name.removesuffix(FILE_SUFFIX)
                 if name in graphs:
