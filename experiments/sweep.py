@@ -107,11 +107,11 @@ class Sweep:
         return self.folder / "component_times.json"
 
     def clock_jobs(self) -> list[Job]:
-        """The run that measures the shared table, of one reference second, where the budget is given in tokens."""
+        """The run that measures the shared table, of one step, where the budget is given in tokens."""
         if not self.budget_tokens:
             return []
         words = [word for word in self.settings if "{base}" not in word]
-        return [Job("clock", (*words, "stream=clock", "trainer.budget_reference_s=1", "trainer.budget_offered_tokens=0"))]
+        return [Job("clock", (*words, "stream=clock", "trainer.budget_reference_s=1", "trainer.budget_offered_tokens=1"))]
 
     def with_budget(self) -> Sweep:
         """This sweep with its budget in reference seconds. Raises RunError while there is no table."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from hardware import datafile
 from hardware.datafile import DataFileError
+from hardware.mesh import Mesh, read_mesh
 from hardware.placement_budget import Budget, read_budgets
 
 METHODS = ("published", "code", "inferred")
@@ -45,6 +46,7 @@ class Chip:
         provenance: field name -> where the value comes from.
         budgets: name -> how one core is accounted when a network is placed; the default one first. Empty for a chip
             file without them, on which nothing can be placed.
+        mesh: how cores are laid out, for hops and links; None where a chip file does not say.
     """
 
     name: str
@@ -64,9 +66,12 @@ class Chip:
     decay_bits: int
     provenance: Mapping[str, Provenance]
     budgets: Mapping[str, Budget]
+    mesh: Mesh | None = None
 
 
-_LIMITS = tuple(field.name for field in fields(Chip) if field.name not in ("name", "title", "provenance", "budgets"))
+_LIMITS = tuple(
+    field.name for field in fields(Chip) if field.name not in ("name", "title", "provenance", "budgets", "mesh")
+)
 
 
 def list_chips() -> tuple[str, ...]:
@@ -83,7 +88,7 @@ def load_chip(name_or_path: str | Path) -> Chip:
     """
     path = datafile.locate(name_or_path, "chips")
     where = path.name
-    entry = datafile.check_keys(where, datafile.read(path), ("schema", "name", "title", "limits"), ("budgets",))
+    entry = datafile.check_keys(where, datafile.read(path), ("schema", "name", "title", "limits"), ("budgets", "mesh"))
     if entry["schema"] != 1:
         raise DataFileError(f"{where}: schema {entry['schema']!r} is not known; this version reads schema 1")
     if entry["name"] != path.stem:
@@ -107,7 +112,10 @@ def load_chip(name_or_path: str | Path) -> Chip:
         )
     title = datafile.text(f"{where}: title", entry["title"])
     budgets = read_budgets(where, entry["budgets"], METHODS) if "budgets" in entry else MappingProxyType({})
-    return Chip(name=path.stem, title=title, provenance=MappingProxyType(provenance), budgets=budgets, **values)
+    mesh = read_mesh(where, entry["mesh"], METHODS) if "mesh" in entry else None
+    if mesh is not None and mesh.columns * mesh.rows * mesh.cores_per_tile < values["cores"]:
+        raise DataFileError(f"{where}: mesh holds fewer cores than the chip's {values['cores']}")
+    return Chip(name=path.stem, title=title, provenance=MappingProxyType(provenance), budgets=budgets, mesh=mesh, **values)
 
 
 def _value(spot: str, name: str, value: object) -> int | bool:

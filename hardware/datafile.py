@@ -6,9 +6,13 @@ PyYAML is imported inside the functions, so that importing ``hardware`` stays li
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
+
+from hardware.interval import Interval
+from hardware.units import Quantity, UnitError
 
 ROOT = Path(__file__).parent
 
@@ -100,3 +104,24 @@ def choice(where: str, value: object, allowed: Collection[str]) -> str:
     if value not in allowed:
         raise DataFileError(f"{where}: {value!r} is not one of {', '.join(allowed)}")
     return str(value)
+
+
+def number(where: str, value: object) -> float:
+    """A finite number >= 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        raise DataFileError(f"{where}: expected a finite number >= 0, got {value!r}")
+    return float(value)
+
+
+def interval(where: str, raw: tuple[object, object, object], unit: str, dimension: str) -> Interval:
+    """(low, value, high) in ``unit``, in order and of the dimension asked for."""
+    low, mid, high = (number(f"{where}: {key}", n) for key, n in zip(("low", "value", "high"), raw, strict=True))
+    if not low <= mid <= high:
+        raise DataFileError(f"{where}: interval out of order: low {low}, value {mid}, high {high}")
+    try:
+        found = Interval(Quantity(low, unit), Quantity(mid, unit), Quantity(high, unit))
+    except UnitError as error:
+        raise DataFileError(f"{where}: {error}") from None
+    if found.dimension != dimension:
+        raise DataFileError(f"{where}: unit {unit!r} is {found.dimension}, {dimension} is needed")
+    return found

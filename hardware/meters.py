@@ -17,7 +17,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,6 +39,8 @@ class Reading:
         window_s: length of the window, seconds.
         resolution_j: energy of one update interval at the window's mean power, joules; the reading is no finer.
         reason: why ``joules`` is None, or a caution about a coarse reading.
+        idle_w: power of the same device with nothing of ours running, watts, from :func:`measure_idle`; None where that
+            was not measured.
     """
 
     joules: float | None
@@ -46,16 +48,32 @@ class Reading:
     window_s: float
     resolution_j: float | None
     reason: str | None
+    idle_w: float | None = None
 
     def __post_init__(self) -> None:
+        if self.idle_w is not None and not (math.isfinite(self.idle_w) and self.idle_w >= 0):
+            raise ValueError(f"{self.source}: idle_w is {self.idle_w}; a measured power is finite and not negative")
         if self.joules is None and not self.reason:
             raise ValueError(f"{self.source}: a reading without joules needs a reason")
         if self.joules is not None and not (math.isfinite(self.joules) and self.joules >= 0):
             raise ValueError(f"{self.source}: joules is {self.joules}; a measured energy is finite and not negative")
 
+    @property
+    def mean_w(self) -> float | None:
+        """Mean power of the window, watts; None when not measured."""
+        return None if self.joules is None or self.window_s <= 0 else self.joules / self.window_s
+
+    @property
+    def above_idle_j(self) -> float | None:
+        """``joules`` less idle power times the window: stands beside ``joules``, never in its place.
+
+        None when either was not measured. It may come out below zero, within ``resolution_j``, and is left so.
+        """
+        return None if self.joules is None or self.idle_w is None else self.joules - self.idle_w * self.window_s
+
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form; ``joules`` is null when not measured."""
-        return asdict(self)
+        """The JSON form; ``joules`` and what follows from it are null when not measured."""
+        return asdict(self) | {"above_idle_j": self.above_idle_j}
 
 
 def total(readings: Iterable[Reading]) -> float | None:
@@ -63,6 +81,35 @@ def total(readings: Iterable[Reading]) -> float | None:
     joules = [reading.joules for reading in readings]
     known = [value for value in joules if value is not None]
     return math.fsum(known) if known and len(known) == len(joules) else None
+
+
+def total_above_idle(readings: Iterable[Reading]) -> float | None:
+    """Sum of ``above_idle_j`` in joules, or None when there is no reading or any of them lacks joules or idle power."""
+    joules = [reading.above_idle_j for reading in readings]
+    known = [value for value in joules if value is not None]
+    return math.fsum(known) if known and len(known) == len(joules) else None
+
+
+def measure_idle(
+    window_s: float = 10.0, *, sleep: Callable[[float], object] = time.sleep, **meter: Any
+) -> tuple[Reading, ...]:
+    """Readings of a window in which this program does nothing; hand them to ``Meter(idle=...)``.
+
+    Other programs on the machine count as idle power too: measure right before the work, with the same load beside it.
+
+    Args:
+        window_s: length of the window, seconds; NVML needs one or more.
+        sleep: what waits.
+        meter: arguments of :class:`Meter`.
+
+    Raises:
+        ValueError: a window that is not above zero.
+    """
+    if not window_s > 0:
+        raise ValueError(f"an idle window of {window_s} s measures nothing; it must be above zero")
+    with Meter(**meter) as idle:
+        sleep(window_s)
+    return idle.readings
 
 
 class _Unreadable(Exception):
@@ -144,6 +191,7 @@ class Meter:
         powercap: the sysfs folder of the power-capping framework.
         poll_s: seconds between background reads of RAPL.
         clock: monotonic seconds.
+        idle: readings of :func:`measure_idle`: their mean power goes into the reading of the same source.
     """
 
     def __init__(
@@ -155,9 +203,11 @@ class Meter:
         powercap: Path = POWERCAP,
         poll_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
+        idle: Sequence[Reading] = (),
     ) -> None:
         self._gpu, self._cpu, self._gpus = gpu, cpu, gpus
         self._powercap, self._poll_s, self._clock = powercap, poll_s, clock
+        self._idle_w = {reading.source: reading.mean_w for reading in idle}
         self._readings: tuple[Reading, ...] | None = None
 
     @property
@@ -190,7 +240,7 @@ class Meter:
         now_s = self._clock()
         readings = [counter.finish(now_s) for counter in self._counters]
         readings += [Reading(None, source, now_s - self._start_s, None, why) for source, why in self._absent]
-        self._readings = tuple(readings)
+        self._readings = tuple(replace(reading, idle_w=self._idle_w.get(reading.source)) for reading in readings)
         if self._close is not None:
             self._close()
 

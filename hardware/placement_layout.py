@@ -11,7 +11,7 @@ from hardware.chip import Chip
 from hardware.placement_budget import Budget
 from hardware.placement_cost import Part, TooWide, over, resources, synops
 from hardware.placement_demand import Connection, Convolution, LayerDemand
-from hardware.placement_report import Core, DoesNotFit, LayerPlacement, Limit, Placement, plain_name
+from hardware.placement_report import Core, DoesNotFit, Flow, LayerPlacement, Limit, Placement, plain_name
 from hardware.placement_split import CannotSplit, split_layer
 from hardware.placement_traffic import Edges, assign, crossing, edges
 
@@ -225,6 +225,9 @@ def _report(
         place_on = int(chip_of[number])
         slots[place_on] = slots.get(place_on, -1) + 1
         held = tuple(parts[i] for i in members)
+        work: dict[str, float] = {}
+        for part in held:
+            work[part.layer] = work.get(part.layer, 0.0) + synops(layers[part.layer], part, layers)
         cores.append(
             Core(
                 number=number,
@@ -232,7 +235,8 @@ def _report(
                 slot=slots[place_on],
                 parts=held,
                 used={name: Limit(name, total[name], budget.limits[name]) for name in budget.limits if name in total},
-                synops=math.fsum(synops(layers[part.layer], part, layers) for part in held),
+                synops=math.fsum(work.values()),
+                synops_of=work,
                 other_words={
                     other.name: sum(
                         resources(layers[part.layer], part, other, options.encoding)["synapse_words"] for part in held
@@ -265,6 +269,7 @@ def _report(
                 synops=math.fsum(own),
                 imbalance=max(even) * len(even) / math.fsum(even) if any(even) else 1.0,
                 partial_sums=split,
+                events=math.fsum(layers[c.source].mean_rate * c.inputs for c in layer.connections),
             )
         )
     core_pairs = core_of[between.source] != core_of[between.target]
@@ -285,7 +290,21 @@ def _report(
         measured=all(layer.measured for layer in layers.values()),
         notes=_notes(budget, layers, parts, options),
         shapes={layer.name: layer.box for layer in layers.values() if layer.on_chip},
+        flows=_flows(parts, core_of, between),
     )
+
+
+def _flows(parts: Sequence[Part], core_of: np.ndarray, between: Edges) -> tuple[Flow, ...]:
+    found: dict[tuple[int, int, str], float] = {}
+    pairs = zip(between.source.tolist(), between.target.tolist(), between.rate.tolist(), strict=True)
+    for source, target, rate in pairs:
+        key = (int(core_of[source]), int(core_of[target]), parts[target].layer)
+        found[key] = found.get(key, 0.0) + rate
+    for target, rate in enumerate(between.host.tolist()):
+        if rate:
+            key = (-1, int(core_of[target]), parts[target].layer)
+            found[key] = found.get(key, 0.0) + rate
+    return tuple(Flow(*key, messages) for key, messages in found.items())
 
 
 def _notes(budget: Budget, layers: Mapping[str, LayerDemand], parts: Sequence[Part], options: Options) -> tuple[str, ...]:

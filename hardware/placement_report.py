@@ -55,6 +55,23 @@ class DoesNotFit(ValueError):
 
 
 @dataclass(frozen=True)
+class Flow:
+    """Messages per step from one core to another that go into one layer's synapses.
+
+    Attributes:
+        source: core that sends; -1 for inputs that the host injects.
+        target: core that receives; the same one where a layer feeds itself.
+        layer: layer of the synapses. A message goes once to every part of the layer that needs it.
+        messages: per step.
+    """
+
+    source: int
+    target: int
+    layer: str
+    messages: float
+
+
+@dataclass(frozen=True)
 class Core:
     """One core.
 
@@ -65,6 +82,7 @@ class Core:
         used: resource -> (used, limit).
         synops: synaptic operations per step.
         other_words: synaptic words of the same parts by the chip's other rules: budget name -> words.
+        synops_of: ``synops`` by layer.
     """
 
     number: int
@@ -74,6 +92,7 @@ class Core:
     used: Mapping[str, Limit]
     synops: float
     other_words: Mapping[str, int]
+    synops_of: Mapping[str, float] = field(default_factory=dict, repr=False)
 
     @property
     def binding(self) -> Limit:
@@ -98,6 +117,7 @@ class LayerPlacement:
         synops: synaptic operations per step.
         imbalance: largest part's synaptic operations over the mean of the layer's parts; 1 is perfect.
         partial_sums: whether it is split by inputs.
+        events: messages per step that its sources send into it, each counted once per connection.
     """
 
     name: str
@@ -107,6 +127,7 @@ class LayerPlacement:
     synops: float
     imbalance: float
     partial_sums: bool
+    events: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -123,6 +144,7 @@ class Placement:
         measured: rates were measured, in every layer.
         notes: what is inferred, assumed or left out.
         shapes: layer -> (W, H, C).
+        flows: who sends how much to whom.
     """
 
     chip: str
@@ -140,6 +162,7 @@ class Placement:
     measured: bool
     notes: tuple[str, ...]
     shapes: Mapping[str, tuple[int, int, int]] = field(repr=False)
+    flows: tuple[Flow, ...] = field(default=(), repr=False)
 
     @property
     def synops(self) -> float:

@@ -29,14 +29,19 @@ class Edges:
         source, target: numbers of the parts.
         neurons: source neurons that the target needs: axon entries.
         rate: their messages per step.
-        from_host: messages per step that reach parts from inputs held by the host.
+        host: messages per step that reach each part from inputs held by the host; (parts,).
     """
 
     source: np.ndarray
     target: np.ndarray
     neurons: np.ndarray
     rate: np.ndarray
-    from_host: float
+    host: np.ndarray
+
+    @property
+    def from_host(self) -> float:
+        """Messages per step from inputs held by the host, all parts."""
+        return float(self.host.sum())
 
 
 def edges(parts: Sequence[Part], layers: Mapping[str, LayerDemand]) -> Edges:
@@ -52,7 +57,7 @@ def edges(parts: Sequence[Part], layers: Mapping[str, LayerDemand]) -> Edges:
         if part.role != "partial":
             owner[part.layer][part.indices(layers[part.layer].box)] = number
     columns: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
-    from_host = 0.0
+    from_host = np.zeros(len(parts))
     waiting: list[int] = []
     for number, part in enumerate(parts):
         layer = layers[part.layer]
@@ -70,7 +75,7 @@ def edges(parts: Sequence[Part], layers: Mapping[str, LayerDemand]) -> Edges:
             sent = np.bincount(inverse, weights=rates[connection.source][needed], minlength=len(senders))
             count = np.bincount(inverse, minlength=len(senders))
             on_chip = senders >= 0
-            from_host += float(sent[~on_chip].sum())
+            from_host[number] += float(sent[~on_chip].sum())
             columns.append((senders[on_chip], np.full(int(on_chip.sum()), number), count[on_chip], sent[on_chip]))
     if not columns:
         columns = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]

@@ -6,7 +6,6 @@ messages); ``costs: dense`` prices the multiply-accumulates of a dense evaluatio
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,10 @@ from hardware import datafile
 from hardware.datafile import DataFileError
 from hardware.units import Quantity
 
-METHODS = ("simulated", "fitted", "measured", "tabulated", "estimated")
+METHODS = ("simulated", "fitted", "measured", "tabulated", "estimated", "data sheet")
 """How a coefficient was obtained: circuit simulation before silicon, fit to micro-benchmarks on silicon, a measured
-system, a published table that gives no method, or our own arithmetic on published figures."""
+system, a published table that gives no method, our own arithmetic on published figures, or a maker's data sheet (peak
+rate and board power: a floor, never a measurement)."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,15 @@ SPIKING_TERMS: Mapping[str, Term] = MappingProxyType(
         "message": Term("events", "message"),
     }
 )
+PLACED_TERMS: Mapping[str, Term] = MappingProxyType(
+    {
+        "message_base": Term("deliveries", "message"),
+        "hop_ew": Term("hops_ew", "hop"),
+        "hop_ns": Term("hops_ns", "hop"),
+    }
+)
+"""What ``message`` is made of, for those who know where cores are: one message per event and receiving core, and its hops
+along the mesh, east-west and north-south. A profile has all three or none."""
 DENSE_TERMS: Mapping[str, Term] = MappingProxyType(
     {"mac": Term("dense_macs", "mac"), "weight_read": Term("dense_macs", "read")}
 )
@@ -74,7 +83,8 @@ class Profile:
         payload: ``"binary"`` when the constants were obtained on one-bit spikes, else ``"any"``.
         assumptions: what the figures take for granted; repeated in every report's labels.
         not_modelled: costs that exist and that the profile has no figure for; every sum is then a lower bound.
-        coefficients: term name -> coefficient; the terms of ``costs`` plus ``"static"``.
+        coefficients: term name -> coefficient; the terms of ``costs`` plus ``"static"``, and :data:`PLACED_TERMS` where
+            the profile has them.
     """
 
     name: str
@@ -90,6 +100,11 @@ class Profile:
     def terms(self) -> Mapping[str, Term]:
         """The per-event terms that this profile prices."""
         return _TERMS[self.costs]
+
+    @property
+    def placeable(self) -> bool:
+        """Whether a placement can be priced: the profile has coefficients for deliveries and hops."""
+        return all(term in self.coefficients for term in PLACED_TERMS)
 
 
 def list_profiles() -> tuple[str, ...]:
@@ -114,8 +129,12 @@ def load_profile(name_or_path: str | Path) -> Profile:
         raise DataFileError(f"{where}: name {entry['name']!r} differs from the file's name {path.stem!r}")
     costs = datafile.choice(f"{where}: costs", entry["costs"], tuple(_TERMS))
     required = (*_TERMS[costs], STATIC)
-    raw = datafile.check_keys(f"{where}: coefficients", entry["coefficients"], required)
-    coefficients = {term: _coefficient(f"{where}: {term}", term, costs, raw[term]) for term in required}
+    optional = tuple(PLACED_TERMS) if costs == "spiking" else ()
+    raw = datafile.check_keys(f"{where}: coefficients", entry["coefficients"], required, optional)
+    placed = [term for term in optional if term in raw]
+    if placed and len(placed) < len(optional):
+        raise DataFileError(f"{where}: coefficients: {', '.join(placed)} without the rest of {', '.join(optional)}")
+    coefficients = {term: _coefficient(f"{where}: {term}", term, costs, raw[term]) for term in (*required, *placed)}
     return Profile(
         name=path.stem,
         title=datafile.text(f"{where}: title", entry["title"]),
@@ -135,7 +154,7 @@ def _coefficient(where: str, term: str, costs: str, raw: object) -> Coefficient:
             None,
             None,
             None,
-            per="chip" if term == STATIC else _TERMS[costs][term].per,
+            per=_per(term, costs),
             source=datafile.text(f"{where}: source", entry["source"]),
             method="unknown",
             date=datafile.iso_date(f"{where}: date", entry["date"]),
@@ -143,18 +162,14 @@ def _coefficient(where: str, term: str, costs: str, raw: object) -> Coefficient:
         )
     entry = datafile.check_keys(where, raw, ("value", "low", "high", "unit", "source", "method", "date"), ("note",))
     unit, slash, per = datafile.text(f"{where}: unit", entry["unit"]).partition("/")
-    expected_per, dimension = ("chip", "power") if term == STATIC else (_TERMS[costs][term].per, "energy")
+    expected_per, dimension = _per(term, costs), "power" if term == STATIC else "energy"
     if not slash or per != expected_per:
         raise DataFileError(f"{where}: unit {entry['unit']!r} must be {dimension} per {expected_per}")
-    low, mid, high = (_number(f"{where}: {key}", entry[key]) for key in ("low", "value", "high"))
-    if not low <= mid <= high:
-        raise DataFileError(f"{where}: interval out of order: low {low}, value {mid}, high {high}")
-    if Quantity(mid, unit).dimension != dimension:
-        raise DataFileError(f"{where}: unit {unit!r} is {Quantity(mid, unit).dimension}, {dimension} is needed")
+    cost = datafile.interval(where, (entry["low"], entry["value"], entry["high"]), unit, dimension)
     return Coefficient(
-        Quantity(low, unit),
-        Quantity(mid, unit),
-        Quantity(high, unit),
+        cost.low,
+        cost.mid,
+        cost.high,
         per=per,
         source=datafile.text(f"{where}: source", entry["source"]),
         method=datafile.choice(f"{where}: method", entry["method"], METHODS),
@@ -163,7 +178,7 @@ def _coefficient(where: str, term: str, costs: str, raw: object) -> Coefficient:
     )
 
 
-def _number(where: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        raise DataFileError(f"{where}: expected a finite number >= 0, got {value!r}")
-    return float(value)
+def _per(term: str, costs: str) -> str:
+    if term == STATIC:
+        return "chip"
+    return (PLACED_TERMS[term] if term in PLACED_TERMS else _TERMS[costs][term]).per

@@ -41,8 +41,8 @@ print(seen)
 
 def test_readme_examples_print_what_they_say() -> None:
     examples = EXAMPLE.findall((ROOM / "README.md").read_text(encoding="utf-8"))
-    assert len(examples) == 2
-    assert (ROOM / "README.md").read_text(encoding="utf-8").count("```python") == 2
+    assert len(examples) == 3
+    assert (ROOM / "README.md").read_text(encoding="utf-8").count("```python") == 3
     for code, expected in examples:
         assert run(code) == expected
 
@@ -51,5 +51,5 @@ def test_readme_names_every_shipped_file_and_profile() -> None:
     text = (ROOM / "README.md").read_text(encoding="utf-8")
     for path in ROOM.glob("*.py"):
         assert path.name == "__init__.py" or f"`{path.name}`" in text
-    for name in hardware.list_profiles():
+    for name in (*hardware.list_profiles(), *hardware.list_rates()):
         assert f"`{name}`" in text

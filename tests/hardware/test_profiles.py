@@ -40,7 +40,8 @@ def test_every_coefficient_has_source_method_and_date(name: str) -> None:
 
 def test_the_shipped_set_has_no_loihi2() -> None:
     assert list_profiles() == (
-        "digital45_fp32_sram", "digital45_int8_dram", "digital45_int8_sram", "loihi1_davies2018", "loihi1_sanafe",
+        "digital45_fp16_dram", "digital45_fp16_sram", "digital45_fp32_dram", "digital45_fp32_sram", "digital45_int8_dram",
+        "digital45_int8_sram", "gpu_h100_sheet", "loihi1_davies2018", "loihi1_sanafe",
     )  # fmt: skip
     assert not any("loihi2" in name for name in list_profiles())
 
@@ -129,7 +130,7 @@ def test_files_that_are_no_mapping_or_repeat_a_key(tmp_path: Path) -> None:
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(FileNotFoundError, match="no name 'loihi2'; shipped names: digital45_fp32_sram"):
+    with pytest.raises(FileNotFoundError, match="no name 'loihi2'; shipped names: digital45_fp16_dram"):
         load_profile("loihi2")
     with pytest.raises(FileNotFoundError, match="no name 'loihi3'; shipped names: loihi1, loihi2"):
         load_chip("loihi3")

@@ -1,0 +1,1 @@
+"""Published networks with measured power or time as data; read by ``hardware.measured_networks``."""

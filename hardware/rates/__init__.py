@@ -1,0 +1,1 @@
+"""Times per operation as data; read by ``hardware.timing.load_rates``."""
