@@ -10,19 +10,24 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
 from experiments.hydra_app import ConfigError, run_app
+from experiments.live import BlockUpdates, Savings
 from experiments.plain_json import write_json
+from experiments.rasters import surprise_figure
 from experiments.runs import RunError, new_record, read_json
-from experiments.tracking import Tracker, hparam_metrics
+from experiments.tracking import Tracker, hparam_metrics, training_energy_markdown
 from hardware.meters import Meter, Reading, total
 from sparse_update.checkpoint import CheckpointError, load_checkpoint
 from sparse_update.cost import ComponentTimes, ComponentTimesError, Step, locked
 from sparse_update.data.corpus import Corpus, DataConfig, load_corpus
-from sparse_update.data.regimes import held_out, make_stream
+from sparse_update.data.regimes import held_out, held_out_starts, make_stream
 from sparse_update.data.sources import CorpusError
+from sparse_update.data.stream import document_at
+from sparse_update.evaluation import by_difficulty, by_document, surprise_of, token_losses
 from sparse_update.gates.gate import GateConfig
 from sparse_update.signals import SignalError
 from sparse_update.timing import Component, extend, measure
@@ -282,7 +287,8 @@ def _run(
     with Tracker(folder, resume_step=int(resumed.meta["step"]) if resumed else None) as tracker, _bar(cfg) as bar:
 
         def on_report(report: StepReport) -> None:
-            tracker.log(report.step, _scalars(report, cfg))
+            updates.note(report.step, trainer.subset.active)
+            tracker.log(report.step, _scalars(report, cfg) | savings.scalars())
             bar.update(max(0.0, report.reference_s - bar.n))
             bar.set_postfix_str(
                 f"loss {report.loss_nats:.3f}, kept {report.keep_fraction:.0%}, "
@@ -290,12 +296,16 @@ def _run(
             )
 
         def on_evaluation(report: StepReport, losses: dict[str, float]) -> None:
-            line = _scalars(report, cfg)
+            line = _scalars(report, cfg) | savings.scalars()
             line |= {"val_loss_nats": losses["val"], "val_bits_per_byte": losses["val"] * bits_per_nat["val"]}
             line |= {f"held_out/{name}": loss for name, loss in losses.items() if name != "val"}
             tracker.log(report.step, line)
             if trainer.gate.last_score_N is not None:
                 tracker.histogram("gate/surprise_nats", trainer.gate.last_score_N, report.step)
+                tracker.figure("surprise", surprise_figure(trainer.gate.last_score_N), report.step)
+            updates.note(report.step, trainer.subset.active)
+            if cfg.subset.kind != "all":
+                tracker.figure("blocks updated", updates.figure(), report.step)
 
         trainer = Trainer(
             model,
@@ -314,6 +324,7 @@ def _run(
             on_report,
             on_evaluation,
         )
+        savings, updates = Savings(trainer), BlockUpdates(model)
         if resumed is not None:
             trainer.resume(resumed)
         else:
@@ -322,6 +333,8 @@ def _run(
             result = trainer.run()
         document = _document(cfg, corpus, model, result, meter.readings, device, windows, bits_per_nat)
         if result.finished:
+            document["val_split"] = _split(cfg, corpus, model, windows["val"])
+            tracker.text("energy", training_energy_markdown(document))
             tracker.hparams(
                 {
                     "stream": cfg.stream_name,
@@ -329,6 +342,7 @@ def _run(
                     "seed": cfg.seed,
                     "model": cfg.model.name,
                     "keep": cfg.gate.keep_fraction,
+                    "subset": cfg.subset.name,
                 },
                 hparam_metrics(document),
             )
@@ -411,6 +425,19 @@ def _document(
         "params": sum(p.numel() for name, p in model.named_parameters() if FACTOR not in name),  # of the merged model
         "val_tokens": windows["val"][:, 1:].numel(),
         "corpus": corpus.name,
+    }
+
+
+def _split(cfg: TrainConfig, corpus: Corpus, model: Transformer, windows_NT1: torch.Tensor) -> dict[str, Any]:
+    """Loss of the set that the run is judged by, from easy to hard tokens and by document; off the clock."""
+    loss_NT = token_losses(model, windows_NT1)
+    surprise_NT = surprise_of(windows_NT1, torch.from_numpy(corpus.train_tokens.astype(np.int64)), cfg.model.vocab_size)
+    starts = held_out_starts(corpus, cfg.data, cfg.model.context, cfg.trainer.eval_tokens or None)["val"]
+    places = starts[:, None] + 1 + np.arange(loss_NT.shape[1])
+    document_NT = torch.from_numpy(document_at(corpus.val_offsets, places))
+    return {
+        "difficulty": by_difficulty(loss_NT, surprise_NT),
+        "documents": by_document(loss_NT, document_NT, corpus.val_names),
     }
 
 

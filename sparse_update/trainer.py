@@ -43,8 +43,8 @@ __all__ = [
 ]
 
 
-EAGER = "plain_step_eager"
-"""Component key of a plain step that runs eagerly for a gate to observe, where plain steps are compiled."""
+WATCHED = "plain_step_watched"
+"""Component key of a plain step that the engine takes for a gate to observe, where others go by compiled autograd."""
 
 
 class Trainer:
@@ -171,15 +171,16 @@ class Trainer:
         key = getattr(self.stream, "cost_key", "")
         if key:
             found[key] = (self.cfg.batch_windows, lambda: self.stream.probe(self.cfg.batch_windows))
-        if self.gate.cfg.unit == "auto" and self.times.variant.endswith("compiled"):
-            found[EAGER] = (1, self._eager_step)
+        if self.gate.cfg.unit == "auto" and self.times.variant == "autograd_compiled":
+            found[WATCHED] = (1, self._watched_step)
         return found
 
-    def _eager_step(self) -> Callable[[], None]:
-        """A plain step as one that is observed runs: by autograd, not compiled."""
+    def _watched_step(self) -> Callable[[], None]:
+        """A plain step as one that is observed runs: by the engine, which has what is watched at hand."""
         times = self.times
-        setting = Setting(self.model.cfg, self.optim, self.device, times.attention, times.precision)
-        probe = step_probe(setting, Step(PLAIN, None, self.cfg.batch_windows, self.model.cfg.context), EAGER)
+        variant = "engine_compiled" if times.compiled else "engine"
+        setting = Setting(self.model.cfg, self.optim, self.device, times.attention, times.precision, variant=variant)
+        probe = step_probe(setting, Step(PLAIN, None, self.cfg.batch_windows, self.model.cfg.context), WATCHED)
 
         def use() -> None:
             probe()
@@ -278,13 +279,13 @@ class Trainer:
         x_BT = tokens_BT1[:, :-1].reshape(sequences, length)
         y_BT = tokens_BT1[:, 1:].reshape(sequences, length)
         self._last = (x_BT, y_BT, plan, None)
-        observed = self.gate.observing and plan == PLAIN and self.dense_weights
+        watched = self.gate.observing and plan == PLAIN and self.dense_weights
         found = self._gradients(batch, plan, x_BT, y_BT)
         loss = float(found.loss_BT.mean())
         self._update(loss, found, progress)
         step = self._step(plan, sequences, length)
-        eager = EAGER if observed and self.times.variant.endswith("compiled") else ""
-        self.uses[eager or self.times.key(step)] += 1
+        by_engine = watched and self.times.variant == "autograd_compiled"
+        self.uses[WATCHED if by_engine else self.times.key(step)] += 1
         self.step += 1
         self.tokens += x_BT.numel()
         self.flops += plan_flops(self.model.cfg, sequences, plan, step.active, length).total
@@ -301,7 +302,8 @@ class Trainer:
         weight_B = batch.weight_B
         if weight_B is not None:
             weight_B = weight_B.repeat_interleave(len(x_BT) // len(weight_B)).to(self.device)
-        if self.adapted or (plan == PLAIN and self.dense_weights and (autograd or observing)):
+        hooked = self.adapted or self.times.variant == "autograd"  # else the engine hands the factors over
+        if self.adapted or (plan == PLAIN and self.dense_weights and autograd and (hooked or not observing)):
             run = self.model if observing else self.forward
             with self.gate.tap(self.model), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 loss_BT = token_loss(run(x_BT), y_BT)
@@ -323,6 +325,7 @@ class Trainer:
             skip=self.gate.skip(plan),
             weight_B=weight_B,
             generator=self.generator,
+            watched=self.gate.watched if observing else frozenset(),
         )
         self.optimizer.set_gradients(found.gradients)
         self._last = (x_BT, y_BT, plan, places)

@@ -73,22 +73,48 @@ def rotate(x_BHTK: Tensor, cos_TK2: Tensor, sin_TK2: Tensor) -> Tensor:
 
 
 def causal_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, attention: str) -> Tensor:
-    """Causal softmax attention, (B, H, T, K).
+    """Causal softmax attention, (B, H, T, K); the queries are those of the last T of k's and v's tokens.
 
     `attention` "sdpa" uses torch's fused kernel; "explicit" two batched products and a masked softmax, faster on
     CPU at short context, where the fused backward is slow.
     """
     if attention == "sdpa":
-        return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True)
+        length, seen = q_BHTK.shape[-2], k_BHTK.shape[-2]
+        if length == seen:
+            return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True)
+        allowed_TS = torch.ones(length, seen, dtype=torch.bool, device=q_BHTK.device).tril(seen - length)
+        return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, attn_mask=allowed_TS)
     return attention_weights(q_BHTK, k_BHTK) @ v_BHTK
 
 
 def attention_weights(q_BHTK: Tensor, k_BHTK: Tensor) -> Tensor:
-    """Causal softmax(q k^T / sqrt(K)), (B, H, T, T); rows sum to one."""
+    """Causal softmax(q k^T / sqrt(K)), (B, H, T, S); the queries are those of the last T of S tokens. Rows sum to one."""
     length, head_width = q_BHTK.shape[-2:]
-    scores_BHTT = (q_BHTK * head_width**-0.5) @ k_BHTK.transpose(-2, -1)
-    mask_TT = torch.full((length, length), float("-inf"), device=scores_BHTT.device, dtype=scores_BHTT.dtype).triu(1)
-    return torch.softmax(scores_BHTT + mask_TT, dim=-1)
+    seen = k_BHTK.shape[-2]
+    scores_BHTS = (q_BHTK * head_width**-0.5) @ k_BHTK.transpose(-2, -1)
+    mask_TS = torch.full((length, seen), float("-inf"), device=scores_BHTS.device, dtype=scores_BHTS.dtype)
+    return torch.softmax(scores_BHTS + mask_TS.triu(1 + seen - length), dim=-1)
+
+
+class KeyValueCache:
+    """Rotated keys and values of the tokens so far, (B, H, S, K) per block; `Transformer.new_cache` gives an empty one."""
+
+    def __init__(self) -> None:
+        self.blocks: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return self.blocks[0][0].shape[-2] if self.blocks else 0
+
+    def extend(self, block: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Append a block's new keys and values; returns all of them."""
+        if block == len(self.blocks):
+            self.blocks.append((k_BHTK, v_BHTK))
+        else:
+            old_k, old_v = self.blocks[block]
+            self.blocks[block] = (torch.cat((old_k, k_BHTK), dim=-2), torch.cat((old_v, v_BHTK), dim=-2))
+        return self.blocks[block]
 
 
 class RMSNorm(nn.Module):
@@ -115,12 +141,17 @@ class Attention(nn.Module):
         self.v = nn.Linear(cfg.width, cfg.width, bias=False)
         self.o = nn.Linear(cfg.width, cfg.width, bias=False)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None, block: int = 0
+    ) -> Tensor:
         batch, length, width = x_BTD.shape
         split = (batch, length, self.heads, width // self.heads)
         q, k, v = (proj(x_BTD).view(split).transpose(1, 2) for proj in (self.q, self.k, self.v))
         cos, sin = cos.to(q.dtype), sin.to(q.dtype)
-        a_BHTK = causal_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, self.attention)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.extend(block, k, v)
+        a_BHTK = causal_attention(q, k, v, self.attention)
         return self.o(a_BHTK.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -147,13 +178,18 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(cfg.width, cfg.norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.attn(self.norm1(x_BTD), cos, sin)
+    def forward(
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None, block: int = 0
+    ) -> Tensor:
+        x_BTD = x_BTD + self.attn(self.norm1(x_BTD), cos, sin, cache, block)
         return x_BTD + self.mlp(self.norm2(x_BTD))
 
 
 class Transformer(nn.Module):
     """Byte- or subword-level language model. `forward`: tokens (B, T) int64 -> logits (B, T, V).
+
+    With a cache the tokens go on where those before ended; logits are theirs alone, and equal those of one forward over
+    all of them up to rounding.
 
     Initialisation draws from torch's global generator: seed it first. Residual outputs (o, fc2) start at zero, the
     rest at normal(0, 1/sqrt(fan in)), embedding and head at 0.02 x sqrt(768 / D), GPT-2's value at its own width.
@@ -186,19 +222,24 @@ class Transformer(nn.Module):
             else:
                 nn.init.normal_(p, std=p.shape[1] ** -0.5)
 
-    def hidden(self, tokens_BT: Tensor) -> Tensor:
-        """Final normalised hidden states (B, T, D), the head's input."""
-        length = tokens_BT.shape[1]
-        if length > self.cfg.context:
-            raise ValueError(f"{length} tokens in a row, but the model's context is {self.cfg.context}: cut the input")
-        cos, sin = self.cos[:length], self.sin[:length]  # type: ignore[index]
+    def new_cache(self) -> KeyValueCache:
+        """An empty cache: `forward(tokens, cache)` fills it."""
+        return KeyValueCache()
+
+    def hidden(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Final normalised hidden states (B, T, D), the head's input. Raises ValueError beyond the context."""
+        start = 0 if cache is None else cache.length
+        end = start + tokens_BT.shape[1]
+        if end > self.cfg.context:
+            raise ValueError(f"{end} tokens in a row, but the model's context is {self.cfg.context}: cut the input")
+        cos, sin = self.cos[start:end], self.sin[start:end]  # type: ignore[index]
         x_BTD = self.embed(tokens_BT)
-        for block in self.blocks:
-            x_BTD = block(x_BTD, cos, sin)
+        for number, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, cos, sin) if cache is None else block(x_BTD, cos, sin, cache, number)
         return self.norm(x_BTD)
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        return self.head(self.hidden(tokens_BT))
+    def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        return self.head(self.hidden(tokens_BT, cache))
 
 
 def token_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

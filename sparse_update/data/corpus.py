@@ -19,7 +19,7 @@ import torch
 from sparse_update.data.dedup import METHODS, distinct_documents
 from sparse_update.data.domains import DOMAINS, domain
 from sparse_update.data.sources import CorpusError, Document, known_sources, read_source, sha256_of
-from sparse_update.data.stream import MAX_GARBAGE, SOURCES, Batch, WindowStream, cut_windows
+from sparse_update.data.stream import MAX_GARBAGE, SOURCES, Batch, WindowStream
 from sparse_update.data.tokens import MAX_VOCAB, BpeTokenizer, ByteTokenizer, Tokenizer, TokenizerError
 
 __all__ = [
@@ -267,20 +267,29 @@ def val_windows(corpus: Corpus, context: int, max_tokens: int | None = None, dom
     `max_tokens` bounds the targets, N * context; the windows kept are spread evenly over all held-out works, of `domain`
     alone where one is named.
     """
+    return cut_at(corpus.val_tokens, val_starts(corpus, context, max_tokens, domain), context)
+
+
+def val_starts(corpus: Corpus, context: int, max_tokens: int | None = None, domain: str | None = None) -> np.ndarray:
+    """Where the windows of `val_windows` begin in the held-out text, int64 (N,)."""
     start, stop = corpus.spans[domain].val if domain else (0, len(corpus.val_tokens))
-    text = corpus.val_tokens[start:stop]
-    windows = (len(text) - 1) // context
+    windows = (stop - start - 1) // context
     if windows < 1:
         where = f"corpus {corpus.name}" + (f", {domain}" if domain else "")
         raise CorpusError(
-            f"{where}: {len(text)} held-out tokens are less than a window of {context + 1}; lower the context or give "
+            f"{where}: {stop - start} held-out tokens are less than a window of {context + 1}; lower the context or give "
             "more text"
         )
     keep = windows if max_tokens is None else min(windows, max_tokens // context)
     if keep < 1:
         raise ValueError(f"max_tokens={max_tokens} is less than one window of {context} targets")
-    index = (2 * np.arange(keep, dtype=np.int64) + 1) * windows // (2 * keep)
-    return torch.from_numpy(cut_windows(text, index, context))
+    return start + context * ((2 * np.arange(keep, dtype=np.int64) + 1) * windows // (2 * keep))
+
+
+def cut_at(tokens: np.ndarray, starts: np.ndarray, context: int) -> torch.Tensor:
+    """Windows of `tokens` that begin at `starts` (N,): int64 (N, context + 1)."""
+    view = np.lib.stride_tricks.sliding_window_view(tokens, context + 1)
+    return torch.from_numpy(view[starts].astype(np.int64))
 
 
 def _require_utf8(document: Document) -> None:

@@ -80,7 +80,8 @@ class FilterStream(Stream):
             batch = self.inner.peek(min(max(missing, READ_AHEAD), self.windows))
             keep, consumed = self._keep(batch, missing)
             self.inner.position += consumed
-            parts.append([column.numpy()[keep] for column in (batch.tokens, batch.source, batch.window)])
+            columns = (batch.tokens, batch.source, batch.window, batch.document)
+            parts.append([column.numpy()[keep] for column in columns if column is not None])
             missing -= int(keep.sum())
         self.position += n
         return Batch(*(torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True)))

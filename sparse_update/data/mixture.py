@@ -18,7 +18,7 @@ import torch
 
 from sparse_update.data.corpus import Corpus
 from sparse_update.data.hashing import below, key, uniform
-from sparse_update.data.stream import Batch, EpochOrder, Stream
+from sparse_update.data.stream import Batch, EpochOrder, Stream, document_at
 
 CHUNK = 4096
 SUBSTITUTE, DELETE, INSERT = range(3)
@@ -74,7 +74,7 @@ class MixtureStream(Stream):
 
     def read(self, start: int, n: int) -> Batch:
         source, rank = self._ranked(start, n)
-        window = np.empty(n, dtype=np.int64)
+        window, document = np.empty(n, dtype=np.int64), np.empty(n, dtype=np.int64)
         tokens = np.empty((n, self.context + 1), dtype=np.int64)
         for k, part in enumerate(self.parts):
             rows = np.flatnonzero(source == k)
@@ -82,11 +82,12 @@ class MixtureStream(Stream):
                 continue
             index = self._orders[k].at(rank[rows])
             window[rows] = part.starts[index] // self.context
+            document[rows] = document_at(self.corpus.train_offsets, part.starts[index])
             if part.edit_rate:
                 tokens[rows] = self._edited(part, part.starts[index], start + rows)
             else:
                 tokens[rows] = self.corpus.train_tokens[part.starts[index][:, None] + np.arange(self.context + 1)]
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(source.astype(np.int8)), torch.from_numpy(window))
+        return Batch(*map(torch.from_numpy, (tokens, source.astype(np.int8), window, document)))
 
     def source_at(self, position: np.ndarray) -> np.ndarray:
         """int64 of `position`'s shape: which part stands there."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sparse_update.data.corpus import Corpus, DataConfig, val_windows
+from sparse_update.data.corpus import Corpus, DataConfig, cut_at, val_starts
 from sparse_update.data.filters import FilterStream
 from sparse_update.data.hashing import draw, key
 from sparse_update.data.mixture import MixtureStream, Part
@@ -58,15 +58,21 @@ def held_out(corpus: Corpus, cfg: DataConfig, context: int, tokens: int | None =
     "val" is the set that a run is judged by: untouched text of the trained source; familiar and adapt: of the new domain,
     with "known" for the old one; drift: equal parts of all domains, with each domain's own set under its name.
     """
+    starts = held_out_starts(corpus, cfg, context, tokens)
+    return {name: cut_at(corpus.val_tokens, places, context) for name, places in starts.items()}
+
+
+def held_out_starts(corpus: Corpus, cfg: DataConfig, context: int, tokens: int | None = None) -> dict[str, np.ndarray]:
+    """Where the windows of `held_out` begin in the held-out text, int64 (N,) each."""
     if cfg.regime in ("familiar", "adapt"):
         known, new = cfg.domains
-        return {"val": val_windows(corpus, context, tokens, new), "known": val_windows(corpus, context, tokens, known)}
+        return {"val": val_starts(corpus, context, tokens, new), "known": val_starts(corpus, context, tokens, known)}
     if cfg.regime == "drift":
-        sets = {name: val_windows(corpus, context, tokens, name) for name in cfg.domains}
-        least = min(len(windows) for windows in sets.values())
+        sets = {name: val_starts(corpus, context, tokens, name) for name in cfg.domains}
+        least = min(len(starts) for starts in sets.values())
         share = least if tokens is None else max(1, min(least, tokens // context // len(sets)))
-        return {"val": torch.cat([_evenly(windows, share) for windows in sets.values()]), **sets}
-    return {"val": val_windows(corpus, context, tokens)}
+        return {"val": np.concatenate([_evenly(starts, share) for starts in sets.values()]), **sets}
+    return {"val": val_starts(corpus, context, tokens)}
 
 
 @dataclass(frozen=True)
@@ -86,12 +92,16 @@ def prequential(stream: Stream, every: int, windows: int) -> Preview:
         raise ValueError(f"prequential: {windows} windows of the next {every}: choose 1..{every}")
     ahead = stream.peek(every)
     rows = torch.arange(windows) * every // windows
-    batch = Batch(ahead.tokens[rows], ahead.source[rows], ahead.window[rows])
+    batch = Batch(ahead.tokens[rows], ahead.source[rows], ahead.window[rows], _at(ahead.document, rows))
     return Preview(batch, stream.source_names[int(batch.source.long().bincount().argmax())])
 
 
-def _evenly(windows: torch.Tensor, count: int) -> torch.Tensor:
-    return windows[(2 * torch.arange(count) + 1) * len(windows) // (2 * count)]
+def _at(column: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
+    return None if column is None else column[rows]
+
+
+def _evenly(starts: np.ndarray, count: int) -> np.ndarray:
+    return starts[(2 * np.arange(count) + 1) * len(starts) // (2 * count)]
 
 
 def _starts(corpus: Corpus, domain: str, context: int) -> np.ndarray:

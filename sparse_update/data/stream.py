@@ -42,6 +42,9 @@ class Batch:
     tokens: torch.Tensor  # int64 (N, T + 1)
     source: torch.Tensor  # int8 (N,): index into the stream's `source_names`
     window: torch.Tensor  # int64 (N,): number of the training window whose tokens these are; -1 where source is random
+    document: torch.Tensor | None = None
+    """int64 (N,): number of the training document that the window begins in, -1 where source is random; None where a stream
+    does not number its documents."""
 
 
 class Stream:
@@ -169,8 +172,9 @@ class WindowStream(Stream):
                     tokens[rows] = self._alphabet[(draw >> np.uint64(32)) * size >> np.uint64(32)]
                 else:
                     tokens[rows] = np.take_along_axis(tokens[rows], np.argsort(draw, axis=1, kind="stable"), axis=1)
-        window[source == RANDOM] = -1
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(source), torch.from_numpy(window))
+        document = document_at(self.corpus.train_offsets, window * self.context)
+        window[source == RANDOM] = document[source == RANDOM] = -1
+        return Batch(*map(torch.from_numpy, (tokens, source, window, document)))
 
     def _identity(self) -> dict[str, int | float]:
         return {
@@ -235,6 +239,12 @@ def count_windows(name: str, tokens: int, context: int) -> int:
             "give more text"
         )
     return windows
+
+
+def document_at(offsets: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Number of the document that each token place lies in, int64 of `place`'s shape; document i is
+    [offsets[i], offsets[i + 1])."""
+    return np.searchsorted(offsets, place, side="right").astype(np.int64) - 1
 
 
 def cut_windows(tokens: np.ndarray, index: np.ndarray, context: int) -> np.ndarray:

@@ -1,10 +1,11 @@
 """The gate that asks whether gating pays: it measures what windows do for each other and drops those that do little.
 
-On a few observed steps each window's gradient is taken out of the ordinary training step, and its cosine to the gradients
-of the other windows of that step is averaged: what training on it does for the rest. Those windows are a uniform draw that
-is never gated; near-duplicates of what was seen count little as a rest, so that a text shown often cannot vouch for
-itself. Averaged over ranks of a cheap score made before the forward, this says which band of ranks is worth keeping.
-The controller switches on only where the gain is significant and exceeds the price of scoring, and rests otherwise.
+On a few observed steps each window's gradient is taken out of the step's own backward, and held against those of the other
+windows: what training on the one does for the other. The cosines are averaged over pairs of ranks of a cheap score made
+before the forward. Those windows are a uniform draw that is never gated, and only windows of unlike rank vouch for each
+other, so that garbage does not vouch for itself. What the score shows to have been seen before counts as nothing. From this
+the controller finds which ranks at the ends do little for those that are kept; it drops them where the gain is significant
+and exceeds the price of scoring, and rests otherwise.
 
 Shape letters: B windows of a step, N windows of a pool, S strata, R observed steps, I inputs, O outputs.
 """
@@ -24,9 +25,11 @@ from sparse_update.gates.gate import Gate, GateConfig, GateContext, GatedBatch, 
 from sparse_update.signals.gradients import sample_gradients, tapped
 from sparse_update.step.plan import SparseStep
 
-OBSERVE = "auto_observe"
-"""Component key of what an observed step costs beyond a plain one."""
-OBSERVED_SHARE = 0.4
+OBSERVE = "auto_observe[window]"
+"""Component key of what observing costs beyond a plain step, per window."""
+OBSERVED_TOGETHER = 16
+"""Windows of the call that is timed for it."""
+OBSERVED_SHARE = 0.25
 """Share of the linear layers, the last ones, that are observed."""
 LARGEST_LAYER = 1 << 21
 """Weights of a layer up to which its per-window gradients are formed: B x O x I floats at once."""
@@ -38,39 +41,58 @@ class AutoConfig:
 
     strata: int = 16
     """Ranks of the score within a pool are cut into as many equal parts."""
-    phases: tuple[float, ...] = (0.06, 0.25, 0.5)
+    phases: tuple[float, ...] = (0.015, 0.06, 0.2, 0.45)
     """Shares of the budget at which it looks, while it is off."""
-    quotas: tuple[float, ...] = (0.018, 0.024, 0.03)
+    quotas: tuple[float, ...] = (0.022, 0.028, 0.034, 0.04)
     """Largest share of the run's steps that may have been observed by the end of each phase, while it is off."""
-    observe_every: int = 3
+    observe_every: int = 1
     """Steps between observed ones in a phase."""
-    least: int = 8
+    least: int = 12
     """Observed steps before anything is decided."""
-    remember: int = 32
+    remember: int = 40
     """Observed steps that count, the latest."""
+    worth: float = 0.5
+    """A stratum is dropped where it is worth less than this share of what is kept. Break-even is 1, but what a window does
+    for windows unlike itself is less than all it does, so the line is drawn far from it."""
+    nothing: float = 0.3
+    """It switches on only where all that it drops is worth at most this: noise was worth -0.4 to 0.25, the top ranks of
+    clean text 0.5 to 1. A minority of another kind of text lies in between, and stays."""
+    seen: float = 0.5
+    """Windows whose score lies below this share of their pool's median count as seen before, and as worth nothing. Exact
+    repeats scored 0.1 to 0.45 of it, under 1 % of other text below 0.5; where half of the stream repeats, the median falls
+    too and few are recognised. A gradient cannot tell: a repeat's agrees with the others' as well as a new window's, but
+    what is its own adds up instead of averaging out."""
+    upper: bool = True
+    """Whether the most surprising ranks may go. Not where the score is novelty against known text: they are what it is for,
+    and windows unlike them, the known ones, cannot judge them."""
     sigma: float = 3.0
     """Standard errors that a gain must exceed to switch on."""
-    cautious: float = 3.0
-    """Standard errors taken off a gain when bands are compared: few observations then keep more."""
     margin: float = 0.04
     """Gain that is left after the price of scoring, to switch on."""
+    revise: float = 2.0
+    """Standard errors by which strata must lie beyond `worth`, for a band in force to move over them."""
+    border: int = 1
+    """Strata dropped beside a cut end: how much garbage a pool holds varies between pools by about half a stratum, and a
+    window that is dropped in vain costs its score alone, one that is kept in vain a step's share."""
     least_kept: float = 0.5
-    price: float = 0.015
-    """Scoring a window over training on it: what was measured for "fresh" at width 64; wider models pay less."""
+    price: float = 0.012
+    """Scoring a window over training on it: what was measured for "ngram" at width 64; wider models pay less."""
     apart: float = 0.25
     """Share of the strata: windows that lie no further apart do not vouch for each other."""
-    probe_share: float = 1 / 32
+    probe_share: float = 1 / 96
     """Share of each pool that is set aside, while it is on, as the uniform stream that is observed and never gated."""
 
 
 @dataclass(frozen=True)
 class Band:
-    """Strata [first, stop) are kept; `gain`: mean value of a kept window over that of any, `error`: its standard error."""
+    """Strata [first, stop) are kept. `worth`: what a dropped window does over what a kept one does; `gain`: what a kept one
+    does over what any does, `error`: standard error of the gain."""
 
     first: int
     stop: int
-    gain: float
-    error: float
+    gain: float = 1.0
+    error: float = 0.0
+    worth: float = 1.0
 
     def share(self, strata: int) -> float:
         return (self.stop - self.first) / strata
@@ -88,14 +110,18 @@ class Controller:
         self.cfg = cfg
         self.state = "look"
         self.phase = 0
-        self.band = Band(0, cfg.strata, 1.0, 0.0)
+        self.band = Band(0, cfg.strata)
         self.observed = 0
         self.allowed = 0
-        self.sums = torch.zeros(0, cfg.strata, dtype=torch.float64)
-        self.counts = torch.zeros(0, cfg.strata, dtype=torch.float64)
+        self.sums = torch.zeros(0, cfg.strata, cfg.strata, dtype=torch.float64)
+        """(R, S, S): agreement of windows of one stratum with those of another, summed over pairs"""
+        self.counts = torch.zeros(0, cfg.strata, cfg.strata, dtype=torch.float64)
+        """(R, S, S): pairs"""
         self.decisions: list[dict[str, Any]] = []
         self.looked = 0
         """observed steps while it was off: what the quotas bound"""
+        place = torch.arange(cfg.strata)
+        self.apart_SS = ((place[:, None] - place).abs() > int(cfg.apart * cfg.strata)).double()
 
     def advance(self, progress: float, steps: int) -> None:
         """Called before each step: may begin a phase. `steps` so far, at `progress` of the budget."""
@@ -113,92 +139,138 @@ class Controller:
         """Whether the step that comes is observed, while it looks."""
         return self.state == "look" and self.phase > 0 and step % self.cfg.observe_every == 0
 
-    def add(self, stratum_B: Tensor, value_B: Tensor, progress: float, price: float) -> None:
-        """Take in an observed step: stratum and value of each window; `price`: scoring a window over training on it."""
-        ok = value_B.isfinite()
-        stratum, value = stratum_B[ok], value_B[ok].double()
-        shape = self.cfg.strata
-        total = torch.zeros(shape, dtype=torch.float64).index_add_(0, stratum, value)
-        count = torch.bincount(stratum, minlength=shape).double()
-        self.sums = torch.cat((self.sums, total[None]))[-self.cfg.remember :]
-        self.counts = torch.cat((self.counts, count[None]))[-self.cfg.remember :]
+    def add(
+        self, stratum_B: Tensor, agreement_BB: Tensor, progress: float, price: float, new_B: Tensor | None = None
+    ) -> None:
+        """Take in an observed step: strata of its windows and how far their gradients agree, pair by pair; `price`: scoring
+        a window over training on it; `new_B`: False for windows that were seen before, which do nothing and vouch for
+        nothing."""
+        ok = agreement_BB.diag().isfinite()
+        new = torch.ones(int(ok.sum()), dtype=torch.float64) if new_B is None else new_B[ok].double()
+        stratum, agreement = stratum_B[ok], agreement_BB[ok][:, ok].double()
+        strata, size = self.cfg.strata, int(ok.sum())
+        member = torch.zeros(size, strata, dtype=torch.float64)
+        member[torch.arange(size), stratum] = 1
+        others = (1 - torch.eye(size, dtype=torch.float64)) * new  # columns: who vouches
+        sums = member.T @ (agreement * others * new[:, None]) @ member
+        self.sums = torch.cat((self.sums, sums[None]))[-self.cfg.remember :]
+        self.counts = torch.cat((self.counts, (member.T @ others @ member)[None]))[-self.cfg.remember :]
         self.observed += 1
         self.looked += self.state == "look"
         self._decide(progress, price)
 
-    def bands(self) -> list[Band]:
-        """Every band that could be kept, with its gain and the jackknife error over observed steps."""
-        count, sums = self.counts, self.sums
-        steps = len(sums)
-        # leaving one step out in turn, (R + 1, S); row 0 leaves none out
-        left_sum = torch.cat((sums.sum(0)[None], sums.sum(0) - sums)).cumsum(1)
-        left_count = torch.cat((count.sum(0)[None], count.sum(0) - count)).cumsum(1)
-        zero = torch.zeros(steps + 1, 1, dtype=torch.float64)
-        edge_sum, edge_count = torch.cat((zero, left_sum), 1), torch.cat((zero, left_count), 1)
-        everything = edge_sum[:, -1] / edge_count[:, -1]
-        strata = self.cfg.strata
-        first, stop = torch.triu_indices(strata + 1, strata + 1, 1)
-        size = stop - first
-        wanted = (size >= self.cfg.least_kept * strata) & (size < strata)
-        kept = edge_count[:, stop] - edge_count[:, first]
-        wanted &= (kept >= 1).all(0)
-        first, stop, kept = first[wanted], stop[wanted], kept[:, wanted]
-        gain = (edge_sum[:, stop] - edge_sum[:, first]) / kept / everything[:, None]
-        spread = (gain[1:] - gain[1:].mean(0)).square().sum(0) * (steps - 1) / steps
-        rows = zip(first.tolist(), stop.tolist(), gain[0].tolist(), spread.sqrt().tolist(), strict=True)
-        return [Band(*row) for row in rows]
+    def values(self, first: int, stop: int) -> Tensor | None:
+        """What windows of each stratum do for those of strata [first, stop) that lie apart: (R + 1, S) mean agreements,
+        with all observed steps and with one of them left out in turn. None where some stratum was never seen beside
+        another."""
+        inside = torch.zeros(self.cfg.strata, dtype=torch.float64)
+        inside[first:stop] = 1
+        rest_SS = self.apart_SS * inside
+        alone = rest_SS.sum(1) == 0  # nothing that is kept lies apart from it: then anything that does
+        rest_SS[alone] = self.apart_SS[alone]
+        sums, counts = (self.sums * rest_SS).sum(2), (self.counts * rest_SS).sum(2)
+        total = torch.cat((sums.sum(0)[None], sums.sum(0) - sums))
+        seen = torch.cat((counts.sum(0)[None], counts.sum(0) - counts))
+        return total / seen if bool((seen > 0).all()) else None
 
-    def mean_value(self) -> tuple[float, float]:
-        """(mean value of a window, its standard error over observed steps)."""
-        per_step = self.sums.sum(1) / self.counts.sum(1).clamp(min=1)
-        error = float(per_step.std()) / len(per_step) ** 0.5 if len(per_step) > 1 else float("inf")
-        return float(self.sums.sum() / self.counts.sum().clamp(min=1)), error
+    def compare(self, first: int, stop: int) -> Band | None:
+        """The band [first, stop) with its gain, by what windows do for those that it keeps, and the jackknife error."""
+        value = self.values(first, stop)
+        if value is None:
+            return None
+        kept, everything = value[:, first:stop].mean(1), value.mean(1)
+        gain = kept / everything
+        size = self.cfg.strata - (stop - first)
+        dropped = (everything * self.cfg.strata - kept * (stop - first)) / size if size else kept
+        return Band(first, stop, float(gain[0]), _jackknife(gain), float(dropped[0] / kept[0]))
+
+    def propose(self) -> Band | None:
+        """The band whose dropped strata fall furthest below `worth` of what is kept, as judged by what is kept itself."""
+        strata = self.cfg.strata
+        first, stop = 0, strata
+        least = max(1, round(self.cfg.least_kept * strata))
+        for _ in range(4):
+            value = self.values(first, stop)
+            if value is None:
+                return None
+            short = self.cfg.worth * value[0, first:stop].mean() - value[0]  # (S,): above 0 should go
+            sums = torch.cat((torch.zeros(1, dtype=torch.float64), short.cumsum(0)))
+            found = max(
+                ((a, b) for a in range(strata) for b in range(a + least, strata + 1) if self.cfg.upper or b == strata),
+                key=lambda band: float(sums[band[0]] - sums[band[1]]),
+            )
+            if found == (first, stop):
+                break
+            first, stop = found
+        return self.compare(first, stop)
+
+    def _bordered(self, band: Band) -> Band:
+        """`band` without the strata beside its cut ends, where enough is left."""
+        strata, border = self.cfg.strata, self.cfg.border
+        first = band.first + border if band.first else 0
+        stop = band.stop - border if band.stop < strata else strata
+        if stop - first < max(1, round(self.cfg.least_kept * strata)):
+            return band
+        return self.compare(first, stop) or band
+
+    def mean_value(self, band: Band) -> tuple[float, float]:
+        """(mean agreement of kept windows that lie apart, its standard error over observed steps)."""
+        value = self.values(band.first, band.stop)
+        if value is None:
+            return 0.0, float("inf")
+        mean = value[:, band.first : band.stop].mean(1)
+        return float(mean[0]), _jackknife(mean)
 
     def _decide(self, progress: float, price: float) -> None:
+        looking = self.state == "look"
+        last = looking and self.looked >= self.allowed
         if len(self.sums) < self.cfg.least:
-            if self.state == "look" and self.looked >= self.allowed:
+            if last:
                 self._rest(progress, "too few steps observed so far")
             return
-        mean, error = self.mean_value()
-        if mean <= 3 * error:
-            if self.looked >= self.allowed and self.state == "look":
-                self._rest(progress, "windows do nothing measurable for each other", mean=mean, error=error)
-            return
-        net = {band: self._net(band, price) for band in self.bands()}
-        best = self._best(net)
+        best = self.propose()
         if best is None:  # nothing was seen of some strata: go on looking
+            if looking and self.looked >= 2 * self.allowed:
+                self._rest(progress, "too few pairs of strata seen")
             return
-        numbers = {"mean": mean, "error": error, "price": price, "net_gain": net[best]}
-        if self.state == "on":
-            now = next((b for b in net if (b.first, b.stop) == (self.band.first, self.band.stop)), None)
-            held = net[now] if now is not None else 1.0
-            if max(net[best], held) < 1.0:
-                self.band = Band(0, self.cfg.strata, 1.0, 0.0)
-                self._rest(progress, "keeping a band no longer pays", **numbers)
-            elif now is None or net[best] - self.cfg.cautious * best.error > held + self.cfg.margin:
-                self._keep(best, progress, "another band pays more", numbers)
-            return
-        if net[best] - self.cfg.sigma * best.error > 1 + self.cfg.margin:
-            self._keep(best, progress, "the gain is significant and repays scoring", numbers)
-        elif self.looked >= self.allowed:
+        mean, error = self.mean_value(best)
+        numbers = {"mean": mean, "error": error, "price": price, "net_gain": self._net(best, price)}
+        if mean <= self.cfg.sigma * error:
+            if last:
+                self._rest(progress, "windows do nothing measurable for each other", **numbers)
+        elif not looking:
+            self._revise(best, progress, price, numbers)
+        elif numbers["net_gain"] - self.cfg.sigma * best.error > 1 + self.cfg.margin and best.worth <= self.cfg.nothing:
+            self._keep(self._bordered(best), progress, "the gain is significant and repays scoring", numbers)
+        elif last:
             self._rest(progress, "no band pays significantly", **numbers, best=asdict(best))
 
-    def _best(self, net: Mapping[Band, float]) -> Band | None:
-        """Each end is cut where that alone is best, and both only where each alone is significant: an end that merely looks
-        poor in few observations stays."""
+    def _revise(self, best: Band, progress: float, price: float, numbers: dict[str, float]) -> None:
+        held = self.compare(self.band.first, self.band.stop)
+        if held is None:
+            return
+        if max(self._net(held, price), numbers["net_gain"]) < 1:
+            self.band = Band(0, self.cfg.strata)
+            self._rest(progress, "keeping a band no longer pays", **numbers)
+            return
+        best = self._bordered(best)
+        first = self._edge(held.first, best.first, held)
+        stop = self._edge(held.stop, best.stop, held)
+        if (first, stop) == (held.first, held.stop) or stop - first < self.cfg.least_kept * self.cfg.strata:
+            return
+        moved = self.compare(first, stop)
+        if moved is not None:
+            self._keep(moved, progress, "the worth of strata at its ends is settled now", numbers)
 
-        def cautious(band: Band) -> float:
-            return net[band] - self.cfg.cautious * band.error
-
-        sides = ([b for b in net if b.first == 0], [b for b in net if b.stop == self.cfg.strata])
-        best = [max(side, key=cautious) for side in sides if side]
-        if not best:
-            return None
-        if len(best) == 2 and all(net[b] - self.cfg.sigma * b.error > 1 for b in best):
-            both = next((b for b in net if (b.first, b.stop) == (best[1].first, best[0].stop)), None)
-            if both is not None:
-                best.append(both)
-        return max(best, key=cautious)
+    def _edge(self, now: int, wanted: int, held: Band) -> int:
+        """`wanted` where the strata between lie beyond `worth` by more than chance, else `now`."""
+        value = self.values(held.first, held.stop)
+        if now == wanted or value is None:
+            return now
+        low, high = sorted((now, wanted))
+        worth = value[:, low:high].mean(1) / value[:, held.first : held.stop].mean(1)
+        sure = abs(float(worth[0]) - self.cfg.worth) > self.cfg.revise * _jackknife(worth)
+        return wanted if sure else now
 
     def _net(self, band: Band, price: float) -> float:
         return band.gain / (1 + price / band.share(self.cfg.strata))
@@ -212,6 +284,9 @@ class Controller:
         self._record("off", progress, why, **numbers)
 
     def _record(self, decision: str, progress: float, why: str, **numbers: Any) -> None:
+        value = self.values(self.band.first, self.band.stop)
+        if value is not None:
+            numbers["value"] = [round(v, 5) for v in value[0].tolist()]
         self.decisions.append(
             {"decision": decision, "progress": progress, "observed": self.observed, "why": why, **numbers}
         )
@@ -234,40 +309,37 @@ class Controller:
         self.decisions = [dict(record) for record in state["decisions"]]
 
 
-def values(
-    found: Mapping[str, tuple[Tensor, Tensor]], weight_B: Tensor, stratum_B: Tensor | None = None, apart: int = 0
-) -> Tensor:
-    """What each window does for the others: mean cosine of its gradient to theirs, weighted by `weight_B`, float32 (B,).
+def _jackknife(value: Tensor) -> float:
+    """Standard error of a statistic given as (R + 1,): over all, then with each of R observations left out."""
+    left = value[1:]
+    return float(((left - left.mean()).square().sum() * (len(left) - 1) / max(1, len(left))).sqrt())
 
-    With `stratum_B`, others are those whose stratum lies more than `apart` away: what a window does for windows unlike
-    itself. Garbage agrees with garbage, the more so the longer it was left out, and must not vouch for itself.
 
-    `found`: inputs (B, T, I) and output gradients (B, T, O) of linear layers, as `signals.gradients.tapped` leaves them.
-    The cosine does not count how large a loss is, which optimizers that normalise do not either.
+def agreement(found: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
+    """Cosines between the gradients of single windows, float32 (B, B).
+
+    `found`: inputs (B, T, I) and output gradients (B, T, O) of linear layers, as a step's `factors`. The cosine does not
+    count how large a loss is, which optimizers that normalise do not either.
     """
-    size = len(weight_B)
-    gram_BB = torch.zeros(size, size)
+    gram_BB = torch.zeros(())
     for a_BTI, g_BTO in found.values():
         flat_BX = sample_gradients(a_BTI.float(), g_BTO.float()).flatten(1)
         gram_BB = gram_BB + (flat_BX @ flat_BX.T).cpu()
     norm_B = gram_BB.diag().clamp(min=1e-30).sqrt()
-    others_BB = weight_B[None].expand(size, size) * (1 - torch.eye(size))
-    if stratum_B is not None:
-        others_BB = others_BB * ((stratum_B[:, None] - stratum_B[None]).abs() > apart)
-    return (gram_BB / (norm_B[:, None] * norm_B) * others_BB).sum(1) / others_BB.sum(1).clamp(min=1e-6)
+    return gram_BB / (norm_B[:, None] * norm_B)
 
 
 @dataclass(frozen=True, eq=False)
 class MarkedBatch(GatedBatch):
-    """Windows with the stratum of their score, int64 (B,), -1 where not scored, and their weight as a rest (B,)."""
+    """Windows with the stratum of their score, int64 (B,), -1 where not scored; `new_B`: not seen before, bool (B,)."""
 
     stratum_B: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    rest_B: Tensor = field(default_factory=lambda: torch.zeros(0))
+    new_B: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
 
-def _marked(batch: Batch, stratum_B: Tensor, rest_B: Tensor) -> MarkedBatch:
+def _marked(batch: Batch, stratum_B: Tensor, new_B: Tensor) -> MarkedBatch:
     own = {key: value for key, value in vars(batch).items() if isinstance(value, Tensor)}
-    return MarkedBatch(**own, stratum_B=stratum_B, rest_B=rest_B)
+    return MarkedBatch(**own, stratum_B=stratum_B, new_B=new_B)
 
 
 def _cut(batch: MarkedBatch, which: Tensor | slice) -> MarkedBatch:
@@ -290,20 +362,22 @@ def _windows(x_BTX: Tensor, windows: int) -> Tensor:
 class AutoGate(Gate):
     """Unit "auto": passes everything on, looks now and then, and keeps a band of windows where that pays.
 
-    The score is `gate.signal`; "none" takes novelty against the known text where there is some, else "fresh" (n-gram
-    surprise of what no earlier window held). `controller.decisions` goes into the run's record.
+    The score is `gate.signal`; "none" takes novelty against the known text where there is some, else "ngram".
+    `controller.decisions` goes into the run's record.
     """
 
     def __init__(self, cfg: GateConfig, stream: Any, context: GateContext, auto: AutoConfig | None = None) -> None:
-        signal = cfg.signal if cfg.signal != "none" else "novelty" if context.known_tokens is not None else "fresh"
+        signal = cfg.signal if cfg.signal != "none" else "novelty" if context.known_tokens is not None else "ngram"
         super().__init__(replace(cfg, signal=signal), stream, context)
         if self.signal is None or self.signal.needs != "tokens":
             raise ValueError(f"gate.signal = {cfg.signal!r}: unit auto needs a signal that is asked before the forward")
-        self.controller = Controller(auto or AutoConfig())
+        self.controller = Controller(auto or AutoConfig(upper=signal != "novelty"))
         self.queue: MarkedBatch | None = None
         self.probe: MarkedBatch | None = None
         self.steps = 0
         self.observing = False
+        if context.model is not None:
+            self.watched = frozenset(name + ".weight" for name in observed_layers(context.model))
         self._found: dict[str, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -337,9 +411,7 @@ class AutoGate(Gate):
         if self.controller.state == "rest":
             pool = self._take(windows)
             self._tally(pool, pool)
-            self.queue = _joined(
-                self.queue, _marked(pool, torch.full((len(pool.tokens),), -1), torch.ones(len(pool.tokens)))
-            )
+            self.queue = _joined(self.queue, _marked(pool, torch.full((windows,), -1), torch.ones(windows).bool()))
             return
         pool = self._take(self.cfg.pool_windows)
         size = len(pool.tokens)
@@ -348,9 +420,7 @@ class AutoGate(Gate):
         self.last_score_N = score_N
         rank_N = score_N.argsort(stable=True).argsort()
         stratum_N = (rank_N * self.controller.cfg.strata) // size
-        alike_N = getattr(self.signal, "last_similarity_N", None)
-        weight_N = torch.ones(size) if alike_N is None else (1 - alike_N.cpu()).clamp(min=0.02)
-        marked = _marked(pool, stratum_N, weight_N)
+        marked = _marked(pool, stratum_N, score_N.cpu() >= self.controller.cfg.seen * score_N.median().cpu())
         if not on:
             self._tally(pool, pool)
             self.queue = _joined(self.queue, marked)
@@ -376,16 +446,14 @@ class AutoGate(Gate):
 
     def observe(self, batch: GatedBatch, step: SparseStep, progress: float, cost_over_plain: float) -> None:
         super().observe(batch, step, progress, cost_over_plain)
-        found, self._found = self._found, {}
+        found, self._found = self._found or step.factors, {}
         if not self.observing or not found or not isinstance(batch, MarkedBatch):
             return
         size = len(batch.tokens)
         whole = {name: (_windows(a, size), _windows(g, size)) for name, (a, g) in found.items()}
-        self.uses[OBSERVE] += 1
+        self.uses[OBSERVE] += size
         self.scoring_flops += sum(2 * a.shape[0] * a.shape[1] * a.shape[2] * g.shape[2] for a, g in whole.values())
-        auto = self.controller.cfg
-        value_B = values(whole, batch.rest_B, batch.stratum_B, int(auto.apart * auto.strata))
-        self.controller.add(batch.stratum_B, value_B, progress, auto.price)
+        self.controller.add(batch.stratum_B, agreement(whole), progress, self.controller.cfg.price, batch.new_B)
 
     # what the clock and the records ask
 
@@ -397,9 +465,9 @@ class AutoGate(Gate):
             assert fresh is not None
             return fresh.probe(self.cfg.pool_windows)
 
-        return {self.signal.cost_key: (self.cfg.pool_windows, scoring), OBSERVE: (1, self._observe_probe)}
+        return {self.signal.cost_key: (self.cfg.pool_windows, scoring), OBSERVE: (OBSERVED_TOGETHER, self._observe_probe)}
 
-    def _observe_probe(self, windows: int = 32) -> Callable[[], None]:
+    def _observe_probe(self, windows: int = OBSERVED_TOGETHER) -> Callable[[], None]:
         assert self.context.model is not None
         made = {}
         for name, layer in observed_layers(self.context.model).items():
@@ -409,10 +477,9 @@ class AutoGate(Gate):
                 torch.rand(windows, length, inputs, device=device),
                 torch.rand(windows, length, outputs, device=device),
             )
-        weight_B = torch.ones(windows)
 
         def once() -> None:
-            float(values(made, weight_B).sum())  # a number, so that a device has to finish
+            float(agreement(made).sum())  # a number, so that a device has to finish
 
         return once
 
@@ -440,7 +507,7 @@ class AutoGate(Gate):
 
 
 def observed_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Linear layers whose per-window gradients are taken: the last two fifths of them, but those too large for it.
+    """Linear layers whose per-window gradients are taken: the last quarter of them, but those too large for it.
 
     At size tiny, taking all of them cost 0.4 of a plain step for each observed one, and observed steps then 3.4 % of a run.
     """

@@ -303,7 +303,9 @@ class Gate:
         """Called with windows as they leave the stream, before anything is trained on them."""
 
     observing = False
-    """Whether the next plain step must run eagerly, by autograd, inside `tap`."""
+    """Whether the next plain step must show what single windows contribute: `SparseStep.factors` of the weights `watched`
+    where the engine takes it, inside `tap` where autograd does, eagerly."""
+    watched: frozenset[str] = frozenset()
 
     def tap(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Around the forward and backward of a plain step by autograd; a place for hooks."""
@@ -449,7 +451,7 @@ class Gate:
 
 
 def _gated(batch: Batch, **extra: Any) -> GatedBatch:
-    return GatedBatch(batch.tokens, batch.source, batch.window, **extra)
+    return GatedBatch(batch.tokens, batch.source, batch.window, batch.document, **extra)
 
 
 def part(batch: Batch, which: Tensor | slice) -> Batch:

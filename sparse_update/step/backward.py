@@ -110,6 +110,7 @@ class Stepper:
         skip: frozenset[tuple[int, str]] = frozenset(),
         weight_B: Tensor | None = None,
         generator: torch.Generator | None = None,
+        watched: frozenset[str] = frozenset(),
     ) -> SparseStep:
         """Gradients of sum(weight x token loss over what is kept) / normaliser.
 
@@ -125,6 +126,7 @@ class Stepper:
             skip: sub-blocks, (layer, "attn" or "mlp"), that the backward passes by.
             weight_B: of whole sequences, known before the forward; multiplies what `choose` gives.
             generator: for `dw_rows` and `sample`.
+            watched: names of weights whose gradient's two factors are handed back too.
 
         Raises:
             ValueError: for a plan that does not fit the batch or the model, or choices of another size than the plan's.
@@ -140,12 +142,13 @@ class Stepper:
         chosen = choose(view) if choose is not None else Chosen()
         if plan is not None:
             _check_chosen(plan, chosen, len(tokens_BT))
-        gradients = Gradients(active, model.cfg.tie_embeddings, model.embed.weight.dtype, sized.dw_rows, generator)
+        dtype = model.embed.weight.dtype
+        gradients = Gradients(active, model.cfg.tie_embeddings, dtype, sized.dw_rows, generator, watched)
         backward = Backward(
             self.forward, kept, sized, chosen, gradients, tokens_BT, targets_BT, bypass_BR, skip, weight_B, generator
         )
         backward.go()
-        return SparseStep(loss_BT, gradients.found, chosen, view, backward.norms_LS)
+        return SparseStep(loss_BT, gradients.found, chosen, view, gradients.factors, backward.norms_LS)
 
     @torch.no_grad()
     def view(self, tokens_BT: Tensor, targets_BT: Tensor, want: frozenset[str] = frozenset()) -> View:

@@ -37,14 +37,23 @@ class Gradients:
         tied: the head is the embedding.
         dtype: of the gradients, the parameters' own.
         dw_rows: share of the token rows that `sample` draws; 1 takes all.
+        watched: weights whose two factors are kept in `factors`.
     """
 
     def __init__(
-        self, active: Active, tied: bool, dtype: torch.dtype, dw_rows: float = 1.0, generator: torch.Generator | None = None
+        self,
+        active: Active,
+        tied: bool,
+        dtype: torch.dtype,
+        dw_rows: float = 1.0,
+        generator: torch.Generator | None = None,
+        watched: frozenset[str] = frozenset(),
     ) -> None:
         self.active, self.tied, self.dtype = active, tied, dtype
-        self.dw_rows, self.generator = dw_rows, generator
+        self.dw_rows, self.generator, self.watched = dw_rows, generator, watched
         self.found: dict[str, tuple[Tensor, ...]] = {}
+        self.factors: dict[str, tuple[Tensor, Tensor]] = {}
+        """x (S, R, I) and g (S, R, O) of each watched weight."""
 
     def owner(self, name: str) -> str:
         """The parameter that holds a weight."""
@@ -63,6 +72,8 @@ class Gradients:
 
     def weight(self, name: str, g: Tensor, x: Tensor, sampled: Sampled | None = None) -> None:
         """dW = g^T x, (O, I), from g (S, R, O) and x (S, R, I)."""
+        if name in self.watched:
+            self.factors[name] = x, g
         wanted = strips(self.active, self.owner(name))
         if wanted:
             self._add(name, _products(*_rows(g, x, sampled), wanted))
@@ -75,6 +86,9 @@ class Gradients:
             for name, part in zip(names, g.split(height, dim=-1), strict=True):
                 self.weight(name, part, x, sampled)
             return
+        self.factors |= {
+            name: (x, part) for name, part in zip(names, g.split(height, dim=-1), strict=True) if name in self.watched
+        }
         g_NO, x_NI = _rows(g, x, sampled)
         for name, whole, parts in zip(names, (g_NO.t() @ x_NI).split(height), wanted, strict=True):
             self._add(name, tuple(whole.narrow(dim, start, stop - start) for dim, start, stop in parts))

@@ -174,6 +174,9 @@ class SparseStep:
     gradients: dict[str, tuple[Tensor, ...]]
     chosen: Chosen
     view: View
+    factors: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Of each watched weight the inputs x (S, R, I) and the gradient of its outputs g (S, R, O), whose product summed over
+    S and R is its gradient: what single windows contribute."""
     norms_LS: Tensor | None = None
     """Norm of the activation gradient that enters each block from above, per kept sequence and before the block's own draw,
     scaled as drawn so far; 0 for sequences that an upper block left out and for blocks that no gradient reaches. Where the

@@ -86,6 +86,16 @@ def test_train_deploy_compare_end_to_end(runs):
     assert "n = 1" in done.stdout
 
 
+def test_the_held_out_loss_is_split_by_difficulty_and_document(runs):
+    result = json.loads((runs / "dense" / "result.json").read_text())
+    for parts in (result["val_split"]["difficulty"], list(result["val_split"]["documents"].values())):
+        assert sum(part["tokens"] for part in parts) == result["val_tokens"]
+        total = sum(part["tokens"] * part["loss_nats"] for part in parts)
+        assert total / result["val_tokens"] == pytest.approx(result["loss_nats"], abs=1e-4)
+    easy, *_, hard = result["val_split"]["difficulty"]
+    assert easy["loss_nats"] < hard["loss_nats"]
+
+
 def test_rerun_repeats_a_run_from_its_folder(runs):
     found = last_json(spikegate("rerun", "surprise", cwd=runs))
     assert found["equal"], found["compared"]

@@ -17,8 +17,9 @@ from sparse_update.checkpoint import load_checkpoint
 from sparse_update.cost import ComponentTimes, ComponentTimesError, identity
 from sparse_update.data.corpus import DataConfig, load_corpus, val_windows
 from sparse_update.data.stream import WindowStream
+from sparse_update.gates.auto import OBSERVE, AutoConfig, Controller
 from sparse_update.gates.gate import GateConfig
-from sparse_update.trainer import Trainer, TrainerConfig, TrainingDiverged, compiling, evaluate, start_from
+from sparse_update.trainer import WATCHED, Trainer, TrainerConfig, TrainingDiverged, compiling, evaluate, start_from
 from sparse_update.transformer import ModelConfig, Transformer
 from sparse_update.weights.optimizer import OptimConfig, schedule
 from sparse_update.weights.subset import SubsetConfig
@@ -377,3 +378,25 @@ def test_a_compiled_step_trains_like_the_plain_one(corpus, tmp_path):
     assert result.compile_s > 0
     for a, b in zip(reports, compiled_reports, strict=True):
         assert b.loss_nats == pytest.approx(a.loss_nats, abs=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler warns about parts of its own
+@pytest.mark.parametrize("variant", ["autograd", "autograd_compiled", "engine"])
+def test_observed_steps_train_like_plain_ones_and_are_charged_as_they_run(corpus, tmp_path, variant):
+    def timed(times, steps, components):
+        return measured(times.extended({WATCHED: 10.0}, 10.0), steps, components)
+
+    arm = (GateConfig(name="auto", unit="auto", pool_windows=8, ngram_bits=12), SubsetConfig())
+    trainer, reports, _ = build(corpus, tmp_path / "auto", arm, 60, times=table(variant), measure=timed)
+    trainer.forward = trainer.model  # whatever compiles is not what is asked here
+    trainer.gate.controller = Controller(AutoConfig(strata=4, quotas=(0.2, 0.3, 0.4, 0.5), sigma=1e6))
+    trainer.run()
+    plain, expected, _ = build(corpus, tmp_path / "plain", steps=60)
+    plain.run()
+    seen = trainer.gate.controller.observed
+    assert seen > 10
+    assert trainer.uses[WATCHED] == (seen if variant == "autograd_compiled" else 0)
+    assert trainer.gate.uses[OBSERVE] == 4 * seen
+    assert len(reports) == 60
+    for ours, dense in zip(reports, expected, strict=True):
+        assert ours.loss_nats == pytest.approx(dense.loss_nats, abs=1e-4)

@@ -33,6 +33,22 @@ def test_logits_equal_the_independent_implementation(reference, activation, atte
     torch.testing.assert_close(model(tokens), reference(model, tokens), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("attention", ["explicit", "sdpa"])
+@pytest.mark.parametrize("cuts", [(1,) * 12, (5, 1, 4, 2), (12,)])
+def test_logits_with_a_cache_are_those_of_the_whole_text(reference, attention, cuts):
+    model = build(attention=attention)
+    tokens = torch.randint(0, 23, (3, 12))
+    cache = model.new_cache()
+    parts = []
+    for part in tokens.split(cuts, dim=1):
+        parts.append(model(part, cache))
+        assert parts[-1].shape[:2] == part.shape
+    assert cache.length == 12
+    torch.testing.assert_close(torch.cat(parts, dim=1), reference(model, tokens), rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="13 tokens in a row, but the model's context is 12"):
+        model(tokens[:, :1], cache)
+
+
 def test_no_token_sees_the_future():
     model = build()
     tokens = torch.randint(0, 23, (1, 12))

@@ -10,7 +10,7 @@ from sparse_update.data.corpus import Corpus, DataConfig, Span, load_corpus, val
 from sparse_update.data.domains import docs_and_code
 from sparse_update.data.filters import FilterStream
 from sparse_update.data.mixture import MixtureStream, Part
-from sparse_update.data.regimes import DOCUMENT_WINDOWS, held_out, make_stream, prequential
+from sparse_update.data.regimes import DOCUMENT_WINDOWS, held_out, held_out_starts, make_stream, prequential
 from sparse_update.data.sources import CorpusError, Document, register_source, split
 from sparse_update.data.stream import WindowStream
 from sparse_update.data.tokens import ByteTokenizer
@@ -66,6 +66,32 @@ REGIMES = {
 @pytest.fixture(scope="module")
 def made() -> dict[str, tuple[Corpus, DataConfig]]:
     return {name: (load_corpus(cfg), cfg) for name, cfg in ((n, DataConfig(**s)) for n, s in REGIMES.items())}
+
+
+def test_windows_carry_the_number_of_the_document_they_begin_in(two):
+    """Every token of `two` tells its document: tokens of document k are k * 1000 and up."""
+    old_tokens = 4001  # the counting starts anew every 1000 tokens, so the place in the text decides, not the token
+    plain = WindowStream(two, 10, seed=0, garbage_fraction=0.3)
+    for stream in (mixture(two), FilterStream(mixture(two), {"old": 0.5}), plain):
+        batch = stream.take(200)
+        assert batch.document.shape == batch.window.shape
+        known = batch.window >= 0
+        expected = (batch.window[known] * 10 >= old_tokens).long()
+        assert torch.equal(batch.document[known], expected)
+        assert set(batch.document.tolist()) >= {0, 1}
+        assert bool((batch.document[~known] == -1).all())
+    assert bool((plain.take(200).document == -1).any())
+    assert len(prequential(mixture(two), 50, 10).batch.document) == 10
+
+
+def test_held_out_starts_are_where_held_out_windows_begin(made):
+    for name in ("familiar", "drift", "redundant"):
+        corpus, cfg = made[name]
+        sets, starts = held_out(corpus, cfg, 64, 6400), held_out_starts(corpus, cfg, 64, 6400)
+        assert list(sets) == list(starts)
+        for key, windows in sets.items():
+            first = int(starts[key][3])
+            assert windows[3].tolist() == corpus.val_tokens[first : first + 65].tolist()
 
 
 # --- mixtures

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparse_update.step.backward import sparse_step
+from sparse_update.step.backward import Stepper, sparse_step
 from sparse_update.transformer import ModelConfig, Transformer
 from sparse_update.weights.subset import Active, Part, SubsetConfig, choose
 
@@ -128,3 +128,17 @@ def test_frozen_layers_get_no_gradient_and_stop_the_backward():
         assert sparse.keys() == {name for name in dense if name.startswith(f"blocks.{turn}.")}
         for name, gradient in sparse.items():
             torch.testing.assert_close(gradient[0], dense[name][0], rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("attention", ["explicit", "sdpa"])
+def test_watched_factors_are_those_of_autograd_and_give_each_windows_gradient(attention):
+    model = build(attention=attention)
+    x, y = data()
+    layers = {"head", "blocks.2.attn.q", "blocks.2.attn.v", "blocks.1.attn.o", "blocks.0.mlp.fc1", "blocks.2.mlp.fc2"}
+    step = Stepper(model).step(x, y, watched=frozenset(f"{name}.weight" for name in layers))
+    assert set(step.factors) == {f"{name}.weight" for name in layers}
+    for i in range(len(x)):
+        alone = autograd(model, F.cross_entropy(model(x[i : i + 1]).flatten(0, 1), y[i]) / len(x))
+        for name, (inputs, outputs) in step.factors.items():
+            torch.testing.assert_close(outputs[i].T @ inputs[i], alone[name], rtol=1e-8, atol=1e-12)
+    assert not Stepper(model).step(x, y).factors
