@@ -13,6 +13,8 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 
 VENV := .venv
 LAVA_VENV := .venv-lava
+READERS_VENV := .venv-readers
+NEUROBENCH_VENV := .venv-neurobench
 PY := $(VENV)/bin/python
 ARGS ?=
 JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
@@ -23,8 +25,10 @@ key = $(shell { cat $(1); pwd; } | cksum | tr -d ' ')
 INSTALLED := $(VENV)/.spikegate-$(call key,pyproject.toml constraints.txt)
 INSTALLED_DEV := $(INSTALLED)-dev
 INSTALLED_LAVA := $(LAVA_VENV)/.spikegate-$(call key,constraints-lava.txt)
+INSTALLED_READERS := $(READERS_VENV)/.spikegate-$(call key,constraints-readers.txt)
+INSTALLED_NEUROBENCH := $(NEUROBENCH_VENV)/.spikegate-$(call key,constraints-neurobench.txt)
 
-.PHONY: help demo test lint lava lava-if-possible install clean distclean
+.PHONY: help demo test lint lava lava-if-possible readers neurobench install clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -42,6 +46,12 @@ lint: $(INSTALLED_DEV) ## ruff and mypy
 
 lava: $(INSTALLED_LAVA) ## the Lava worker's own environment, Python 3.10
 	@echo "Lava worker: $(LAVA_VENV)/bin/python"
+
+readers: $(INSTALLED_READERS) ## norse and snnTorch's importer in an environment of their own: do they run our NIR files alike?
+	@echo "NIR readers: $(READERS_VENV)/bin/python"
+
+neurobench: $(INSTALLED_NEUROBENCH) ## NeuroBench's metrics in an environment of their own: do our counts equal its?
+	@echo "NeuroBench: $(NEUROBENCH_VENV)/bin/python"
 
 # `make`, not the variable for it: `make -n test` must not run this.
 lava-if-possible:
@@ -69,9 +79,19 @@ $(INSTALLED_LAVA):
 	$(LAVA_VENV)/bin/python $(PIP_INSTALL) --no-deps -r constraints-lava.txt
 	@rm $(LAVA_VENV)/.installing && touch $@
 
+$(INSTALLED_READERS):
+	@env -u PYTHON .ci/make_venv $(READERS_VENV) 3.11 3.14
+	$(READERS_VENV)/bin/python $(PIP_INSTALL) --no-deps -r constraints-readers.txt
+	@rm $(READERS_VENV)/.installing && touch $@
+
+$(INSTALLED_NEUROBENCH):
+	@env -u PYTHON .ci/make_venv $(NEUROBENCH_VENV) 3.11 3.14
+	$(NEUROBENCH_VENV)/bin/python $(PIP_INSTALL) --no-deps -r constraints-neurobench.txt
+	@rm $(NEUROBENCH_VENV)/.installing && touch $@
+
 clean: ## caches and build leftovers; environments and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## the environments too
-	rm -rf $(VENV) $(LAVA_VENV)
+	rm -rf $(VENV) $(LAVA_VENV) $(READERS_VENV) $(NEUROBENCH_VENV)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 BENCHES = {
     "gate": "step times and FLOPs of every kind of sparse step against the fastest dense step",
     "simulator": "spikes per second of the fixed-point simulator",
+    "conversion": "loss, operations and speed of a trained model on the simulated chip",
     "account": "modelled joules and time of published networks against what was measured",
 }
 """Name -> what it measures; each lives in `experiments.bench_NAME`, with `main(arguments) -> exit code`."""

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import place, simulate, verify
+from experiments import compat, export, importing, place, simulate, verify
 
 HYDRA = {
     "train": "train one arm",
@@ -19,7 +19,7 @@ HYDRA = {
 
 HANDED_ON = {
     "sweep": "arms x seeds x budgets of one regime, resumable",
-    "bench": "measurements: bench gate, bench simulator",
+    "bench": "measurements: bench gate, bench simulator, bench conversion, bench account",
 }
 
 
@@ -51,7 +51,15 @@ def _parser() -> argparse.ArgumentParser:
     rerun.add_argument("folder", type=Path, help="folder of a training run or a deployment")
     rerun.add_argument("--out", type=Path, default=None, help="folder of the repetition (default: FOLDER-rerun)")
     rerun.set_defaults(run=_rerun)
-    for name, module in {"verify": verify, "simulate": simulate, "place": place}.items():
+    own_parsers = {
+        "verify": verify,
+        "simulate": simulate,
+        "place": place,
+        "compat": compat,
+        "export": export,
+        "import": importing,
+    }
+    for name, module in own_parsers.items():
         own = commands.add_parser(name, help=module.HELP)
         module.add_arguments(own)
         own.set_defaults(run=module.run)

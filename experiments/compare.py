@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from experiments.accounts import layer_energies
 from experiments.collection import collect
 from experiments.comparison import Comparison
 from experiments.figures import figure
 from experiments.hydra_app import ConfigError, run_app
-from experiments.plain_json import write_json
+from experiments.layer_figure import layer_figure
+from experiments.page import page
+from experiments.plain_json import plain, write_json
 from experiments.tables import energy_markdown, markdown, table
 from experiments.tracking import write_comparison
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass
@@ -26,7 +33,8 @@ class CompareConfig:
     runs: list[str] = field(default_factory=list)
     """Or: the run folders themselves."""
     out: str | None = None
-    """Folder for comparison.json, .md, .png, .svg and tensorboard/; FOLDER/comparison where nothing is said."""
+    """Folder for comparison.json, .html, .md, .png, .svg, joules-*.png, .svg and tensorboard/; FOLDER/comparison where
+    nothing is said."""
     tensorboard: bool = True
     """Write the TensorBoard folder too."""
 
@@ -46,25 +54,57 @@ def compare(cfg: CompareConfig) -> dict[str, Any]:
     print(table(comparison))
     for sentence in document["verdicts"]:
         print(sentence)
-    print(f"\nwritten to {out}: comparison.json, comparison.md, comparison.png, comparison.svg")
+    print(f"\nwritten to {out}: comparison.html, .json, .md, .png, .svg")
     if cfg.tensorboard:
         print(f"look at it: tensorboard --logdir {cfg.folder or out / 'tensorboard'}")
     return document
 
 
 def write(comparison: Comparison, out: Path, *, tensorboard: bool = True) -> dict[str, Any]:
-    """Write comparison.json, .md, .png, .svg and, if wanted, tensorboard/ into `out`; return the JSON document."""
+    """Write comparison.json, .html, .md, .png, .svg, for each deployed model joules-STREAM-MODEL.png and .svg, and, if
+    wanted, tensorboard/ into `out`; return the JSON document."""
     document = comparison.to_json()
     write_json(out / "comparison.json", document)
     picture = figure(comparison)
     picture.savefig(out / "comparison.png", dpi=150)
     picture.savefig(out / "comparison.svg")
     text = markdown(comparison)
-    (out / "comparison.md").write_text(text + "\n![energy and training](comparison.png)\n", encoding="utf-8")
+    images = ["![energy and training](comparison.png)"]
+    layers = layer_pictures(comparison)
+    for old in out.glob("joules-*.*"):
+        old.unlink()
+    for name, drawn in layers.items():
+        file = "joules-" + re.sub(r"[^A-Za-z0-9_.+-]+", "-", name).strip("-")
+        drawn.savefig(out / f"{file}.png", dpi=150)
+        drawn.savefig(out / f"{file}.svg")
+        images.append(f"![where each joule goes: {name}]({file}.png)")
+    (out / "comparison.md").write_text("\n\n".join([text, *images]) + "\n", encoding="utf-8")
+    shown = {f"{name}: energy against accuracy, and training": drawn for name, drawn in stream_pictures(comparison).items()}
+    shown |= {f"{name}: where each joule goes, layer by layer": drawn for name, drawn in layers.items()}
+    (out / "comparison.html").write_text(page(comparison, plain(document), shown), encoding="utf-8")
     if tensorboard:
+        figures = {"comparison": picture, **{f"joules by layer/{name}": drawn for name, drawn in layers.items()}}
         texts = {"comparison": text, "energy per token": energy_markdown(comparison)}
-        write_comparison(out / "tensorboard", comparison, {"comparison": picture}, texts)
+        write_comparison(out / "tensorboard", comparison, figures, texts)
     return document
+
+
+def stream_pictures(comparison: Comparison) -> dict[str, Figure]:
+    """Stream -> its part of the picture, for pages where one stands under the other."""
+    return {name: figure(Comparison({name: stream}), flat=True) for name, stream in comparison.streams.items()}
+
+
+def layer_pictures(comparison: Comparison) -> dict[str, Figure]:
+    """ "STREAM MODEL" -> where each joule goes in it (its first seed); those without joules by layer have no picture."""
+    found = {}
+    for stream in comparison.streams.values():
+        for group in stream.deployed:
+            energies, _ = layer_energies(group.items[0].record)
+            seed = "" if group.items[0].seed is None else f", seed {group.items[0].seed}"
+            if energies:
+                name = f"{stream.name} {group.label}"
+                found[name] = layer_figure(energies, f"{name}{seed}: where each joule goes", columns=2)
+    return found
 
 
 class NothingToCompare(ValueError):

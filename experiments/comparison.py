@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,6 +64,14 @@ class Deployment:
             host["reason"] = "; ".join(reasons) or "no meter on this machine"
         host["source"] = ", ".join(r["source"] for r in readings if joules is None or r["joules"] is not None) or "none"
         return [*self.record["energy"], host]
+
+
+@dataclass(frozen=True)
+class DeployedGroup:
+    """Deployments of one arm that differ in the seed alone, in order of seed."""
+
+    label: str
+    items: tuple[Deployment, ...]
 
 
 @dataclass(frozen=True)
@@ -144,6 +153,23 @@ class Stream:
     ladders: Mapping[str, tuple[Run, ...]] = field(default_factory=dict)
     """Arm -> its runs at all budgets; `arms` has those of the full budget."""
 
+    @property
+    def deployed(self) -> list[DeployedGroup]:
+        """Deployed models, seeds together where arm, route, settings, chip and held-out tokens are the same."""
+        groups: dict[str, list[Deployment]] = {}
+        for item in sorted(self.deployments, key=lambda d: -1 if d.seed is None else d.seed):
+            same = {key: item.record.get(key) for key in ("arm", "route", "settings", "chip", "val_tokens")}
+            name, again = json.dumps(same, sort_keys=True, default=str), 1
+            while any(other.seed == item.seed for other in groups.get(f"{name} {again}", ())):
+                again += 1
+            groups.setdefault(f"{name} {again}", []).append(item)
+        ordered = sorted(groups.values(), key=lambda items: self.deployments.index(items[0]))
+        labels = [f"{items[0].arm}, deployed{_route(items[0])}" for items in ordered]
+        return [
+            DeployedGroup(label if labels.count(label) == 1 else f"{label} {labels[: i + 1].count(label)}", tuple(items))
+            for i, (label, items) in enumerate(zip(labels, ordered, strict=True))
+        ]
+
     def to_json(self) -> dict[str, Any]:
         record: dict[str, Any] = {name: arm.record() for name, arm in self.arms.items()}
         if self.deployments:
@@ -162,18 +188,28 @@ class Comparison:
         """`comparison.json`: {"schema": 1, "streams": {NAME: {"dense": ARM, ..., "deployed": DEPLOYED}}}, and beside it
         all deployments, verdicts, notes per stream, excluded folders.
 
-        `deployed` is the first of a stream's deployed models (of the surprise arm where there is one), `deployments`
-        lists all of them. `time_to_dense` and `frontier` hold what several budgets say (`targets.py`).
+        `table` is the one table, a row per arm and deployed model. `deployed` is the first of a stream's deployed models
+        (of the surprise arm where there is one), `deployments` lists all of them, `joules_by_layer` what each of their
+        layers costs. `time_to_dense` and `frontier` hold what several budgets say (`targets.py`).
         """
+        from experiments.accounts import layer_energies
+        from experiments.overview import rows
         from experiments.targets import frontier, times_to_dense
 
         return {
             "schema": SCHEMA,
+            "table": [row for stream in self.streams.values() for row in rows(stream)],
             "streams": {name: stream.to_json() for name, stream in self.streams.items()},
             "deployments": [
                 {"stream": name, "folder": item.folder, "seed": item.seed, **item.record}
                 for name, stream in self.streams.items()
                 for item in stream.deployments
+            ],
+            "joules_by_layer": [
+                {"folder": item.folder, "profiles": [e.to_json() for e in found], "missing": missing}
+                for stream in self.streams.values()
+                for item in stream.deployments
+                for found, missing in [layer_energies(item.record)]
             ],
             "verdicts": self.verdicts(),
             "time_to_dense": {n: {r.arm: r.to_json() for r in times_to_dense(s)} for n, s in self.streams.items()},
@@ -201,6 +237,12 @@ class Comparison:
         return said
 
 
+def _route(item: Deployment) -> str:
+    """The route where it is not the usual one."""
+    route = item.record.get("route") or "graded"
+    return "" if route == "graded" else f" ({route})"
+
+
 def is_control(arm: str) -> bool:
     """dense and what is dense but for the data or the batch (dense_dedup, dense_half_batch, ...), and random choice."""
     return arm == "dense" or arm.startswith(("dense_", "random"))
@@ -210,9 +252,16 @@ def _controls(stream: Stream, arm: Arm) -> list[Arm]:
     """What `arm` must beat: dense, random at its own rate, and the regime's cheap controls."""
     controls = [other for name, other in stream.arms.items() if is_control(name)]
     random = [other for other in controls if other.name.startswith("random")]
-    rate = arm.mean("keep_fraction")
-    same = [r for r in random if rate is not None and abs((r.mean("keep_fraction") or 0.0) - rate) <= SAME_RATE]
+    same = [other for other in random if _same_rate(arm, other)]
     return [other for other in controls if other not in random or other in (same or random)]
+
+
+def _same_rate(arm: Arm, control: Arm) -> bool:
+    """Whether a random control keeps the share that `arm` keeps."""
+    ours, theirs = arm.mean("keep_fraction"), control.mean("keep_fraction")
+    if ours is None or theirs is None or not control.name.startswith("random"):
+        return False
+    return abs(ours - theirs) <= SAME_RATE
 
 
 def _verdicts_of(stream: Stream) -> list[str]:
@@ -224,7 +273,8 @@ def _verdicts_of(stream: Stream) -> list[str]:
     adjusted = iter(holm([test.p for test in done]) if len(done) > 1 else [None] * len(done))
     sentences = []
     for (arm, control), test in zip(pairs, tests, strict=True):
-        sentence = test if isinstance(test, str) else verdict(arm.name, control.name, test, adjusted_p=next(adjusted))
+        name = f"{control.name} at the same rate" if _same_rate(arm, control) else control.name
+        sentence = test if isinstance(test, str) else verdict(arm.name, name, test, adjusted_p=next(adjusted))
         lost = [f"{a.diverged} diverged run(s) of {a.name}" for a in (arm, control) if a.diverged]
         tail = f"; {' and '.join(lost)} left out, which flatters that arm" if lost else ""
         sentences.append(f"{stream.name}: {sentence}{tail}.")

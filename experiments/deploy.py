@@ -1,28 +1,54 @@
-"""Put a trained run on the simulated chip: `python -m experiments.deploy run=RUN`, or `spikegate deploy ...`."""
+"""Put a trained run on the simulated chip: `python -m experiments.deploy run=RUN`, or `spikegate deploy ...`.
+
+`route` chooses the conversion; its settings are under `conversion` (graded), `sigma_delta` and `rate`. Losses of the float
+model, of its quantised twin and of the simulated chip are over the same held-out tokens; intervals are 95 % t-intervals
+over windows, of differences paired.
+"""
 
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
+from experiments.deployment import (
+    Advance,
+    HeldOut,
+    Sample,
+    energy_markdown,
+    errors_of_layers,
+    evenly,
+    held_out_loss,
+    layer_record,
+    layers_markdown,
+    losses_text,
+    one_layer_at_a_time,
+    per_token,
+    sample,
+    samples_markdown,
+)
 from experiments.hydra_app import ConfigError, run_app
 from experiments.plain_json import write_json
 from experiments.runs import RunError, new_record, read_json
 from experiments.tracking import Tracker
-from hardware.energy import Counts, EnergyReport, account, load_profile
+from hardware.datafile import DataFileError
+from hardware.energy import account, load_profile
 from hardware.meters import Meter, total
-from neuro.calibration import calibrate
-from neuro.compatibility import NothingToMap, analyse
-from neuro.conversion.graded import GradedConfig, convert
-from neuro.conversion.plan import save_plan
+from hardware.placement import DoesNotFit
+from neuro.calibration import DEFAULT_PERCENTILE, METHODS, calibrate
+from neuro.compatibility import CompatibilityReport, NothingToMap, analyse
+from neuro.conversion.graded import GradedConfig
+from neuro.conversion.plan import Plan, save_plan
+from neuro.conversion.rate import RateConfig
+from neuro.conversion.routes import ROUTES, convert
+from neuro.conversion.sigma_delta import SigmaDeltaConfig
 from neuro.deployed import deploy as deployed_model
 from sparse_update.checkpoint import CheckpointError, load_checkpoint
 from sparse_update.data.corpus import Corpus, DataConfig, load_corpus
@@ -30,10 +56,11 @@ from sparse_update.data.regimes import held_out as held_out_sets
 from sparse_update.data.regimes import make_stream
 from sparse_update.data.sources import CorpusError
 from sparse_update.data.stream import WindowStream
-from sparse_update.trainer import evaluate
 from sparse_update.transformer import ModelConfig, Transformer
 
-EXPECTED = (RunError, CorpusError, CheckpointError, NothingToMap)
+__all__ = ["DeployConfig", "deploy", "layer_record", "load_run", "main"]
+
+EXPECTED = (RunError, CorpusError, CheckpointError, NothingToMap, DoesNotFit, DataFileError)
 CHIP_PROFILES = ["loihi1_davies2018", "loihi1_sanafe"]
 DIGITAL_PROFILES = ["digital45_int8_sram", "digital45_int8_dram", "digital45_fp32_sram"]
 
@@ -47,18 +74,56 @@ class DeployConfig:
     out: str = ""
     """Folder of the deployment; empty: RUN/deploy."""
     chip: str = "loihi2"
+    chips: int = 0
+    """Chips there are; 0: as many as it takes."""
+    route: str = "graded"
+    """graded | sigma_delta | rate"""
     conversion: GradedConfig = field(default_factory=GradedConfig)
+    """Settings of the graded route."""
+    sigma_delta: SigmaDeltaConfig = field(default_factory=SigmaDeltaConfig)
+    rate: RateConfig = field(default_factory=RateConfig)
     calibration_tokens: int = 8192
     """Training tokens that set the ranges."""
+    calibration_method: str = "percentile"
+    """percentile | mse: how inputs are clipped."""
+    percentile: float = DEFAULT_PERCENTILE
     eval_tokens: int = 32768
     """Held-out tokens for the three losses and the counts; the same ones for all."""
+    layer_tokens: int = 2048
+    """Of these, tokens for the error of every layer; 0: none."""
+    sensitivity: bool = False
+    """Also the loss with one layer at a time converted."""
+    sensitivity_tokens: int = 8192
+    generate: str = ""
+    """A prompt: the float and the deployed model continue it."""
+    generate_tokens: int = 100
+    temperature: float = 0.0
+    """Of the text; 0 takes the likeliest token."""
     profiles: list[str] = field(default_factory=lambda: [*CHIP_PROFILES, *DIGITAL_PROFILES])
     """Names of energy profiles, or paths of profile files."""
     threads: int = 0
+    progress: bool = True
 
     def __post_init__(self) -> None:
-        if self.calibration_tokens < 1 or self.eval_tokens < 1:
-            raise ValueError("calibration_tokens and eval_tokens must be at least 1")
+        for name in ("calibration_tokens", "eval_tokens", "sensitivity_tokens", "generate_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("chips", "layer_tokens", "threads", "temperature"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if self.route not in ROUTES:
+            raise ValueError(f"route is {self.route!r}; it is one of {', '.join(ROUTES)}")
+        if self.calibration_method not in METHODS:
+            raise ValueError(f"calibration_method is {self.calibration_method!r}; it is one of {', '.join(METHODS)}")
+        if not 0 < self.percentile <= 100:
+            raise ValueError(f"percentile is {self.percentile}; it lies above 0 and up to 100")
+
+    @property
+    def settings(self) -> GradedConfig | SigmaDeltaConfig | RateConfig:
+        """The chosen route's."""
+        if self.route == "rate":
+            return self.rate
+        return self.sigma_delta if self.route == "sigma_delta" else self.conversion
 
 
 def load_run(folder: Path) -> tuple[Transformer, Corpus, DataConfig, dict[str, Any]]:
@@ -84,6 +149,27 @@ def load_run(folder: Path) -> tuple[Transformer, Corpus, DataConfig, dict[str, A
     return model.eval(), corpus, data, record
 
 
+def calibration_windows(cfg: DeployConfig, corpus: Corpus, data: DataConfig, context: int, seed: int) -> Tensor:
+    """Inputs of the first training windows of a seed, int64 (N, T)."""
+    stream = WindowStream(corpus, context, seed) if data.regime == "plain" else make_stream(corpus, data, context, seed)
+    return stream.take(max(1, cfg.calibration_tokens // context)).tokens[:, :-1]
+
+
+def converted(cfg: DeployConfig, model: Transformer, training_NT: Tensor) -> tuple[CompatibilityReport, Plan]:
+    """Verdicts and integer graphs of a model, its ranges from training windows int64 (N, T).
+
+    Raises RunError, with what `neuro` says, for a model or text that cannot be converted; NothingToMap; DoesNotFit.
+    """
+    try:
+        report = analyse(model, training_NT[:1], cfg.chip, route=cfg.route, chips=cfg.chips or None)
+        ranges = calibrate(model, training_NT.split(16), percentile=cfg.percentile, method=cfg.calibration_method)
+        return report, convert(model, ranges, report, cfg.settings)
+    except EXPECTED:
+        raise
+    except ValueError as error:
+        raise RunError(f"{cfg.run} cannot be converted: {error}") from error
+
+
 def deploy(cfg: DeployConfig) -> dict[str, Any]:
     """Convert, simulate, count and price one run; returns its record, the content of `deploy.json`."""
     run = Path(cfg.run)
@@ -97,28 +183,21 @@ def deploy(cfg: DeployConfig) -> dict[str, Any]:
     model, corpus, data, trained = load_run(run)
     context = model.cfg.context
     record = new_record("deploy", stream=trained["stream"], arm=trained["arm"], seed=trained["seed"], run=str(run))
+
+    say(f"calibrating on {cfg.calibration_tokens:,} training tokens; {cfg.route} route")
+    report, plan = converted(cfg, model, calibration_windows(cfg, corpus, data, context, trained["seed"]))
     write_json(out / "run.json", record)
     (out / "config.yaml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False))
-
-    say(f"calibrating on {cfg.calibration_tokens:,} training tokens")
-    seed = trained["seed"]
-    stream = WindowStream(corpus, context, seed) if data.regime == "plain" else make_stream(corpus, data, context, seed)
-    training = stream.take(max(1, cfg.calibration_tokens // context)).tokens[:, :-1]
-    report = analyse(model, training[:1], cfg.chip)
-    plan = convert(model, calibrate(model, training.split(16)), report, cfg.conversion)
     save_plan(plan, out / "plan")
 
     held_out = held_out_sets(corpus, data, context, cfg.eval_tokens)["val"]  # the set that the run was judged by
-    say(f"evaluating on {held_out[:, 1:].numel():,} held-out tokens: float, quantised, simulated")
-    seconds: dict[str, float] = {}
-    with Meter() as meter:
-        loss_float = timed(seconds, "float", model, held_out)
-    loss_quantised = timed(seconds, "quantised", deployed_model(model, plan, backend="quantised"), held_out)
-    simulated = deployed_model(model, plan, backend="fixed_point")
-    simulated.reset_counts()
-    loss_simulated = timed(seconds, "simulated", simulated, held_out)
-    counts, health = simulated.counts(), simulated.health()
     tokens = held_out[:, 1:].numel()
+    with Meter() as meter:
+        plain = measured(cfg, "float", model, held_out)
+    quantised = measured(cfg, "quantised", deployed_model(model, plan, backend="quantised"), held_out)
+    simulated = deployed_model(model, plan, backend="fixed_point")
+    chip = measured(cfg, "simulated", simulated, held_out)
+    counts, health = simulated.counts(), simulated.health()
 
     mapped = [c for c in counts if not c.host]
     energy = [account(mapped, load_profile(name)) for name in cfg.profiles]  # every profile prices the same layers
@@ -131,10 +210,17 @@ def deploy(cfg: DeployConfig) -> dict[str, Any]:
         "arm": trained["arm"],
         "seed": trained["seed"],
         "chip": cfg.chip,
+        "route": cfg.route,
+        "settings": asdict(cfg.settings),
         "ran_on": "simulated (ours, lava)",
-        "loss_float_nats": loss_float,
-        "loss_quantised_nats": loss_quantised,
-        "loss_simulated_nats": loss_simulated,
+        "loss_float_nats": plain.nats,
+        "loss_quantised_nats": quantised.nats,
+        "loss_simulated_nats": chip.nats,
+        "loss_float_interval": plain.interval,
+        "loss_quantised_interval": quantised.interval,
+        "loss_simulated_interval": chip.interval,
+        "delta_quantised": quantised.less(plain),
+        "delta_simulated": chip.less(plain),
         "val_tokens": tokens,
         "mapped_mac_share": report.mac_share,
         "mapped_parameter_share": report.parameter_share,
@@ -142,74 +228,87 @@ def deploy(cfg: DeployConfig) -> dict[str, Any]:
         "mapped_macs_per_token": sum(c.dense_macs for c in mapped) / tokens,
         "events_per_token": sum(c.events for c in mapped) / tokens,
         "synops_per_token": sum(c.synops for c in mapped) / tokens,
+        "synops_fraction": sum(c.synops for c in mapped) / sum(c.dense_macs for c in mapped),
         "neuron_updates_per_token": sum(c.neuron_updates_active + c.neuron_updates_inactive for c in mapped) / tokens,
         "max_payload_bits": max(c.payload_bits for c in mapped),
         "clipped_inputs": sum(h.clipped_inputs for h in health),
         "saturations": sum(h.wide + h.payload_overflows for h in health),
         "wraps": sum(h.wraps for h in health),
         "layers": [layer_record(c, tokens) for c in counts],
+        "health": [asdict(h) for h in health],
         "compatibility": report.table(),
         "conversion": plan.table(),
         "energy": [per_token(e, host) for e in energy],
         "host_inference_energy": [r.to_dict() for r in meter.readings],
         "host_inference_j_per_token": (j / tokens) if (j := total(meter.readings) if meter.readings else None) else None,
-        "seconds": seconds,
+        "seconds": {"float": plain.seconds, "quantised": quantised.seconds, "simulated": chip.seconds},
+        "layer_errors": [],
+        "sensitivity": [],
+        "samples": None,
     }
+    texts = {
+        "compatibility": report.markdown(),
+        "conversion": f"```\n{document['conversion']}\n```",
+        "losses": f"```\n{losses_text(document)}\n```",
+        "energy": energy_markdown(energy),
+    }
+    write_json(out / "deploy.json", document)  # already here: what follows may take long
+    if cfg.layer_tokens:
+        say("error of every layer")
+        document["layer_errors"] = errors_of_layers(model, plan, evenly(held_out, cfg.layer_tokens))
+    if cfg.sensitivity:
+        windows = evenly(held_out, cfg.sensitivity_tokens)
+        with bar(cfg, "one layer at a time", windows[:, 1:].numel() * (1 + len(plan.segments))) as shown:
+            document["sensitivity"] = one_layer_at_a_time(model, plan, windows, shown)
+    if cfg.layer_tokens or cfg.sensitivity:
+        texts["sensitivity"] = layers_markdown(document["layer_errors"], document["sensitivity"])
+    if cfg.generate:
+        found = {name: written(cfg, name, m, corpus) for name, m in (("float", model), ("deployed", simulated))}
+        document["samples"] = {name: asdict(s) for name, s in found.items()}
+        texts["samples"] = samples_markdown(found)
     write_json(out / "deploy.json", document)
+    scalars = ("loss_float_nats", "loss_quantised_nats", "loss_simulated_nats", "events_per_token", "synops_per_token")
     with Tracker(out) as tracker:
-        tracker.log(
-            1,
-            {
-                "deploy/loss_float_nats": loss_float,
-                "deploy/loss_quantised_nats": loss_quantised,
-                "deploy/loss_simulated_nats": loss_simulated,
-                "deploy/events_per_token": document["events_per_token"],
-                "deploy/synops_per_token": document["synops_per_token"],
-            },
-        )
-        tracker.text("compatibility", f"```\n{document['compatibility']}\n```")
-        tracker.text("conversion", f"```\n{document['conversion']}\n```")
-        tracker.text("energy", energy_markdown(energy))
+        tracker.log(1, {f"deploy/{name}": document[name] for name in (*scalars, "synops_fraction")})
+        for name, text in texts.items():
+            tracker.text(name, text)
     write_json(out / "run.json", record | {"status": "finished"})
     print(document["compatibility"])
+    print(losses_text(document))
+    if "sensitivity" in texts:
+        print(texts["sensitivity"])
+    if cfg.generate:
+        print(texts["samples"])
     return document
 
 
-def timed(seconds: dict[str, float], name: str, model: nn.Module, windows_NT1: torch.Tensor) -> float:
-    """Held-out loss in nats per token; the wall seconds go into `seconds`."""
-    start = time.perf_counter()
-    loss = evaluate(model, windows_NT1)
-    seconds[name] = time.perf_counter() - start
-    return loss
+def measured(cfg: DeployConfig, name: str, model: nn.Module, windows_NT1: Tensor) -> HeldOut:
+    """Held-out loss, with a bar on stderr."""
+    with bar(cfg, name, windows_NT1[:, 1:].numel()) as shown:
+        return held_out_loss(model, windows_NT1, shown)
 
 
-def layer_record(counts: Counts, tokens: int) -> dict[str, Any]:
-    """One layer's counts per token."""
-    totals = ("synops", "events", "neuron_updates_active", "neuron_updates_inactive", "dense_macs")
-    raw = asdict(counts)
-    rest = {key: value for key, value in raw.items() if key not in totals and key != "tokens"}
-    return rest | {f"{key}_per_token": raw[key] / tokens for key in totals}
+def written(cfg: DeployConfig, name: str, model: nn.Module, corpus: Corpus) -> Sample:
+    """A model's continuation of the prompt."""
+    with bar(cfg, f"text, {name}", cfg.generate_tokens) as shown:
+        return sample(
+            model,
+            corpus.tokenizer,
+            cfg.generate,
+            cfg.generate_tokens,
+            temperature=cfg.temperature,
+            seed=0,
+            advance=shown,
+        )
 
 
-def per_token(report: EnergyReport, missing: str) -> dict[str, Any]:
-    """An energy report with its joules, total and by term, divided by its tokens; `missing` joins what is not known."""
-    whole = report.to_dict()
-    whole |= {"unknown": [*whole["unknown"], missing], "lower_bound": True, "scope": "layers on the chip"}
-    scaled = {key: whole[key] / report.tokens for key in ("low_j", "mid_j", "high_j")}
-    terms = {term: [value / report.tokens for value in triple] for term, triple in report.by_term().items()}
-    return whole | scaled | {"per": "token", "terms": terms}
+@contextmanager
+def bar(cfg: DeployConfig, name: str, tokens: int) -> Iterator[Advance]:
+    """A progress bar on stderr over so many tokens."""
+    from tqdm import tqdm
 
-
-def energy_markdown(reports: Sequence[EnergyReport]) -> str:
-    """Where each joule comes from, as a Markdown table."""
-    rows = ["| profile | term | low nJ/token | mid | high | source |", "|---|---|---|---|---|---|"]
-    for report in reports:
-        for term, values in report.by_term().items():
-            cells = " | ".join(f"{1e9 * v / report.tokens:,.1f}" for v in values)
-            rows.append(f"| {report.profile} | {term} | {cells} | {report.source} |")
-        rows += [f"| {report.profile} | not known | - | - | - | {reason} |" for reason in report.unknown]
-        rows += [f"| {report.profile} | label | - | - | - | {label} |" for label in report.labels]
-    return "\n".join(rows)
+    with tqdm(total=tokens, desc=name, unit=" tokens", unit_scale=True, mininterval=2.0, disable=not cfg.progress) as shown:
+        yield shown.update
 
 
 def say(text: str) -> None:

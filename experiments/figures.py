@@ -6,11 +6,11 @@ import itertools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from experiments.comparison import Comparison, Deployment, Run, Stream
-from experiments.statistics import mean_curve
+from experiments.statistics import interval, mean_curve
 from experiments.targets import frontier
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class Point:
     kind: str
     lower_bound: bool
     hypothetical: bool
+    loss_low: float | None = None
+    loss_high: float | None = None
 
 
 def points(deployments: Sequence[Deployment]) -> list[Point]:
@@ -60,9 +62,31 @@ def points(deployments: Sequence[Deployment]) -> list[Point]:
                     kind=str(energy["kind"]),
                     lower_bound=bool(energy.get("lower_bound")),
                     hypothetical=any(label.startswith("hypothetical") for label in labels),
+                    **_window_interval(item.record, energy),
                 )
             )
     return [point for point in found if math.isfinite(point.loss_nats)]
+
+
+def seed_points(stream: Stream) -> list[Point]:
+    """The points of a stream's deployed models; seeds of one model are one point, with the t-interval of the loss over
+    them (of a single one: its own interval over held-out windows, where that is recorded)."""
+    found = []
+    for group in stream.deployed:
+        by_profile: dict[str, list[Point]] = {}
+        for point in points(group.items):
+            by_profile.setdefault(point.profile, []).append(point)
+        for alike in by_profile.values():
+            first = replace(alike[0], arm=group.label.replace(", deployed", ""))
+            if len(alike) > 1:
+                loss = interval([p.loss_nats for p in alike])
+                low, mid, high = (
+                    math.fsum(getattr(p, k) for p in alike) / len(alike) for k in ("low_j", "mid_j", "high_j")
+                )
+                first = replace(first, low_j=low, mid_j=mid, high_j=high)
+                first = replace(first, loss_nats=loss.mean, loss_low=loss.low, loss_high=loss.high)
+            found.append(first)
+    return found
 
 
 def pareto(candidates: Sequence[Point]) -> list[Point]:
@@ -74,27 +98,29 @@ def pareto(candidates: Sequence[Point]) -> list[Point]:
     return front
 
 
-def figure(comparison: Comparison) -> Figure:
+def figure(comparison: Comparison, *, flat: bool = False) -> Figure:
     """Upper row: energy per token (log) against held-out loss, with the frontier; below: the training curves, with the end
     loss of every budget as a dot; below that: prequential loss against FLOPs.
 
-    Without a deployed model there is no upper row, without prequential losses no last one.
+    Without a deployed model there is no upper row, without prequential losses no last one. `flat`: a row per stream.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     streams = list(comparison.streams.values())
     columns = max(1, len(streams))
-    profiles = {p.profile: None for s in streams for p in points(s.deployments)}
+    profiles = {p.profile: None for s in streams for p in seed_points(s)}
     drifting = any(frontier(stream) for stream in streams)
     rows = 1 + bool(profiles) + drifting
-    size = (1.6 + 4.6 * columns, 4.1 * rows)
+    wide, high = (rows, columns) if flat else (columns, rows)
+    size = (1.6 + 4.6 * wide, 4.1 * high)
     picture = Figure(figsize=size, layout="constrained", facecolor="white")
     FigureCanvasAgg(picture)
     if not streams:
         picture.text(0.5, 0.5, "no finished run to show", ha="center", va="center", color=MUTED)
         return picture
-    axes = picture.subplots(rows, columns, squeeze=False)
+    axes = picture.subplots(high, wide, squeeze=False)
+    axes = axes.T if flat else axes
     colours = _colours(comparison)
     shapes = {name: MARKERS[i % len(MARKERS)] for i, name in enumerate(profiles)}
     for column, stream in enumerate(streams):
@@ -112,7 +138,7 @@ def _energy_panel(ax: Axes, stream: Stream, colours: Mapping[str, str], shapes: 
     _plain(ax, f"{stream.name}: energy against accuracy")
     ax.set_xlabel("inference energy, joules per token")
     ax.set_ylabel("held-out loss, nats per token")
-    found = points(stream.deployments)
+    found = seed_points(stream)
     if not found:
         ax.text(0.5, 0.5, "no deployed model", transform=ax.transAxes, ha="center", color=MUTED)
         ax.set_xticks([])
@@ -127,7 +153,8 @@ def _energy_panel(ax: Axes, stream: Stream, colours: Mapping[str, str], shapes: 
     for point, dodge in zip(found, _dodges(found), strict=True):
         _energy_point(ax, point, dodge, colours[point.arm], shapes[point.profile])
     elsewhere = _undeployed(stream)
-    losses = [*(point.loss_nats for point in found), *elsewhere.values()]
+    ends = [end for point in found for end in (point.loss_low, point.loss_high) if end is not None]
+    losses = [*(point.loss_nats for point in found), *ends, *elsewhere.values()]
     low, high = min(losses), max(losses)
     half = max(SMALLEST_RANGE_NATS, 1.4 * (high - low)) / 2
     ax.set_ylim((low + high) / 2 - half, (low + high) / 2 + half)
@@ -152,6 +179,8 @@ def _energy_point(ax: Axes, point: Point, dodge: float, colour: str, shape: str)
     assert ax.figure is not None
     place = ax.transData + ScaledTranslation(0, dodge / 72, ax.figure.dpi_scale_trans)
     y = point.loss_nats
+    if point.loss_low is not None and point.loss_high is not None:
+        ax.plot([point.mid_j] * 2, [point.loss_low, point.loss_high], color=colour, linewidth=0.8, alpha=0.55, zorder=2)
     ax.plot([point.low_j, point.high_j], [y, y], color=colour, linewidth=1.4, zorder=2, transform=place)
     ax.plot(point.low_j, y, marker="|", color=colour, markersize=7, zorder=2, transform=place)
     end, size = (">", 5) if point.lower_bound else ("|", 7)
@@ -269,7 +298,7 @@ def _energy_legend(
 ) -> None:
     from matplotlib.lines import Line2D
 
-    everything = [point for stream in streams for point in points(stream.deployments)]
+    everything = [point for stream in streams for point in seed_points(stream)]
     handles: list[Any] = []
     for profile, shape in shapes.items():
         first = next(point for point in everything if point.profile == profile)
@@ -284,8 +313,11 @@ def _energy_legend(
     if any(point.lower_bound for point in everything):
         handles.append(Line2D([], [], linestyle="none", marker=">", color=MUTED, markersize=5))
         handles[-1].set_label("lower bound: at least this")
+    if any(point.loss_low is not None for point in everything):
+        handles.append(Line2D([], [], color=MUTED, linewidth=0.8, label="vertical: 95 % interval of the loss"))
     handles.append(Line2D([], [], color="#b8b8b8", linewidth=1.2, label="frontier of the middle values"))
-    picture.legend(handles=handles, loc="outside upper center", ncols=min(3, len(handles)), frameon=False, fontsize=8)
+    ncols = max(1, min(3, len(handles), int(picture.get_figwidth() / 3.2)))
+    picture.legend(handles=handles, loc="outside upper center", ncols=ncols, frameon=False, fontsize=8)
 
 
 def _plain(ax: Axes, title: str) -> None:
@@ -304,7 +336,7 @@ def _seeds(stream: Stream) -> str:
 
 def _colours(comparison: Comparison) -> dict[str, str]:
     names = dict.fromkeys(
-        name for stream in comparison.streams.values() for name in (*stream.arms, *(d.arm for d in stream.deployments))
+        name for stream in comparison.streams.values() for name in (*stream.arms, *(p.arm for p in seed_points(stream)))
     )
     others = [name for name in names if name not in ARM_COLOURS]
     return {**ARM_COLOURS, **{name: MORE_COLOURS[i % len(MORE_COLOURS)] for i, name in enumerate(others)}}
@@ -322,11 +354,22 @@ def _apart(heights: Sequence[float], gap: float) -> list[float]:
     return [height - shift for height in placed]
 
 
-def _evaluated_loss(record: Mapping[str, Any], energy: Mapping[str, Any]) -> float:
-    """Loss of the model the energy belongs to: `evaluates` of the entry, or what its profile's name implies.
+def _evaluates(energy: Mapping[str, Any]) -> str:
+    """float, quantised or simulated: `evaluates` of the entry, or what its profile's name implies.
 
     A digital reference evaluates the dense model, in float or at 8 bits; everything else runs the spikes.
     """
     profile = str(energy["profile"])
     implied = "float" if "fp32" in profile or "fp16" in profile else "quantised" if "int8" in profile else "simulated"
-    return float(record[f"loss_{energy.get('evaluates', implied)}_nats"])
+    return str(energy.get("evaluates", implied))
+
+
+def _evaluated_loss(record: Mapping[str, Any], energy: Mapping[str, Any]) -> float:
+    """Loss of the model the energy belongs to."""
+    return float(record[f"loss_{_evaluates(energy)}_nats"])
+
+
+def _window_interval(record: Mapping[str, Any], energy: Mapping[str, Any]) -> dict[str, Any]:
+    bounds = record.get(f"loss_{_evaluates(energy)}_interval") or {}
+    low, high = bounds.get("low"), bounds.get("high")
+    return {"loss_low": low, "loss_high": high} if isinstance(low, float) and isinstance(high, float) else {}

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from experiments.comparison import Arm, Comparison, Deployment, Stream
+from experiments import overview
+from experiments.accounts import joules, layer_energies, token_times, utilisation
+from experiments.comparison import Arm, Comparison, DeployedGroup, Deployment, Stream
+from experiments.overview import DASH, NOT_MEASURED
 from experiments.statistics import Interval, interval, p_text
 from experiments.targets import frontier, times_to_dense
-
-NOT_MEASURED = "not measured"
-DASH = "-"
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,14 @@ class Block:
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = field(default=())
     level: int = 2
+    raw: Sequence[Sequence[Any]] = ()
+    """The numbers behind the cells, as comparison.json has them; none where the cells say all."""
+    meanings: Sequence[str] = ()
 
 
 def table(comparison: Comparison) -> str:
     """The comparison for a terminal: one block of arms per stream, the deployed models under it."""
-    parts = [_as_text(block) for block in blocks(comparison)]
+    parts = [_as_text(block) for block in blocks(comparison, layers=False)]
     return "\n\n".join([*parts, *_left_out(comparison, "{}\n{}", "  {}: {}")]) + "\n"
 
 
@@ -56,47 +59,38 @@ def energy_markdown(comparison: Comparison) -> str:
     return "\n\n".join(parts) or "No deployed model."
 
 
-def blocks(comparison: Comparison) -> list[Block]:
-    """All tables in the order they are printed."""
+def blocks(comparison: Comparison, *, layers: bool = True) -> list[Block]:
+    """All tables in the order they are printed; `layers`: the joules of every layer too."""
     found = []
     for stream in comparison.streams.values():
+        if stream.arms or stream.deployments:
+            found.append(arms_block(stream))
         if stream.arms:
-            found += [arms_block(stream), *held_out_block(stream), *budgets_block(stream), *frontier_block(stream)]
-        for item in stream.deployments:
-            found += [deployed_block(stream, item), *energy_blocks(item)]
+            found += [*held_out_block(stream), *budgets_block(stream), *frontier_block(stream)]
+        for group in stream.deployed:
+            found.append(deployed_block(stream, group.items[0]))
+            found += layers_block(stream, group) if layers else []
+            found += energy_blocks(group.items[0])
     return found
 
 
 def arms_block(stream: Stream) -> Block:
-    """One row per training arm."""
-    dense = stream.arms.get("dense")
-    header = ["arm", "n", "loss nats", "vs dense", "bits/byte", "kept", "Mtokens", "TFLOP", "reference s", "wall s"]
-    header += ["peak MB", "measured energy"]
-    rows, notes = [], [f"Note: {note}." for note in stream.notes]
-    for arm in stream.arms.values():
-        record = arm.record()
-        loss = arm.loss
-        bounds = "" if loss.low is None or loss.high is None else f" [{loss.low:.4f}, {loss.high:.4f}]"
-        delta = DASH if dense is None or arm is dense else f"{loss.mean - dense.loss.mean:+.4f}"
-        rows.append(
-            [
-                arm.name,
-                _n(arm),
-                f"{loss.mean:.4f}{bounds}",
-                delta,
-                _number(record, "bits_per_byte", "{:.4f}"),
-                _number(record, "keep_fraction", "{:.0%}"),
-                _number(record, "tokens", "{:.3f}", 1e-6),
-                _number(record, "flops", "{:.3f}", 1e-12),
-                _number(record, "reference_s", "{:.1f}"),
-                _number(record, "wall_s", "{:.1f}"),
-                _number(record, "peak_bytes", "{:.0f}", 1e-6),
-                NOT_MEASURED if record["energy_j"] is None else _joules(record["energy_j"]),
-            ]
-        )
-    reasons = dict.fromkeys(str(r) for arm in stream.arms.values() if (r := arm.record().get("energy_reason")))
+    """One row per training arm and, under them, per deployed model."""
+    found = overview.rows(stream)
+    shown = overview.columns(found)
+    reasons = dict.fromkeys(str(r) for row in found if (r := row["energy_reason"]))
+    notes = [f"Note: {note}." for note in stream.notes]
     notes += [f"Energy: {reason.removeprefix(NOT_MEASURED + ': ')}." for reason in reasons]
-    return Block(f"Stream {stream.name}: training arms, held-out loss ({_seeds(stream)})", header, rows, notes)
+    notes += [f"{remark}." for remark in overview.notes(found)]
+    what = "training arms" if not stream.deployments else "training arms and deployed models"
+    return Block(
+        f"Stream {stream.name}: {what}, held-out loss ({_seeds(stream)})",
+        [column.header for column in shown],
+        [[column.text(row) for column in shown] for row in found],
+        notes,
+        raw=[[row[column.key] for column in shown] for row in found],
+        meanings=[column.meaning for column in shown],
+    )
 
 
 def held_out_block(stream: Stream) -> list[Block]:
@@ -191,10 +185,55 @@ def deployed_block(stream: Stream, item: Deployment) -> Block:
     if record.get("max_payload_bits") is not None:
         clipped = f"saturations {record.get('saturations', '?')}, wraps {record.get('wraps', '?')}"
         rows.append(["widest payload", f"{record['max_payload_bits']} bits", clipped])
+    more, notes = _cores_and_time(record)
+    rows += more
     ran_on = record.get("ran_on", "not said where")
     tokens = f", {record['val_tokens']:,} held-out tokens" if isinstance(record.get("val_tokens"), int) else ""
     seed = "" if item.seed is None else f", seed {item.seed}"
-    return Block(f"Stream {stream.name}: deployed {item.arm}{seed}; {ran_on}{tokens}", ["", "value", ""], rows)
+    return Block(f"Stream {stream.name}: deployed {item.arm}{seed}; {ran_on}{tokens}", ["", "value", ""], rows, notes)
+
+
+def _cores_and_time(record: Mapping[str, Any]) -> tuple[list[list[str]], list[str]]:
+    """Rows of cores and latency, or what the record says of their absence; and notes on where the times come from."""
+    found, notes = [], []
+    cores = utilisation(record)
+    if cores is not None:
+        found.append(["cores", f"{cores.cores:,} of {cores.available:,}", f"{cores.chips} {cores.chip}, {cores.budget}"])
+        fullest = f"mean share of the scarcest resource; the fullest core {cores.highest_share:.0%}"
+        found.append(["filled", f"{cores.mean_share:.0%}", fullest])
+    else:
+        found.append(["cores", DASH, str(record.get("placement_reason") or "no placement recorded")])
+    times = token_times(record)
+    for item in times:
+        low, mid, high = item.token_us
+        bound = ">= " if item.lower_bound else ""
+        beside = f"{low:.3g} to {high:.3g}; set by {item.binding}; {item.tokens_per_s[1]:,.0f} tokens/s pipelined"
+        found.append(["time per token", f"{bound}{mid:.3g} us", beside])
+        notes.append(f"Time: {item.rates}, modelled; {item.source}.")
+        notes += [f"{item.rates}: {remark}." for remark in item.remarks]
+    if not times:
+        found.append(["time per token", DASH, str(record.get("latency_reason") or "no latency recorded")])
+    return found, notes
+
+
+def layers_block(stream: Stream, group: DeployedGroup) -> list[Block]:
+    """Where each joule goes: layers by profile, middle values; none where no record has counts by layer."""
+    energies, missing = layer_energies(group.items[0].record)
+    if not energies:
+        return []
+    names = dict.fromkeys(name for energy in energies for name in energy.layers)
+    cells, raw = [], []
+    for name in names:
+        values = [energy.of(name)[1] if name in energy.layers else None for energy in energies]
+        pairs = zip(values, energies, strict=True)
+        shares = [DASH if v is None else f"{joules(v)} ({v / energy.total[1]:.0%})" for v, energy in pairs]
+        cells.append([name, *shares])
+        raw.append([name, *values])
+    seed = "" if group.items[0].seed is None else f", seed {group.items[0].seed}"
+    origins = dict.fromkeys(energy.origin for energy in energies)
+    notes = [f"Joules by layer: {' and '.join(origins)}.", *(f"{reason}." for reason in missing)]
+    title = f"Stream {stream.name}: where each joule goes, {group.label}{seed} (middle values per token, share of the sum)"
+    return [Block(title, ["layer", *(energy.profile for energy in energies)], cells, notes, level=3, raw=raw)]
 
 
 def energy_blocks(item: Deployment) -> list[Block]:
@@ -218,7 +257,7 @@ def _energy_block(kind: str, energies: Sequence[Mapping[str, Any]]) -> Block:
         if energy.get("mid_j") is None:
             figures = [NOT_MEASURED, DASH, DASH]
         else:
-            figures = [at_least + _joules(energy[key]) for key in ("low_j", "mid_j", "high_j")]
+            figures = [at_least + joules(energy[key]) for key in ("low_j", "mid_j", "high_j")]
         hypothetical = "hypothetical" if any(label.startswith("hypothetical") for label in labels) else DASH
         rows.append([profile, *figures, kind, hypothetical, str(energy["source"])])
         if energy.get("reason"):
@@ -274,16 +313,3 @@ def _seeds(stream: Stream) -> str:
         return "n = 1, a demonstration"
     alone = "; a row with n = 1 is a demonstration" if counts[0] == 1 else ""
     return f"n = {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} seeds, mean [95 % t-interval]{alone}"
-
-
-def _number(record: Mapping[str, Any], key: str, form: str, factor: float = 1.0) -> str:
-    value = record.get(key)
-    return DASH if value is None else form.format(factor * float(value))
-
-
-def _joules(value: float) -> str:
-    """Three significant digits with the prefix that fits: 1.23 uJ."""
-    for unit, size in (("kJ", 1e3), ("J", 1.0), ("mJ", 1e-3), ("uJ", 1e-6), ("nJ", 1e-9)):
-        if abs(value) >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value / 1e-12:.3g} pJ"

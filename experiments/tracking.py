@@ -51,6 +51,12 @@ RUN_LAYOUT: Layout = {
         "reference seconds": ["Multiline", ["cost/reference_s"]],
         "tokens per second": ["Multiline", ["cost/tokens_per_s"]],
     },
+    "what the gate saved": {
+        "FLOPs, share of dense on the same text": ["Multiline", ["saved/flops_share"]],
+        "reference seconds, share of dense on the same text": ["Multiline", ["saved/reference_s_share"]],
+        "FLOPs saved so far": ["Multiline", ["saved/flops$"]],
+        "reference seconds saved so far": ["Multiline", ["saved/reference_s$"]],
+    },
 }
 ENERGY_TAGS = ["energy_nj_per_token/mid", "energy_nj_per_token/low", "energy_nj_per_token/high"]
 CURVE_TAG = "val_loss_nats_by_reference_ms"
@@ -64,18 +70,19 @@ HPARAMS: dict[str, str | float] = {
     "seed": "",
     "model": "",
     "keep": 0.0,
+    "subset": "",
     "profile": "",  # of energy_nj_per_token
 }
-HPARAM_METRICS = (
+HPARAM_METRICS = (  # TensorBoard shows the first five until told otherwise
     "hparam/loss_nats",
-    "hparam/bits_per_byte",
-    "hparam/tokens",
-    "hparam/tflop",
-    "hparam/reference_s",
-    "hparam/wall_s",
-    "hparam/peak_mb",
     "hparam/energy_j",
     "hparam/energy_nj_per_token",
+    "hparam/reference_s",
+    "hparam/tflop",
+    "hparam/bits_per_byte",
+    "hparam/tokens",
+    "hparam/wall_s",
+    "hparam/peak_mb",
 )
 
 
@@ -269,6 +276,13 @@ def _write_deployment(folder: Path, stream: str, deployed: Deployment) -> None:
             row["profile"], metrics["energy_nj_per_token"] = energy["profile"], 1e9 * energy["mid_j"]
     write_hparams(writer, row, metrics)
     writer.close()
+
+
+def training_energy_markdown(result: Mapping[str, Any]) -> str:
+    """What meters saw of a training run, or why they saw nothing, as Markdown."""
+    if result.get("energy_j") is None:
+        return f"Training energy: {result.get('energy_reason') or 'not measured'}"
+    return f"Training energy: {result['energy_j']:.4g} J, measured over the whole run, idle power of the devices included."
 
 
 def hparam_metrics(result: Mapping[str, Any]) -> dict[str, float | None]:

@@ -12,10 +12,16 @@ if TYPE_CHECKING:
     from neuro.calibration import Calibration, calibrate
     from neuro.compatibility import CompatibilityReport, NothingToMap, analyse
     from neuro.conversion.attention import split_attention
-    from neuro.conversion.graded import GradedConfig, convert
+    from neuro.conversion.graded import GradedConfig
+    from neuro.conversion.norm import rms_norm_graph
     from neuro.conversion.plan import Plan, Segment, load_plan, save_plan
-    from neuro.deployed import Deployed, deploy
+    from neuro.conversion.rate import RateConfig
+    from neuro.conversion.routes import convert
+    from neuro.conversion.sigma_delta import SigmaDeltaConfig
+    from neuro.deployed import Deployed, deploy, load_deployed, save_deployed
+    from neuro.generation import generate
     from neuro.graph import Population, Projection, SpikingGraph, load_graph, save_graph
+    from neuro.registry import LayerRule, prepare, register_layer, unregister_layer
 
 _HOME = {
     "analyse": "neuro.compatibility",
@@ -23,7 +29,9 @@ _HOME = {
     "NothingToMap": "neuro.compatibility",
     "calibrate": "neuro.calibration",
     "Calibration": "neuro.calibration",
-    "convert": "neuro.conversion.graded",
+    "convert": "neuro.conversion.routes",
+    "RateConfig": "neuro.conversion.rate",
+    "SigmaDeltaConfig": "neuro.conversion.sigma_delta",
     "GradedConfig": "neuro.conversion.graded",
     "split_attention": "neuro.conversion.attention",
     "Plan": "neuro.conversion.plan",
@@ -31,12 +39,20 @@ _HOME = {
     "save_plan": "neuro.conversion.plan",
     "load_plan": "neuro.conversion.plan",
     "deploy": "neuro.deployed",
+    "save_deployed": "neuro.deployed",
+    "load_deployed": "neuro.deployed",
     "Deployed": "neuro.deployed",
+    "generate": "neuro.generation",
     "Population": "neuro.graph",
     "Projection": "neuro.graph",
     "SpikingGraph": "neuro.graph",
     "save_graph": "neuro.graph",
     "load_graph": "neuro.graph",
+    "LayerRule": "neuro.registry",
+    "prepare": "neuro.registry",
+    "register_layer": "neuro.registry",
+    "unregister_layer": "neuro.registry",
+    "rms_norm_graph": "neuro.conversion.norm",
 }
 
 __all__ = [
@@ -44,21 +60,31 @@ __all__ = [
     "CompatibilityReport",
     "Deployed",
     "GradedConfig",
+    "LayerRule",
     "NothingToMap",
     "Plan",
     "Population",
     "Projection",
+    "RateConfig",
     "Segment",
+    "SigmaDeltaConfig",
     "SpikingGraph",
     "analyse",
     "calibrate",
     "convert",
     "deploy",
+    "generate",
+    "load_deployed",
     "load_graph",
     "load_plan",
+    "prepare",
+    "register_layer",
+    "rms_norm_graph",
+    "save_deployed",
     "save_graph",
     "save_plan",
     "split_attention",
+    "unregister_layer",
 ]
 
 

@@ -4,35 +4,51 @@
     logits = deployed(tokens)
     deployed.counts()
 
-Each row of a layer's input (a token) is one time step of its graph. The deployed module is a copy for evaluation: no
-gradients, no training mode, and the model it was made from is not changed.
+Each row of a layer's input (a token) is one time step of its graph (graded and sigma-delta routes) or several (rate
+route). The sigma-delta route reads the rows along the second last dimension as a stream that starts from rest; token by
+token, `with deployed.keep_state():` goes on from call to call. The deployed module is a copy for evaluation: no gradients,
+no training mode, and the model it was made from is not changed.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hardware.energy import Counts
-from neuro.conversion.plan import Plan, Segment, fingerprint
-from neuro.segments import BACKENDS, PairFirst, PairLast, Runner, SegmentHealth, SingleLinear
+from neuro.conversion.plan import Plan, PlanFileError, Segment, fingerprint, load_plan, save_plan
+from neuro.registry import move_hooks
+from neuro.segments import BACKENDS, PairFirst, PairLast, SegmentHealth, SingleLinear, runner_for
 
-__all__ = ["BACKENDS", "Deployed", "SegmentHealth", "deploy"]
+if TYPE_CHECKING:
+    from neuro.segments import AnyRunner
+
+__all__ = ["BACKENDS", "Deployed", "SegmentHealth", "deploy", "load_deployed", "save_deployed"]
+
+SCHEMA = 1
+RECORD = "deployed.json"
 
 
 def deploy(module: nn.Module, plan: Plan, backend: str = "fixed_point") -> Deployed:
     """A deep copy of `module` with every mapped layer replaced.
 
     Args:
-        module: the module that `plan` was made from; its weights are compared with the plan's fingerprints. plan: from
-        `neuro.conversion.graded.convert` or `load_plan`. backend: "fixed_point": the graphs on the integer simulator.
-        "quantised": the same int8 weights and inputs, and the same
-            hidden grid, in dense float arithmetic without events: the control that shows what the event pipeline
-            itself costs.
+        module: the module that `plan` was made from; its weights are compared with the plan's fingerprints.
+        plan: of any route, from its `convert` or `load_plan`.
+        backend: "fixed_point": the graphs on the integer simulator. "quantised": the same integer weights, the same
+            inputs on their grid and the same hidden grid (rate route: T levels) in dense arithmetic without events: the
+            control that shows what the event pipeline itself costs. Equal to the simulation, bit for bit: sigma-delta
+            with thresholds up to 1; rate with soft reset and analogue input while no sum is shifted on its way out.
 
     Raises:
         ValueError: unknown backend; a layer of the plan that the module lacks, or whose weights are not the plan's.
@@ -46,11 +62,13 @@ def deploy(module: nn.Module, plan: Plan, backend: str = "fixed_point") -> Deplo
     runners = []
     for segment in plan.segments:
         layers = [_linear(twin, name) for name in segment.modules]
-        runner = Runner(segment, backend, [layer.bias for layer in layers])
+        runner = runner_for(segment, backend, [layer.bias for layer in layers])
         runners.append(runner)
         news: list[nn.Module] = [SingleLinear(runner)] if len(layers) == 1 else [PairFirst(runner), PairLast(runner)]
         for old, new in zip(layers, news, strict=True):
             twin = _replace(twin, old, new)
+        if segment.threshold_module:  # the graph's neurons do what it did
+            twin = _replace(twin, twin.get_submodule(segment.threshold_module), nn.Identity())
     for part in twin.modules():
         if isinstance(part, nn.TransformerEncoderLayer):
             part.activation_relu_or_gelu = 0  # torch's fused kernel would read the weights of the replaced layers
@@ -76,8 +94,7 @@ def _check_layer(module: nn.Module, name: str, expected: str) -> None:
 
 def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     """Put `new` wherever `old` stands, hooks included; returns the root, which may itself be replaced."""
-    new._forward_hooks.update(old._forward_hooks)
-    new._forward_pre_hooks.update(old._forward_pre_hooks)
+    move_hooks(old, new)
     if root is old:
         return new
     for parent in list(root.modules()):
@@ -98,7 +115,7 @@ class Deployed(nn.Module):
     `counts()` covers everything since construction or `reset_counts()`.
     """
 
-    def __init__(self, module: nn.Module, plan: Plan, backend: str, runners: list[Runner]) -> None:
+    def __init__(self, module: nn.Module, plan: Plan, backend: str, runners: list[AnyRunner]) -> None:
         super().__init__()
         self.module = module
         self.plan = plan
@@ -169,8 +186,94 @@ class Deployed(nn.Module):
         """Clipped inputs, wraps and values beyond their word, per segment, since the last reset."""
         return tuple(runner.health() for runner in self._runners)
 
+    @contextmanager
+    def keep_state(self) -> Iterator[Deployed]:
+        """Inside, streams go on from call to call, as in generation token by token; at both ends they start from rest.
+
+        The batch keeps its size and order inside. Only the sigma-delta route has streams: elsewhere nothing changes.
+        """
+        streams = [runner for runner in self._runners if runner.segment.code != "graded"]
+        self.reset_state()
+        try:
+            for runner in streams:
+                runner.keep_state = True  # type: ignore[union-attr]
+            yield self
+        finally:
+            for runner in streams:
+                runner.keep_state = False  # type: ignore[union-attr]
+            self.reset_state()
+
+    def reset_state(self) -> None:
+        """The next call starts every stream from rest, inside `keep_state` too."""
+        for runner in self._runners:
+            if runner.segment.code != "graded":
+                runner.reset_state()  # type: ignore[union-attr]
+
     def reset_counts(self) -> None:
         """Forget all counts."""
         self._host.tokens = 0
         for runner in self._runners:
             runner.reset()
+
+
+def _host_hashes(module: nn.Module) -> dict[str, str]:
+    """SHA-256 of every parameter and buffer that stays on the host."""
+    found = {}
+    for name, tensor in module.state_dict().items():
+        value = tensor.detach().cpu().contiguous()
+        digest = hashlib.sha256(f"{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+        found[name] = digest.hexdigest()
+    return found
+
+
+def save_deployed(deployed: Deployed, folder: str | os.PathLike[str]) -> Path:
+    """Write a deployed model beside its checkpoint: the plan (`save_plan`) and `deployed.json`, last and atomically.
+
+    The folder holds the integers of every mapped layer, the backend, and hashes of what stays on the host; the host's own
+    weights are the module's business, so `load_deployed` needs the module. Counts and streams are not kept.
+
+    Raises FileExistsError when the folder already holds a plan.
+    """
+    folder = save_plan(deployed.plan, folder)
+    document = {"schema": SCHEMA, "backend": deployed.backend, "host": _host_hashes(deployed.module)}
+    temporary = folder / f".{RECORD}.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(document, indent=1), encoding="utf-8")
+    os.replace(temporary, folder / RECORD)
+    return folder
+
+
+def load_deployed(folder: str | os.PathLike[str], module: nn.Module) -> Deployed:
+    """A deployed model from a folder of `save_deployed` and the module it was made from, which is not changed.
+
+    Raises:
+        PlanFileError: a folder that is missing, damaged or of another schema.
+        ValueError: a mapped layer, or a parameter or buffer on the host, is not the one that was saved; it is named.
+    """
+    path = Path(folder) / RECORD
+    try:
+        document: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PlanFileError(f"{folder} holds no {RECORD}; save_deployed(deployed, folder) writes one") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PlanFileError(f"{path} is damaged: {error}") from error
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        found = document.get("schema") if isinstance(document, dict) else None
+        raise PlanFileError(f"{path} has schema {found!r}, this version reads {SCHEMA}; deploy and save again")
+    try:
+        backend, wanted = document["backend"], dict(document["host"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise PlanFileError(f"{path} is damaged: {error!r}") from error
+    deployed = deploy(module, load_plan(folder), backend)
+    held = _host_hashes(deployed.module)
+    for name in sorted(wanted.keys() | held.keys()):
+        if wanted.get(name) != held.get(name):
+            what = (
+                "is missing in this module"
+                if name not in held
+                else "is not in the saved one"
+                if name not in wanted
+                else ("has other values than the saved one")
+            )
+            raise ValueError(f"host tensor {name!r} {what}; load the checkpoint that was deployed")
+    return deployed

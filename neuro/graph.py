@@ -14,6 +14,7 @@ Arithmetic (lava-nc 0.10.0, process models tagged `fixed_pt`; the simulators imp
   clipped to 24 bits; both divisions toward zero; a spike where `v > vth << 6`, and v becomes 0 there. `ternary_lif`
   sends -1 below `vth_lo << 6` too; `lif_reset` starts from u = v = 0 where `t mod reset_interval = reset_offset mod
   reset_interval`, t from 1; `lif_refractory` keeps v at 0 for `refractory` steps, its spike's own included (chip mode).
+  `lif_soft` is lif with soft reset: v loses `vth << 6` where it fires; with a `reset_interval` it restarts as lif_reset.
 * `sigma`: `sigma <- sigma + a`, sent whole. `delta`: sends changes of `a << (spike_exp + state_exp)` of at least vth, `>>
   state_exp`. `sigma_delta`: sigma, then relu(sigma + bias) or sigma + bias, then the delta stage.
 * `graded`, `graded_relu`: the input is sent on where `|a| > vth`, or `a > vth`; nothing is kept.

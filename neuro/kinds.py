@@ -33,6 +33,8 @@ class Kind:
 
     Attributes:
         lava: Lava's process class, or "" where Lava 0.10 has no fixed-point model of it.
+        extends: where Lava has none, its class whose arithmetic mode "lava" of the simulator goes on from.
+        instead: what to do to run the same on Lava, where there is something.
         ports: names of the input ports; several projections to one port add up.
         parameters: name -> range.
         states: variables kept from step to step, as Lava names them; all int32, one value per neuron.
@@ -46,10 +48,13 @@ class Kind:
     states: tuple[str, ...] = ()
     outs: tuple[str, ...] = ("s_out",)
     silent_ports: bool = False
+    extends: str = ""
+    instead: str = ""
 
 
 VTH_17 = Parameter(0, 2**17 - 1)  # in units of 64
 VTH_24 = Parameter(0, 2**23 - 1)
+VTH_EACH = Parameter(0, 2**23 - 1, per_neuron=True)
 _LIF = {
     "du": Parameter(0, 4095),
     "dv": Parameter(0, 4095),
@@ -89,6 +94,21 @@ KINDS: dict[str, Kind] = {
     "lif_refractory": Kind(
         "", ("a_in",), {**_LIF, "vth": VTH_17, "refractory": Parameter(1, 64)}, ("u", "v"), silent_ports=True
     ),
+    # soft reset, or reset by subtraction: v loses the threshold where it fires; reset_interval 0: no other reset
+    "lif_soft": Kind(
+        "",
+        ("a_in",),
+        {
+            **_LIF,
+            "vth": VTH_17,
+            "reset_interval": Parameter(0, 2**16 - 1, default=0),
+            "reset_offset": Parameter(0, 2**16 - 1, default=0),
+        },
+        ("u", "v"),
+        silent_ports=True,
+        extends="LIF",
+        instead="use kind lif or lif_reset (reset='hard' in the rate route)",
+    ),
     "sigma": Kind("Sigma", ("a_in",), {}, ("sigma",)),
     "delta": Kind("Delta", ("a_in",), _DELTA, ("act", "residue", "error")),
     "sigma_delta": Kind(
@@ -97,13 +117,14 @@ KINDS: dict[str, Kind] = {
         {**_DELTA, "bias": Parameter(-(2**15), 2**15 - 1, per_neuron=True, default=0), "relu": Parameter(0, 1, default=1)},
         ("sigma", "act", "residue", "error"),
     ),
-    "graded": Kind("GradedVec", ("a_in",), {"vth": VTH_24}),
-    "graded_relu": Kind("GradedReluVec", ("a_in",), {"vth": VTH_24}),
+    "graded": Kind("GradedVec", ("a_in",), {"vth": VTH_EACH}),
+    "graded_relu": Kind("GradedReluVec", ("a_in",), {"vth": VTH_EACH}),
     "product": Kind("ProdNeuron", ("a_in1", "a_in2"), {"vth": VTH_24, "exp": Parameter(0, 31)}),
     # s_out: a_in1[t-1] a_in2[t] where its magnitude exceeds vth; s2_out: a_in1[t]^2
     "norm": Kind("NormVecDelay", ("a_in1", "a_in2"), {"vth": VTH_24}, ("v",), outs=("s_out", "s2_out")),
 }
-LIF_KINDS = ("lif", "ternary_lif", "lif_reset", "lif_refractory")
+LIF_KINDS = ("lif", "ternary_lif", "lif_reset", "lif_refractory", "lif_soft")
+BINARY_KINDS = ("lif", "lif_reset", "lif_refractory", "lif_soft")  # send 0 or 1
 STATELESS = ("input", "graded", "graded_relu", "product")
 
 # Kind of projection -> Lava's process class.

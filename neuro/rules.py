@@ -1,4 +1,4 @@
-"""The verdict table: which traced operation the chip takes, what the graded route does with it, and its dense cost.
+"""The verdict table: which traced operation a chip takes, where a route puts it, and its dense cost.
 
 Sources: arithmetic and process set of lava-nc 0.10.0 (Dense, GradedVec, GradedReluVec, ProdNeuron); sequence mixers
 shown on Loihi 2 silicon are recurrent or linear ones (arXiv:2503.18002, arXiv:2409.15022), so products of two
@@ -9,16 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
+from hardware.chip import Chip
+from neuro.fit import MESSAGE_BITS, Fit
+from neuro.lookup import FUNCTIONS, Table
+from neuro.registry import VERDICTS, LayerRule
 from neuro.tracing import TracedOp
+
+__all__ = ["ROUTES", "VERDICTS", "Rule", "Where", "is_matrix", "linear_macs", "rules_for"]
+
+ROUTES = {"graded": True, "sigma_delta": True, "rate": False}
+"""Route -> whether it needs messages with a payload."""
 
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
-
-VERDICTS = ("native", "after transform", "approximate", "host")
 
 LAYOUT = _words("""
     view reshape _reshape transpose permute t unsqueeze squeeze select slice contiguous clone expand expand_as cat
@@ -30,20 +38,28 @@ LAYOUT = _words("""
 POSITION = _words("""
     arange zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full tril triu eye cos sin outer
     where masked_fill eq ne lt le gt ge logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not
-    __and__ __or__ scalar_tensor tensor empty cumsum linspace any all isinf isnan
+    __and__ __or__ scalar_tensor tensor empty cumsum linspace any all isinf isnan diff
 """)
 NORMS = _words("""
-    layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm batch_norm instance_norm LayerNorm RMSNorm
-    GroupNorm BatchNorm1d BatchNorm2d
+    layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm instance_norm LayerNorm RMSNorm GroupNorm
 """)
-NORM_PARTS = _words("""
-    mean sum var std rsqrt sqrt pow square norm linalg_vector_norm amax amin reciprocal abs
+AFFINE_NORMS = _words("""
+    batch_norm _native_batch_norm_legit_no_training BatchNorm1d BatchNorm2d
+""")
+SUMS = _words("""
+    mean sum avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d
 """)
 RECTIFIERS = _words("""
     relu clamp_min ReLU threshold
 """)
-SMOOTH = _words("""
-    gelu silu sigmoid tanh softplus mish elu leaky_relu hardswish exp log log1p erf GELU SiLU Sigmoid Tanh Mish ELU
+LEAKY = _words("""
+    leaky_relu prelu _prelu_kernel abs LeakyReLU PReLU
+""")
+UNBOUNDED = _words("""
+    exp exp2 expm1 log log2 log10 log1p reciprocal logsigmoid log_sigmoid_forward
+""")
+ROW_COMPARISONS = _words("""
+    amax amin max min maximum minimum argmax argmin topk sort std var norm linalg_vector_norm
 """)
 SOFTMAX = _words("""
     softmax _softmax log_softmax _log_softmax _safe_softmax Softmax logsumexp
@@ -60,8 +76,25 @@ Cost = Callable[[TracedOp], int]
 
 
 @dataclass(frozen=True)
+class Where:
+    """The chip, the route, and the look-up table that an activation would get."""
+
+    chip: Chip
+    route: str = "graded"
+    table: Table = field(default_factory=Table)
+
+    @property
+    def takes_route(self) -> bool:
+        """Whether the chip sends the messages that the route needs."""
+        return self.chip.graded or not ROUTES[self.route]
+
+
+@dataclass(frozen=True)
 class Rule:
-    """Verdict and place of one operation; `macs` counts its dense multiply-accumulates from the traced shapes."""
+    """Verdict and place of one operation; `macs` counts its dense multiply-accumulates from the traced shapes.
+
+    The last six fields are those of `neuro.report.Operation`.
+    """
 
     kind: str
     verdict: str
@@ -69,6 +102,12 @@ class Rule:
     reason: str
     remedy: str
     macs: Cost
+    error_bound: float | None = None
+    bound_of: str = ""
+    limit: str = ""
+    need: int | None = None
+    have: int | None = None
+    cores: int = 0
 
 
 def _none(_: TracedOp) -> int:
@@ -106,10 +145,23 @@ def _convolution_macs(op: TracedOp) -> int:
     return math.prod(op.out_shape) * math.prod(op.in_shapes[1][1:])
 
 
-def _fused_attention_macs(op: TracedOp) -> int:
-    """nn.MultiheadAttention seen as one leaf (batch first, self-attention): four projections, scores and values."""
-    batch, length, width = op.in_shapes[0] if len(op.in_shapes[0]) == 3 else (1, *op.in_shapes[0])
-    return batch * length * (4 * width * width + 2 * length * width)
+def _parts_macs(op: TracedOp) -> int:
+    """Of a module taken as one operation: what its parts cost by the rules of their own."""
+    return sum(_plain_macs(part) for part in op.parts)
+
+
+def _plain_macs(op: TracedOp) -> int:
+    if op.parts:
+        return _parts_macs(op)
+    if op.target in LINEARS:
+        return linear_macs(op)
+    if op.target in PRODUCTS:
+        return _product_macs(op)
+    if op.target in CONVOLUTIONS:
+        return _convolution_macs(op)
+    if op.target == "scaled_dot_product_attention":
+        return _attention_macs(op) + _value_macs(op)
+    return 0
 
 
 def is_matrix(op: TracedOp) -> bool:
@@ -118,20 +170,33 @@ def is_matrix(op: TracedOp) -> bool:
 
 
 def rules_for(
-    op: TracedOp, *, mapped: bool = False, in_pair: str = "", kept_because: str = "", chip: str = "loihi2"
+    op: TracedOp,
+    where: Where,
+    *,
+    mapped: bool = False,
+    in_pair: str = "",
+    kept_because: str = "",
+    fit: Fit | None = None,
+    layer: LayerRule | None = None,
 ) -> tuple[Rule, ...]:
     """Rows of one operation (attention has three). Never empty: what is not known gets a row that says so.
 
     Args:
-        mapped: the graded route takes this linear layer.
+        where: chip and route.
+        mapped: the route takes this linear layer.
         in_pair: activation of the MLP graph this operation lies inside ("relu", "relu2"), or "".
         kept_because: why a linear layer is not mapped.
+        fit: of a linear layer, what it needs of the chip.
+        layer: what is registered for the module that this operation is.
     """
-    target, two = op.target, len(op.in_shapes) - len(op.weights) > 1
+    target = op.target
+    if layer is not None:
+        return (_registered(op, where, layer, in_pair),)
     if target in LINEARS:
-        return (_linear(mapped, kept_because, chip),)
+        return (_linear(where, mapped, kept_because, fit),)
     if in_pair and target in RECTIFIERS:
-        return (_rule("activation", "after transform", "ReLU becomes the threshold of graded ReLU neurons", on="chip"),)
+        reason = "the neurons' threshold is the rectifier" if where.route == "graded" else "the neurons rectify"
+        return (_rule("activation", "after transform", reason, on="chip"),)
     if in_pair and target in ("square", "pow", "mul"):
         return (_rule("activation", "after transform", "square: product neurons multiply two copies", on="chip"),)
     if target == "scaled_dot_product_attention":
@@ -142,64 +207,145 @@ def rules_for(
             _rule("attention x value", "host", full, macs=_value_macs),
         )
     if target == "MultiheadAttention":
-        remedy = "replace nn.MultiheadAttention by separate nn.Linear layers: neuro.split_attention(module)"
-        return (
-            _rule("attention (whole)", "host", "a fused module: nothing inside it was seen", remedy, _fused_attention_macs),
-        )
+        remedy = "replace nn.MultiheadAttention by separate nn.Linear layers: neuro.prepare(module, example_inputs)"
+        return (_rule("attention (whole)", "host", "a fused module: nothing inside it was seen", remedy),)
     if target in PRODUCTS:
         return (_product(op),)
     if target in CONVOLUTIONS:
-        reason = "the chip runs convolutions; this package has no graded converter for them yet"
+        reason = "the chip runs convolutions; this package has no converter for them yet"
         return (_rule("convolution", "native", reason, macs=_convolution_macs),)
+    rule = _element_wise(op, where)
+    return (replace(rule, macs=_parts_macs) if op.parts else rule,)
+
+
+def _element_wise(op: TracedOp, where: Where) -> Rule:
+    target, two = op.target, len(op.in_shapes) - len(op.weights) > 1
     if target in ("embedding", "Embedding", "EmbeddingBag"):
-        return (
-            _rule("embedding lookup", "after transform", "possible as one-hot spikes; a table read is cheaper on the host"),
-        )
+        reason = "possible as one-hot spikes; a table read is cheaper on the host"
+        return _rule("embedding lookup", "after transform", reason)
     if target in NORMS:
-        return (_rule("normalisation", "approximate", "needs 1/sqrt of a row's mean square; kept exact on the host"),)
+        return _norm(target, where)
+    if target in AFFINE_NORMS:
+        reason = "a fixed factor and offset in evaluation: folds into the linear layer beside it; not done here"
+        return _rule("normalisation (fixed statistics)", "after transform", reason)
     if target in SOFTMAX:
-        return (_rule("softmax", "host", "exponential and division over a row"),)
+        return _rule("softmax", "host", "exponential and division over a row")
     if target in RECTIFIERS:
-        return (_rule("activation", "after transform", "ReLU outside an MLP graph: its neighbours run on the host"),)
-    if target in SMOOTH:
-        return (_rule("activation", "approximate", "would need a look-up neuron (not built); kept exact on the host"),)
-    if target in ("add", "sub", "rsub", "add_", "iadd"):
+        return _rule("activation", "after transform", "ReLU outside an MLP graph: its neighbours run on the host")
+    if target in LEAKY:
+        return _rule("activation", "after transform", "two rectifiers, one for each sign; its neighbours run on the host")
+    function = "gelu" if target == "GELU" else target.lower()
+    if function in FUNCTIONS:
+        return _activation(function, where)
+    if target in UNBOUNDED:
+        return _rule("unbounded function", "host", f"{target}: no look-up table of fixed reach covers it")
+    if target in ROW_COMPARISONS:
+        return _rule("reduction over a row", "host", "compares or squares a whole row of activations")
+    if not op.floating and target in ("add", "sub", "rsub", "mul", "div", "neg", "sum", "remainder", "floor_divide"):
+        return _rule("mask or position", "host", "whole numbers computed from positions, not from activations")
+    if target in ("add", "sub", "rsub", "iadd"):
         if two:
-            return (_rule("residual add", "native", "graded neurons add, but both operands come from the host"),)
-        return (_rule("element-wise add", "native", "bias or constant on an operand that lives on the host"),)
+            return _rule("residual add", "native", "neurons add, but both operands come from the host")
+        return _rule("element-wise add", "native", "bias or constant on an operand that lives on the host")
     if target in ("mul", "div", "neg", "imul"):
-        return (_rule("element-wise product", "host", "scaling or rotary multiplication of activations"),)
-    if target in NORM_PARTS:
-        return (_rule("reduction or power", "approximate", "part of a normalisation or pooling; kept exact on the host"),)
+        return _rule("element-wise product", "host", "scaling or rotary multiplication of activations")
+    if target in ("rsqrt", "sqrt"):
+        return _norm(target, where)
+    if target == "square" or (target == "pow" and op.scalars in ((2,), (3,))):
+        reason = "product neurons multiply copies; its operand is on the host"
+        return _rule("power", "after transform", reason) if where.chip.graded else _binary(where, "power", "needs")
+    if target == "pow":
+        return _rule("unbounded function", "host", f"pow {op.scalars}: no look-up table of fixed reach covers it")
+    if target in SUMS:
+        return _rule("sum or mean", "native", "synapses add; its operand is on the host")
     if target in POSITION:
-        return (_rule("mask or position", "host", "computed from positions, not from activations"),)
+        return _rule("mask or position", "host", "computed from positions, not from activations")
     if target in LAYOUT:
-        return (_rule("data movement", "host", "reorders or passes values, no arithmetic"),)
-    return (_rule(f"unknown: {target}", "host", "no rule for this operation; it stays on the host as written"),)
+        return _rule("data movement", "host", "reorders or passes values, no arithmetic")
+    return _rule(f"unknown: {target}", "host", "no rule for this operation; it stays on the host as written")
 
 
 def _rule(kind: str, verdict: str, reason: str, remedy: str = "", macs: Cost = _none, on: str = "host") -> Rule:
     return Rule(kind, verdict, on, reason, remedy, macs)
 
 
-def _linear(mapped: bool, kept_because: str, chip: str) -> Rule:
+def _binary(where: Where, kind: str, what: str, macs: Cost = _none) -> Rule:
+    """An operation that needs payloads, on a chip without them."""
+    reason = f"{what} messages with a payload; {where.chip.title} sends binary spikes"
+    return replace(
+        _rule(kind, "host", reason, macs=macs), limit="payload_bits", need=MESSAGE_BITS, have=where.chip.payload_bits
+    )
+
+
+def _activation(function: str, where: Where) -> Rule:
+    if not where.chip.graded:
+        return _binary(where, "activation", "a look-up needs")
+    reason = f"{function} by a look-up neuron (microcode, not simulated here); kept exact on the host"
+    bound = where.table.error_bound(function)
+    return replace(_rule("activation", "approximate", reason), error_bound=bound, bound_of=str(where.table))
+
+
+def _norm(target: str, where: Where) -> Rule:
+    if not where.chip.graded:
+        return _binary(where, "normalisation", "1/sqrt of a row's mean square needs")
+    if target in ("rms_norm", "_fused_rms_norm", "RMSNorm"):
+        reason = "1/rms by graded and product neurons (neuro.conversion.norm); exact on the host by default"
+    elif target in ("rsqrt", "sqrt"):
+        reason = "1/sqrt by graded neurons, as in neuro.conversion.norm; exact on the host"
+    else:
+        reason = "1/rms as in neuro.conversion.norm, the mean taken off before; exact on the host"
+    bound, span = _norm_bound()
+    return replace(
+        _rule("normalisation", "approximate", reason),
+        error_bound=bound,
+        bound_of=f"relative, rows from 1/{span} of the largest",
+    )
+
+
+@lru_cache(maxsize=1)
+def _norm_bound() -> tuple[float, int]:
+    from neuro.conversion.norm import FLOOR_BITS, REACH_BITS, inverse_root
+
+    return inverse_root().relative_bound, 2 ** ((REACH_BITS - FLOOR_BITS) // 2)
+
+
+def _registered(op: TracedOp, where: Where, layer: LayerRule, in_pair: str) -> Rule:
+    kind = layer.kind or op.target
+    cost = _parts_macs if op.parts else _plain_macs
+    if layer.needs_graded and not where.chip.graded:
+        return _binary(where, kind, "needs", cost)
+    rule = _rule(kind, layer.verdict, layer.reason, layer.remedy, cost, on="chip" if in_pair else "host")
+    return replace(rule, error_bound=layer.error_bound, bound_of=layer.bound_of)
+
+
+def _linear(where: Where, mapped: bool, kept_because: str, fit: Fit | None) -> Rule:
+    if fit is not None and not fit.fits:
+        reason = f"does not fit: {fit.limit} {fit.need:,} of {fit.have:,}"
+        rule = _rule("linear", "host", reason, fit.remedy, linear_macs)
+        return replace(rule, limit=fit.limit, need=fit.need, have=fit.have)
     if mapped:
-        return _rule("linear", "native", "int8 weights, graded 8-bit spikes in", macs=linear_macs, on="chip")
-    if chip == "loihi1":
-        reason = "Loihi 1 has binary spikes; the graded route needs payloads"
-        return _rule("linear", "approximate", reason, "map to loihi2; rate coding for loihi1 is not built", linear_macs)
+        verdict, reason = {
+            "graded": ("native", "int8 weights, graded 8-bit spikes in"),
+            "sigma_delta": ("native", "int8 weights, graded changes in, added up again behind the synapses"),
+            "rate": ("after transform", "int8 weights, values as spike counts over several steps a token"),
+        }[where.route]
+        rule = _rule("linear", verdict, reason, macs=linear_macs, on="chip")
+        if fit is None:
+            return rule
+        return replace(rule, limit=fit.limit, need=fit.need, have=fit.have, cores=fit.cores)
+    if not where.takes_route:
+        reason = f"{where.chip.title} has binary spikes; the {where.route} route needs payloads"
+        remedy = "map to loihi2, or take route='rate': spike counts over several steps a token"
+        rule = _rule("linear", "after transform", reason, remedy, linear_macs)
+        return replace(rule, limit="payload_bits", need=MESSAGE_BITS // 2, have=where.chip.payload_bits)
     if kept_because:
         return _rule("linear", "native", kept_because, macs=linear_macs)
     remedy = (
-        "weights used as bare parameters: neuro.split_attention(module) gives nn.MultiheadAttention separate nn.Linear "
-        "layers; elsewhere call an nn.Linear"
+        "weights used as bare parameters: neuro.prepare(module, example_inputs) gives nn.MultiheadAttention and registered "
+        "layers separate nn.Linear layers; elsewhere call an nn.Linear"
     )
     return _rule(
-        "linear (functional)",
-        "after transform",
-        "its weight is not read by an nn.Linear's own call",
-        remedy,
-        linear_macs,
+        "linear (functional)", "after transform", "its weight is not read by an nn.Linear's own call", remedy, linear_macs
     )
 
 

@@ -7,18 +7,28 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hardware.energy import Counts
 from neuro.conversion.integers import INT8_MAX, PAYLOAD_BITS, payload_bits, quantise
+from neuro.conversion.mapped import is_one_to_one
 from neuro.conversion.plan import Segment
 from neuro.graph import Projection
 from neuro.simulators.activity import Activity
 from neuro.simulators.exact import fitting, float32_products_are_exact
 from neuro.simulators.fixed_point import run_pipelined
+from neuro.synapses import weight_step
 
+if TYPE_CHECKING:
+    from neuro.streams import DeltaRunner, RateRunner
+
+    AnyRunner: TypeAlias = "Runner | DeltaRunner | RateRunner"
+
+PAYLOAD_LIMIT = 2 ** (PAYLOAD_BITS - 1) - 1
 BACKENDS = ("fixed_point", "quantised")
 
 
@@ -44,18 +54,18 @@ def encode(segment: Segment, x_NI: Tensor) -> tuple[dict[str, Tensor], int]:
     """Integer inputs of a segment's graph, one row a time step: (1, N, size) int32 per input population.
 
     Args:
-        segment: any segment of a plan.
+        segment: any graded segment of a plan.
         x_NI: float rows (N, n_in).
 
     Returns:
         the inputs with constant lines appended, as `simulate` and `run_pipelined` take them, and how many values were
-        clipped to -127..127.
+        clipped to -127..127. Magnitudes up to `input_threshold` are 0.
     """
-    q_NI = quantise(x_NI, segment.input_scale).to(torch.int32)
+    q_NI = payloads(segment, x_NI).to(torch.int32)
     rows, device = len(q_NI), q_NI.device
 
-    def lines(payloads: tuple[int, ...]) -> Tensor:
-        return torch.tensor(payloads, dtype=torch.int32, device=device).expand(rows, len(payloads))
+    def lines(values: tuple[int, ...]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device).expand(rows, len(values))
 
     inputs = {"x": torch.cat([q_NI, lines(segment.constant_lines)], dim=1)[None]}
     if segment.bias_lines:
@@ -63,13 +73,76 @@ def encode(segment: Segment, x_NI: Tensor) -> tuple[dict[str, Tensor], int]:
     return inputs, _clipped(segment, x_NI)
 
 
+def payloads(segment: Segment, x_NI: Tensor) -> Tensor:
+    """What the host's encoder sends for float rows: whole numbers -127..127, in float32 or wider."""
+    q_NI = quantise(x_NI, segment.input_scale)
+    return q_NI.masked_fill_(q_NI.abs() <= segment.input_threshold, 0.0) if segment.input_threshold else q_NI
+
+
 def _clipped(segment: Segment, x_NI: Tensor) -> int:
     return int(torch.count_nonzero(x_NI.abs() > (INT8_MAX + 0.5) * segment.input_scale))
 
 
+def output_units(segment: Segment) -> Tensor:
+    """What a payload of 1 at each output is worth, float64: () where the scale is per tensor, else (n_out,)."""
+    scales = segment.channel_scales[-1] if segment.channel_scales else ()
+    if not scales:
+        return torch.tensor(segment.output_scale, dtype=torch.float64)
+    source = segment.hidden_scale if segment.n_hidden else segment.input_scale
+    step = weight_step("mixed", segment.weight_bits)
+    return source * torch.tensor(scales, dtype=torch.float64) / step * 2.0 ** segment.shifts[-1]
+
+
 def decode(segment: Segment, payload_NO: Tensor, dtype: torch.dtype) -> Tensor:
-    """Output messages (N, n_out) to floats of `dtype`: (payload + output_offset) x output_scale."""
-    return ((payload_NO.double() + segment.output_offset) * segment.output_scale).to(dtype)
+    """Output messages (N, n_out) to floats of `dtype`: (payload + output_offset) x the output's unit."""
+    return ((payload_NO.double() + segment.output_offset) * output_units(segment).to(payload_NO.device)).to(dtype)
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """Integers of a segment for the quantised twin, read from its graph; H hidden, O outputs.
+
+    `q`: per linear layer, float64 whole numbers (targets, sources); `lossless`: log2 of the weights' spacing, so that
+    `q x payload` shifted left by it is the graph's sum; `shift_H`: shifts of the first layer; `vth_H`: thresholds.
+    """
+
+    q: tuple[Tensor, ...]
+    lossless: int
+    shift_H: Tensor
+    vth_H: Tensor
+
+    @staticmethod
+    def of(segment: Segment) -> _Dense:
+        step = weight_step("mixed", segment.weight_bits)
+        graph = segment.graph
+        named = {p.name: p for p in graph.projections}
+
+        def whole(projection: Projection) -> Tensor:
+            return torch.from_numpy(projection.weight // step).double()
+
+        if not segment.n_hidden:
+            fc = named["fc"]
+            shifts = torch.full((segment.n_out,), float(-fc.weight_exp), dtype=torch.float64)
+            return _Dense((whole(fc)[:, : segment.n_in],), step.bit_length() - 1, shifts, torch.zeros(0))
+        members = hidden_channels(segment)
+        marks = [f".{i}" for i in range(len(members))] if len(members) > 1 else [""]
+        first = torch.zeros(segment.n_hidden, segment.n_in, dtype=torch.float64)
+        second = torch.zeros(segment.n_out, segment.n_hidden, dtype=torch.float64)
+        shift_H, vth_H = torch.zeros(2, segment.n_hidden, dtype=torch.float64)
+        for mark, channels in zip(marks, members, strict=True):
+            fc1, fc2 = named[f"fc1{mark}"], named[f"fc2{mark}"]
+            first[channels] = whole(fc1)[:, : segment.n_in]
+            second[:, channels] = whole(fc2)
+            shift_H[channels] = float(-fc1.weight_exp)
+            vth = graph.population(f"hidden{mark}").params["vth"]
+            vth_H[channels] = torch.as_tensor(np.array(vth), dtype=torch.float64)
+        return _Dense((first, second), step.bit_length() - 1, shift_H, vth_H)
+
+
+def hidden_channels(segment: Segment) -> tuple[Tensor, ...]:
+    """Hidden channels of each population that rectifies, int64; one tensor where there are no groups."""
+    members = segment.graph.meta.get("hidden_channels") or [list(range(segment.n_hidden))]
+    return tuple(torch.tensor(channels, dtype=torch.int64) for channels in members)
 
 
 @dataclass
@@ -85,17 +158,18 @@ class _Traffic:
 
 
 class Runner:
-    """One segment on one backend, with its counters. Not a module: the modules of a pair share it."""
+    """One graded segment on one backend, with its counters. Not a module: the modules of a pair share it."""
 
     def __init__(self, segment: Segment, backend: str, biases: list[Tensor | None]) -> None:
         self.segment = segment
         self.backend = backend
-        self._biases = [None if b is None else b.detach().double() for b in biases]
-        weights = [p for p in segment.graph.projections if p.name in ("fc", "fc1", "fc2")]
-        self._q_OI = [torch.from_numpy(p.weight // 2).double() for p in weights]
-        self._q_OI[0] = self._q_OI[0][:, : segment.n_in]
+        self._dense = _Dense.of(segment)
+        self._biases = _whole_biases(segment, biases)
+        self._cast: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+        self._row_sums = [int(q.abs().sum(dim=1).max()) for q in self._dense.q]
+        self._hidden = [p.name for p in segment.graph.populations if p.name.split(".")[0] == "hidden"]
+        self._channels = hidden_channels(segment) if segment.n_hidden else ()
         self._layers = self._layer_names()
-        self._one_to_one = {p.name for p in segment.graph.projections if _is_diagonal(p)}
         self._warned = False
         self.pending: tuple[Tensor, Tensor] | None = None
         self.reset()
@@ -107,13 +181,16 @@ class Runner:
         self._payload: dict[str, int] = {}
         self._traffic = {name: _Traffic() for name in self._layers}
 
-    def _layer_names(self) -> dict[str, str]:
-        """Layer -> population its synapses feed; one line per mapped layer and one for the product neurons."""
+    def _layer_names(self) -> dict[str, tuple[str, ...]]:
+        """Layer -> populations its synapses feed; one line per mapped layer and one for the product neurons."""
         first, *rest = (name or "linear" for name in self.segment.modules)
         if not rest:
-            return {first: "out"}
-        squares = {f"{first}:square": "square"} if self.segment.activation == "relu2" else {}
-        return {first: "hidden", **squares, rest[0]: "out"}
+            return {first: ("out",)}
+        populations = [p.name for p in self.segment.graph.populations]
+        squares = tuple(name for name in populations if name.split(".")[0] == "square")
+        late = tuple(name for name in populations if name.startswith("bias"))
+        line = {f"{first}:square": squares} if squares else {}
+        return {first: tuple(self._hidden), **line, rest[0]: ("out", *late)}
 
     def run(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Output (..., n_out) and, for a pair, the rectified hidden values (..., n_hidden), both in x's dtype."""
@@ -139,9 +216,9 @@ class Runner:
         s = self.segment
         inputs, clipped = encode(s, x_NI)
         self._clipped += clipped
-        activity = run_pipelined(s.graph, inputs, record=("hidden.spikes",) if s.n_hidden else ())
-        for layer, population in self._layers.items():
-            self._count(layer, population, activity)
+        activity = run_pipelined(s.graph, inputs, record=[f"{name}.spikes" for name in self._hidden])
+        for layer, populations in self._layers.items():
+            self._count(layer, populations, activity)
         for name, counts in activity.populations.items():
             self._wraps += counts.wraps_sum + counts.wraps_u
             self._wide += counts.wide_v + counts.saturations_v
@@ -154,48 +231,61 @@ class Runner:
         out = decode(s, activity.spikes["out"][0], x_NI.dtype)
         if not s.n_hidden:
             return out, None
-        return out, (activity.spikes["hidden"][0].double() * s.rectified_scale).to(x_NI.dtype)
+        hidden_NH = activity.spikes[self._hidden[0]][0]
+        if len(self._hidden) > 1:
+            parts, hidden_NH = hidden_NH, hidden_NH.new_empty(len(hidden_NH), s.n_hidden)
+            for name, channels in zip(self._hidden, self._channels, strict=True):
+                hidden_NH[:, channels.to(parts.device)] = activity.spikes[name][0]
+        return out, (hidden_NH.double() * s.rectified_scale).to(x_NI.dtype)
 
-    def _count(self, layer: str, population: str, activity: Activity) -> None:
-        """Add what reached `population`: the constant lines of a late bias belong to the layer they feed."""
-        s, sums = self.segment, self._traffic[layer]
-        late = [p.name for p in s.graph.populations if p.name.startswith("bias")] if population == "out" else []
-        for projection in s.graph.projections:
-            if projection.target != population and projection.target not in late:
+    def _count(self, layer: str, populations: tuple[str, ...], activity: Activity) -> None:
+        """Add what reached `populations`. A message into several groups of channels is one event."""
+        sums = self._traffic[layer]
+        events: dict[tuple[str, str], int] = {}
+        for projection in self.segment.graph.projections:
+            if projection.target not in populations:
                 continue
             counts = activity.projections[projection.name]
-            sums.events += counts.events
-            sums.synops += counts.events if projection.name in self._one_to_one else counts.synops
+            key = projection.source, projection.port
+            events[key] = max(events.get(key, 0), counts.events)
+            sums.synops += counts.events if is_one_to_one(projection) else counts.synops
             sums.max_payload = max(sums.max_payload, counts.max_abs_payload)
-        for name in (population, *late):
+        sums.events += sum(events.values())
+        for name in populations:
             sums.active += activity.populations[name].updates_active
             sums.inactive += activity.populations[name].updates_inactive
         sums.rows += activity.steps
 
     def _quantised(self, x_NI: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Dense float arithmetic, exact for these integers, on the same int8 weights, int8 inputs and hidden grid.
-
-        Sums count in input_scale x weight_scale; nothing is rounded but the inputs and the hidden values.
+        """The twin: dense arithmetic in floats that hold these integers exactly, everything on the graph's grids but for
+        the last shift, which keeps its fraction.
         """
-        s = self.segment
-        q_NI = quantise(x_NI, s.input_scale).double()
+        s, d, device = self.segment, self._dense, x_NI.device
+        q_NI = payloads(s, x_NI)
         self._clipped += _clipped(s, x_NI)
-        sums = self._dense(q_NI, 0, s.input_scale)
+        units, last = output_units(s).to(device), d.lossless - s.shifts[-1]
+        sums_N = self._product(q_NI, 0, INT8_MAX) + self._biases[0].to(device)
         if not s.n_hidden:
-            return (sums * (s.input_scale * s.weight_scales[0])).to(x_NI.dtype), None
-        rectified = torch.relu(sums) * 2.0 ** (1 - s.shifts[0])  # in rectified_scale
-        hidden = rectified.square() * 2.0**-s.square_shift if s.activation == "relu2" else rectified
-        grid_NH = torch.floor(hidden + 0.5).clamp_(max=2 ** (PAYLOAD_BITS - 1) - 1)
-        out = self._dense(grid_NH, 1, s.hidden_scale) * (s.hidden_scale * s.weight_scales[1])
-        return out.to(x_NI.dtype), (rectified * s.rectified_scale).to(x_NI.dtype)
+            return ((sums_N * 2.0**last) * units).to(x_NI.dtype), None
+        grid_NH = torch.floor(sums_N * torch.exp2(d.lossless - d.shift_H).to(device) + 0.5).clamp_(0, PAYLOAD_LIMIT)
+        grid_NH.masked_fill_(grid_NH <= d.vth_H.to(device), 0.0)
+        sent_NH = grid_NH
+        if s.activation == "relu2":
+            sent_NH = torch.floor(grid_NH.square() * 2.0**-s.square_shift).clamp_(max=PAYLOAD_LIMIT)
+        out_NO = self._product(sent_NH, 1, PAYLOAD_LIMIT) * 2.0**last + self._biases[1].to(device)
+        return (out_NO * units).to(x_NI.dtype), (grid_NH * s.rectified_scale).to(x_NI.dtype)
 
-    def _dense(self, q_NI: Tensor, position: int, unit: float) -> Tensor:
-        weight = self._q_OI[position].to(q_NI.device)
-        bound = int(q_NI.abs().max()) * int(weight.abs().sum(dim=1).max())
-        dtype = fitting(bound) if float32_products_are_exact(q_NI.device) else torch.float64
-        sums = (q_NI.to(dtype) @ weight.to(dtype).T).double()
-        bias = self._biases[position]
-        return sums if bias is None else sums + bias.to(sums.device) / (unit * self.segment.weight_scales[position])
+    def _product(self, x_NS: Tensor, position: int, most: int) -> Tensor:
+        """x q^T in float64, computed in float32 where no sum of payloads up to `most` can leave its exact integers."""
+        exact = float32_products_are_exact(x_NS.device)
+        bound = most * self._row_sums[position]
+        if fitting(bound) != torch.float32 and exact:
+            bound = int(x_NS.abs().max()) * self._row_sums[position]
+        dtype = fitting(bound) if exact else torch.float64
+        key = position, dtype, x_NS.device
+        if key not in self._cast:
+            self._cast[key] = self._dense.q[position].to(x_NS.device, dtype).T.contiguous()
+        return (x_NS.to(dtype) @ self._cast[key]).double()
 
     def _warn(self) -> None:
         if not self._warned and (self._wraps or self._wide or self._overflows):
@@ -219,16 +309,17 @@ class Runner:
         s = self.segment
         sizes = {"out": s.n_out * (s.n_hidden or s.n_in), "hidden": s.n_in * s.n_hidden, "square": 0}
         lines = []
-        for layer, population in self._layers.items():
-            sums, macs = self._traffic[layer], sizes[population]
+        for layer, populations in self._layers.items():
+            kind = populations[0].split(".")[0]
+            sums, macs = self._traffic[layer], sizes[kind]
             host = self.backend != "fixed_point"
-            if host and population == "square":
+            if host and kind == "square":
                 continue
-            late = [p.name for p in s.graph.populations if p.name.startswith("bias")] if population == "out" else []
-            held = sum(
-                p.weight.shape[0] if p.name in self._one_to_one else p.weight.size
+            bits = sum(
+                p.num_weight_bits
+                * (int(np.count_nonzero(p.weight)) if p.kind == "sparse" or is_one_to_one(p) else p.weight.size)
                 for p in s.graph.projections
-                if p.target == population or p.target in late
+                if p.target in populations
             )
             lines.append(
                 Counts(
@@ -239,7 +330,7 @@ class Runner:
                     neuron_updates_active=sums.active,
                     neuron_updates_inactive=sums.inactive,
                     dense_macs=macs * self.rows,
-                    weight_bytes=macs if host else held,
+                    weight_bytes=-(-(macs * s.weight_bits if host else bits) // 8),
                     graded=not host,
                     payload_bits=0 if host else payload_bits(sums.max_payload),
                     host=host,
@@ -248,15 +339,46 @@ class Runner:
         return lines
 
 
-def _is_diagonal(projection: Projection) -> bool:
-    """One synapse per neuron: on a chip a sparse connection, so one operation an event and one byte a neuron."""
-    return bool(projection.name.startswith(("copy", "delay")))
+def _whole_biases(segment: Segment, biases: list[Tensor | None]) -> list[Tensor]:
+    """Biases on the graph's grids, whole numbers in float64: in units of the first sum's q, and of the output where the
+    bias joins after the last shift. Zeros, (), where there is none.
+    """
+    n_first = segment.n_hidden or segment.n_out
+    scales = segment.channel_scales[0] if segment.channel_scales and segment.channel_scales[0] else ()
+    first = torch.tensor(scales or (segment.weight_scales[0],) * n_first, dtype=torch.float64) * segment.input_scale
+    units = [first, output_units(segment)]
+    return [
+        torch.zeros((), dtype=torch.float64) if b is None else torch.round(b.detach().double().cpu() / unit)
+        for b, unit in zip(biases, units, strict=False)
+    ]
+
+
+def runner_for(segment: Segment, backend: str, biases: list[Tensor | None]) -> AnyRunner:
+    """The runner of a segment's code: "graded", "delta" or "rate".
+
+    Args:
+        segment: of a plan.
+        backend: of `BACKENDS`.
+        biases: of its linear layers in float, for the graded route's twin; the other routes' twins use the graph's.
+
+    Raises:
+        ValueError: a code that no runner knows.
+    """
+    from neuro.streams import DeltaRunner, RateRunner  # they need `SegmentHealth` of this file
+
+    if segment.code == "graded":
+        return Runner(segment, backend, biases)
+    if segment.code == "delta":
+        return DeltaRunner(segment, backend)
+    if segment.code == "rate":
+        return RateRunner(segment, backend)
+    raise ValueError(f"segment {segment.name!r} has code {segment.code!r}; known: graded, delta, rate")
 
 
 class SingleLinear(nn.Module):
     """Stands in for one nn.Linear."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: AnyRunner) -> None:
         super().__init__()
         self.runner = runner
 

@@ -53,6 +53,28 @@ def _check_code(values_BF: Tensor, steps: int) -> None:
         raise ValueError(f"steps is {steps}; at least 1 is needed")
 
 
+def leaky(beta: float, *, threshold: float = 1.0, learn_beta: bool = False) -> nn.Module:
+    """`snntorch.Leaky` as the chip's neurons are: reset to zero at once, spikes where v > threshold.
+
+    Raises:
+        SnnTorchUnavailable: snntorch is not installed.
+        ValueError: beta outside 0..1, or a threshold that is not above 0.
+    """
+    try:
+        import snntorch
+    except ImportError as error:
+        raise SnnTorchUnavailable(f"snntorch is not installed ({error}); pip install 'spikegate[spiking]'") from error
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta is {beta}; it is a share, 0..1")
+    if threshold <= 0:
+        raise ValueError(f"threshold is {threshold}; it must be above 0")
+    neuron = snntorch.Leaky(
+        beta=beta, threshold=threshold, reset_mechanism="zero", reset_delay=False, learn_beta=learn_beta
+    )
+    snntorch.SpikingNeuron.instances.remove(neuron)  # a list of the class, which would keep it for ever
+    return neuron
+
+
 class SpikingLayer(nn.Module):
     """A linear layer into leaky integrate-and-fire neurons.
 
@@ -77,19 +99,8 @@ class SpikingLayer(nn.Module):
         learn_beta: bool = False,
     ) -> None:
         super().__init__()
-        try:
-            import snntorch
-        except ImportError as error:
-            raise SnnTorchUnavailable(f"snntorch is not installed ({error}); pip install 'spikegate[spiking]'") from error
-        if not 0 <= beta <= 1:
-            raise ValueError(f"beta is {beta}; it is a share, 0..1")
-        if threshold <= 0:
-            raise ValueError(f"threshold is {threshold}; it must be above 0")
+        self.neuron = leaky(beta, threshold=threshold, learn_beta=learn_beta)
         self.linear = nn.Linear(n_in, n_out, bias=bias)
-        self.neuron = snntorch.Leaky(
-            beta=beta, threshold=threshold, reset_mechanism="zero", reset_delay=False, learn_beta=learn_beta
-        )
-        snntorch.SpikingNeuron.instances.remove(self.neuron)  # a list of the class, which would keep it for ever
 
     def forward(self, x_BTF: Tensor) -> tuple[Tensor, Tensor]:
         """From rest through T steps: spikes, 0 or 1, and v after each step, both (B, T, N)."""

@@ -2,20 +2,22 @@
 
 `trace` runs nothing on a device of its own choosing and changes nothing in the module: training flags are put back,
 weights are never written. When `torch.export` cannot follow a module (data-dependent control flow, for instance), the
-module is run once with hooks and only its leaf modules are seen; the trace then says so (`complete=False`), because
-functional operations are missing.
+module is run once with hooks and only its leaf modules are seen; the trace then says so (`complete=False`). Functional
+operations are not listed one by one there, but `total_macs` holds what torch's own counter found in all.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 Example = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -27,7 +29,10 @@ class TracedOp:
     `target` is the ATen name without namespace and overload ("linear", "relu"), or the class name of a leaf module in
     a fallback trace. `module` is the path of the innermost module that ran it ("" = the root). `inputs` are indices of
     the operations that produced its tensor arguments; `weights` are the fully qualified names of parameters and
-    buffers it reads.
+    buffers it reads. `stack`: calls of the modules around it, outermost first, "mlp@1" being the second call of "mlp".
+    `floating=False`: its result holds whole numbers or truth values. `parts`: of a module taken as one operation (see
+    `contracted`), what it computes inside; empty otherwise. `leaf_macs`: of a leaf module in a fallback trace, what torch's
+    own counter found inside it; None elsewhere.
     """
 
     index: int
@@ -38,19 +43,25 @@ class TracedOp:
     in_shapes: tuple[tuple[int, ...], ...]
     out_shape: tuple[int, ...]
     scalars: tuple[Any, ...] = field(default=())
+    stack: tuple[str, ...] = ()
+    floating: bool = True
+    parts: tuple[TracedOp, ...] = ()
+    leaf_macs: float | None = None
 
 
 @dataclass(frozen=True)
 class Trace:
     """All operations in execution order. `complete=False`: only leaf modules were seen, `note` says why.
 
-    `returned`: indices of operations whose results the module hands out.
+    `returned`: indices of operations whose results the module hands out. `total_macs`: of an incomplete trace, all
+    multiply-accumulates of linear, convolution and matrix-product operations that torch's own counter saw.
     """
 
     ops: tuple[TracedOp, ...]
     complete: bool
     note: str = ""
     returned: frozenset[int] = frozenset()
+    total_macs: int = 0
 
 
 def split_example(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -115,17 +126,19 @@ def _exported_ops(exported: torch.export.ExportedProgram) -> Iterator[TracedOp]:
             continue
         index_of[node.name] = len(index_of)
         stack = node.meta.get("nn_module_stack") or {}
-        path = next(reversed([entry[0] for entry in stack.values()]), "")
+        calls = tuple(str(entry[0]) for entry in stack.values())
         sources = [n for n in node.all_input_nodes if n.name not in held]
         yield TracedOp(
             index=index_of[node.name],
             target=_aten_name(node.target),
-            module=_strip_call_suffix(path),
+            module=strip_calls(calls[-1] if calls else ""),
             inputs=tuple(index_of[n.name] for n in sources if n.name in index_of),
             weights=tuple(held[n.name] for n in node.all_input_nodes if n.name in held),
             in_shapes=tuple(_shape(n.meta.get("val")) for n in node.all_input_nodes),
             out_shape=_shape(node.meta.get("val")),
             scalars=tuple(a for a in node.args if isinstance(a, int | float | bool | str)),
+            stack=calls,
+            floating=_floating(node.meta.get("val")),
         )
 
 
@@ -136,7 +149,7 @@ def _aten_name(target: Any) -> str:
     return plain if plain.startswith("__") else plain.rstrip("_")
 
 
-def _strip_call_suffix(path: str) -> str:
+def strip_calls(path: str) -> str:
     """A module called twice appears as "mlp@1" the second time; both are the module "mlp"."""
     return ".".join(part.split("@")[0] for part in path.split("."))
 
@@ -147,6 +160,57 @@ def _shape(value: Any) -> tuple[int, ...]:
     if isinstance(value, tuple | list) and value and isinstance(value[0], Tensor):
         return _shape(value[0])
     return ()
+
+
+def _floating(value: Any) -> bool:
+    if isinstance(value, tuple | list) and value:
+        return _floating(value[0])
+    return value.is_floating_point() if isinstance(value, Tensor) else False
+
+
+def contracted(traced: Trace, group: Callable[[TracedOp], tuple[str, str] | None]) -> Trace:
+    """The trace with the operations of some module calls taken as one each.
+
+    Args:
+        traced: from `trace`.
+        group: operation -> (call as it stands in its `stack`, target of the one operation), or None to leave it alone.
+
+    Returns:
+        a trace with new indices; a contracted operation stands where the last of its parts stood, reads what they read
+        from outside, and keeps them as `parts`. An incomplete trace is returned as it is.
+    """
+    if not traced.complete:
+        return traced
+    groups = [group(op) for op in traced.ops]
+    last = {found: index for index, found in enumerate(groups) if found is not None}
+    kept = [index for index, found in enumerate(groups) if found is None or last[found] == index]
+    new = {index: place for place, index in enumerate(kept)}
+    place_of = [new[index if found is None else last[found]] for index, found in enumerate(groups)]
+    ops = []
+    for index in kept:
+        op, found = traced.ops[index], groups[index]
+        members = [op] if found is None else [o for o, g in zip(traced.ops, groups, strict=True) if g == found]
+        place = new[index]
+        sources = dict.fromkeys(place_of[i] for member in members for i in member.inputs)
+        inputs = tuple(i for i in sources if i != place)
+        if found is None:
+            ops.append(replace(op, index=place, inputs=inputs))
+            continue
+        ops.append(
+            replace(
+                op,
+                index=place,
+                target=found[1],
+                module=strip_calls(found[0]),
+                inputs=inputs,
+                weights=tuple(dict.fromkeys(w for member in members for w in member.weights)),
+                in_shapes=members[0].in_shapes,
+                scalars=(),
+                parts=tuple(members),
+            )
+        )
+    returned = frozenset(place_of[i] for i in traced.returned)
+    return replace(traced, ops=tuple(ops), returned=returned)
 
 
 def _trace_leaves(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reason: str) -> Trace:
@@ -164,16 +228,26 @@ def _trace_leaves(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
                     weights=tuple(f"{name}.{p}" if name else p for p, _ in leaf.named_parameters()),
                     in_shapes=tuple(_shape(i) for i in (*inputs, *leaf.parameters()) if isinstance(i, Tensor)),
                     out_shape=_shape(output),
+                    stack=(name,),
                 )
             )
 
         return hook
 
+    def counted(op: TracedOp) -> TracedOp:
+        """With the multiply-accumulates that torch's counter found inside the module, shared over its calls."""
+        root = type(module).__name__
+        inside = counter.get_flop_counts().get(f"{root}.{op.module}" if op.module else root, {})
+        calls = sum(other.module == op.module for other in ops)
+        return replace(op, leaf_macs=sum(inside.values()) / 2 / calls)
+
     for name, leaf in module.named_modules():
         if not any(True for _ in leaf.children()) or isinstance(leaf, nn.MultiheadAttention):
             handles.append(leaf.register_forward_hook(record(name, leaf)))
+    counter = FlopCounterMode(display=False)
     try:
-        module(*args, **kwargs)
+        with sdpa_kernel(SDPBackend.MATH), counter:  # torch's counter does not know the fused attention of the CPU
+            module(*args, **kwargs)
     except Exception as error:
         raise ValueError(
             f"the module does not run on the example inputs: {type(error).__name__}: {error}. "
@@ -182,4 +256,5 @@ def _trace_leaves(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     finally:
         for handle in handles:
             handle.remove()
-    return Trace(ops=tuple(ops), complete=False, note=reason)
+    found = tuple(counted(op) for op in ops)
+    return Trace(ops=found, complete=False, note=reason, total_macs=counter.get_total_flops() // 2)

@@ -273,7 +273,7 @@ def test_without_any_python_one_line_says_so(shop):
 
 def test_a_dry_run_changes_nothing(shop):
     before = sorted(shop.folder.rglob("*"))
-    for target in ("help", "demo", "test", "lint", "lava", "install", "clean", "distclean"):
+    for target in ("help", "demo", "test", "lint", "lava", "readers", "neurobench", "install", "clean", "distclean"):
         notes, done = shop.make("-n", target)
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
@@ -285,6 +285,6 @@ def test_ci_asks_for_lava(shop):
     script = shop.folder / ".ci" / "run"
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     assert "set -euo pipefail" in script.read_text()
-    (shop.folder / "Makefile").write_text("test:\n\t@echo $$SPIKEGATE_REQUIRE\n")
+    (shop.folder / "Makefile").write_text("readers neurobench:\n\t@:\ntest:\n\t@echo $$SPIKEGATE_REQUIRE\n")
     done = run(script, cwd=shop.folder.parent, env=shop.env)
-    assert done.stdout.strip() == "lava"
+    assert done.stdout.strip() == "lava,readers,neurobench"

@@ -1,28 +1,45 @@
-"""The graded route: one token is one time step, activations are integer payloads, weights are 8 bits.
+"""The graded route: one token is one time step, activations are integer payloads, weights have 8 bits or fewer.
 
     int8 payload -> Dense -> GradedVec                                                   a linear layer
     int8 payload -> Dense -> GradedReluVec [-> 2 identity Dense -> ProdNeuron] -> Dense -> GradedVec     an MLP pair
 
-Scales are per tensor. On the chip every rescaling is a shift whatever the scales are, because a unit is only a factor
-that the host applies at both ends; rounding scales to powers of two (`power_of_two=True`) makes those factors exact
-too. A shift floors; on the chip half a step is added before it through a constant input line (with the bias), so that
-it rounds. The last shift of an MLP pair has no such line: the host adds the half step when it reads the result
-(`Segment.output_offset`). Arithmetic: lava-nc 0.10.0, process models tagged `fixed_pt`.
+On the chip every rescaling is a shift, because a unit is only a factor that the host applies at both ends. A shift
+floors; where a layer has a bias or is the first of a pair, half a step is added before it through a constant input line,
+so that it rounds; elsewhere the host adds the half step when it reads the result (`Segment.output_offset`). A projection
+with more than a quarter of zeros is stored sparse (`mapped.dense`).
+
+Scales of weights are per tensor, per tensor and a power of two, or per output channel. At the output of a segment a
+scale per channel is a factor of the host's and leaves the graph as it is. The hidden layer of an MLP needs one unit for
+all channels, for fc2 adds them up, and neither a projection (one exponent) nor a neuron of Lava has a factor per
+channel. There a channel's scale is the tensor's times 2^-e, e below `channel_groups`, and the channels of one e are a
+group: a population and projections of its own, whose shift is longer by e. All groups then send in one unit and nothing
+is rounded twice; the weights of a channel use at least half of their range, up to the last group. With one group, the
+default, the hidden layer is per tensor. All these graphs run on Lava unchanged. Float scales per hidden channel without
+groups (`channel_groups=0`) are refused at conversion, for every backend, because no graph can hold them.
+
+Event thresholds: an input payload of magnitude up to `drop_input` is zeroed by the host's encoder, a hidden message up
+to `drop_hidden` by the threshold of its population, an EventThreshold between the activation and fc2 by thresholds per
+neuron. Behind a square all of them act on the rectified value before it, which has the same effect on what fc2 gets and
+also saves the messages into the product neurons; a rectified value whose square would be shifted to 0 is never sent.
+
+The quantised twin (`deploy(..., "quantised")`) computes densely, in floats that hold these integers exactly, with inputs,
+weights, hidden values and biases on the same grids, and leaves out only the last shift. While no register runs over (see
+`health()`), graph and twin therefore differ by half an output step at most for each group of hidden channels, and not at
+all where the last shift is at most log2 of the weights' spacing (1 with 8 bits, 5 with 4, 7 with 2): sums are multiples of
+that spacing. Hidden values are always equal. Arithmetic: lava-nc 0.10.0, process models tagged `fixed_pt`.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import nn
 
 from neuro.calibration import Calibration, LayerRange
-from neuro.compatibility import CompatibilityReport, MlpPair, NothingToMap
+from neuro.compatibility import CompatibilityReport, MlpPair
 from neuro.conversion.integers import (
     EXPONENT_REGISTER,
     INT8_MAX,
@@ -30,60 +47,93 @@ from neuro.conversion.integers import (
     SUM_BITS,
     WORD_BITS,
     constant_lines,
-    headroom_bits,
     payload_bits,
-    quantise,
+    power_line,
     scale_for,
     shift_for,
+    weight_levels,
 )
-from neuro.conversion.plan import Headroom, HostWork, Plan, Segment, fingerprint
-from neuro.graph import Population, Projection, SpikingGraph
+from neuro.conversion.mapped import (
+    Piece,
+    common_notes,
+    delay_line,
+    dense,
+    host_work,
+    layer_and_range,
+    one_to_one,
+    pieces,
+    room,
+)
+from neuro.conversion.plan import Plan, Segment, fingerprint
+from neuro.conversion.weights import SCALES, IntegerLayer, integer_layer, rounded_bias
+from neuro.graph import Population, SpikingGraph
+from neuro.thresholds import EventThreshold
 
 WORD_LIMIT = 2**WORD_BITS - 1
 PAYLOAD_LIMIT = 2 ** (PAYLOAD_BITS - 1) - 1
 MARGIN = 2.0  # outputs and hidden values may exceed what calibration saw by this factor before a limit is reached
+WEIGHT_CLIPS = ("auto", "max", "mse")
 
 
 @dataclass
 class GradedConfig:
     """Settings of the graded route; not frozen, so that Hydra can fill them.
 
-    `hidden_bits`: width of hidden messages on calibration data, sign included, 4..15 (they are never clipped, so
-    unseen data may be wider, up to 16). `square_bits`: width of what is squared, 4..12, so that the square keeps
-    within 23 bits. `clip_to_percentile`: scale inputs to the calibration's percentile, else to its maximum.
-    `power_of_two`: round scales up to powers of two; the integers on the chip shift either way, only the host's
-    factors change.
+    `weight_bits`: 8, 4, 3, 2 or "ternary". `scales` of weights: "tensor", "power_of_two" (inputs too; the integers on the
+    chip shift either way, only the host's factors change) or "channel"; `channel_groups`: how many power-of-two groups
+    that splits a hidden layer into at most, 1..16. `weight_clip`: scales that reach the largest weight ("max") or of least
+    squared error ("mse"); "auto": max for 8 bits, else mse. `clip_inputs`: scale inputs to the calibration's clip
+    (percentile or least error), else to its maximum. `drop_input`, `drop_hidden`: payload magnitudes up to these send no
+    event, into the segment and into fc2. `hidden_bits`: width of hidden messages up to the calibration's clip, sign
+    included, 4..15 (they are never clipped, so larger values are wider, up to 16). `square_bits`: width of what is
+    squared, 4..12, so that the square keeps within 23 bits.
     """
 
-    hidden_bits: int = 11
+    weight_bits: int | str = 8
+    scales: str = "channel"
+    channel_groups: int = 1
+    weight_clip: str = "auto"
+    clip_inputs: bool = True
+    drop_input: int = 0
+    drop_hidden: int = 0
+    hidden_bits: int = 13
     square_bits: int = 12
-    clip_to_percentile: bool = True
-    power_of_two: bool = False
 
     def __post_init__(self) -> None:
+        weight_levels(self.weight_bits)
         for name, value, low, high in (
             ("hidden_bits", self.hidden_bits, 4, 15),
             ("square_bits", self.square_bits, 4, 12),
+            ("drop_input", self.drop_input, 0, INT8_MAX - 1),
+            ("drop_hidden", self.drop_hidden, 0, PAYLOAD_LIMIT - 1),
+            ("channel_groups", self.channel_groups, 0, 16),
         ):
             if not low <= value <= high:
                 raise ValueError(f"{name} is {value}; it lies in {low}..{high}")
+        for name, word, known in (
+            ("scales", self.scales, SCALES),
+            ("weight_clip", self.weight_clip, WEIGHT_CLIPS),
+        ):
+            if word not in known:
+                raise ValueError(f"{name} is {word!r}; it is one of {', '.join(known)}")
 
+    def integers(self, name: str, layer: nn.Linear, input_unit: float, groups: int = 0) -> IntegerLayer:
+        """A layer's weights in integers, as these settings say."""
+        search = self.weight_clip == "mse" or (self.weight_clip == "auto" and self.weight_bits != 8)
+        return integer_layer(
+            name,
+            layer,
+            input_unit,
+            weight_bits=self.weight_bits,
+            scales=self.scales,
+            search=search,
+            groups=groups,
+        )
 
-@dataclass(frozen=True)
-class _Layer:
-    """A linear layer in integers. `stored`: even int32 (n_out, n_in); the sum counts in `unit`."""
-
-    name: str
-    stored: np.ndarray
-    bias: np.ndarray | None
-    weight_scale: float
-    unit: float
-    row_sum: int
-
-    def bias_units(self, unit: float) -> np.ndarray:
-        if self.bias is None:
-            return np.zeros(len(self.stored), dtype=np.int64)
-        return 2 * np.rint(self.bias / (2 * unit)).astype(np.int64)
+    def input_scale(self, found: LayerRange) -> float:
+        """Step of the int8 inputs of a layer."""
+        largest = found.input_clip if self.clip_inputs else found.input_max
+        return scale_for(largest or found.input_max, self.scales == "power_of_two")
 
 
 def convert(
@@ -100,112 +150,55 @@ def convert(
     Raises:
         NothingToMap: the report maps nothing.
         ValueError: a mapped layer is missing from the module or from the calibration, or has NaN or infinite weights; a
-            layer so wide that its sum does not fit 32 bits.
+            layer so wide that its sum does not fit 32 bits; scales per channel for a hidden layer without groups.
     """
     config = config or GradedConfig()
-    if not report.mapped:
-        raise NothingToMap(f"the report of {type(module).__name__} maps nothing to {report.chip}")
-    firsts = {pair.fc1: pair for pair in report.pairs}
-    seconds = {pair.fc2 for pair in report.pairs}
-    segments: list[Segment] = []
-    taken: set[str] = set()
-    rows = dict(report.rows_per_token)
-    for name in report.mapped:
-        if name in seconds:
-            continue
-        label = _label(name, taken)
-        if name in firsts:
-            segments.append(_mlp(module, label, firsts[name], calibration, config, rows[name]))
-        else:
-            segments.append(_linear(module, label, name, calibration, config, rows[name]))
-    host = tuple(
-        HostWork(op.name, op.kind, op.macs_per_token, op.bytes)
-        for op in report.operations
-        if op.runs_on == "host" and (op.macs_per_token or op.bytes)
-    )
-    return Plan("graded", report.chip, type(module).__name__, tuple(segments), host, tuple(_notes(report, segments)))
+    segments = [
+        _linear(module, piece, calibration, config)
+        if piece.pair is None
+        else _mlp(module, piece, piece.pair, calibration, config)
+        for piece in pieces(module, report, ("relu", "relu2"), thresholds=True)
+    ]
+    notes = (*common_notes(report), *_notes(segments))
+    return Plan("graded", report.chip, type(module).__name__, tuple(segments), host_work(report), notes)
 
 
-def _notes(report: CompatibilityReport, segments: Sequence[Segment]) -> list[str]:
-    notes = [f"tied weights: {names}; the chip holds a copy" for names in report.tied]
+def _notes(segments: Sequence[Segment]) -> Iterator[str]:
     for s in segments:
         exponents = [
             p.weight_exp for p in s.graph.projections if not -EXPONENT_REGISTER <= p.weight_exp < EXPONENT_REGISTER
         ]
         if exponents:
-            notes.append(f"{s.name}: weight_exp {min(exponents)} is outside the chip's register of -8..7")
-        for room in s.headroom:
-            if room.static_bits < 0:
-                notes.append(
-                    f"{s.name}: population {room.population!r} keeps {room.calibrated_bits:.1f} of 23 bits free on "
-                    f"calibration data, but the worst input would need {-room.static_bits:.1f} more than there "
+            yield f"{s.name}: weight_exp {min(exponents)} is outside the chip's register of -8..7"
+        for found in s.headroom:
+            if found.static_bits < 0:
+                yield (
+                    f"{s.name}: population {found.population!r} keeps {found.calibrated_bits:.1f} of 23 bits free on "
+                    f"calibration data, but the worst input would need {-found.static_bits:.1f} more than there "
                     "are; overflows are counted"
                 )
-    if not report.traced:
-        notes.append(f"the module was not traced ({report.note}); functional host operations are not in the counts")
-    return notes
 
 
-def _label(name: str, taken: set[str]) -> str:
-    base = re.sub(r"[^A-Za-z0-9_.\-]", "_", name) or "root"
-    base = base if base[0] not in ".-" else f"_{base}"
-    label, count = base, 1
-    while label in taken:
-        count += 1
-        label = f"{base}_{count}"
-    taken.add(label)
-    return label
-
-
-def _layer_and_range(module: nn.Module, name: str, calibration: Calibration) -> tuple[nn.Linear, LayerRange]:
-    try:
-        layer = module.get_submodule(name)
-    except AttributeError as error:
-        raise ValueError(f"the module has no layer {name!r}; was the report made from another module?") from error
-    if not isinstance(layer, nn.Linear):
-        raise ValueError(
-            f"layer {name!r} is {type(layer).__name__}, not nn.Linear; was the report made from another module?"
-        )
-    if name not in calibration.layers:
-        raise ValueError(f"the calibration holds nothing for layer {name!r}: its batches never reached it. Calibrate again")
-    return layer, calibration.layers[name]
-
-
-def _integers(name: str, layer: nn.Linear, input_scale: float, config: GradedConfig) -> _Layer:
-    weight = layer.weight.detach().double().cpu()
-    bias = None if layer.bias is None else layer.bias.detach().double().cpu().numpy()
-    if not bool(torch.isfinite(weight).all()) or (bias is not None and not np.isfinite(bias).all()):
-        raise ValueError(f"layer {name!r} has NaN or infinite weights; integers cannot be made of them")
-    scale = scale_for(float(weight.abs().max()), config.power_of_two)
-    stored = (2 * quantise(weight, scale)).to(torch.int32).numpy()
-    row_sum = int(np.abs(stored.astype(np.int64)).sum(axis=1).max())
-    return _Layer(name, stored, bias, scale, input_scale * scale / 2, row_sum)
-
-
-def _input_scale(found: LayerRange, config: GradedConfig) -> float:
-    largest = found.input_percentile if config.clip_to_percentile else found.input_max
-    return scale_for(largest or found.input_max, config.power_of_two)
-
-
-def _with_constants(layer: _Layer, shift: int) -> tuple[np.ndarray, tuple[int, ...], int]:
-    """Weights with the columns of the constant lines (bias and half a step), their payloads, and the largest possible
-    sum.
+def _with_constants(layer: IntegerLayer, shift_O: np.ndarray) -> tuple[np.ndarray, tuple[int, ...], np.ndarray]:
+    """Weights with the columns of the constant lines (bias and half a step), their payloads, and each channel's largest
+    possible sum.
     """
-    half = 1 << (shift - 1) if shift >= 2 else 0  # sums are even, so a shift by one loses nothing
-    constants = layer.bias_units(layer.unit) + half
-    payloads, columns = constant_lines(constants)
-    bound = layer.row_sum * INT8_MAX + int(np.abs(constants).max())
+    half_O = np.where(2**shift_O > layer.step, 2**shift_O // 2, 0)  # shorter shifts lose nothing
+    constants_O = layer.bias_units() + half_O
+    lines = constant_lines if layer.bias_O is not None else power_line
+    payloads, columns = lines(constants_O, layer.step, layer.largest)
+    bound_O = layer.row_sum_O * INT8_MAX + np.abs(constants_O)
+    _check_sums(layer, bound_O)
+    return np.concatenate([layer.stored_OI, columns], axis=1), payloads, bound_O
+
+
+def _check_sums(layer: IntegerLayer, bound_O: np.ndarray) -> None:
+    bound = int(bound_O.max())
     if bound >= 2**SUM_BITS:
         raise ValueError(
             f"layer {layer.name!r}: its sum can reach {bound}, beyond 32-bit sums; split the layer along its "
-            f"{layer.stored.shape[1]} inputs"
+            f"{layer.stored_OI.shape[1]} inputs"
         )
-    return np.concatenate([layer.stored, columns], axis=1), payloads, bound
-
-
-def _reach(layer: _Layer) -> int:
-    """Largest possible |sum| before the half step, bias included."""
-    return layer.row_sum * INT8_MAX + int(np.abs(layer.bias_units(layer.unit)).max())
 
 
 def _output_shift(bound: float, seen: float) -> int:
@@ -213,16 +206,22 @@ def _output_shift(bound: float, seen: float) -> int:
     return max(shift_for(bound * 1.001 + 1, WORD_LIMIT), shift_for(MARGIN * seen, PAYLOAD_LIMIT))
 
 
-def _first_shift(worst: float, seen: float, square: bool, config: GradedConfig) -> int:
-    """Shift of an MLP's first layer: the wanted width on calibration data, within the chip's exponent register where
-    it can be.
+def _seen(layer: IntegerLayer, found: LayerRange) -> float:
+    """Largest sum that calibration saw in any channel, in that channel's own unit."""
+    largest_O = np.asarray(found.output_channel_max or [found.output_max])
+    return float(np.max(largest_O / layer.unit_O))
+
+
+def _first_shift(worst: float, clip: float, seen: float, square: bool, config: GradedConfig) -> int:
+    """Shift of an MLP's first layer: the wanted width up to the calibration's `clip`, within the chip's exponent register
+    where it can be, and twice the largest value `seen` inside a 16-bit message.
 
     What is squared is narrowed until the square of the worst case fits 23 bits, unless that left calibration data
     fewer than 8 bits and a sign; then the square of twice what calibration saw fits.
     """
-    fits = shift_for(worst, WORD_LIMIT)
+    fits = max(shift_for(worst, WORD_LIMIT), shift_for(MARGIN * seen, PAYLOAD_LIMIT))
     if not square:
-        wanted = shift_for(seen, 2 ** (config.hidden_bits - 1) - 1)
+        wanted = shift_for(clip, 2 ** (config.hidden_bits - 1) - 1)
         return max(fits, min(wanted, EXPONENT_REGISTER))
     root = math.isqrt(WORD_LIMIT)
     wanted = max(
@@ -231,27 +230,31 @@ def _first_shift(worst: float, seen: float, square: bool, config: GradedConfig) 
     return max(fits, min(wanted, EXPONENT_REGISTER), shift_for(MARGIN * seen, root))
 
 
-def _room(population: str, bound: float, seen: float) -> Headroom:
-    return Headroom(population, round(headroom_bits(bound), 2), round(headroom_bits(seen), 2))
-
-
-def _linear(
-    module: nn.Module, label: str, name: str, calibration: Calibration, config: GradedConfig, rows_per_token: float
-) -> Segment:
-    source, found = _layer_and_range(module, name, calibration)
-    input_scale = _input_scale(found, config)
-    layer = _integers(name, source, input_scale, config)
-    seen = found.output_max / layer.unit
-    shift = _output_shift(_reach(layer), seen)
-    weight, payloads, bound = _with_constants(layer, shift)
+def _linear(module: nn.Module, piece: Piece, calibration: Calibration, config: GradedConfig) -> Segment:
+    label, name = piece.label, piece.first
+    source, found = layer_and_range(module, name, calibration)
+    input_scale = config.input_scale(found)
+    layer = config.integers(name, source, input_scale)
+    seen = _seen(layer, found)
+    shift = _output_shift(float(layer.reach_O().max()), seen)
+    payloads: tuple[int, ...] = ()
+    if layer.bias_O is None:  # no line on the chip: the host adds the half step
+        weight, bound_O = layer.stored_OI, layer.reach_O()
+        _check_sums(layer, bound_O)
+        offset = 0.5 if 2**shift > layer.step else 0.0
+    else:
+        weight, payloads, bound_O = _with_constants(layer, np.full(source.out_features, shift, dtype=np.int64))
+        offset = 0.0
+    bound = float(bound_O.max())
     n_out, columns = weight.shape
     output_scale = layer.unit * 2.0**shift
     graph = SpikingGraph(
         populations=(Population("x", "input", columns, {}), Population("out", "graded", n_out, {"vth": 0})),
-        projections=(_dense("fc", "x", "out", weight, -shift, _message_bits(payloads)),),
+        projections=(dense("fc", "x", "out", weight, -shift, _message_bits(payloads), weight_bits=layer.bits),),
         outputs=("out",),
         meta={"segment": label, "activation": "", "input_scale": input_scale, "output_scale": output_scale,
-              "output_offset": 0.0, "constant_lines": list(payloads)},
+              "output_offset": offset, "constant_lines": list(payloads), "input_threshold": config.drop_input,
+              "channel_scales": list(layer.channels)},
     )  # fmt: skip
     return Segment(
         name=label,
@@ -262,83 +265,111 @@ def _linear(
         n_hidden=0,
         n_out=n_out,
         input_scale=input_scale,
-        weight_scales=(layer.weight_scale,),
+        weight_scales=(layer.scale,),
         shifts=(shift,),
         square_shift=0,
         rectified_scale=0.0,
         hidden_scale=0.0,
         output_scale=output_scale,
-        output_offset=0.0,
+        output_offset=offset,
         constant_lines=payloads,
         bias_lines=(),
-        headroom=(_room("out", bound * 2.0**-shift, seen * 2.0**-shift),),
+        headroom=(room("out", bound * 2.0**-shift, seen * 2.0**-shift),),
         payload_bits={"x": payload_bits(max(INT8_MAX, *payloads, 0)), "out": payload_bits(seen * 2.0**-shift)},
         fingerprints=(fingerprint(source),),
-        rows_per_token=rows_per_token,
+        rows_per_token=piece.rows_per_token,
+        channel_scales=(layer.channels,) if layer.channels else (),
+        weight_bits=layer.bits,
+        input_threshold=config.drop_input,
     )
 
 
-def _mlp(
-    module: nn.Module, label: str, pair: MlpPair, calibration: Calibration, config: GradedConfig, rows_per_token: float
-) -> Segment:
-    source1, found1 = _layer_and_range(module, pair.fc1, calibration)
-    source2, found2 = _layer_and_range(module, pair.fc2, calibration)
+def _mlp(module: nn.Module, piece: Piece, pair: MlpPair, calibration: Calibration, config: GradedConfig) -> Segment:
+    label = piece.label
+    source1, found1 = layer_and_range(module, pair.fc1, calibration)
+    source2, found2 = layer_and_range(module, pair.fc2, calibration)
     square = pair.activation == "relu2"
-    input_scale = _input_scale(found1, config)
-    fc1 = _integers(pair.fc1, source1, input_scale, config)
+    input_scale = config.input_scale(found1)
+    if config.scales == "channel" and not config.channel_groups:
+        raise ValueError(
+            f"segment {label!r}: {pair.fc1!r} feeds {pair.fc2!r} on the chip, and scales per channel are not split into "
+            "power-of-two groups (channel_groups is 0): Lava's projections have one exponent and its neurons no factor "
+            "per channel. Set channel_groups to 1 or more, or scales to 'tensor'"
+        )
+    fc1 = config.integers(pair.fc1, source1, input_scale, groups=config.channel_groups)
     n_hidden = source1.out_features
 
     # First layer: the rectified sum, in units of `rectified_scale`, fills the wanted width on calibration data.
-    seen1 = found1.output_positive_max / fc1.unit
-    shift1 = _first_shift(_reach(fc1) * 1.001 + 1, seen1, square, config)
-    weight1, payloads, bound1 = _with_constants(fc1, shift1)
+    share_H = 2.0**-fc1.exponent_O
+    seen1, clip1 = found1.output_positive_max / fc1.unit, found1.output_positive_clip / fc1.unit
+    shift1 = _first_shift(float((fc1.reach_O() * share_H).max()) * 1.001 + 1, clip1 or seen1, seen1, square, config)
+    weight1, payloads, bound_H = _with_constants(fc1, shift1 + fc1.exponent_O)
     rectified_scale = fc1.unit * 2.0**shift1
-    rectified, worst = seen1 * 2.0**-shift1, bound1 * 2.0**-shift1
-
-    populations = [
-        Population("x", "input", weight1.shape[1], {}),
-        Population("hidden", "graded_relu", n_hidden, {"vth": 0}),
-    ]
-    projections = [_dense("fc1", "x", "hidden", weight1, -shift1, _message_bits(payloads))]
-    headroom = [_room("hidden", worst, rectified)]
-    widths = {"x": payload_bits(max(INT8_MAX, *payloads, 0)), "hidden": payload_bits(rectified)}
-    last, hidden_scale, square_shift, seen_hidden, worst_hidden = "hidden", rectified_scale, 0, rectified, worst
+    rectified, worst = seen1 * 2.0**-shift1, float((bound_H * share_H).max()) * 2.0**-shift1
+    square_shift, hidden_scale, seen_hidden, worst_hidden = 0, rectified_scale, rectified, worst
     if square:
         square_shift = shift_for(rectified**2, 2 ** (config.hidden_bits - 1) - 1)
         hidden_scale = rectified_scale**2 * 2.0**square_shift
-        copy = 2 * np.eye(n_hidden, dtype=np.int32)
-        populations.append(Population("square", "product", n_hidden, {"vth": 0, "exp": square_shift}))
-        projections += [_dense(f"copy{i}", "hidden", "square", copy, -1, PAYLOAD_BITS, port=f"a_in{i}") for i in (1, 2)]
-        headroom.append(_room("square", worst**2, rectified**2))  # the product before its shift
         seen_hidden, worst_hidden = rectified**2 * 2.0**-square_shift, worst**2 * 2.0**-square_shift
-        widths["square"] = payload_bits(seen_hidden)
-        last = "square"
+    vth_H = _thresholds(module, pair, n_hidden, rectified_scale, square_shift, config)
 
     # Second layer: inputs are the hidden messages, up to twice what calibration saw.
-    fc2 = _integers(pair.fc2, source2, hidden_scale, config)
-    seen2 = found2.output_max / fc2.unit
-    expected = fc2.row_sum * min(worst_hidden, MARGIN * seen_hidden)
+    fc2 = config.integers(pair.fc2, source2, hidden_scale)
+    seen2 = _seen(fc2, found2)
+    expected = float(fc2.row_sum_O.max()) * min(worst_hidden, MARGIN * seen_hidden)
     shift2 = _output_shift(expected, seen2)
     output_scale = fc2.unit * 2.0**shift2
-    projections.append(_dense("fc2", last, "out", fc2.stored, -shift2, PAYLOAD_BITS))
-    bias_lines, bias_columns = constant_lines(fc2.bias_units(output_scale / 2))
-    largest_bias = int(np.abs(fc2.bias_units(output_scale)).max())
-    depth = 2 if square else 1
+    bias_O = rounded_bias(fc2.bias_O, fc2.unit_O * 2.0**shift2)
+    bias_lines, bias_columns = constant_lines(2 * bias_O)
+
+    exponents = sorted(set(fc1.exponent_O.tolist()))
+    members = [np.flatnonzero(fc1.exponent_O == e) for e in exponents]
+    populations = [Population("x", "input", weight1.shape[1], {})]
+    projections, headroom = [], []
+    widths = {"x": payload_bits(max(INT8_MAX, *payloads, 0))}
+    for number, (exponent, channels) in enumerate(zip(exponents, members, strict=True)):
+        mark = f".{number}" if len(exponents) > 1 else ""
+        size, hidden, product = len(channels), f"hidden{mark}", f"square{mark}"
+        vth = vth_H[channels]
+        populations.append(Population(hidden, "graded_relu", size, {"vth": int(vth[0]) if np.all(vth == vth[0]) else vth}))
+        first = dense(
+            f"fc1{mark}", "x", hidden, weight1[channels], -shift1 - exponent, _message_bits(payloads), weight_bits=fc1.bits
+        )
+        projections.append(first)
+        headroom.append(room(hidden, float(bound_H[channels].max()) * 2.0 ** -(shift1 + exponent), rectified))
+        widths[hidden] = payload_bits(rectified)
+        last = hidden
+        if square:
+            populations.append(Population(product, "product", size, {"vth": 0, "exp": square_shift}))
+            projections += [
+                one_to_one(f"copy{i}{mark}", hidden, product, size, 0, PAYLOAD_BITS, port=f"a_in{i}") for i in (1, 2)
+            ]
+            headroom.append(room(product, worst**2, rectified**2))  # the product before its shift
+            widths[product] = payload_bits(seen_hidden)
+            last = product
+        projections.append(
+            dense(f"fc2{mark}", last, "out", fc2.stored_OI[:, channels], -shift2, PAYLOAD_BITS, weight_bits=fc2.bits)
+        )
     if bias_lines:
-        populations += _delay_line(len(bias_lines), depth)[0]
-        projections += _delay_line(len(bias_lines), depth)[1]
-        projections.append(_dense("bias", f"bias{depth}", "out", bias_columns, -1, _message_bits(bias_lines)))
+        depth = 2 if square else 1
+        line_populations, line_projections = delay_line(len(bias_lines), depth)
+        populations += line_populations
+        projections += line_projections
+        projections.append(dense("bias", f"bias{depth}", "out", bias_columns, -1, _message_bits(bias_lines)))
     populations.append(Population("out", "graded", source2.out_features, {"vth": 0}))
-    headroom.append(_room("out", fc2.row_sum * worst_hidden * 2.0**-shift2 + largest_bias, seen2 * 2.0**-shift2))
+    most = float(fc2.row_sum_O.max()) * worst_hidden * 2.0**-shift2 + float(np.abs(bias_O).max())
+    headroom.append(room("out", most, seen2 * 2.0**-shift2))
     widths["out"] = payload_bits(seen2 * 2.0**-shift2)
-    offset = 0.5 if shift2 >= 2 else 0.0
+    # Several groups floor one by one before they add up: half a step each.
+    offset = 0.5 * len(exponents) if 2**shift2 > fc2.step else 0.0
     graph = SpikingGraph(
         populations=tuple(populations),
         projections=tuple(projections),
         outputs=("out",),
         meta={"segment": label, "activation": pair.activation, "input_scale": input_scale, "output_scale": output_scale,
               "output_offset": offset, "constant_lines": list(payloads), "bias_lines": list(bias_lines),
-              "rectified_scale": rectified_scale},
+              "rectified_scale": rectified_scale, "input_threshold": config.drop_input,
+              "channel_scales": list(fc2.channels), "hidden_channels": [m.tolist() for m in members]},
     )  # fmt: skip
     return Segment(
         name=label,
@@ -349,7 +380,7 @@ def _mlp(
         n_hidden=n_hidden,
         n_out=source2.out_features,
         input_scale=input_scale,
-        weight_scales=(fc1.weight_scale, fc2.weight_scale),
+        weight_scales=(fc1.scale, fc2.scale),
         shifts=(shift1, shift2),
         square_shift=square_shift,
         rectified_scale=rectified_scale,
@@ -361,36 +392,34 @@ def _mlp(
         headroom=tuple(headroom),
         payload_bits=widths,
         fingerprints=(fingerprint(source1), fingerprint(source2)),
-        rows_per_token=rows_per_token,
+        rows_per_token=piece.rows_per_token,
+        channel_scales=(fc1.channels, fc2.channels) if fc1.channels or fc2.channels else (),
+        weight_bits=fc1.bits,
+        input_threshold=config.drop_input,
+        hidden_threshold=config.drop_hidden,
+        threshold_module=pair.threshold,
     )
+
+
+def _thresholds(
+    module: nn.Module, pair: MlpPair, n_hidden: int, rectified_scale: float, square_shift: int, config: GradedConfig
+) -> np.ndarray:
+    """Threshold of every neuron that rectifies, in units of `rectified_scale`, int64 (H,): what exceeds it is sent."""
+    square = pair.activation == "relu2"
+    drop = math.isqrt(((config.drop_hidden + 1) << square_shift) - 1) if square else config.drop_hidden
+    vth_H = np.full(n_hidden, drop, dtype=np.int64)
+    if pair.threshold:
+        gate = module.get_submodule(pair.threshold)
+        if not isinstance(gate, EventThreshold) or gate.channels != n_hidden:
+            raise ValueError(
+                f"the report has an EventThreshold of {n_hidden} channels at {pair.threshold!r}, and the module "
+                f"{gate}; analyse this module again"
+            )
+        theta_H = gate.theta_C.detach().double().cpu().numpy()
+        units_H = (np.sqrt(theta_H) if square else theta_H) / rectified_scale
+        vth_H = np.maximum(vth_H, np.floor(np.minimum(units_H, WORD_LIMIT)).astype(np.int64))
+    return vth_H
 
 
 def _message_bits(payloads: Sequence[int]) -> int:
     return max(8, payload_bits(max(payloads, default=0)))
-
-
-def _dense(
-    name: str, source: str, target: str, weight: np.ndarray, exponent: int, bits: int, port: str = "a_in"
-) -> Projection:
-    return Projection(
-        name=name,
-        source=source,
-        target=target,
-        port=port,
-        weight=weight.astype(np.int32),
-        weight_exp=exponent,
-        num_weight_bits=8,
-        sign_mode="mixed",
-        num_message_bits=bits,
-    )
-
-
-def _delay_line(size: int, depth: int) -> tuple[list[Population], list[Projection]]:
-    """Constant lines that reach the output as late as the token does: an input population and `depth` copies of it."""
-    copy = 2 * np.eye(size, dtype=np.int32)
-    populations = [Population("bias0", "input", size, {})]
-    projections = []
-    for step in range(1, depth + 1):
-        populations.append(Population(f"bias{step}", "graded", size, {"vth": 0}))
-        projections.append(_dense(f"delay{step}", f"bias{step - 1}", f"bias{step}", copy, -1, 24))
-    return populations, projections

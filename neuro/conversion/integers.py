@@ -1,7 +1,9 @@
-"""Float values to the integers of the graded route: scales, even weights, constant lines, shifts.
+"""Float values to the integers of the graded route: scales, weights on their grid, constant lines, shifts.
 
-Loihi 2's mixed-sign weights of 8 bits are even (lava-nc 0.10.0 drops the lowest bit), so a synapse holds 2 q with q in
--127..127. A sum then counts in units of s_x s_w / 2, and the sum itself is always even.
+Loihi 2's mixed-sign weights of b bits are multiples of `step` = 2^(9 - b) (lava-nc 0.10.0 drops the bits below), so a
+synapse holds step x q: with 8 bits 2 q, q in -127..127; with 4 bits 32 q, q in -8..7. A sum then counts in units of
+s_x s_w / step, and the sum itself is always a multiple of the step, so that a shift by up to log2(step) loses nothing.
+Ternary weights are 2-bit ones without their lowest level.
 """
 
 from __future__ import annotations
@@ -18,6 +20,10 @@ SUM_BITS = 31
 PAYLOAD_BITS = 16  # graded messages, sign included
 EXPONENT_REGISTER = 8  # weight_exp of the chip: -8..7
 DIGIT_BASE = 127
+LARGEST_LINE = 2**WORD_BITS  # payloads of constant lines stay below
+WEIGHT_BITS = (8, 4, 3, 2, "ternary")
+CLIPS = 2.0 ** (-np.arange(0, 73) / 16)  # shares of the largest weight that the search tries
+SAMPLE = 2**18  # weights per scale that the search looks at
 
 
 def scale_for(largest: float, power_of_two: bool) -> float:
@@ -36,36 +42,99 @@ def quantise(value: Tensor, scale: float) -> Tensor:
     return torch.round(wide / scale).clamp_(-INT8_MAX, INT8_MAX)
 
 
-def constant_lines(values: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
-    """Write even per-neuron constants as weights times the payloads of constant input lines.
+def weight_levels(bits: int | str) -> tuple[int, int, int]:
+    """(width of a synapse, lowest q, highest q) of weights of 8, 4, 3 or 2 bits, or "ternary". Raises ValueError."""
+    if bits not in WEIGHT_BITS or isinstance(bits, bool):
+        raise ValueError(f"weight_bits is {bits!r}; it is one of {', '.join(map(str, WEIGHT_BITS))}")
+    if isinstance(bits, str):
+        return 2, -1, 1
+    return (bits, -INT8_MAX, INT8_MAX) if bits == 8 else (bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def on_grid(value: Tensor, scale: Tensor | float, low: int, high: int) -> Tensor:
+    """round(value / scale) (ties to even) within low..high."""
+    return torch.round(value / scale).clamp_(low, high)
+
+
+def squared_error(weight_GN: Tensor, scale_G: Tensor, low: int, high: int) -> Tensor:
+    """Sum over N of (weight - scale x q)^2 for each group, float64 (G,)."""
+    scale = scale_G[:, None]
+    return (weight_GN - scale * on_grid(weight_GN, scale, low, high)).square().sum(dim=1)
+
+
+def weight_scales(weight_GN: Tensor, low: int, high: int, *, search: bool, power_of_two: bool = False) -> Tensor:
+    """One scale per row (group of weights), float64 (G,); 1 where a row is all zero.
 
     Args:
-        values: (n,) even integers to be added to each neuron's sum.
+        weight_GN: float64 weights, a row per scale.
+        low, high: range of q.
+        search: the scale of least squared error, out of 73 between largest / levels and 1/23 of it; else the one that
+            reaches the largest magnitude. Long rows are searched on every n-th weight, 2^18 of them at least.
+        power_of_two: only powers of two; without a search rounded up.
+    """
+    largest_G = weight_GN.abs().amax(dim=1)
+    full_G = torch.where(largest_G > 0, largest_G / high, torch.ones_like(largest_G))
+    if power_of_two:
+        full_G = torch.where(largest_G > 0, torch.exp2(torch.ceil(torch.log2(full_G) - 1e-12)), full_G)
+    if not search:
+        return full_G
+    shares = 2.0 ** -np.arange(0, 6) if power_of_two else CLIPS
+    part_GN = weight_GN[:, :: weight_GN.shape[1] // SAMPLE | 1]
+    errors = torch.stack([squared_error(part_GN, full_G * share, low, high) for share in shares.tolist()])
+    best_G = full_G * torch.from_numpy(shares)[errors.argmin(dim=0)]
+    return torch.where(largest_G > 0, best_G, full_G)
+
+
+def constant_lines(values: np.ndarray, step: int = 2, largest: int = INT8_MAX) -> tuple[tuple[int, ...], np.ndarray]:
+    """Write per-neuron constants as weights times the payloads of constant input lines.
+
+    Args:
+        values: (n,) multiples of `step` to be added to each neuron's sum.
+        step: spacing of the weights. largest: highest |q| a synapse holds in both signs.
 
     Returns:
-        payloads of the lines, powers of 127 (1 and 127 are int8; larger ones are wider messages), and int32 weights
-        (n, lines), even, -254..254, with `weights @ payloads == values` exactly. No line where all constants are 0.
+        payloads of the lines, powers of 127 for 8-bit weights (1 and 127 are int8; larger ones are wider messages), else
+        of 2 x largest + 1; and int32 weights (n, lines), multiples of `step` up to step x largest, with
+        `weights @ payloads == values` exactly. No line where all constants are 0.
 
     Raises:
-        ValueError: odd values, or values beyond what four lines reach (2 x 127^4).
+        ValueError: values that are no multiples of the step, or beyond what lines with payloads below 2^23 reach.
     """
     values = np.asarray(values, dtype=np.int64)
-    if np.any(values % 2):
-        raise ValueError("constants must be even, as 8-bit weights of mixed sign are")
-    rest = values // 2
+    if np.any(values % step):
+        kind = "even, as 8-bit weights of mixed sign are" if step == 2 else f"multiples of {step}, as the weights are"
+        raise ValueError(f"constants must be {kind}")
+    base = DIGIT_BASE if largest == INT8_MAX else 2 * largest + 1
+    most = math.floor(math.log(LARGEST_LINE, base)) + 1
+    rest = values // step
     digits: list[np.ndarray] = []
     while np.any(rest):
-        if len(digits) == 4:
-            raise ValueError(f"a constant of {int(np.abs(values).max())} is beyond four lines (2 x {DIGIT_BASE}^4)")
-        if np.abs(rest).max() <= INT8_MAX:
+        if len(digits) == most:
+            count = {4: "four"}.get(most, most)
+            raise ValueError(f"a constant of {int(np.abs(values).max())} is beyond {count} lines ({step} x {base}^{most})")
+        if np.abs(rest).max() <= largest:
             digit = rest
         else:
-            digit = (rest + DIGIT_BASE // 2) % DIGIT_BASE - DIGIT_BASE // 2
+            digit = (rest + base // 2) % base - base // 2
         digits.append(digit)
-        rest = (rest - digit) // DIGIT_BASE
-    kept = [(DIGIT_BASE**power, digit) for power, digit in enumerate(digits) if np.any(digit)]
-    weights = np.stack([2 * d for _, d in kept], axis=1) if kept else np.zeros((len(values), 0), dtype=np.int64)
+        rest = (rest - digit) // base
+    kept = [(base**power, digit) for power, digit in enumerate(digits) if np.any(digit)]
+    weights = np.stack([step * d for _, d in kept], axis=1) if kept else np.zeros((len(values), 0), dtype=np.int64)
     return tuple(payload for payload, _ in kept), weights.astype(np.int32)
+
+
+def power_line(values: np.ndarray, step: int, largest: int) -> tuple[tuple[int, ...], np.ndarray]:
+    """Powers of two and zeros as one constant line, which costs one synaptic operation a neuron: payload and weights.
+
+    Same form as `constant_lines`; falls back to it where one line with payloads below 2^15 does not reach all values.
+    """
+    values = np.asarray(values, dtype=np.int64)
+    highest = int(values.max(initial=0))
+    payload = max(1, highest // (step * 2 ** int(math.log2(largest))))
+    weights = values // payload
+    if not highest or payload >= 2 ** (PAYLOAD_BITS - 1) or np.any(weights * payload != values) or np.any(weights % step):
+        return constant_lines(values, step, largest)
+    return (payload,), weights[:, None].astype(np.int32)
 
 
 def payload_bits(largest: float) -> int:

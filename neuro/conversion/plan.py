@@ -46,6 +46,15 @@ class Segment:
     `square_shift`: the product neuron's shift; `constant_lines`: payloads appended to every input vector.
     `payload_bits`: widest message per population on calibration data, sign included. `rows_per_token`: how often the
     segment runs per token (above 1 for a layer shared by several places).
+
+    `code`: "graded" (one token, one step, integer payloads), "delta" (payloads are changes from token to token) or
+    "rate" (`time_steps` steps a token, binary spikes); `weight_bits`: width of a synapse; `channel_scales`: scales per
+    output channel of each linear layer, empty where they are per tensor. Code "graded": input messages and messages into
+    the second layer of magnitudes up to `input_threshold` and `hidden_threshold` are not sent; `threshold_module` is an
+    EventThreshold between the two layers that the graph has taken over. Code "delta": `input_threshold` and
+    `hidden_threshold`, in payload units, are the smallest changes sent (0 and 1 send all), `sequence_dim` is the
+    dimension of the input that holds the tokens of a stream. Code "rate": `reset` is "soft" (subtract the threshold) or
+    "hard" (to 0), `input_code` "spikes" or "analogue".
     """
 
     name: str
@@ -69,6 +78,16 @@ class Segment:
     payload_bits: Mapping[str, int]
     fingerprints: tuple[str, ...]
     rows_per_token: float = 1.0
+    code: str = "graded"
+    time_steps: int = 1
+    channel_scales: tuple[tuple[float, ...], ...] = ()
+    weight_bits: int = 8
+    input_threshold: int = 0
+    hidden_threshold: int = 0
+    sequence_dim: int = -2
+    reset: str = ""
+    input_code: str = ""
+    threshold_module: str = ""
 
 
 @dataclass(frozen=True)
@@ -187,6 +206,10 @@ def load_plan(folder: str | os.PathLike[str]) -> Plan:
 
 
 def _segment(folder: Path, fields: dict[str, Any]) -> Segment:
-    known: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    known: dict[str, Any] = {key: _tuples(value) for key, value in fields.items()}
     known["headroom"] = tuple(Headroom(**room) for room in fields["headroom"])
     return Segment(graph=load_graph(folder / f"{fields['name']}{FILE_SUFFIX}"), **known)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

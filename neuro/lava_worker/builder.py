@@ -44,7 +44,13 @@ def make_population(population, lava_name: str, data):
         params["act_mode"] = ActivationMode.RELU if params.pop("relu") else ActivationMode.UNIT
     if "cum_error" in params:
         params["cum_error"] = bool(params["cum_error"])
-    return known[lava_name](shape=(population.size,), **params)
+    thresholds = params.get("vth")
+    if not isinstance(thresholds, np.ndarray):
+        return known[lava_name](shape=(population.size,), **params)
+    process = known[lava_name](shape=(population.size,), **{**params, "vth": 0})
+    process.vth.shape = (population.size,)  # Lava's constructor takes one threshold; its model compares neuron by neuron
+    process.vth.init = thresholds
+    return process
 
 
 def make_projection(projection):

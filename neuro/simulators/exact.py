@@ -3,7 +3,8 @@
 A product of integers has no rounding in floating point as long as no partial sum can reach 2^24 (float32) or 2^53
 (float64), in whatever order it is summed; the row sums of |weight| times the largest message bound them. The bound is a
 measured one, taken from the messages at hand, so that it is tight. Weights that fit a signed byte after dropping the zero
-bits they share (mixed-sign 8-bit weights are even) meet byte messages in int8 with int32 sums.
+bits they share (mixed-sign 8-bit weights are even) meet byte messages in int8 with int32 sums; messages of up to 15 bits
+do so in two halves where float32 would not be exact.
 
 Shape letters: T steps, B samples, N neurons; R rows = T x B, S sources, O targets.
 """
@@ -143,6 +144,11 @@ class Matrix:
         used = int(np.bitwise_or.reduce(weight_OS, axis=None))
         self._drop = min((used & -used).bit_length() - 1, 8) if used else 0  # zero bits that all weights share
         self._bytes = min(0, int(weight_OS.min())) >> self._drop >= -128 and int(weight_OS.max()) >> self._drop <= 127
+        self._diagonal_O: Tensor | None = None
+        if weight_OS.shape[0] == weight_OS.shape[1] > 1:
+            diagonal = np.diagonal(weight_OS)
+            if np.count_nonzero(weight_OS) == np.count_nonzero(diagonal):  # neuron to neuron: no need for a matrix
+                self._diagonal_O = torch.from_numpy(diagonal.astype(np.int32)).to(device)
 
     def _weight(self, dtype: torch.dtype) -> Tensor:
         if dtype not in self._cast:
@@ -151,16 +157,18 @@ class Matrix:
         return self._cast[dtype]
 
     def arithmetic(self, rows: int, bound: int) -> str:
-        """Which arithmetic a product of that many rows takes: "int8", "float32", "float64" or "split float64"."""
+        """Which arithmetic a product of that many rows takes: int8, split int8, float32, float64, split float64."""
         sources, targets = self._weight_SO.shape
         limit = bound * self.row_sum
-        exact8 = self._bytes and bound <= 127 and limit < INT32_LIMIT and int8_products_are_exact(self._device.type)
-        if exact8 and rows * sources * targets >= INT8_WORK:
-            aligned = sources % 8 == 0 and targets % 8 == 0 and rows > 16
-            if self._device.type == "cpu" or aligned:  # what cuBLASLt asks for
-                return "int8"
+        exact8 = self._bytes and bound < 2**14 and limit < INT32_LIMIT and int8_products_are_exact(self._device.type)
+        aligned = sources % 8 == 0 and targets % 8 == 0 and rows > 16  # what cuBLASLt asks for
+        exact8 = exact8 and rows * sources * targets >= INT8_WORK and (self._device.type == "cpu" or aligned)
+        if exact8 and bound <= 127:
+            return "int8"
         if limit < FLOAT32_EXACT and float32_products_are_exact(self._device):
             return "float32"
+        if exact8:
+            return "split int8"
         return "float64" if limit < FLOAT64_EXACT else "split float64"
 
     def product(self, x_RS: Tensor, bound: int, share: float = 1.0, again: bool = False) -> tuple[Tensor, int]:
@@ -168,8 +176,10 @@ class Matrix:
 
         `again`: the caller is done with the result of the call before, so that its memory may be used.
         """
-        how = self.arithmetic(len(x_RS), bound)
         limit = bound * self.row_sum
+        if self._diagonal_O is not None:
+            return x_RS.to(torch.int32 if limit < INT32_LIMIT else torch.int64) * self._diagonal_O, 0
+        how = self.arithmetic(len(x_RS), bound)
         few = share < (EVENT_SHARE_INT8 if how == "int8" else EVENT_SHARE_FLOAT)
         if few and limit < FLOAT32_EXACT and self._weight_SO.shape[1] >= EVENT_TARGETS:
             return self._events(x_RS, bound), 0
@@ -180,6 +190,10 @@ class Matrix:
             if self._room is None or self._room.shape != shape:
                 self._room = torch.empty(shape, dtype=torch.int32, device=self._device)
             return torch._int_mm(x_RS, self._weight(torch.int8), out=self._room), self._drop
+        if how == "split int8":  # two halves of a message, in sums of int32
+            weight8 = self._weight(torch.int8)
+            high = torch._int_mm((x_RS >> 7).to(torch.int8).contiguous(), weight8)
+            return (high << 7) + torch._int_mm((x_RS & 127).to(torch.int8).contiguous(), weight8), self._drop
         if how == "split float64":  # two exact halves
             weight = self._weight(torch.float64)
             high = (x_RS >> 16).to(torch.float64) @ weight

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from neuro.graph import PORTS, GraphError, Population, Projection, SpikingGraph
-from neuro.kinds import KINDS, LIF_KINDS, STATELESS
+from neuro.kinds import BINARY_KINDS, KINDS, LIF_KINDS, STATELESS
 from neuro.simulators.activity import Activity, PopulationCounts, ProjectionCounts, recorded
 from neuro.simulators.exact import Arrived, Exact, Synapses, add, join_arrived, magnitude, narrow
 from neuro.simulators.inputs import InputError, checked_inputs
@@ -151,7 +151,8 @@ def _values(
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} does not exist; there is: {', '.join(MODES)}")
     for population in graph.populations:
-        if mode == "lava" and not KINDS[population.kind].lava:
+        kind = KINDS[population.kind]
+        if mode == "lava" and not kind.lava and not kind.extends:
             raise GraphError(
                 f"population {population.name!r}: Lava 0.10 has no fixed-point model of {population.kind}, so mode 'lava'"
                 " has nothing to equal; use mode 'chip'"
@@ -183,10 +184,7 @@ class _Engine:
         self._keep, self._windows, self._delayed, self._tally = keep, windows, delayed, tally
         self._components = components(graph)
         kinds = {p.name: p.kind for p in graph.populations}
-        self._synapses = {
-            p.name: Synapses(p, device, mode, kinds[p.source] in ("lif", "lif_reset", "lif_refractory"))
-            for p in graph.projections
-        }
+        self._synapses = {p.name: Synapses(p, device, mode, kinds[p.source] in BINARY_KINDS) for p in graph.projections}
         if isinstance(fused, str) and fused != "torch":
             raise ValueError(f'fused {fused!r} does not exist; there is: True, False, None, "torch"')
         in_c = False if isinstance(fused, str) else fused
@@ -429,7 +427,7 @@ class _Engine:
         counts["max_abs_payload"] = max(counts["max_abs_payload"], bound)
         least, most = projection.payload_range
         kind = self._graph.population(projection.source).kind
-        signed = least == 0 and kind not in ("input", "lif", "lif_reset", "lif_refractory") and bool((sent < 0).any())
+        signed = least == 0 and kind not in ("input", *BINARY_KINDS) and bool((sent < 0).any())
         if bound > most or signed:
             holder = f"{projection.num_message_bits} message bits of projection {projection.name!r}"
             wide = (sent < least) | (sent > most)

@@ -82,8 +82,10 @@ def unsupported(graph: SpikingGraph) -> tuple[str, ...]:
     found = []
     for population in graph.populations:
         where = f"population {population.name!r} ({population.kind})"
-        if not KINDS[population.kind].lava:
-            found.append(f"{where}: lava-nc 0.10 has no fixed-point model of it; the simulator has one in mode 'chip'")
+        kind = KINDS[population.kind]
+        if not kind.lava:
+            remedy = kind.instead or "the simulator has one in mode 'chip'"
+            found.append(f"{where}: lava-nc 0.10 has no fixed-point model of it; {remedy}")
         if population.params.get("corrected", 0):
             found.append(
                 f"{where}: the corrected model is not in lava-nc 0.10; the simulator has it, Lava has the residue one"

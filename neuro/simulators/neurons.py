@@ -3,7 +3,8 @@
 Layout: (T, B, N) = steps, samples, neurons; time first, so that one step is one contiguous slice. Equations: the
 models tagged `fixed_pt` of lava-nc 0.10.0 (lava/proc/lif, sdn, graded, prodneuron), whose int32 arithmetic is
 reproduced as it is. In mode "chip" every register wraps at its width, after published emulators: 16 bits for what a
-lif kind receives, 24 for u and for everything the other kinds hold; v of a lif kind saturates in both modes.
+lif kind receives, 24 for u and for everything the other kinds hold; v of a lif kind saturates in both modes. `lif_soft`
+is Lava's LIF but for its reset: v loses the threshold where it fires. Lava has no such model.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ from neuro.simulators import scan as scans
 from neuro.simulators.exact import Arrived, outside, wrap
 
 REGISTER_LIMIT = 2**23  # u and v: 23 bits and a sign
-_FLAGS = {"lif": 0, "ternary_lif": scans.TERNARY, "lif_reset": 0, "lif_refractory": scans.REFRACTORY}
+_FLAGS = {
+    "lif": 0,
+    "ternary_lif": scans.TERNARY,
+    "lif_reset": 0,
+    "lif_refractory": scans.REFRACTORY,
+    "lif_soft": scans.SOFT,
+}
 
 
 @dataclass
@@ -83,9 +90,8 @@ class Lif:
             refractory=_parameter(population, "refractory") if population.kind == "lif_refractory" else 0,
             bias_M=per_neuron(population, mantissa << np.asarray(population.params["bias_exp"]), batch, device),
         )
-        self._interval = 0
-        if population.kind == "lif_reset":
-            self._interval = _parameter(population, "reset_interval")
+        self._interval = _parameter(population, "reset_interval") if "reset_interval" in population.params else 0
+        if self._interval:
             self._offset = _parameter(population, "reset_offset") % self._interval
         self._fused, self._shape, self._device = fused, (batch, population.size), device
 
@@ -155,6 +161,8 @@ class Other:
     def __init__(self, population: Population, batch: int, device: torch.device, mode: str) -> None:
         self._population, self._chip, self._device = population, mode == "chip", device
         self._shape = (batch, population.size)
+        vth = population.params.get("vth", 0)  # an int, or one per neuron
+        self._threshold = vth if isinstance(vth, int) else torch.from_numpy(np.array(vth)).to(device)
         self.state = {
             name: torch.zeros(self._shape, dtype=torch.int32, device=device) for name in KINDS[population.kind].states
         }
@@ -172,7 +180,8 @@ class Other:
         if kind == "graded" or kind == "graded_relu":
             block = self._graded(sums[0], arrived["a_in"].bound, findings)
         elif kind == "product":
-            block = self._product(sums[0], sums[1], findings)
+            bound = arrived["a_in1"].bound * arrived["a_in2"].bound
+            block = self._product(sums[0], sums[1], bound, findings)
         elif kind == "norm":
             block = self._norm(sums[0], sums[1], findings)
         elif kind == "sigma":
@@ -196,7 +205,7 @@ class Other:
         return wrap(value, 32).to(torch.int32)
 
     def _gated(self, value: Tensor, both_signs: bool = True) -> Tensor:
-        threshold = _parameter(self._population, "vth")
+        threshold = self._threshold
         size = value.abs() if both_signs else value  # |-2^31| is -2^31 in int32, here as in numpy
         return value * (size > threshold)
 
@@ -204,16 +213,20 @@ class Other:
         if bound >= REGISTER_LIMIT and not self._chip:
             self._held(value, findings)
         relu = self._population.kind == "graded_relu"
-        if _parameter(self._population, "vth") == 0:
+        if isinstance(self._threshold, int) and self._threshold == 0:
             sent = value.clamp_min(0) if relu else value.masked_fill(value == -(2**31), 0) if bound >= 2**31 else value
         else:
             sent = self._gated(value, both_signs=not relu)
         return Block({"s_out": sent}, v=value, findings=findings)
 
-    def _product(self, first: Tensor, second: Tensor, findings: list[Finding]) -> Block:
-        value = self._narrowed(first.to(torch.int64) * second.to(torch.int64), findings)
-        value = self._held(value >> _parameter(self._population, "exp"), findings)
-        return Block({"s_out": self._gated(value)}, v=value, findings=findings)
+    def _product(self, first: Tensor, second: Tensor, bound: int, findings: list[Finding]) -> Block:
+        if bound < REGISTER_LIMIT:  # no word can run over
+            value = (first * second) >> _parameter(self._population, "exp")
+        else:
+            value = self._narrowed(first.to(torch.int64) * second.to(torch.int64), findings)
+            value = self._held(value >> _parameter(self._population, "exp"), findings)
+        zero = isinstance(self._threshold, int) and self._threshold == 0
+        return Block({"s_out": value if zero else self._gated(value)}, v=value, findings=findings)
 
     def _norm(self, first: Tensor, second: Tensor, findings: list[Finding]) -> Block:
         before = torch.cat([self.state["v"][None], first[:-1]]).to(torch.int64)

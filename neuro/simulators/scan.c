@@ -9,7 +9,7 @@
 
 typedef int32_t i32;
 enum { LIMIT = 1 << 23, BLOCK = 512 };
-enum { CHIP = 1, TERNARY = 2, REFRACTORY = 4 };
+enum { CHIP = 1, TERNARY = 2, REFRACTORY = 4, SOFT = 8 };
 
 static inline i32 magnitude(i32 x) { return x < 0 ? -x : x; }
 static inline i32 larger(i32 x, i32 y) { return x > y ? x : y; }
@@ -58,7 +58,7 @@ static inline __attribute__((always_inline)) void run(
                 v = v > LIMIT - 1 ? LIMIT - 1 : v < 1 - LIMIT ? 1 - LIMIT : v;
                 i32 fire = v > high;
                 if (flags & TERNARY) fire -= v < low;
-                v = fire ? 0 : v;
+                v = fire ? (flags & SOFT ? v - high : 0) : v;
                 if (flags & REFRACTORY) r_[i] = larger((fire ? rest : r_[i]) - 1, 0);
                 fired[i] += fire != 0;
                 u_[i] = u;
@@ -87,5 +87,7 @@ void lif_scan(int flags, const i32 *a, int8_t *s, i32 *u, i32 *v, i32 *U, i32 *V
         CASE(CHIP)
         CASE(CHIP | TERNARY)
         CASE(CHIP | REFRACTORY) /* Lava has no refractory period */
+        CASE(SOFT)
+        CASE(CHIP | SOFT)
     }
 }

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 LIMIT = 2**23
-CHIP, TERNARY, REFRACTORY = 1, 2, 4
+CHIP, TERNARY, REFRACTORY, SOFT = 1, 2, 4, 8
 STATS = ("wide_a", "wraps_u", "saturations_v", "fired", "max_abs_u", "max_abs_v")
 SOURCE = Path(__file__).with_name("scan.c")
 PLAIN_STEP_S, PLAIN_NEURON_S = 1e-4, 2e-8  # what plain torch takes for a step and for a neuron in it (measured)
@@ -50,7 +50,7 @@ class Scan:
     """Parameters of one population, ready for either loop.
 
     Attributes:
-        flags: CHIP, TERNARY or REFRACTORY, added up.
+        flags: CHIP, TERNARY, REFRACTORY or SOFT (reset by subtraction), added up.
         keep_u, keep_v: 4096 minus the decay. high, low: thresholds << 6. refractory: steps.
         bias_M: int32.
         in_chunks: whether `plain` takes whole chunks of steps through torch.compile. None: on CUDA, once plain torch has
@@ -129,7 +129,7 @@ def step(
     if flags & TERNARY:
         fire = fire - (v < low).to(torch.int8)
     fired = fire != 0
-    v = v.masked_fill(fired, 0)
+    v = torch.where(fired, v - high, v) if flags & SOFT else v.masked_fill(fired, 0)
     if flags & REFRACTORY:
         rest = (torch.where(fired, refractory, rest) - 1).clamp_min(0)
     return u, v, rest, fire, raw_u, raw_v, over | under
@@ -246,10 +246,13 @@ def _try_chunks(
     fired_M: Tensor | None,
     trace: Trace | None,
 ) -> list[int] | None:
-    """`_chunks` where it is wanted, or None, with nothing changed but messages; a failure is warned of once."""
+    """`_chunks` where it is wanted, or None, with nothing changed but messages; a failure is warned of once.
+
+    Soft reset stays with plain torch.
+    """
     device = a_TM.device.type
     wanted = device == "cuda" and _plain_s.get(device, 0.0) > WORTH_CHUNKS_S if scan.in_chunks is None else scan.in_chunks
-    if not wanted or device in _without:
+    if not wanted or device in _without or scan.flags & SOFT:
         return None
     try:
         with warnings.catch_warnings():

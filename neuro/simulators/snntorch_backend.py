@@ -37,6 +37,7 @@ _SIGMA_DELTA = "snnTorch has no sigma-delta neuron"
 NOT_HERE: dict[str, str] = {
     "ternary_lif": "snnTorch's leaky neurons send no negative spikes",
     "lif_refractory": "snnTorch's leaky neurons have no refractory period",
+    "lif_soft": "snnTorch's own soft reset acts a step later; this backend resets to zero",
     "sigma": _SIGMA_DELTA,
     "delta": _SIGMA_DELTA,
     "sigma_delta": _SIGMA_DELTA,

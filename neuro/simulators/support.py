@@ -38,7 +38,9 @@ def refusal(kind: str, backend: str, mode: str, corrected: bool = False) -> str:
     if backend == "snntorch":
         return NOT_HERE.get(kind, "")
     if mode == "lava" and kind in KINDS and not KINDS[kind].lava:
-        return _NO_MODEL
+        if backend == "fixed_point" and KINDS[kind].extends:
+            return ""
+        return f"{_NO_MODEL}; {KINDS[kind].instead}" if KINDS[kind].instead else _NO_MODEL
     if backend == "lava" and corrected:
         return "Lava 0.10 has the residue model only"
     return ""

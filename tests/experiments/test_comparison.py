@@ -298,7 +298,7 @@ def test_a_gate_stands_against_random_at_its_own_rate_and_all_cheap_controls(tmp
     assert tested == {
         ("a_50", "dense"),
         ("a_50", "dense_near"),
-        ("a_50", "random_50"),
+        ("a_50", "random_50 at the same rate"),
         ("b_33", "dense"),
         ("b_33", "dense_near"),
         ("b_33", "random_50"),

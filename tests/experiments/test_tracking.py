@@ -57,9 +57,9 @@ def test_custom_scalar_layout_is_there(tmp_path: Path) -> None:
         tracker.log(1, {"loss_nats": 5.5})
     tensor = read(tmp_path).Tensors("custom_scalars__config__")[0].tensor_proto
     layout = layout_pb2.Layout.FromString(tensor.string_val[0])
-    assert [category.title for category in layout.category] == ["gate against dense"]
-    tags = [tag for chart in layout.category[0].chart for tag in chart.multiline.tag]
-    assert {"val/loss_nats", "gate/keep_fraction", "cost/flops", "cost/reference_s"} <= set(tags)
+    assert [category.title for category in layout.category] == ["gate against dense", "what the gate saved"]
+    tags = [tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag]
+    assert {"val/loss_nats", "gate/keep_fraction", "cost/flops", "cost/reference_s", "saved/flops_share"} <= set(tags)
 
 
 def test_a_resumed_run_has_no_double_points(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_encoder_layer_before_and_after_splitting_its_attention() -> None:
     layer, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(2, 5, 8)
     report = analyse(layer, x)
     assert report.mapped == ("linear1", "linear2")
-    assert "split_attention" in report.table()
+    assert "neuro.prepare" in report.table()
     split = split_attention(layer)
     assert analyse(split, x).mapped == (*(f"self_attn.{n}" for n in "qkvo"), "linear1", "linear2")
     mask = torch.triu(torch.ones(5, 5, dtype=torch.bool), 1)
@@ -180,9 +180,27 @@ def test_nothing_to_map(module: nn.Module) -> None:
         analyse(module, torch.zeros(2, 4))
 
 
-def test_loihi1_takes_no_graded_layer() -> None:
-    with pytest.raises(NothingToMap, match=r"loihi1.*map to loihi2"):
-        analyse(nn.Linear(4, 4), torch.zeros(2, 4), chip="loihi1")
+@pytest.mark.parametrize("route", ["graded", "sigma_delta"])
+def test_loihi1_takes_no_payloads(route: str) -> None:
+    with pytest.raises(NothingToMap, match=r"loihi1.*payload_bits 8 of 1.*map to loihi2, or take route='rate'"):
+        analyse(nn.Linear(4, 4), torch.zeros(2, 4), chip="loihi1", route=route)
+
+
+def test_loihi1_takes_spike_counts() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4), nn.GELU(), nn.RMSNorm(4))
+    report = analyse(model, torch.zeros(2, 4), chip="loihi1")
+    assert (report.chip, report.route, report.mapped) == ("loihi1", "rate", ("0", "2"))
+    assert [p.activation for p in report.pairs] == ["relu"]
+    by_name = {op.name: op for op in report.operations}
+    assert by_name["0"].verdict == by_name["1"].verdict == "after transform"
+    assert {by_name[n].runs_on for n in "012"} == {"chip"}
+    for name in ("3", "4"):  # a look-up and a norm need payloads
+        op = by_name[name]
+        assert (op.verdict, op.limit, op.need, op.have, op.error_bound) == ("host", "payload_bits", 16, 1, None)
+    squared = analyse(transformer(), torch.zeros(1, 8, dtype=torch.long), chip="loihi1")
+    assert squared.pairs == ()  # integrate-and-fire neurons do not square: the host does, between two layers
+    assert {"blocks.0.mlp.fc1", "blocks.0.mlp.fc2"} <= set(squared.mapped)
+    assert squared.crossings_per_token == 2 * (2 * 6 + 1)
 
 
 def test_bad_input_is_refused_with_its_name() -> None:

@@ -16,7 +16,7 @@ from neuro.conversion.attention import split_attention
 from neuro.conversion.graded import GradedConfig, convert
 from neuro.conversion.plan import Segment, load_plan, save_plan
 from neuro.deployed import Deployed, deploy
-from neuro.segments import encode
+from neuro.segments import encode, output_units
 from neuro.simulators import lava_client
 from neuro.simulators.activity import compare
 from neuro.simulators.fixed_point import simulate
@@ -57,7 +57,9 @@ def by_hand(segment: Segment, x: Tensor) -> np.ndarray:
         out = shift(hidden @ weight["fc2"].T, segment.shifts[1])
         if segment.bias_lines:
             out = out + shift(weight["bias"] @ np.array(segment.bias_lines, dtype=np.int64), 1)
-    return (out + segment.output_offset) * segment.output_scale
+    scales = np.array((segment.channel_scales[-1] if segment.channel_scales else ()) or segment.weight_scales[-1])
+    unit = (segment.hidden_scale if segment.n_hidden else segment.input_scale) * scales / 2
+    return (out + segment.output_offset) * (unit * 2.0 ** segment.shifts[-1])
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -97,11 +99,11 @@ def test_a_linear_layer_equals_its_twin_up_to_the_last_shift(power_of_two: bool)
         layer = nn.Linear(24, 9, bias=bias).double()
         if bias:
             nn.init.uniform_(layer.bias, -largest, largest)
-        simulated = deployed(layer, x, power_of_two=power_of_two)
+        simulated = deployed(layer, x, scales="power_of_two" if power_of_two else "tensor")
         twin = deploy(layer, simulated.plan, "quantised")
         (segment,) = simulated.plan.segments
         unit = segment.output_scale * 2.0 ** -segment.shifts[0]  # one step of the sum
-        bound = (2 ** (segment.shifts[0] - 1) if segment.shifts[0] >= 2 else 0) * unit + (unit if bias else 0)
+        bound = (2 ** (segment.shifts[0] - 1) if segment.shifts[0] >= 2 else 0) * unit
         assert (simulated(x) - twin(x)).abs().max() <= bound * (1 + 1e-9)
         assert (simulated(x) - layer(x)).abs().mean() < 0.05
 
@@ -117,25 +119,14 @@ def test_without_a_shift_simulation_and_twin_are_equal() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "relu2"])
 def test_an_mlp_stays_within_the_bound_of_its_twin(activation: str, bias: bool) -> None:
-    """ReLU without bias: equal hidden integers, so only the last shift (half a step) differs. Else every hidden value
-    may differ by what its own roundings allow, weighted by |fc2|."""
+    """Hidden values and biases are on the same grids, so only the last shift (half a step) differs."""
     torch.manual_seed(8)
     module, x = Mlp(activation, bias).double(), torch.randn(120, 24, dtype=torch.float64)
     simulated = deployed(module, x)
     (s,) = simulated.plan.segments
     twin = deploy(module, simulated.plan, "quantised")
-    fc2 = torch.from_numpy(np.abs(next(p for p in s.graph.projections if p.name == "fc2").weight) / 2) * s.weight_scales[1]
-    runner = twin.module.fc1.runner  # type: ignore[union-attr]
-    rectified = runner.run(x)[1] / s.rectified_scale  # the twin's, before it is put on the grid
-    if activation == "relu2":
-        step = 0.5 + (2.0 ** -s.shifts[0] if bias else 0.0)  # of the rectified value
-        steps = (
-            2 * rectified * step + step**2
-        ) * 2.0**-s.square_shift + 1.5  # floor after the square, rounding in the twin
-        hidden_error = steps * (rectified > 0) + (rectified <= 0) * 1.0
-    else:
-        hidden_error = torch.full_like(rectified, 1.0 if bias else 0.0)
-    bound = (hidden_error * s.hidden_scale) @ fc2.T + (0.5 + 0.5 * bias) * s.output_scale
+    assert s.shifts[1] > 1
+    bound = 0.5 * output_units(s)
     difference = (simulated(x) - twin(x)).abs()
     assert (difference <= bound * (1 + 1e-9)).all()
     assert simulated(x) == pytest.approx(module(x).detach(), abs=0.05 * float(module(x).detach().abs().max()))

@@ -126,6 +126,7 @@ def test_registers_do_not_end_and_the_result_says_so():
 NEURON = {
     "ternary_lif": {**EXACT, "vth_hi": 1, "vth_lo": -1},
     "lif_refractory": {**EXACT, "vth": 1, "refractory": 2},
+    "lif_soft": {**EXACT, "vth": 1},
     "delta": {"vth": 1},
     "sigma_delta": {"vth": 1},
     "sigma": {},

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import sys
+
 import numpy as np
 import pytest
 
@@ -28,6 +31,7 @@ PARAMS = {
     "ternary_lif": {**LIF, "vth_hi": 1, "vth_lo": -1},
     "lif_reset": {**LIF, "vth": 1, "reset_interval": 3},
     "lif_refractory": {**LIF, "vth": 1, "refractory": 2},
+    "lif_soft": {**LIF, "vth": 1},
     "sigma": {},
     "delta": {"vth": 1},
     "sigma_delta": {"vth": 1},
@@ -81,6 +85,15 @@ def test_lava_says_the_same_of_itself(kind):
     assert bool(refusal(kind, "lava", "lava")) == bool(lava_client.unsupported(one(kind)))
 
 
+def test_soft_reset_is_ours_alone_and_lava_names_the_way_out():
+    remedy = r"population 'n' \(lif_soft\): .*use kind lif or lif_reset \(reset='hard' in the rate route\)"
+    (ours,), (lava,) = refusals(one("lif_soft"), "lava", "lava"), lava_client.unsupported(one("lif_soft"))
+    assert re.fullmatch(remedy, ours)
+    assert re.fullmatch(remedy, lava)
+    with pytest.raises(lava_client.LavaUnsupported, match=remedy):
+        lava_client.run(one("lif_soft"), INPUT, python=sys.executable)
+
+
 @pytest.mark.parametrize("kind", ["delta", "sigma_delta"])
 def test_the_corrected_models_are_ours_alone(kind):
     graph = one(kind, corrected=1)
@@ -131,6 +144,7 @@ def test_rows_by_hand():
     assert lines[0] == "| kind | fixed_point, lava | fixed_point, chip | lava, lava | snntorch, float |"
     assert "| lif | yes | yes | yes | yes |" in lines
     assert "| lif_refractory | no | yes | no | no |" in lines
+    assert "| lif_soft | yes | yes | no | no |" in lines
     assert "| sigma_delta | residue, corrected | residue, corrected | residue | no |" in lines
     assert "| delay_dense | yes | yes | yes | no |" in lines
     assert "| sigma | Sigma | a_in | sigma | - |" in kinds_table()

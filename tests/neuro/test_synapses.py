@@ -102,7 +102,8 @@ def test_the_exponent_acts_on_the_sum_in_lava_and_on_each_synapse_on_the_chip(mo
 def test_every_arithmetic_of_a_product_is_exact(monkeypatch: Any) -> None:
     rng, device = np.random.default_rng(2), torch.device("cpu")
     seen = set()
-    for bound, sign in ((1, "even"), (127, "even"), (1, "odd"), (30_000, "even"), (2**30, "odd"), (2**31 - 1, "wide")):
+    kinds = ((1, "even"), (127, "even"), (2**14 - 1, "even"), (1, "odd"), (30_000, "even"), (2**30, "odd"))
+    for bound, sign in (*kinds, (2**31 - 1, "wide")):
         weight = rng.integers(-128, 128, (96, 512)) * {"even": 2, "odd": 1, "wide": 2**12}[sign]
         x = rng.integers(0 if bound == 1 else -bound, bound + 1, (40, 512))
         expected = x.astype(object) @ weight.T.astype(object)
@@ -112,10 +113,19 @@ def test_every_arithmetic_of_a_product_is_exact(monkeypatch: Any) -> None:
             seen.add(matrix.arithmetic(40, bound))
             total, shift = matrix.product(torch.from_numpy(x), bound)
             assert (total.to(torch.int64) << shift).tolist() == expected.tolist()
-    assert seen == {"int8", "float32", "float64", "split float64"}
+    assert seen == {"int8", "split int8", "float32", "float64", "split float64"}
     few = torch.from_numpy(x * (rng.random(x.shape) < 0.01)).clamp(-90, 90)
     total, shift = matrix.product(few, 90, share=0.01)
     assert (total.to(torch.int64) << shift).tolist() == (few.numpy() @ weight.T).tolist()
+
+
+@pytest.mark.parametrize("bound", [1, 127, 2**20, 2**31 - 1])
+def test_neuron_to_neuron_needs_no_matrix(bound: int) -> None:
+    rng = np.random.default_rng(3)
+    diagonal = 2 * rng.integers(-128, 128, 50)
+    x = rng.integers(-bound, bound + 1, (7, 50))
+    total, shift = exact.Matrix(np.diag(diagonal), torch.device("cpu")).product(torch.from_numpy(x), bound)
+    assert (total.to(torch.int64) << shift).tolist() == (x.astype(object) * diagonal.astype(object)).tolist()
 
 
 def test_few_events_and_many_give_the_same_sums(networks: Any, monkeypatch: Any) -> None:

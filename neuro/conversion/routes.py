@@ -1,0 +1,50 @@
+"""One `convert` for all routes: the configuration's type says which, or else the chip."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from neuro.calibration import Calibration
+from neuro.compatibility import CompatibilityReport
+from neuro.conversion import graded, rate, sigma_delta
+from neuro.conversion.graded import GradedConfig
+from neuro.conversion.plan import Plan
+from neuro.conversion.rate import RateConfig
+from neuro.conversion.sigma_delta import SigmaDeltaConfig
+
+ROUTES = ("graded", "sigma_delta", "rate")
+
+
+def convert(
+    module: nn.Module,
+    calibration: Calibration,
+    report: CompatibilityReport,
+    config: GradedConfig | SigmaDeltaConfig | RateConfig | None = None,
+) -> Plan:
+    """Integer graphs of every mapped segment of `module`, which is not changed.
+
+    Args:
+        module: the module that `report` and `calibration` were made from.
+        calibration: ranges of every mapped layer.
+        report: names what is mapped, which layers form MLP pairs, and the chip.
+        config: a `GradedConfig`, `SigmaDeltaConfig` or `RateConfig` chooses the route; None: the graded route on Loihi 2,
+            the rate route on Loihi 1, whose spikes are binary.
+
+    Raises:
+        NothingToMap, ValueError: as the route's own `convert`.
+        ValueError: the graded or the sigma-delta route on Loihi 1.
+        TypeError: a configuration of another type.
+    """
+    if config is None and report.chip == "loihi1":
+        config = RateConfig()
+    if isinstance(config, RateConfig):
+        return rate.convert(module, calibration, report, config)
+    if isinstance(config, SigmaDeltaConfig):
+        return sigma_delta.convert(module, calibration, report, config)
+    if config is not None and not isinstance(config, GradedConfig):
+        raise TypeError(
+            f"config is {type(config).__name__}; GradedConfig, SigmaDeltaConfig or RateConfig chooses the route"
+        )
+    if report.chip == "loihi1":
+        raise ValueError("loihi1 has binary spikes and takes no graded payloads; pass RateConfig() as config")
+    return graded.convert(module, calibration, report, config)

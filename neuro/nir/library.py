@@ -1,0 +1,57 @@
+"""The nir package, imported when something is written or read, and the errors of this room."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import ModuleType
+from typing import Any
+
+DT_S = 1e-4  # one step, in seconds: NIR has time constants and no step, and snnTorch's reader knows this one only
+
+
+class NirUnavailable(RuntimeError):
+    """nir is not installed."""
+
+
+class NotInNir(ValueError):
+    """Something that NIR's nodes cannot say, or say in a way that readers take differently. Names it and the remedy."""
+
+
+class NirFileError(ValueError):
+    """A NIR file that cannot be read, or holds no integers of ours, or integers that its nodes no longer agree with."""
+
+
+def nir_library() -> ModuleType:
+    """The nir package; NirUnavailable where it is not installed."""
+    try:
+        import nir
+    except ImportError as error:
+        raise NirUnavailable(f"nir is not installed ({error}); pip install 'spikegate[nir]'") from error
+    return nir
+
+
+def in_order(names: Iterable[str], edges: Iterable[tuple[str, str]]) -> list[str]:
+    """Names such that what leads to a node comes before it, loops apart; otherwise as given."""
+    left = list(names)
+    before = {name: {source for source, target in edges if target == name and source != name} for name in left}
+    found: list[str] = []
+    while left:
+        ready = next((name for name in left if before[name] <= set(found)), left[0])
+        left.remove(ready)
+        found.append(ready)
+    return found
+
+
+def numbered(nodes: Mapping[str, Any], edges: Iterable[tuple[str, str]]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Nodes and edges with names that sort as the data flows, where there is a graph among the nodes; else unchanged.
+
+    A file gives nodes back sorted by name, and nirtorch 2.6 (snnTorch's reader) stops at a graph within the graph that
+    comes before what leads to it.
+    """
+    edges = list(edges)
+    if not any(isinstance(node, nir_library().NIRGraph) for node in nodes.values()):
+        return dict(nodes), edges
+    order = in_order(nodes, edges)
+    width = len(str(len(order)))
+    names = {name: f"n{number:0{width}d}_{name}" for number, name in enumerate(order)}
+    return {names[name]: nodes[name] for name in order}, [(names[source], names[target]) for source, target in edges]
