@@ -400,7 +400,6 @@ def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
     ax.set_xlabel("synaptic operations, % of dense multiply-accumulates")
     ax.set_ylabel("simulated loss less float control, nats per token")
     ax.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from neuro.generation import generate
     from neuro.graph import Population, Projection, SpikingGraph, load_graph, save_graph
     from neuro.registry import LayerRule, prepare, register_layer, unregister_layer
+    from neuro.thresholds import EventThreshold
+    from neuro.training.insert import insert_thresholds
+    from neuro.training.loop import TrainSettings, fine_tune
 
 _HOME = {
     "analyse": "neuro.compatibility",
@@ -53,12 +56,17 @@ _HOME = {
     "register_layer": "neuro.registry",
     "unregister_layer": "neuro.registry",
     "rms_norm_graph": "neuro.conversion.norm",
+    "EventThreshold": "neuro.thresholds",
+    "insert_thresholds": "neuro.training.insert",
+    "fine_tune": "neuro.training.loop",
+    "TrainSettings": "neuro.training.loop",
 }
 
 __all__ = [
     "Calibration",
     "CompatibilityReport",
     "Deployed",
+    "EventThreshold",
     "GradedConfig",
     "LayerRule",
     "NothingToMap",
@@ -69,11 +77,14 @@ __all__ = [
     "Segment",
     "SigmaDeltaConfig",
     "SpikingGraph",
+    "TrainSettings",
     "analyse",
     "calibrate",
     "convert",
     "deploy",
+    "fine_tune",
     "generate",
+    "insert_thresholds",
     "load_deployed",
     "load_graph",
     "load_plan",

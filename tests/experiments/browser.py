@@ -52,6 +52,20 @@ VISIBLE = """
 })()
 """
 
+PRESS = """
+(() => {
+  const label = %s;
+  let count = 0;
+  const walk = node => {
+    if (node.tagName === "BUTTON" && node.textContent.trim().startsWith(label)) { node.click(); count += 1; }
+    if (node.shadowRoot) { for (const child of node.shadowRoot.children) walk(child); }
+    for (const child of node.children || []) walk(child);
+  };
+  walk(document.body);
+  return count;
+})()
+"""
+
 
 def find() -> str | None:
     """SPIKEGATE_CHROMIUM, or the first browser on the path; None without one."""
@@ -147,6 +161,10 @@ class Tab:
     def text(self) -> str:
         """What can be read on the page now."""
         return str(self.evaluate(VISIBLE))
+
+    def press(self, label: str) -> int:
+        """Click every button whose words begin with `label`, shadow roots included; how many there were."""
+        return int(self.evaluate(PRESS % json.dumps(label)))
 
     def until(self, *words: str, limit_s: float = 120.0) -> str:
         """The page's text once it holds all `words`. Raises AssertionError, with what is there, after `limit_s`."""
