@@ -84,7 +84,7 @@ def write(comparison: Comparison, out: Path, *, tensorboard: bool = True) -> dic
     (out / "comparison.html").write_text(page(comparison, plain(document), shown), encoding="utf-8")
     if tensorboard:
         figures = {"comparison": picture, **{f"joules by layer/{name}": drawn for name, drawn in layers.items()}}
-        texts = {"comparison": text, "energy per token": energy_markdown(comparison)}
+        texts = {"comparison": markdown(comparison, most_columns=8), "energy per token": energy_markdown(comparison)}
         write_comparison(out / "tensorboard", comparison, figures, texts)
     return document
 

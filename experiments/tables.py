@@ -7,7 +7,7 @@ with ">=", and what was not measured says so.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from experiments import overview
@@ -38,10 +38,11 @@ def table(comparison: Comparison) -> str:
     return "\n\n".join([*parts, *_left_out(comparison, "{}\n{}", "  {}: {}")]) + "\n"
 
 
-def markdown(comparison: Comparison) -> str:
-    """The comparison as a Markdown document: verdicts first."""
+def markdown(comparison: Comparison, *, most_columns: int = 0) -> str:
+    """The comparison as a Markdown document: verdicts first. `most_columns`: tables with more are cut into several, each
+    with the first column (TensorBoard breaks words rather than scroll); 0 cuts none."""
     verdicts = "\n".join(f"- {sentence}" for sentence in comparison.verdicts())
-    parts = [_as_markdown(block) for block in blocks(comparison)]
+    parts = [_as_markdown(part) for block in blocks(comparison) for part in _narrow(block, most_columns)]
     left_out = _left_out(comparison, "## {}\n\n{}", "- `{}`: {}")
     return "\n\n".join(["# Comparison", verdicts, *parts, *left_out]) + "\n"
 
@@ -280,6 +281,26 @@ def _as_text(block: Block) -> str:
 
     head = [line(block.header), "  " + "  ".join("-" * width for width in widths)] if any(block.header[0]) else []
     return "\n".join([block.title, *head, *map(line, block.rows), *(f"  {note}" for note in block.notes)])
+
+
+def _narrow(block: Block, most: int) -> list[Block]:
+    """The block, or parts of at most `most` columns: the first column and the next ones in turn; the last has the notes."""
+    if not most or len(block.header) <= most:
+        return [block]
+    starts = range(1, len(block.header), most - 1)
+    cuts = [[0, *range(start, min(start + most - 1, len(block.header)))] for start in starts]
+    parts = [
+        replace(
+            block,
+            header=[block.header[i] for i in cut],
+            rows=[[row[i] for i in cut] for row in block.rows],
+            raw=(),
+            notes=(),
+        )
+        for cut in cuts
+    ]
+    parts[1:] = [replace(part, title=f"{block.title}, continued", level=block.level + 1) for part in parts[1:]]
+    return [*parts[:-1], replace(parts[-1], notes=block.notes)]
 
 
 def _as_markdown(block: Block) -> str:

@@ -13,6 +13,7 @@ import pytest
 
 from experiments.collection import collect
 from experiments.compare import write
+from experiments.tables import markdown
 
 LAYERS = [
     {
@@ -192,3 +193,16 @@ def test_pictures_lie_beside_the_page(written: Path) -> None:
     assert {"comparison.png", "comparison.svg", "comparison.md", "comparison.json", "comparison.html"} <= names
     assert {"joules-clean-surprise-deployed.png", "joules-clean-surprise-deployed.svg"} <= names
     assert "(joules-clean-surprise-deployed.png)" in (written / "comparison.md").read_text()
+
+
+def test_markdown_for_tensorboard_has_narrow_tables_with_all_cells(written: Path) -> None:
+    comparison = collect([written.parent])
+    whole, narrow = markdown(comparison), markdown(comparison, most_columns=6)
+
+    def cells(text: str) -> list[list[str]]:
+        return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+
+    assert max(map(len, cells(whole))) > 10
+    assert max(map(len, cells(narrow))) <= 6
+    assert {cell for row in cells(narrow) for cell in row} == {cell for row in cells(whole) for cell in row}
+    assert narrow.count("Energy: measured in 0 of 2 runs") == whole.count("Energy: measured in 0 of 2 runs") == 1
