@@ -18,6 +18,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from experiments.chip_figure import chip_figure
 from experiments.deployment import (
     Advance,
     HeldOut,
@@ -35,11 +36,13 @@ from experiments.deployment import (
     samples_markdown,
 )
 from experiments.hydra_app import ConfigError, run_app
+from experiments.placed import extrapolated, host_energy, price, put_on_cores, thresholds, with_time_steps
 from experiments.plain_json import write_json
+from experiments.rasters import raster_figure
 from experiments.runs import RunError, new_record, read_json
 from experiments.tracking import Tracker
 from hardware.datafile import DataFileError
-from hardware.energy import account, load_profile
+from hardware.energy import load_profile
 from hardware.meters import Meter, total
 from hardware.placement import DoesNotFit
 from neuro.calibration import DEFAULT_PERCENTILE, METHODS, calibrate
@@ -61,6 +64,7 @@ from sparse_update.transformer import ModelConfig, Transformer
 __all__ = ["DeployConfig", "deploy", "layer_record", "load_run", "main"]
 
 EXPECTED = (RunError, CorpusError, CheckpointError, NothingToMap, DoesNotFit, DataFileError)
+PLACING_TOKENS = 256  # held-out tokens whose messages are measured neuron by neuron
 CHIP_PROFILES = ["loihi1_davies2018", "loihi1_sanafe"]
 DIGITAL_PROFILES = ["digital45_int8_sram", "digital45_int8_dram", "digital45_fp32_sram"]
 
@@ -197,10 +201,15 @@ def deploy(cfg: DeployConfig) -> dict[str, Any]:
     quantised = measured(cfg, "quantised", deployed_model(model, plan, backend="quantised"), held_out)
     simulated = deployed_model(model, plan, backend="fixed_point")
     chip = measured(cfg, "simulated", simulated, held_out)
-    counts, health = simulated.counts(), simulated.health()
+    counts, health = with_time_steps(simulated.counts(), plan), simulated.health()
 
     mapped = [c for c in counts if not c.host]
-    energy = [account(mapped, load_profile(name)) for name in cfg.profiles]  # every profile prices the same layers
+    say("cores and time")
+    placed = put_on_cores(simulated, mapped, evenly(held_out, PLACING_TOKENS)[:, :-1], cfg.chip, cfg.chips or None)
+    profiles = [load_profile(name) for name in cfg.profiles]
+    energy = [price(mapped, profile, placed) for profile in profiles]  # every profile prices the same layers
+    if plan.chip == "loihi2":
+        energy.append(extrapolated(mapped, placed))
     host_macs = report.macs_per_token - sum(c.dense_macs for c in mapped) / tokens
     host = f"host share: {host_macs:,.0f} of {report.macs_per_token:,.0f} MACs per token run on the host, in no row here"
     document = {
@@ -239,6 +248,9 @@ def deploy(cfg: DeployConfig) -> dict[str, Any]:
         "compatibility": report.table(),
         "conversion": plan.table(),
         "energy": [per_token(e, host) for e in energy],
+        **placed.record(),
+        "host_energy": host_energy(counts),
+        **thresholds(mapped, profiles, placed),
         "host_inference_energy": [r.to_dict() for r in meter.readings],
         "host_inference_j_per_token": (j / tokens) if (j := total(meter.readings) if meter.readings else None) else None,
         "seconds": {"float": plain.seconds, "quantised": quantised.seconds, "simulated": chip.seconds},
@@ -251,6 +263,8 @@ def deploy(cfg: DeployConfig) -> dict[str, Any]:
         "conversion": f"```\n{document['conversion']}\n```",
         "losses": f"```\n{losses_text(document)}\n```",
         "energy": energy_markdown(energy),
+        "placement": f"```\n{placed.placement or placed.placement_reason}\n```",
+        "config": f"```yaml\n{(out / 'config.yaml').read_text()}\n```",
     }
     write_json(out / "deploy.json", document)  # already here: what follows may take long
     if cfg.layer_tokens:
@@ -272,6 +286,9 @@ def deploy(cfg: DeployConfig) -> dict[str, Any]:
         tracker.log(1, {f"deploy/{name}": document[name] for name in (*scalars, "synops_fraction")})
         for name, text in texts.items():
             tracker.text(name, text)
+        if placed.placement is not None:
+            tracker.figure("core utilisation", chip_figure(placed.placement))
+        tracker.figure("spike raster", raster_figure(placed.messages, f"messages on held-out text, {cfg.route} route"))
     write_json(out / "run.json", record | {"status": "finished"})
     print(document["compatibility"])
     print(losses_text(document))

@@ -137,12 +137,16 @@ def layer_record(counts: Counts, tokens: int) -> dict[str, Any]:
 
 
 def per_token(report: EnergyReport, missing: str) -> dict[str, Any]:
-    """An energy report with its joules, total and by term, divided by its tokens; `missing` joins what is not known."""
+    """An energy report with its joules, total, by term and layer, divided by tokens; `missing` joins what is not known."""
     whole = report.to_dict()
     whole |= {"unknown": [*whole["unknown"], missing], "lower_bound": True, "scope": "layers on the chip"}
     scaled = {key: whole[key] / report.tokens for key in ("low_j", "mid_j", "high_j")}
     terms = {term: [value / report.tokens for value in triple] for term, triple in report.by_term().items()}
-    return whole | scaled | {"per": "token", "terms": terms}
+    layers = {
+        layer: {group: [value / report.tokens for value in triple] for group, triple in groups.items()}
+        for layer, groups in report.by_layer().items()
+    }
+    return whole | scaled | {"per": "token", "terms": terms, "by_layer": layers}
 
 
 def energy_markdown(reports: Sequence[EnergyReport]) -> str:

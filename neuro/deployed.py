@@ -16,7 +16,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,6 +151,11 @@ class Deployed(nn.Module):
     def segments(self) -> tuple[Segment, ...]:
         """The plan's segments, in order."""
         return self.plan.segments
+
+    @property
+    def layers(self) -> tuple[Mapping[str, tuple[str, ...]], ...]:
+        """Per segment: layer of `counts()` -> populations of the graph that stand for it."""
+        return tuple(dict(runner.layers) for runner in self._runners)
 
     def counts(self) -> list[Counts]:
         """Events per layer since the last reset; operations on the host follow with `host=True`.

@@ -169,7 +169,7 @@ class Runner:
         self._row_sums = [int(q.abs().sum(dim=1).max()) for q in self._dense.q]
         self._hidden = [p.name for p in segment.graph.populations if p.name.split(".")[0] == "hidden"]
         self._channels = hidden_channels(segment) if segment.n_hidden else ()
-        self._layers = self._layer_names()
+        self.layers = self._layer_names()
         self._warned = False
         self.pending: tuple[Tensor, Tensor] | None = None
         self.reset()
@@ -179,7 +179,7 @@ class Runner:
         self.rows = 0
         self._inputs = self._clipped = self._wraps = self._wide = self._overflows = 0
         self._payload: dict[str, int] = {}
-        self._traffic = {name: _Traffic() for name in self._layers}
+        self._traffic = {name: _Traffic() for name in self.layers}
 
     def _layer_names(self) -> dict[str, tuple[str, ...]]:
         """Layer -> populations its synapses feed; one line per mapped layer and one for the product neurons."""
@@ -217,7 +217,7 @@ class Runner:
         inputs, clipped = encode(s, x_NI)
         self._clipped += clipped
         activity = run_pipelined(s.graph, inputs, record=[f"{name}.spikes" for name in self._hidden])
-        for layer, populations in self._layers.items():
+        for layer, populations in self.layers.items():
             self._count(layer, populations, activity)
         for name, counts in activity.populations.items():
             self._wraps += counts.wraps_sum + counts.wraps_u
@@ -309,7 +309,7 @@ class Runner:
         s = self.segment
         sizes = {"out": s.n_out * (s.n_hidden or s.n_in), "hidden": s.n_in * s.n_hidden, "square": 0}
         lines = []
-        for layer, populations in self._layers.items():
+        for layer, populations in self.layers.items():
             kind = populations[0].split(".")[0]
             sums, macs = self._traffic[layer], sizes[kind]
             host = self.backend != "fixed_point"

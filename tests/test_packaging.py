@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PACKAGES = PROJECT["tool"]["setuptools"]["packages"]
 TOPS = sorted({name.split(".")[0] for name in PACKAGES})
-SETUP_FILES = ["Makefile", ".ci", "pyproject.toml", "constraints.txt", "constraints-lava.txt"]
+SETUP_FILES = ["Makefile", ".ci", "pyproject.toml", *sorted(path.name for path in ROOT.glob("constraints*.txt"))]
 
 
 def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

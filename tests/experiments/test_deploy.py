@@ -15,9 +15,13 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import hardware
-from experiments import bench, deploy
+from experiments import bench, deploy, placed
+from experiments.accounts import layer_energies
+from experiments.comparison import Deployment, Stream
 from experiments.deployment import HeldOut, evenly, held_out_loss
+from experiments.overview import rows
 from experiments.plain_json import write_json
+from hardware.placement_report import DoesNotFit, Limit
 from sparse_update.checkpoint import save_checkpoint
 from sparse_update.data.corpus import DataConfig, load_corpus
 from sparse_update.evaluation import evaluate
@@ -117,6 +121,80 @@ def test_every_route_is_measured(route: str, run: Path, tmp_path: Path, capsys: 
     board = EventAccumulator(str(out)).Reload()
     texts = {tag.split("/")[0] for tag in board.Tags()["tensors"]}
     assert {"compatibility", "conversion", "losses", "sensitivity", "samples", "energy"} <= texts
+
+
+@pytest.mark.parametrize(
+    ("chip", "words"),
+    [
+        ("loihi2", ["conversion.channel_groups=3"]),
+        ("loihi2", ["route=sigma_delta"]),
+        ("loihi2", ["route=rate", "rate.time_steps=8"]),
+        ("loihi1", ["route=rate", "rate.time_steps=8", "rate.reset=hard"]),
+    ],
+)
+def test_cores_time_and_joules_by_layer(
+    chip: str, words: list[str], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    profiles = "profiles=[loihi1_davies2018,loihi1_sanafe,digital45_int8_sram]"
+    found, _ = deployed(run, capsys, f"out={out}", f"chip={chip}", *words, profiles, "layer_tokens=0")
+    mapped = {layer["layer"] for layer in found["layers"] if not layer["host"]}
+    steps = 8 if "route=rate" in words else 1
+    assert {layer["time_steps"] for layer in found["layers"] if not layer["host"]} == {steps}
+
+    placement = found["placement"]
+    assert {layer["name"] for layer in placement["layers"]} == mapped
+    assert placement["chip"] == chip
+    assert placement["cores_used"] == len(placement["cores"]) > 0
+    assert placement["measured"]
+    for latency in found["latency"]:
+        low, mid, high = latency["token_us"]
+        assert 0 < low <= mid <= high
+        step = latency["step_us"][1]
+        assert mid >= step * len(found["health"]) * steps * 0.999  # every segment takes its steps
+        assert any("host" in reason for reason in latency["unknown"])
+    rates = [latency["rates"] for latency in found["latency"]]
+    assert rates == (["loihi2_estimated"] if chip == "loihi2" else ["loihi1_davies2018", "loihi1_sanafe"])
+
+    kinds = {energy["profile"]: energy["kind"] for energy in found["energy"]}
+    assert list(kinds.values()).count("extrapolated") == (chip == "loihi2")
+    for energy in found["energy"]:
+        triples = [triple for groups in energy["by_layer"].values() for triple in groups.values()]
+        for i, key in enumerate(("low_j", "mid_j", "high_j")):
+            assert math.fsum(triple[i] for triple in triples) == pytest.approx(energy[key])
+        static = "static" in energy["by_layer"].get("chip", {})
+        assert static == (energy["kind"] == "extrapolated" or energy["profile"].startswith(chip))
+        assert static == any(label.startswith("includes static power") for label in energy["labels"])
+        assert set(energy["by_layer"]) - {"chip"} == mapped
+    assert found["host_energy"]["scope"] == "layers on the host"
+    assert [(b["chip"], b["reference"]) for b in found["break_even"]] == [
+        (name, "digital45_int8_sram") for name in ("loihi1_davies2018", "loihi1_sanafe")
+    ]
+    assert found["standings"]
+
+    board = EventAccumulator(str(out)).Reload()
+    assert {"core utilisation", "spike raster"} <= set(board.Tags()["images"])
+    assert {"placement", "config"} <= {tag.split("/")[0] for tag in board.Tags()["tensors"]}
+    item = Deployment(str(out), "clean", "dense", 0, found)
+    (row,) = rows(Stream("clean", {}, (item,), ()))
+    assert row["cores"] == placement["cores_used"]
+    assert row["token_us"] == found["latency"][0]["token_us"][1]
+    energies, missing = layer_energies(found)
+    assert missing == []
+    assert {energy.origin for energy in energies} == {"recorded"}
+
+
+def test_what_does_not_fit_is_said(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def full(*_: object) -> None:
+        raise DoesNotFit("the network", Limit("cores", 9, 2), ("more chips",))
+
+    monkeypatch.setattr(placed, "place", full)
+    found, _ = deployed(run, capsys, f"out={tmp_path / 'out'}", "layer_tokens=0")
+    assert found["placement"] is None
+    assert found["latency"] is None
+    assert "does not fit: cores 9 of 2" in found["placement_reason"]
+    assert "does not fit" in found["latency_reason"]
+    assert all("static" not in energy["by_layer"].get("chip", {}) for energy in found["energy"])
 
 
 def test_losses_and_windows() -> None:

@@ -120,7 +120,8 @@ def test_a_saved_model_fits_only_its_module(tmp_path: Path) -> None:
 
 def test_a_plan_file_of_before_the_routes_still_loads(tmp_path: Path) -> None:
     module, x = sequential()
-    plan = plan_of(module, x, "graded")
+    ranges, report = neuro.calibrate(module, [x]), neuro.analyse(module, x)
+    plan = neuro.convert(module, ranges, report, neuro.GradedConfig(scales="tensor"))  # there was nothing else then
     folder = neuro.save_plan(plan, tmp_path / "plan")
     document = json.loads((folder / "plan.json").read_text())
     for segment in document["segments"]:
