@@ -213,7 +213,8 @@ def test_a_deployment_can_be_repeated_too(runs):
 def test_settings_of_the_conversion_reach_it(runs):
     words = ["run=random", "out=narrow", "eval_tokens=2048", "calibration_tokens=1024"]
     narrow = last_json(spikegate("deploy", *words, "conversion.hidden_bits=5", "conversion.square_bits=5", cwd=runs))
-    assert narrow["max_payload_bits"] <= 8 + 1
+    wide = last_json(spikegate("deploy", *words[:1], "out=wide", *words[2:], cwd=runs))  # 13 and 12 bits
+    assert narrow["max_payload_bits"] < wide["max_payload_bits"]
     done = spikegate("deploy", *words, "conversion.hidden_bits=50", cwd=runs, check=False)
     assert done.returncode == 2
     assert "hidden_bits" in done.stderr

@@ -193,7 +193,8 @@ def starter(folder: Path, tiny: Tiny, lava_python: Path, fault: str, before: str
     np.save(folder / "x.npy", inputs["x"])
     (folder / "t").mkdir()
     code = (
-        "import numpy, tempfile\n"
+        "import numpy, signal, tempfile\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         f"tempfile.tempdir = {str(folder / 't')!r}\n"
         "from neuro.graph import load_graph\n"
         "from neuro.simulators import lava_client\n"
