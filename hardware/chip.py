@@ -89,10 +89,7 @@ def load_chip(name_or_path: str | Path) -> Chip:
     path = datafile.locate(name_or_path, "chips")
     where = path.name
     entry = datafile.check_keys(where, datafile.read(path), ("schema", "name", "title", "limits"), ("budgets", "mesh"))
-    if entry["schema"] != 1:
-        raise DataFileError(f"{where}: schema {entry['schema']!r} is not known; this version reads schema 1")
-    if entry["name"] != path.stem:
-        raise DataFileError(f"{where}: name {entry['name']!r} differs from the file's name {path.stem!r}")
+    datafile.check_header(path, entry)
     raw = datafile.check_keys(f"{where}: limits", entry["limits"], _LIMITS)
     values: dict[str, Any] = {}
     provenance: dict[str, Provenance] = {}

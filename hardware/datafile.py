@@ -78,6 +78,14 @@ def check_keys(where: str, entry: object, required: Collection[str], optional: C
     return dict(entry)
 
 
+def check_header(path: Path, entry: Mapping[str, Any]) -> None:
+    """Raises DataFileError unless the file is of schema 1 and carries its own file's name."""
+    if entry["schema"] != 1:
+        raise DataFileError(f"{path.name}: schema {entry['schema']!r} is not known; this version reads schema 1")
+    if entry["name"] != path.stem:
+        raise DataFileError(f"{path.name}: name {entry['name']!r} differs from the file's name {path.stem!r}")
+
+
 def text(where: str, value: object) -> str:
     """``value`` as stripped text; an empty or non-text value is refused."""
     if not isinstance(value, str) or not value.strip():

@@ -123,10 +123,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
     where = path.name
     keys = ("schema", "name", "title", "costs", "payload", "source", "assumptions", "not_modelled", "coefficients")
     entry = datafile.check_keys(where, datafile.read(path), keys)
-    if entry["schema"] != 1:
-        raise DataFileError(f"{where}: schema {entry['schema']!r} is not known; this version reads schema 1")
-    if entry["name"] != path.stem:
-        raise DataFileError(f"{where}: name {entry['name']!r} differs from the file's name {path.stem!r}")
+    datafile.check_header(path, entry)
     costs = datafile.choice(f"{where}: costs", entry["costs"], tuple(_TERMS))
     required = (*_TERMS[costs], STATIC)
     optional = tuple(PLACED_TERMS) if costs == "spiking" else ()

@@ -93,10 +93,7 @@ def load_rates(name_or_path: str | Path) -> Rates:
     where = path.name
     keys = ("schema", "name", "title", "chip", "source", "assumptions", "not_modelled", "rates", "barrier")
     entry = datafile.check_keys(where, datafile.read(path), (*keys, "published_steps"))
-    if entry["schema"] != 1:
-        raise DataFileError(f"{where}: schema {entry['schema']!r} is not known; this version reads schema 1")
-    if entry["name"] != path.stem:
-        raise DataFileError(f"{where}: name {entry['name']!r} differs from the file's name {path.stem!r}")
+    datafile.check_header(path, entry)
     required = [term for term in TERMS if term not in OPTIONAL]
     raw = datafile.check_keys(f"{where}: rates", entry["rates"], required, OPTIONAL)
     barrier, barrier_source = _barrier(f"{where}: barrier", entry["barrier"])

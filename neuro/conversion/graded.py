@@ -45,7 +45,7 @@ from neuro.conversion.integers import (
     INT8_MAX,
     PAYLOAD_BITS,
     SUM_BITS,
-    WORD_BITS,
+    WORD_LIMIT,
     constant_lines,
     payload_bits,
     power_line,
@@ -69,7 +69,6 @@ from neuro.conversion.weights import SCALES, IntegerLayer, integer_layer, rounde
 from neuro.graph import Population, SpikingGraph
 from neuro.thresholds import EventThreshold
 
-WORD_LIMIT = 2**WORD_BITS - 1
 PAYLOAD_LIMIT = 2 ** (PAYLOAD_BITS - 1) - 1
 MARGIN = 2.0  # outputs and hidden values may exceed what calibration saw by this factor before a limit is reached
 WEIGHT_CLIPS = ("auto", "max", "mse")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 INT8_MAX = 127
 WORD_BITS = 23  # u and v: 23 bits and a sign
+WORD_LIMIT = 2**WORD_BITS - 1
 SUM_BITS = 31
 PAYLOAD_BITS = 16  # graded messages, sign included
 EXPONENT_REGISTER = 8  # weight_exp of the chip: -8..7

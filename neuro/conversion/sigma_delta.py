@@ -32,7 +32,7 @@ from neuro.conversion.integers import (
     INT8_MAX,
     PAYLOAD_BITS,
     SUM_BITS,
-    WORD_BITS,
+    WORD_LIMIT,
     constant_lines,
     payload_bits,
     scale_for,
@@ -53,7 +53,6 @@ from neuro.conversion.plan import Plan, Segment, fingerprint
 from neuro.conversion.weights import IntegerLayer, integer_layer
 from neuro.graph import Population, Projection, SpikingGraph
 
-WORD_LIMIT = 2**WORD_BITS - 1
 SUM_LIMIT = 2**SUM_BITS - 1
 DELTA_BITS = 9  # changes of int8 values: -254..254
 SUM_MESSAGE_BITS = 24

@@ -142,6 +142,28 @@ def lava_python() -> Path:
         pytest.skip(str(error))
 
 
+def python_of(variable: str, folder: str, word: str) -> Path:
+    """The interpreter that `variable` names, or that of `folder`, which `make WORD` fills; without one the test skips, or
+    fails where SPIKEGATE_REQUIRE lists `word`."""
+    python = Path(os.environ.get(variable, Path(__file__).resolve().parents[2] / folder / "bin/python"))
+    if not python.exists():
+        reason = f"{python} does not exist; `make {word}` makes it"
+        if word in os.environ.get("SPIKEGATE_REQUIRE", "").split(","):
+            pytest.fail(f"SPIKEGATE_REQUIRE asks for {word}: {reason}")
+        pytest.skip(reason)
+    return python
+
+
+@pytest.fixture(scope="session")
+def readers_python() -> Path:
+    return python_of("SPIKEGATE_READERS_PYTHON", ".venv-readers", "readers")
+
+
+@pytest.fixture(scope="session")
+def neurobench_python() -> Path:
+    return python_of("SPIKEGATE_NEUROBENCH_PYTHON", ".venv-neurobench", "neurobench")
+
+
 @pytest.fixture(scope="session")
 def networks() -> ModuleType:
     """The generator of random networks, tests/neuro/networks.py: `network(seed, kinds)`, `messages(graph, seed, ...)`."""

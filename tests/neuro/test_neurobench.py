@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 from itertools import pairwise
 from pathlib import Path
@@ -39,18 +38,6 @@ def beside(name: str) -> ModuleType:
 
 
 networks_ = beside("neurobench_networks")
-
-
-@pytest.fixture(scope="module")
-def neurobench_python() -> Path:
-    """The interpreter with NeuroBench; without it the test skips, or fails where SPIKEGATE_REQUIRE lists neurobench."""
-    python = Path(os.environ.get("SPIKEGATE_NEUROBENCH_PYTHON", ROOT / ".venv-neurobench/bin/python"))
-    if python.exists():
-        return python
-    reason = f"{python} does not exist; `make neurobench` makes it"
-    if "neurobench" in os.environ.get("SPIKEGATE_REQUIRE", "").split(","):
-        pytest.fail(f"SPIKEGATE_REQUIRE asks for NeuroBench: {reason}")
-    pytest.skip(reason)
 
 
 class Jobs:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 from pathlib import Path
 from types import ModuleType
@@ -36,18 +35,6 @@ def beside(name: str) -> ModuleType:
 
 
 networks_, reference, reader_ = beside("nir_networks"), beside("nir_reference"), beside("nir_reader")
-
-
-@pytest.fixture(scope="module")
-def readers_python() -> Path:
-    """The interpreter of `make readers`; without it the test skips, or fails where SPIKEGATE_REQUIRE lists readers."""
-    python = Path(os.environ.get("SPIKEGATE_READERS_PYTHON", ROOT / ".venv-readers/bin/python"))
-    if python.exists():
-        return python
-    reason = f"{python} does not exist; `make readers` makes it"
-    if "readers" in os.environ.get("SPIKEGATE_REQUIRE", "").split(","):
-        pytest.fail(f"SPIKEGATE_REQUIRE asks for the NIR readers: {reason}")
-    pytest.skip(reason)
 
 
 def run_jobs(python: Path, folder: Path, jobs: list[dict[str, Any]]) -> dict[str, str]:
