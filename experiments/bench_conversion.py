@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.activity import Frontier, Points, qualifying, summary
+from experiments.activity import qualifying, summary
 from experiments.deploy import DeployConfig, calibration_windows, converted, load_run
 from experiments.deployment import held_out_loss
+from experiments.frontier import Frontier, Points
 from experiments.plain_json import dump_line
 from experiments.runs import RunError, read_json
 from hardware.placement import DoesNotFit

@@ -35,6 +35,7 @@ from experiments.deployment import (
     sample,
     samples_markdown,
 )
+from experiments.gated import restore
 from experiments.hydra_app import ConfigError, run_app
 from experiments.placed import extrapolated, host_energy, price, put_on_cores, thresholds, with_time_steps
 from experiments.plain_json import write_json
@@ -133,8 +134,11 @@ class DeployConfig:
 def load_run(folder: Path) -> tuple[Transformer, Corpus, DataConfig, dict[str, Any]]:
     """(model in eval mode, its corpus, what was trained on, run.json) of a finished training run.
 
+    A point of `experiments.activity` is one too: the corpus and the record of its run, the arm's name and the seed its own.
     Raises RunError for a folder that is no finished run, or whose corpus has changed since.
     """
+    if (folder / "point.json").exists():
+        return load_point(folder)
     record = read_json(folder / "run.json")
     if record.get("kind") != "train":
         raise RunError(f"{folder} is a {record.get('kind')} run: name the folder of a training run")
@@ -151,6 +155,20 @@ def load_run(folder: Path) -> tuple[Transformer, Corpus, DataConfig, dict[str, A
     model = Transformer(ModelConfig(**checkpoint.meta["model"]))
     model.load_state_dict(checkpoint.model)
     return model.eval(), corpus, data, record
+
+
+def load_point(folder: Path) -> tuple[Transformer, Corpus, DataConfig, dict[str, Any]]:
+    """`load_run` of a point of `experiments.activity`: its model with the gates that it was trained with.
+
+    Raises RunError where the point is not finished or its run is gone.
+    """
+    record = read_json(folder / "point.json")
+    run = Path(record["settings"]["run"])
+    if not (run / "run.json").exists():
+        raise RunError(f"{folder} is a point of the run {run}, which is not there: call from the folder it was made from")
+    model, corpus, data, trained = load_run(run)
+    restore(model, folder / "checkpoint")
+    return model.eval(), corpus, data, trained | {"arm": record["name"], "seed": record["seed"]}
 
 
 def calibration_windows(cfg: DeployConfig, corpus: Corpus, data: DataConfig, context: int, seed: int) -> Tensor:

@@ -54,19 +54,19 @@ class _Gate(torch.autograd.Function):
     """(x (N, C), theta (C,)) -> (y (N, C), rate (C,)) with the sigmoid surrogate, in one pass each way."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, theta_C: Tensor, width: float, two_sided: bool, mode: str) -> Any:
+    def forward(ctx: Any, x: Tensor, theta_C: Tensor, width: Tensor, two_sided: bool, mode: str) -> Any:
         size = x.abs() if two_sided else x
         passed = size > theta_C
-        ctx.save_for_backward(x, size, passed, theta_C)
-        ctx.width, ctx.mode = width, mode
+        ctx.save_for_backward(x, size, passed, theta_C, width)
+        ctx.mode = mode
         return x * passed, passed.sum(0).to(x.dtype) / len(x)
 
     @staticmethod
     def backward(ctx: Any, to_y: Tensor, to_rate_C: Tensor) -> Any:
-        x, size, passed, theta_C = ctx.saved_tensors
+        x, size, passed, theta_C, width = ctx.saved_tensors
         to_theta_C = None
         if ctx.needs_input_grad[1]:
-            s = torch.sigmoid((size - theta_C).div_(ctx.width))
+            s = torch.sigmoid((size - theta_C).div_(width))
             slope = s.addcmul(s, s, value=-1)  # s (1 - s)
             to_theta_C = torch.zeros_like(theta_C)
             if ctx.mode != "task":
@@ -76,7 +76,7 @@ class _Gate(torch.autograd.Function):
                 if ctx.mode == "value":
                     lost = lost.addcmul_(lost, lost, value=-0.5 * len(x))
                 to_theta_C -= slope.mul_(lost).sum(0)
-            to_theta_C /= ctx.width
+            to_theta_C /= width
         return to_y * passed, to_theta_C, None, None, None
 
 
@@ -176,7 +176,7 @@ class EventThreshold(nn.Module):
         if not (self.training and torch.is_grad_enabled()):
             return x * ((x.abs() if self.two_sided else x) > theta_C)
         if self._fused:
-            width, rows = self.width * float(self.scale), x.reshape(-1, self.channels)
+            width, rows = self.width * self.scale, x.reshape(-1, self.channels)  # a tensor: compilers follow it
             y, self.rate_C = _Gate.apply(rows, theta_C, width, self.two_sided, self.theta_gradient)
             return y.view(x.shape)
         size = (x.abs() if self.two_sided else x) / self.scale

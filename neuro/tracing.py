@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
 Example = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -75,6 +76,31 @@ def split_example(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise TypeError(
         f"example inputs are a tensor, a tuple of arguments or a dict of keyword arguments, not {type(example).__name__}"
     )
+
+
+def check_ready(module: nn.Module) -> None:
+    """Refuse what can be neither copied nor looked into as it is.
+
+    Raises ValueError, with the way out, for parameters that are not initialised yet, a weight that hangs on an autograd
+    graph (hooks of torch.nn.utils.prune and weight_norm compute it before each call), and compiled modules.
+    """
+    for path, part in module.named_modules():
+        label = f"module {path or '(root)'!r}"
+        if hasattr(part, "_orig_mod"):
+            raise ValueError(
+                f"{label} is compiled (torch.compile), and what was compiled would go on reading the layers that are to be "
+                "replaced; pass the module inside, `_orig_mod`, and compile afterwards"
+            )
+        for name, value in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+            if is_lazy(value):
+                raise ValueError(f"{label} has no {name!r} yet ({type(part).__name__} is lazy); run it once on real inputs")
+        state = part.__getstate__()  # what a copy would take: a module may leave such tensors out
+        for name, held in state.items() if isinstance(state, dict) else ():
+            if isinstance(held, Tensor) and held.grad_fn is not None:
+                raise ValueError(
+                    f"{label} holds {name!r} as the result of a computation with gradients, so it cannot be copied; make "
+                    f"it permanent, for instance torch.nn.utils.prune.remove(layer, {name!r}) or remove_weight_norm(layer)"
+                )
 
 
 @contextmanager

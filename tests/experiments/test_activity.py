@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import activity
+from experiments import activity, deploy, frontier
 from experiments.plain_json import write_json
 from sparse_update.checkpoint import save_checkpoint
 from sparse_update.data.corpus import DataConfig, load_corpus
@@ -59,14 +59,18 @@ def test_the_frontier_end_to_end(run: Path, capsys: pytest.CaptureFixture[str]) 
     # every point again from its folder: the model is the one that was measured, and nothing is trained twice
     point = run / "activity" / "gated-0.3-s0"
     record = json.loads((point / "point.json").read_text())
-    model = activity.load_point(run, point)
-    points = activity.Points(activity.Frontier(str(run), eval_tokens=512))
+    model = deploy.load_run(point)[0]
+    points = frontier.Points(frontier.Frontier(str(run), eval_tokens=512))
     assert evaluate(model, points.text.held_out) == pytest.approx(record["float_nats"], abs=1e-6)
     zeros = [float((layer.weight == 0).float().mean()) for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
     assert max(zeros) > 0.1
     synops = sum(layer["synops_per_token"] for layer in record["layers"])
     macs = sum(layer["dense_macs_per_token"] for layer in record["layers"])
     assert record["share"] == pytest.approx(synops / macs)
+    deployed = deploy.deploy(deploy.DeployConfig(run=str(point), eval_tokens=512, calibration_tokens=256))
+    assert deployed["arm"] == "gated-0.3"
+    assert deployed["loss_float_nats"] == pytest.approx(record["float_nats"], abs=1e-6)
+    assert deployed["loss_simulated_nats"] == pytest.approx(record["simulated_nats"], abs=2e-3)  # calibrated on other text
     before = (point / "point.json").stat().st_mtime_ns
     assert activity.main([str(run), *WORDS]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
@@ -77,14 +81,14 @@ def test_the_frontier_end_to_end(run: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_broken_off_point_goes_on_where_it_stood(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def points(out: str) -> activity.Points:
-        return activity.Points(
-            activity.Frontier(str(run), str(tmp_path / out), steps=12, batch=4, eval_tokens=512, calibration_tokens=256)
+    def points(out: str) -> frontier.Points:
+        return frontier.Points(
+            frontier.Frontier(str(run), str(tmp_path / out), steps=12, batch=4, eval_tokens=512, calibration_tokens=256)
         )
 
     straight = points("straight").point("gated", 0.3, 0, 4e-3, pruned=False)
-    monkeypatch.setattr(activity, "SAVE_EVERY", 5)
-    save, saved = activity.save_checkpoint, []
+    monkeypatch.setattr(frontier, "SAVE_EVERY", 5)
+    save, saved = frontier.save_checkpoint, []
 
     def once(*given: object) -> Path:
         if saved:
@@ -92,17 +96,17 @@ def test_a_broken_off_point_goes_on_where_it_stood(run: Path, tmp_path: Path, mo
         saved.append(save(*given))  # type: ignore[arg-type]
         return saved[0]
 
-    monkeypatch.setattr(activity, "save_checkpoint", once)
+    monkeypatch.setattr(frontier, "save_checkpoint", once)
     with pytest.raises(KeyboardInterrupt):
         points("broken").point("gated", 0.3, 0, 4e-3, pruned=False)
-    monkeypatch.setattr(activity, "save_checkpoint", save)
+    monkeypatch.setattr(frontier, "save_checkpoint", save)
     resumed = points("broken").point("gated", 0.3, 0, 4e-3, pruned=False)
     for key in ("float_nats", "simulated_nats", "share", "selection_nats", "rates", "densities"):
         assert resumed[key] == straight[key], key
 
 
 def test_text_to_choose_by_is_neither_trained_on_nor_held_out(run: Path) -> None:
-    points = activity.Points(activity.Frontier(str(run), eval_tokens=512))
+    points = frontier.Points(frontier.Frontier(str(run), eval_tokens=512))
     text = bytes(points.text.stream(0).corpus.train_tokens.astype(np.uint8))
     for window in points.text.selection:
         assert bytes(window.numpy().astype(np.uint8)) not in text
@@ -117,6 +121,22 @@ def test_summary_and_goal() -> None:
     assert [row["share"] for row in rows] == pytest.approx([0.11, 0.05])
     assert activity.qualifying(rows) == pytest.approx(0.11)
     assert activity.qualifying(rows, 0.01) is None
+    low, high = rows[0]["delta_interval"]  # t with one degree of freedom: 12.706 standard errors of 0.005
+    assert (low, high) == pytest.approx((0.045 - 12.706 * 0.005, 0.045 + 12.706 * 0.005), rel=1e-3)
+    assert rows[1]["delta_interval"] is None
+
+
+def test_distillation_comes_with_its_own_control(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*WORDS, "--distil", "0.5", "--teacher", "control", "--pruning", "0", "--out", str(tmp_path / "kd")]
+    assert activity.main([str(run), *words]) == 0
+    rows = {row["kind"]: row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]}
+    assert set(rows) == {"float", "distilled", "gated"}
+    assert rows["distilled"]["float_nats"] != rows["float"]["float_nats"]
+    assert rows["distilled"]["delta_nats"] == pytest.approx(
+        rows["distilled"]["simulated_nats"] - rows["float"]["float_nats"]
+    )
+    with pytest.raises(ValueError, match="start, control"):
+        frontier.Frontier(str(run), teacher="nobody")
 
 
 def test_bad_words_are_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
