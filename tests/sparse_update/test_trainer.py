@@ -17,7 +17,8 @@ from sparse_update.checkpoint import load_checkpoint
 from sparse_update.cost import ComponentTimes, ComponentTimesError, identity
 from sparse_update.data.corpus import DataConfig, load_corpus, val_windows
 from sparse_update.data.stream import WindowStream
-from sparse_update.gates.auto import OBSERVE, AutoConfig, Controller
+from sparse_update.gates.auto import OBSERVE
+from sparse_update.gates.controller import AutoConfig, Controller
 from sparse_update.gates.gate import GateConfig
 from sparse_update.trainer import WATCHED, Trainer, TrainerConfig, TrainingDiverged, compiling, evaluate, start_from
 from sparse_update.transformer import ModelConfig, Transformer
