@@ -1,11 +1,11 @@
 """`python -m experiments.bench conversion`: what putting a trained model on the simulated chip costs and saves.
 
-Of one training run (--run, or a tiny one that this command trains once, by a budget of tokens): held-out loss of the
+Of one training run (--run, or a mid-sized one that this command trains once, by a budget of tokens): held-out loss of the
 graded W8A8 conversion less the float model's, with the paired 95 % interval over windows; share of the MACs that is
 mapped; tokens per second of the deployed model (our simulator, all events counted) against the float one, both timed in
 turns in this process; and the fewest synaptic operations, as a share of the dense MACs of all mapped layers, at no more
 than +0.05 nats against a float control of as many further steps: from a frontier.json of `python -m experiments.activity`
-(--frontier), or from its shortest setting, run here.
+(--frontier), or from a short setting of it, run here: more steps reach fewer operations.
 
 The last line is JSON: `delta_nats_w8a8`, `synops_fraction_at_0.05` (null where no point qualifies or none was measured:
 `frontier` says which), `mapped_mac_share`, `tokens_per_s` {"float", "deployed", "ratio"}, and what they come from.
@@ -41,23 +41,32 @@ from sparse_update.data.regimes import held_out
 from sparse_update.data.sources import CorpusError
 
 FOLDER = Path("runs/bench/conversion")
+OWN_MODEL = "mid"
+OWN_BATCH = 16
 TIMED_WINDOWS = 8
 EXPECTED = (RunError, CorpusError, CheckpointError, NothingToMap, DoesNotFit)
 
 
 def own_run(folder: Path, tokens: int) -> Path:
-    """A tiny model trained by `experiments.train` on so many tokens of the demo corpus; read back where it is finished.
+    """A mid-sized model trained by `experiments.train` on so many tokens of the demo corpus; read back once finished.
 
     Raises RunError when the training fails, or the folder holds another one.
     """
-    run = folder / f"tiny-{tokens}"
+    run = folder / f"{OWN_MODEL}-{tokens}"
     if (run / "run.json").exists():
         if read_json(run / "run.json").get("status") == "finished":
             say(f"{run} is there already")
             return run
         raise RunError(f"{run} holds an unfinished run: finish it (spikegate train run={run} resume=true) or remove it")
-    say(f"training tiny on {tokens:,} tokens into {run}")
-    words = ["experiment=clean", "gate=dense", "model=tiny", f"run={run}", f"trainer.budget_offered_tokens={tokens}"]
+    say(f"training {OWN_MODEL} on {tokens:,} tokens into {run}")
+    words = [
+        "experiment=clean",
+        "gate=dense",
+        f"model={OWN_MODEL}",
+        f"run={run}",
+        f"trainer.budget_offered_tokens={tokens}",
+    ]
+    words.append(f"trainer.batch_windows={OWN_BATCH}")
     words.append(f"trainer.component_times={folder / 'component_times.json'}")
     done = subprocess.run([sys.executable, "-m", "experiments.train", *words], stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
@@ -99,6 +108,8 @@ def frontier(run: Path, args: argparse.Namespace) -> dict[str, Any]:
         out=str((args.folder if args.run is None else run) / f"activity-{args.frontier_steps}"),
         targets=args.targets,
         steps=args.frontier_steps,
+        distil=args.distil,
+        teacher="control" if args.distil else "start",
         eval_tokens=args.eval_tokens,
     )
     say(f"frontier: {cfg.steps} further steps of every model, into {cfg.folder}")
@@ -172,18 +183,19 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m experiments.bench conversion", description="a model on the simulated chip"
     )
-    made.add_argument(
-        "--run", type=Path, default=None, help="folder of a finished training run (default: train a tiny one)"
-    )
+    made.add_argument("--run", type=Path, default=None, help="folder of a finished training run (default: train one)")
     made.add_argument("--folder", type=Path, default=FOLDER, help=f"where the own run goes (default: {FOLDER})")
-    made.add_argument("--tokens", type=positive, default=600_000, help="training tokens of the own run (default: 600000)")
+    made.add_argument("--tokens", type=positive, default=1_500_000, help="of the own run (default: 1500000)")
     made.add_argument("--eval-tokens", type=positive, default=32768, help="held-out tokens (default: 32768)")
     made.add_argument("--calibration-tokens", type=positive, default=8192, help="(default: 8192)")
     made.add_argument("--frontier", type=Path, default=None, help="frontier.json of python -m experiments.activity")
     made.add_argument(
-        "--frontier-steps", type=int, default=200, help="else: further steps of each of its models; 0: none (default: 200)"
+        "--frontier-steps", type=int, default=400, help="else: further steps of each of its models; 0: none (default: 400)"
     )
     made.add_argument("--targets", type=shares, default=(0.25, 0.12), help="shares it trains towards (default: 0.25,0.12)")
+    made.add_argument(
+        "--distil", type=float, default=0.9, help="share of its gated models' loss that is distillation (default: 0.9)"
+    )
     made.add_argument("--rounds", type=positive, default=5, help="timed rounds (default: 5)")
     made.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
     return made
