@@ -3,8 +3,8 @@
 Turns a trained run's residual stream to axes in which it is sparse, fine-tunes it towards falling shares of synaptic
 operations (of the dense multiply-accumulates of all mapped layers, head included), converts each result, and measures it
 on held-out text: float with gates, quantised twin, simulated. Beside it stand controls of the same extra steps, seeds
-and batches: plain float training (its learning rate chosen on text that these steps neither train on nor are judged by),
-that model in W8A8, float training with the same distillation, and float training with pruning alone.
+and batches: plain float training (its learning rate chosen on held-out windows that nothing is judged by), that model in
+W8A8, float training with the same distillation, and float training with pruning alone.
 
 Every point is a folder under --out with a record; the same command goes on where it stopped. Last line: JSON.
 """

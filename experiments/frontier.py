@@ -30,13 +30,13 @@ from neuro.conversion.graded import convert
 from neuro.deployed import deploy
 from neuro.training.loop import FineTuner, Moment, TrainReport, TrainSettings
 from sparse_update.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from sparse_update.data.corpus import Corpus, val_windows
+from sparse_update.data.corpus import Corpus, cut_at, val_starts, val_windows
 from sparse_update.data.sources import CorpusError
 from sparse_update.data.stream import WindowStream
 from sparse_update.evaluation import evaluate
 from sparse_update.transformer import Transformer
 
-SELECTION_SHARE = 0.05  # of the training text, at its end: recipes and rates are chosen there
+SELECTION_WINDOWS = 256  # at most, of the held-out works: recipes and rates are chosen there, and nothing is judged
 STREAM_SEED = 1000  # added to a point's seed: other windows than the run saw first
 PRUNING = 1.15  # share of weights kept = PRUNING x sqrt(target): half of the saving comes from weights, half from events
 SAVE_EVERY = 200
@@ -115,17 +115,25 @@ class Text:
 
 
 def split_text(corpus: Corpus, context: int, eval_tokens: int) -> Text:
-    """The training text without its end, its end, and the held-out works."""
-    cut = round(len(corpus.train_tokens) * (1 - SELECTION_SHARE))
-    tail = torch.from_numpy(np.asarray(corpus.train_tokens[cut:], dtype=np.int64))
-    windows = min(256, (len(tail) - 1) // context)
-    if windows < 1:
-        raise CorpusError(f"corpus {corpus.name}: the last {SELECTION_SHARE:.0%} is shorter than a window of {context}")
-    starts = torch.linspace(0, len(tail) - context - 1, windows).long()
-    selection = torch.stack([tail[s : s + context + 1] for s in starts])
-    shorter = dataclasses.replace(corpus, train_tokens=corpus.train_tokens[:cut])
-    judged = val_windows(corpus, context, eval_tokens)
-    return Text(lambda seed: WindowStream(shorter, context, STREAM_SEED + seed), selection, judged)
+    """The training text, and windows of the held-out works: `eval_tokens` to judge by, up to 256 others to choose by.
+
+    The end of the training text would not do to choose by: the run has seen it, and a small rate forgets it least.
+    Raises CorpusError where nothing is left to choose by.
+    """
+    judged = set(val_starts(corpus, context, eval_tokens).tolist())
+    others = [start for start in val_starts(corpus, context).tolist() if start not in judged]
+    if not others:
+        raise CorpusError(
+            f"corpus {corpus.name}: all {len(judged)} held-out windows of {context} are judged by, none is left to choose "
+            "a learning rate by; lower --eval-tokens"
+        )
+    keep = min(SELECTION_WINDOWS, len(others))
+    chosen = np.asarray([others[(2 * i + 1) * len(others) // (2 * keep)] for i in range(keep)])
+    return Text(
+        lambda seed: WindowStream(corpus, context, STREAM_SEED + seed),
+        cut_at(corpus.val_tokens, chosen, context),
+        val_windows(corpus, context, eval_tokens),
+    )
 
 
 class Points:

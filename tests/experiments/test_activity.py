@@ -14,6 +14,7 @@ from experiments import activity, deploy, frontier
 from experiments.plain_json import write_json
 from sparse_update.checkpoint import save_checkpoint
 from sparse_update.data.corpus import DataConfig, load_corpus
+from sparse_update.data.sources import CorpusError
 from sparse_update.evaluation import evaluate
 from sparse_update.transformer import ModelConfig, Transformer
 
@@ -105,11 +106,17 @@ def test_a_broken_off_point_goes_on_where_it_stood(run: Path, tmp_path: Path, mo
         assert resumed[key] == straight[key], key
 
 
-def test_text_to_choose_by_is_neither_trained_on_nor_held_out(run: Path) -> None:
+def test_text_to_choose_by_is_neither_trained_on_nor_judged(run: Path) -> None:
     points = frontier.Points(frontier.Frontier(str(run), eval_tokens=512))
-    text = bytes(points.text.stream(0).corpus.train_tokens.astype(np.uint8))
+    trained = bytes(points.text.stream(0).corpus.train_tokens.astype(np.uint8))
+    judged = {bytes(window.numpy().astype(np.uint8)) for window in points.text.held_out}
+    assert len(points.text.selection) > 16
     for window in points.text.selection:
-        assert bytes(window.numpy().astype(np.uint8)) not in text
+        text = bytes(window.numpy().astype(np.uint8))
+        assert text not in trained
+        assert text not in judged
+    with pytest.raises(CorpusError, match="lower --eval-tokens"):
+        frontier.Points(frontier.Frontier(str(run), eval_tokens=1_000_000))
 
 
 def test_summary_and_goal() -> None:
