@@ -118,3 +118,9 @@ def _call(words: Sequence[str], show: bool = False) -> None:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    from experiments.cli import main
+
+    sys.exit(main(["demo", *sys.argv[1:]]))
