@@ -15,6 +15,7 @@ VENV := .venv
 LAVA_VENV := .venv-lava
 READERS_VENV := .venv-readers
 NEUROBENCH_VENV := .venv-neurobench
+ENERGY_VENV := .venv-energy
 PY := $(VENV)/bin/python
 ARGS ?=
 JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
@@ -27,11 +28,12 @@ INSTALLED_DEV := $(INSTALLED)-dev
 INSTALLED_LAVA := $(LAVA_VENV)/.spikegate-$(call key,constraints-lava.txt)
 INSTALLED_READERS := $(READERS_VENV)/.spikegate-$(call key,constraints-readers.txt)
 INSTALLED_NEUROBENCH := $(NEUROBENCH_VENV)/.spikegate-$(call key,constraints-neurobench.txt)
+INSTALLED_ENERGY := $(ENERGY_VENV)/.spikegate-$(call key,constraints-energy.txt)
 
-.PHONY: help demo test lint lava lava-if-possible readers neurobench install clean distclean
+.PHONY: help demo test lint lava lava-if-possible readers neurobench energy-check install clean distclean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 demo: $(INSTALLED) ## train dense, random-gated and surprise-gated, deploy, compare: about 10 minutes on 2 cores
 	$(PY) -m experiments.cli demo $(ARGS)
@@ -52,6 +54,9 @@ readers: $(INSTALLED_READERS) ## norse and snnTorch's importer in an environment
 
 neurobench: $(INSTALLED_NEUROBENCH) ## NeuroBench's metrics in an environment of their own: do our counts equal its?
 	@echo "NeuroBench: $(NEUROBENCH_VENV)/bin/python"
+
+energy-check: $(INSTALLED_ENERGY) ## SANA-FE and Zeus in an environment of their own: what do others make of our joules?
+	@echo "SANA-FE and Zeus: $(ENERGY_VENV)/bin/python"
 
 # `make`, not the variable for it: `make -n test` must not run this.
 lava-if-possible:
@@ -89,9 +94,14 @@ $(INSTALLED_NEUROBENCH):
 	$(NEUROBENCH_VENV)/bin/python $(PIP_INSTALL) --no-deps -r constraints-neurobench.txt
 	@rm $(NEUROBENCH_VENV)/.installing && touch $@
 
+$(INSTALLED_ENERGY):
+	@env -u PYTHON .ci/make_venv $(ENERGY_VENV) 3.11 3.14
+	$(ENERGY_VENV)/bin/python $(PIP_INSTALL) --no-deps -r constraints-energy.txt
+	@rm $(ENERGY_VENV)/.installing && touch $@
+
 clean: ## caches and build leftovers; environments and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## the environments too
-	rm -rf $(VENV) $(LAVA_VENV) $(READERS_VENV) $(NEUROBENCH_VENV)
+	rm -rf $(VENV) $(LAVA_VENV) $(READERS_VENV) $(NEUROBENCH_VENV) $(ENERGY_VENV)

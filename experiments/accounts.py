@@ -1,4 +1,5 @@
-"""What a deployment's record says about where its joules go, how full its cores are, and how long a token takes.
+"""What a record says about its joules: where a deployment's go, how full its cores are, how long a token takes; what meters
+saw of a training run.
 
 Joules by layer are taken as recorded. A record without them is priced again from its counts, and the sum must be the
 one that it states; otherwise there is a reason and no figure.
@@ -15,6 +16,7 @@ from hardware.counts import Counts
 from hardware.datafile import DataFileError
 from hardware.energy import account, load_profile
 from hardware.energy_report import GROUPS
+from hardware.meters import Reading, total, total_above_idle, total_known
 
 Triple = tuple[float, float, float]
 TOTALS = ("synops", "events", "neuron_updates_active", "neuron_updates_inactive", "dense_macs")
@@ -26,6 +28,26 @@ def joules(value: float) -> str:
     """Three significant digits with the prefix that fits: 1.23 uJ."""
     unit, size = next(((u, s) for u, s in UNITS if abs(value) >= 0.9995 * s), UNITS[-1])  # 999.6 nJ is 1 uJ
     return f"{value / size:.3g} {unit}"
+
+
+def measured_energy(readings: Sequence[Reading], resumed: bool = False) -> dict[str, Any]:
+    """What meters saw of a training run.
+
+    `energy_j` is the sum, null with `energy_reason` where a meter is missing; `energy_known_j` what the others saw, a lower
+    bound then; `energy_above_idle_j` the sum less idle power, where that was measured on every device. A resumed run has no
+    joules: no meter saw all of it.
+    """
+    known = () if resumed else readings
+    reasons = ["the run was resumed: no meter saw all of it"] if resumed else []
+    reasons += [f"{reading.source}: {reading.reason}" for reading in readings if reading.joules is None]
+    joules_or_none = total(known)
+    return {
+        "energy_j": joules_or_none,
+        "energy_reason": None if joules_or_none is not None else "not measured: " + "; ".join(reasons),
+        "energy_known_j": total_known(known),
+        "energy_above_idle_j": total_above_idle(known),
+        "energy_readings": [reading.to_dict() for reading in readings],
+    }
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 
 from hardware.breakeven import break_even, standings
 from hardware.datafile import DataFileError
-from hardware.energy import Board
+from hardware.energy import Board, account
 from hardware.extrapolate import extrapolate
 from hardware.interval import Interval
 from hardware.latency import estimate
@@ -28,7 +28,7 @@ from hardware.timing import load_rates
 
 RATES = {"loihi1": ("loihi1_davies2018", "loihi1_sanafe"), "loihi2": ("loihi2_estimated",)}
 MIXTURE = "loihi1_davies2018"
-REFERENCES = ("digital45_int8_sram", "digital45_fp16_sram", "digital45_int8_dram")
+REFERENCES = ("digital45_int8_sram", "digital45_fp16_sram", "digital45_fp32_sram", "digital45_int8_dram", "gpu_h100_sheet")
 GOLDEN = ("input", "conv-0", "conv-1", "conv-2", "conv-3", "conv-4", "fc-0", "fc-1", "fc-2")
 """Files of the anchor's golden run that hold spikes, in order of layers; the last layer sends none."""
 
@@ -48,7 +48,7 @@ def energy_entry(network: Network, anchor: Network) -> tuple[Entry, str]:
     name = next(
         (key for key in ("total_energy", "dynamic_energy", "total_power", "dynamic_power") if key in network.measured), None
     )
-    seen = f"{name.replace('_', ' ')} {network.measured[name].mid}" if name else "no power published"
+    seen = f"{name.replace('_', ' ')} {network.measured[name].mid}" if name else network.stated or "no power published"
     if network.calibration:
         return {"status": "calibration", **EMPTY}, f"{seen}; the model is calibrated on it"
     if not network.layers:
@@ -62,6 +62,41 @@ def energy_entry(network: Network, anchor: Network) -> tuple[Entry, str]:
     triple = report.dynamic_j if name == "dynamic_energy" else (report.total_low_j, report.total_mid_j, report.total_high_j)
     model = Interval.of(*triple, "J")
     return compare(model, network.measured[name], "J"), f"{seen}; {report.kind}: {model}"
+
+
+def bounds_entry(network: Network) -> tuple[Entry, str] | None:
+    """Whether the dynamic energy lies between no spike at all and a spike of every neuron in every step, and at which rate,
+    the same for all neurons, the middle values of both sets meet it; None without an architecture.
+    """
+    measured = network.measured.get("dynamic_energy")
+    if not network.architecture or measured is None or network.chip != "loihi1":
+        return None
+    value = measured.to("J")[1]
+    rates, ends = [], []
+    for name in RATES["loihi1"]:  # the profiles have the same names
+        quiet, busy = (account(network.extreme_counts(spiking), load_profile(name)) for spiking in (False, True))
+        rates.append((value - quiet.total_mid_j) / (busy.total_mid_j - quiet.total_mid_j))
+        ends.append((quiet.total_low_j, busy.total_high_j))
+    low, high = min(low for low, _ in ends), max(high for _, high in ends)
+    entry = {"status": "bounded", "relative_error": None, "inside_interval": low <= value <= high}
+    meets = f"{100 * min(rates):.2g} to {100 * max(rates):.2g} % of neurons and steps"
+    spread = f"{1e6 * low:.3g} uJ without a spike, {1e6 * high:.4g} uJ with all of them"
+    return entry, f"dynamic energy {measured.mid}; {spread}; middle values meet it at {meets}"
+
+
+def static_entry(network: Network) -> tuple[Entry, str] | None:
+    """Measured static power beside the profile's, times chips; None where either is not known."""
+    measured = network.measured.get("static_power")
+    if measured is None or network.chip != "loihi1" or "chips" not in network.placed:
+        return None
+    cost = load_profile(MIXTURE).coefficients["static"]
+    assert cost.low is not None
+    assert cost.mid is not None
+    assert cost.high is not None
+    model = Interval(cost.low, cost.mid, cost.high) * network.placed["chips"]
+    entry = {"status": "calibration", **EMPTY} if "static_power" in network.calibrates else compare(model, measured, "mW")
+    where = f"cores in use: {network.placed['cores']}"
+    return entry, f"static power {measured.mid}, {where}; {MIXTURE}: {model}"
 
 
 def step_entries(network: Network) -> dict[str, tuple[Entry, str]]:
@@ -129,11 +164,13 @@ def report(networks: Mapping[str, Network]) -> tuple[dict[str, Entry], list[str]
     for name, network in networks.items():
         rows = {name: energy_entry(network, anchor)}
         rows |= {f"{name}.step": pair for pair in step_entries(network).values()}
+        others = {"bounds": bounds_entry(network), "static": static_entry(network)}
+        rows |= {f"{name}.{key}": pair for key, pair in others.items() if pair is not None}
         for key, (entry, text) in rows.items():
             document[key] = entry
             error = "" if entry["relative_error"] is None else f"{100 * entry['relative_error']:+.0f} %, "
             inside = {None: "", True: "inside", False: "OUTSIDE"}[entry["inside_interval"]]
-            lines.append(f"{key:<24} {network.chip:<7} {entry['status']:<19} {error + inside:<15} {text}")
+            lines.append(f"{key:<24} {network.chip:<7} {entry['status']:<19} {error + inside:<17} {text}")
     return document, lines
 
 

@@ -38,6 +38,8 @@ DEPLOYED_FIELDS = (
     "synops_per_token",
     "macs_per_token",
 )
+SWEEP_SETUP = ("clock", "base", "tuning")  # of `experiments.sweep`: component times, starting point, choice of settings
+SETUP = "set-up of a sweep, not one of its arms; to look at it, give this folder itself"
 MARKERS = ("run.json", "result.json", "deploy.json", "metrics.jsonl", "config.yaml")
 
 
@@ -50,7 +52,9 @@ def collect(folders: Iterable[str | Path]) -> Comparison:
     deployments: list[Deployment] = []
     excluded: list[Excluded] = []
     diverged: dict[tuple[str, str], int] = {}
-    for folder in find_runs(folders):
+    found, setups = _walk(folders)
+    excluded += [Excluded(str(folder), SETUP) for folder in setups]
+    for folder in found:
         try:
             info = _read_info(folder)
             if info["kind"] == "train":
@@ -78,16 +82,27 @@ def collect(folders: Iterable[str | Path]) -> Comparison:
 
 
 def find_runs(folders: Iterable[str | Path]) -> list[Path]:
-    """Folders that are, or should be, runs or deployments: those holding one of MARKERS, at any depth, each once."""
+    """Folders that are, or should be, runs or deployments: those holding one of MARKERS, at any depth, each once.
+
+    The set-up of a sweep (SWEEP_SETUP beside its sweep.json) is passed over, unless one of `folders` lies in it.
+    """
+    return _walk(folders)[0]
+
+
+def _walk(folders: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
+    """Run folders, and folders with the set-up of a sweep."""
     found: dict[Path, None] = {}
+    setups: dict[Path, None] = {}
     for top in map(Path, folders):
         if not top.is_dir():
             raise FileNotFoundError(f"{top} is not a folder: give run folders, or a folder that holds them")
         for here, below, files in os.walk(top):
-            below[:] = sorted(name for name in below if not name.startswith((".", "checkpoint")))
+            setup = [name for name in below if name in SWEEP_SETUP] if "sweep.json" in files else []
+            setups |= dict.fromkeys(Path(here, name) for name in sorted(setup))
+            below[:] = sorted(name for name in below if not name.startswith((".", "checkpoint")) and name not in setup)
             if any(marker in files for marker in MARKERS):
                 found[Path(here)] = None
-    return list(found)
+    return list(found), list(setups)
 
 
 class _Unusable(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,8 +18,8 @@ from experiments.hydra_app import ConfigError, run_app
 from experiments.layer_figure import layer_figure
 from experiments.page import page
 from experiments.plain_json import plain, write_json
-from experiments.tables import energy_markdown, markdown, table
-from experiments.tracking import write_comparison
+from experiments.tables import energy_markdown, markdown, table, verdict_lines
+from experiments.tracking import MOST_SELECTED, boards, write_comparison
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,19 +51,24 @@ def compare(cfg: CompareConfig) -> dict[str, Any]:
         reasons = "".join(f"\n  {item.folder}: {item.reason}" for item in comparison.excluded)
         raise NothingToCompare(f"no finished run in {cfg.folder or ', '.join(cfg.runs)}{reasons}")
     out = Path(cfg.out) if cfg.out else Path(cfg.folder or "runs") / "comparison"
-    document = write(comparison, out, tensorboard=cfg.tensorboard)
-    print(table(comparison))
-    for sentence in document["verdicts"]:
-        print(sentence)
+    board = out / "tensorboard"
+    within = cfg.folder is not None and out.resolve().is_relative_to(Path(cfg.folder).resolve())
+    beside = len(boards(Path(cfg.folder), board)) if cfg.folder and within else 0
+    document = write(comparison, out, tensorboard=cfg.tensorboard, beside=beside)
+    width = shutil.get_terminal_size((0, 0)).columns  # of the terminal, or COLUMNS; elsewhere lines have no limit
+    print(table(comparison, width))
+    print("\n".join(verdict_lines(document["verdicts"], width)))
     print(f"\nwritten to {out}: comparison.html, .json, .md, .png, .svg")
     if cfg.tensorboard:
-        print(f"look at it: tensorboard --logdir {cfg.folder or out / 'tensorboard'}")
+        print(f"look at it: tensorboard --logdir {cfg.folder if within else board}")
+        if within and beside + len(boards(board)) > MOST_SELECTED:
+            print(f"(TensorBoard ticks no run where there are more than {MOST_SELECTED}; {board} has the arms alone)")
     return document
 
 
-def write(comparison: Comparison, out: Path, *, tensorboard: bool = True) -> dict[str, Any]:
+def write(comparison: Comparison, out: Path, *, tensorboard: bool = True, beside: int = 0) -> dict[str, Any]:
     """Write comparison.json, .html, .md, .png, .svg, for each deployed model joules-STREAM-MODEL.png and .svg, and, if
-    wanted, tensorboard/ into `out`; return the JSON document."""
+    wanted, tensorboard/ into `out`; return the JSON document. `beside`: other runs that one TensorBoard will show."""
     document = comparison.to_json()
     write_json(out / "comparison.json", document)
     picture = figure(comparison)
@@ -85,7 +91,7 @@ def write(comparison: Comparison, out: Path, *, tensorboard: bool = True) -> dic
     if tensorboard:
         figures = {"comparison": picture, **{f"joules by layer/{name}": drawn for name, drawn in layers.items()}}
         texts = {"comparison": markdown(comparison, most_columns=8), "energy per token": energy_markdown(comparison)}
-        write_comparison(out / "tensorboard", comparison, figures, texts)
+        write_comparison(out / "tensorboard", comparison, figures, texts, beside=beside)
     return document
 
 

@@ -131,7 +131,7 @@ class Arm:
                 record[key] = mean
             elif all(isinstance(v, Mapping) for v in values):
                 record[key] = _mean_mapping([v for v in values if isinstance(v, Mapping)])
-            elif key == "energy_j":
+            elif key in ("energy_j", "energy_known_j", "energy_above_idle_j"):
                 record[key] = None
             else:
                 record[key] = values

@@ -26,6 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--route", choices=("graded", "sigma_delta", "rate"), default=None, help="default: graded; rate on binary spikes"
     )
     parser.add_argument("--context", type=int, default=None, help="tokens in a row (default: the model's context)")
+    parser.add_argument(
+        "--tensorboard",
+        type=Path,
+        default=None,
+        metavar="FOLDER",
+        help="also write the table there, as text for TensorBoard",
+    )
     parser.add_argument("--json", action="store_true", help="print the JSON line alone")
 
 
@@ -45,6 +52,11 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--context is {context}; this model reads 1 to {model.cfg.context} tokens in a row")
         tokens = torch.zeros(1, context, dtype=torch.long)
         report = analyse(model, tokens, args.chip, route=args.route, chips=args.chips, strict=False)
+        if args.tensorboard is not None:
+            from experiments.tracking import Tracker
+
+            with Tracker(args.tensorboard) as tracker:
+                tracker.text("compatibility", report.markdown())
     except DoesNotFit as failure:
         print(f"compat: {failure}", file=sys.stderr)
         if not args.json:

@@ -27,6 +27,7 @@ from experiments.deployment import (
     errors_of_layers,
     evenly,
     held_out_loss,
+    in_mode_chip,
     layer_record,
     layers_markdown,
     losses_text,
@@ -96,6 +97,8 @@ class DeployConfig:
     """Held-out tokens for the three losses and the counts; the same ones for all."""
     layer_tokens: int = 2048
     """Of these, tokens for the error of every layer; 0: none."""
+    mode_chip_tokens: int = 4096
+    """Of these, tokens for the loss in the simulator's mode "chip", after published emulators; 0: none."""
     sensitivity: bool = False
     """Also the loss with one layer at a time converted."""
     sensitivity_tokens: int = 8192
@@ -113,7 +116,7 @@ class DeployConfig:
         for name in ("calibration_tokens", "eval_tokens", "sensitivity_tokens", "generate_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("chips", "layer_tokens", "threads", "temperature"):
+        for name in ("chips", "layer_tokens", "mode_chip_tokens", "threads", "temperature"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
         if self.route not in ROUTES:
@@ -272,15 +275,21 @@ def deploy(cfg: DeployConfig) -> dict[str, Any]:
         "host_inference_energy": [r.to_dict() for r in meter.readings],
         "host_inference_j_per_token": (j / tokens) if (j := total(meter.readings) if meter.readings else None) else None,
         "seconds": {"float": plain.seconds, "quantised": quantised.seconds, "simulated": chip.seconds},
+        "mode_chip": None,
         "layer_errors": [],
         "sensitivity": [],
         "samples": None,
     }
+    if cfg.mode_chip_tokens:
+        with bar(cfg, "mode chip", min(tokens, cfg.mode_chip_tokens)) as shown:
+            parts = (held_out, cfg.mode_chip_tokens, plain, chip)
+            document["mode_chip"] = in_mode_chip(model, plan, *parts, shown)
     texts = {
         "compatibility": report.markdown(),
         "conversion": f"```\n{document['conversion']}\n```",
         "losses": f"```\n{losses_text(document)}\n```",
         "energy": energy_markdown(energy),
+        "break-even": "\n".join(f"- {pair['sentence']}" for pair in document["break_even"]) or "No event was sent.",
         "placement": f"```\n{placed.placement or placed.placement_reason}\n```",
         "config": f"```yaml\n{(out / 'config.yaml').read_text()}\n```",
     }
@@ -310,6 +319,7 @@ def deploy(cfg: DeployConfig) -> dict[str, Any]:
     write_json(out / "run.json", record | {"status": "finished"})
     print(document["compatibility"])
     print(losses_text(document))
+    print(*(pair["sentence"] for pair in document["break_even"]), sep="\n")
     if "sensitivity" in texts:
         print(texts["sensitivity"])
     if cfg.generate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from experiments.statistics import Interval, interval
 from hardware.energy import Counts, EnergyReport
 from neuro.conversion.plan import Plan
 from neuro.conversion.sensitivity import layer_errors, one_at_a_time
+from neuro.deployed import deploy
 from neuro.generation import generate
 from neuro.tracing import evaluating
 from sparse_update.data.tokens import Tokenizer
@@ -38,6 +40,11 @@ class HeldOut:
     def interval(self) -> dict[str, float | int | None]:
         """Mean with its 95 % t-interval over windows."""
         return bounds(interval(self.windows))
+
+    def of(self, chosen: Tensor) -> HeldOut:
+        """The same for some of the windows."""
+        windows = tuple(self.windows[i] for i in chosen.tolist())
+        return HeldOut(sum(windows) / len(windows), windows, self.seconds)
 
     def less(self, other: HeldOut) -> dict[str, float | int | None]:
         """Mean difference to another model on the same windows, with the paired 95 % t-interval."""
@@ -67,9 +74,38 @@ def held_out_loss(
 
 def evenly(windows_NT1: Tensor, tokens: int) -> Tensor:
     """Windows of about `tokens` targets, spread evenly over all of them; at least one."""
+    return windows_NT1[spread(windows_NT1, tokens)]
+
+
+def spread(windows_NT1: Tensor, tokens: int) -> Tensor:
+    """Which windows `evenly` takes, int64."""
     most, length = len(windows_NT1), windows_NT1.shape[1] - 1
     keep = min(most, max(1, tokens // length))
-    return windows_NT1[(2 * torch.arange(keep) + 1) * most // (2 * keep)]
+    return (2 * torch.arange(keep) + 1) * most // (2 * keep)
+
+
+def in_mode_chip(
+    model: nn.Module, plan: Plan, windows_NT1: Tensor, tokens: int, plain: HeldOut, lava: HeldOut, advance: Advance
+) -> dict[str, Any]:
+    """The plan again in the simulator's mode "chip": loss on some of the windows, against the same ones of the float model
+    and of mode "lava", what left its register, and what the simulator says of the graphs.
+    """
+    chosen = spread(windows_NT1, tokens)
+    deployed = deploy(model, plan, mode="chip")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # what it counts stands in the record
+        found = held_out_loss(deployed, windows_NT1[chosen], advance)
+    health = deployed.health()
+    return {
+        "tokens": windows_NT1[chosen][:, 1:].numel(),
+        "loss_nats": found.nats,
+        "interval": found.interval,
+        "less_float": found.less(plain.of(chosen)),
+        "less_lava": found.less(lava.of(chosen)),
+        "wraps": sum(h.wraps for h in health),
+        "saturations": sum(h.wide + h.payload_overflows for h in health),
+        "notes": list(deployed.notes()),
+    }
 
 
 def errors_of_layers(model: nn.Module, plan: Plan, windows_NT1: Tensor) -> list[dict[str, Any]]:
@@ -175,8 +211,24 @@ def losses_text(document: dict[str, Any]) -> str:
             f"{document['mapped_macs_per_token']:,.0f} dense MACs on the chip ({document['mapped_mac_share']:.1%} of all); "
             f"{document['events_per_token']:,.0f} events; {document['clipped_inputs']:,} clipped inputs, "
             f"{document['saturations']:,} saturations, {document['wraps']:,} wraps",
+            *_mode_chip_text(document),
         ]
     )
+
+
+def _mode_chip_text(document: dict[str, Any]) -> Iterator[str]:
+    found = document.get("mode_chip")
+    if not found:
+        return
+    less = found["less_lava"]
+    yield (
+        f"mode chip: {found['loss_nats']:.4f} nats, {less['mean']:+.4f} {_range(less, '+')} against mode lava on the same "
+        f"{found['tokens']:,} tokens; {found['saturations']:,} saturations, {found['wraps']:,} wraps"
+    )
+    lossy = [note for note in found["notes"] if "acts on each synapse" in note]
+    if lossy:
+        remedy = "; conversion.narrow=neuron avoids it" if document["route"] == "graded" else ""
+        yield f"  weights lose bits in {len(lossy)} projections there{remedy}. First: {lossy[0]}"
 
 
 def _range(found: dict[str, Any], sign: str = "") -> str:

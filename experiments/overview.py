@@ -57,6 +57,8 @@ def _arm(stream: Stream, arm: Arm, dense: Arm | None) -> Row:
         **{key: record.get(key) for key in ("bits_per_byte", "keep_fraction", "tokens", "flops", "reference_s", "wall_s")},
         "peak_bytes": record.get("peak_bytes"),
         "energy_j": record.get("energy_j"),
+        "energy_known_j": record.get("energy_known_j"),
+        "energy_above_idle_j": record.get("energy_above_idle_j"),
         "energy_reason": record.get("energy_reason"),
     } | dict.fromkeys(_DEPLOYED_KEYS)
 
@@ -68,12 +70,16 @@ _DEPLOYED_KEYS = (
 )  # fmt: skip
 
 
+_TRAINING_KEYS = (
+    "bits_per_byte", "keep_fraction", "tokens", "flops", "reference_s", "wall_s", "peak_bytes",
+    "energy_j", "energy_known_j", "energy_above_idle_j",
+)  # fmt: skip
+
+
 def _deployed(stream: Stream, group: DeployedGroup) -> Row:
     records = [item.record for item in group.items]
     loss = interval([float(record["loss_simulated_nats"]) for record in records])
-    row: Row = dict.fromkeys(
-        ("bits_per_byte", "keep_fraction", "tokens", "flops", "reference_s", "wall_s", "peak_bytes", "energy_j")
-    )
+    row: Row = dict.fromkeys(_TRAINING_KEYS)
     row |= {
         "stream": stream.name,
         "name": group.label,
@@ -172,7 +178,9 @@ def _loss(row: Row) -> str:
 def _trained(row: Row) -> str:
     if row["kind"] == "deployed":
         return DASH
-    return NOT_MEASURED if row["energy_j"] is None else joules(row["energy_j"])
+    if row["energy_j"] is not None:
+        return joules(row["energy_j"])
+    return NOT_MEASURED if row["energy_known_j"] is None else f">= {joules(row['energy_known_j'])}"
 
 
 def _full(row: Row) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from experiments.comparison import Comparison
-from experiments.tables import Block, blocks
+from experiments.tables import MOST_UNTESTED, VERDICT, Block, blocks, parted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,14 +27,24 @@ THEMED = {
     "#ffffff": "var(--card)",
     "#6b6b6b": "var(--muted)",
     "#ececec": "var(--line)",
-    "#b8b8b8": "var(--muted)",
+    "#b8b8b8": "var(--front)",
+    # Colours of arms and of groups of joules that would drown in the dark.
+    "#0072b2": "var(--blue)",
+    "#009e73": "var(--green)",
+    "#d55e00": "var(--red)",
+    "#8a6d00": "var(--brown)",
+    "#5c4b99": "var(--violet)",
+    "#7a7a7a": "var(--grey)",
+    "#00606b": "var(--teal)",
 }
 
 STYLE = """
 :root{color-scheme:light dark;--page:#f6f6f4;--card:#ffffff;--ink:#1b1b1b;--muted:#666;--line:#e2e2de;--accent:#0072b2;
---yes:#00704f;--no:#9a4b00}
+--yes:#00704f;--no:#9a4b00;--front:#b8b8b8;
+--blue:#0072b2;--green:#009e73;--red:#d55e00;--brown:#8a6d00;--violet:#5c4b99;--grey:#7a7a7a;--teal:#00606b}
 @media (prefers-color-scheme:dark){:root{--page:#141516;--card:#1e2022;--ink:#e9e9e6;--muted:#a3a3a0;--line:#35383b;
---accent:#63b8ec;--yes:#4fd0a5;--no:#f0a860}}
+--accent:#63b8ec;--yes:#4fd0a5;--no:#f0a860;--front:#6d7175;
+--blue:#4aa8e6;--green:#2fc79a;--red:#f2853f;--brown:#c9a634;--violet:#a594e6;--grey:#9c9c9c;--teal:#3fb3c2}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
 main{max-width:92rem;margin:0 auto;padding:1rem}
@@ -54,6 +64,7 @@ th[aria-sort=ascending] button::after{content:" \\2191"}th[aria-sort=descending]
 .notes{color:var(--muted);font-size:.85rem;margin:.5rem 0 0;padding-left:1.1rem}
 figure{margin:0}figure svg{display:block;width:100%;min-width:40rem;height:auto}
 figure svg text{fill:var(--ink);font-family:system-ui,sans-serif}
+summary{cursor:pointer;color:var(--accent);padding:.35rem 0}
 figcaption,footer{color:var(--muted);font-size:.85rem}
 code{font-size:.85em;overflow-wrap:anywhere}
 """
@@ -92,16 +103,15 @@ def page(comparison: Comparison, document: Mapping[str, Any], pictures: Mapping[
     count = sum(row["n"] for row in document["table"] if row["kind"] == "arm")
     deployed = len(document["deployments"])
     parts = [
-        "<h1>Comparison</h1>",
+        f"<h1>Comparison: {html.escape(', '.join(comparison.streams))}</h1>",
         f"<p>{count} training run{_s(count)}, {deployed} deployed model{_s(deployed)}, {len(document['excluded'])} left"
         " out. Loss is held-out nats per token, lower is better.</p>",
-        '<section class="card" id="verdicts"><ul class="verdicts">',
-        *(f"<li>{_verdict(sentence)}</li>" for sentence in document["verdicts"]),
-        "</ul></section>",
+        *_verdicts(document["verdicts"]),
         *map(_table, head),
         *drawn,
         *map(_table, rest),
         *_excluded(document["excluded"]),
+        _folders(comparison),
         "<footer><p>A joule is counted and modelled, extrapolated, or measured, and says so; the three share no column. "
         "&gt;= marks a sum with a part missing, and what is missing is named. Hypothetical: a constant used outside its "
         "domain. The same numbers, unrounded: <code>comparison.json</code> beside this file.</p></footer>",
@@ -116,8 +126,28 @@ def page(comparison: Comparison, document: Mapping[str, Any], pictures: Mapping[
     )
 
 
+def _verdicts(sentences: Sequence[str]) -> list[str]:
+    """What was tested first; where much was not, that is folded away."""
+    tested, untested = parted(sentences)
+    folded = len(untested) > MOST_UNTESTED
+    shown, hidden = (tested, untested) if folded else (list(sentences), [])
+    parts = ['<section class="card" id="verdicts"><h2>Verdicts</h2>']
+    parts.append(f'<ul class="verdicts">{"".join(map(_verdict, shown))}</ul>' if shown else "")
+    if hidden:
+        head = f"{len(hidden)} differences without a test: one seed each, or not comparable"
+        parts.append(
+            f'<details><summary>{head}</summary><ul class="verdicts">{"".join(map(_verdict, hidden))}</ul></details>'
+        )
+    return [*parts, "</section>"]
+
+
 def _verdict(sentence: str) -> str:
-    return re.sub(r": (yes|no)\b", r': <span class="\1">\1</span>', html.escape(sentence), count=1)
+    """yes and no are verdicts where a reason follows; "no test possible" and "no verdict" are none."""
+    return f"<li>{re.sub(VERDICT, _coloured, html.escape(sentence))}</li>"
+
+
+def _coloured(found: re.Match[str]) -> str:
+    return f': <span class="{found[1]}">{found[1]}</span>'
 
 
 def _table(block: Block) -> str:
@@ -160,6 +190,19 @@ def _numeric(cell: str) -> bool:
 def _excluded(excluded: Iterable[Mapping[str, str]]) -> list[str]:
     items = [f"<li><code>{html.escape(x['folder'])}</code>: {html.escape(x['reason'])}</li>" for x in excluded]
     return [f'<section class="card" id="left-out"><h2>Left out</h2><ul>{"".join(items)}</ul></section>'] if items else []
+
+
+def _folders(comparison: Comparison) -> str:
+    """Which folder each row comes from; run.json there has command, versions and commit."""
+    found: list[tuple[str, str]] = []
+    for stream in comparison.streams.values():
+        found += [(f"{stream.name}, {arm.name}", run.folder) for arm in stream.arms.values() for run in arm.runs]
+        found += [(f"{stream.name}, {group.label}", item.folder) for group in stream.deployed for item in group.items]
+    rows = [f"<li>{html.escape(name)}: <code>{html.escape(folder)}</code></li>" for name, folder in found]
+    head = "Folders of the runs; run.json in each has command, versions and commit"
+    return (
+        f'<section class="card" id="folders"><details><summary>{head}</summary><ul>{"".join(rows)}</ul></details></section>'
+    )
 
 
 def _picture(figure: Figure, caption: str, number: int) -> str:

@@ -73,10 +73,13 @@ def surprise_figure(scores: Any, title: str = "") -> Figure:
     ax.set_ylabel("windows or tokens", fontsize=9)
     if finite.size:
         ax.hist(finite, bins=min(60, max(8, int(np.sqrt(finite.size)))), color=UP)
-        for share in (25, 50, 75):
+        for row, share in enumerate((25, 50, 75)):  # one under the other: quartiles may lie close
             place = float(np.percentile(finite, share))
             ax.axvline(place, color=DOWN, linewidth=1.0, linestyle=(0, (3, 2)))
-            ax.text(place, 0.99, f" {share} %", transform=ax.get_xaxis_transform(), fontsize=7, color=DOWN, va="top")
+            words = f" {share} %: {place:.3g}"
+            height = 0.99 - 0.06 * row
+            ax.text(place, height, words, transform=ax.get_xaxis_transform(), fontsize=7, color=DOWN, va="top")
+        ax.margins(y=0.28)
     else:
         ax.text(0.5, 0.5, "no finite score", transform=ax.transAxes, ha="center", color=MUTED)
     lost = numbers.size - finite.size

@@ -1,10 +1,7 @@
 """`python -m experiments.sanafe_check`: one spiking network here and in SANA-FE: counts, energy and time side by side.
 
-Optional. SANA-FE (GPL-3.0) runs in a process and an environment of its own, made with
-
-    python3 -m venv .venv-sanafe && .venv-sanafe/bin/pip install sanafe==2.2.9 --no-deps
-
-or named by SPIKEGATE_SANAFE_PYTHON; nothing of it is imported here.
+Optional. SANA-FE (GPL-3.0) runs in a process and an environment of its own, which `make energy-check` makes or
+SPIKEGATE_ENERGY_PYTHON names; nothing of it is imported here.
 """
 
 from __future__ import annotations
@@ -27,6 +24,7 @@ from hardware.chip import load_chip
 from hardware.counts import Counts
 from hardware.energy import account, load_profile
 from hardware.latency import estimate
+from hardware.mesh import layer_traffic
 from hardware.placement import Placement, place
 from hardware.timing import load_rates
 from neuro.demand import layer_demands
@@ -34,8 +32,8 @@ from neuro.graph import Population, Projection, SpikingGraph
 from neuro.simulators.activity import Activity
 from neuro.simulators.fixed_point import simulate
 
-VARIABLE = "SPIKEGATE_SANAFE_PYTHON"
-INSTALL = "python3 -m venv .venv-sanafe && .venv-sanafe/bin/pip install sanafe==2.2.9 --no-deps"
+VARIABLE = "SPIKEGATE_ENERGY_PYTHON"
+ENVIRONMENT = ".venv-energy"
 WORKER = Path(__file__).with_name("sanafe_worker.py")
 INPUT_RATE, THRESHOLD = 0.2, 150
 PROFILE = "loihi1_sanafe"
@@ -53,11 +51,11 @@ def sanafe_python() -> Path:
     """
     named = os.environ.get(VARIABLE)
     roots = (Path.cwd(), Path(__file__).resolve().parents[1])
-    candidates = [Path(named)] if named else [root / ".venv-sanafe/bin/python" for root in roots]
+    candidates = [Path(named)] if named else [root / ENVIRONMENT / "bin/python" for root in roots]
     for path in candidates:
         if path.is_file() and os.access(path, os.X_OK):
             return path
-    raise SanafeError(f"no interpreter with SANA-FE ({named or '.venv-sanafe'}); make one: {INSTALL}")
+    raise SanafeError(f"no interpreter with SANA-FE ({named or ENVIRONMENT}): `make energy-check` makes {ENVIRONMENT}")
 
 
 def network(inputs: int, width: int, seed: int = 0) -> SpikingGraph:
@@ -156,8 +154,10 @@ def check(inputs: int, width: int, steps: int, seed: int = 0) -> dict[str, Any]:
     groups = report.by_group()
     span = estimate(counts, placement, load_rates(PROFILE)).step * steps
     fired = {name: int((activity.spikes[name] != 0).sum()) for name in theirs["fired"] if name in activity.spikes}
-    ours_counts = {"synops": sum(c.synops for c in counts), **{f"spikes {name}": n for name, n in fired.items()}}
-    their_counts = {"synops": theirs["spikes"], **{f"spikes {name}": theirs["fired"][name] for name in fired}}
+    ours_counts = {"synops": sum(c.synops for c in counts), **_on_the_mesh(counts, placement)}
+    ours_counts |= {f"spikes {name}": n for name, n in fired.items()}
+    their_counts = {"synops": theirs["spikes"], "messages": theirs["packets_sent"], "hops": theirs["hops"]}
+    their_counts |= {f"spikes {name}": theirs["fired"][name] for name in fired}
     energy = {
         name: {"ours_j": list(groups[ours]), "sanafe_j": theirs["energy"][key]}
         for name, ours, key in (
@@ -176,6 +176,16 @@ def check(inputs: int, width: int, steps: int, seed: int = 0) -> dict[str, Any]:
         "time": {"ours_s": list(span.to("s")), "sanafe_s": theirs["sim_time"]},
         "time_inside_interval": span.to("s")[0] <= theirs["sim_time"] <= span.to("s")[2],
     }
+
+
+def _on_the_mesh(counts: Sequence[Counts], placement: Placement) -> dict[str, int]:
+    """Messages, one per receiving core, and their hops."""
+    mesh = load_chip("loihi1").mesh
+    assert mesh is not None
+    flows = layer_traffic(placement, mesh)
+    sent = [(c.events, flows[c.layer]) for c in counts if c.layer in flows]
+    messages = round(sum(events * flow.deliveries for events, flow in sent))
+    return {"messages": messages, "hops": round(sum(events * (flow.hops_ew + flow.hops_ns) for events, flow in sent))}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -170,10 +170,10 @@ def verdict(
     p = test.p if adjusted_p is None else adjusted_p
     answer = "yes" if p < alpha else "no"
     spread = "" if test.low is None or test.high is None else f", 95 % interval {test.low:+.4f} to {test.high:+.4f}"
-    label = "p" if adjusted_p is None else "Holm-adjusted p"
+    label = "" if adjusted_p is None else "Holm-adjusted "
     return (
         f"{candidate} beats {control}: {answer}; {_by(test.difference, unit)}{spread} "
-        f"(n = {test.n}, one-sided {test.method}, {label} = {p_text(p)})"
+        f"(n = {test.n}, one-sided {test.method}, {label}{p_text(p)})"
     )
 
 
@@ -183,7 +183,8 @@ def verdict_without_test(candidate: str, control: str, difference: float, *, uni
 
 
 def p_text(p: float) -> str:
-    return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
+    """p = 0.031, or p < 0.0001."""
+    return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"
 
 
 def _by(difference: float, unit: str) -> str:

@@ -6,6 +6,8 @@ with ">=", and what was not measured says so.
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +18,10 @@ from experiments.comparison import Arm, Comparison, DeployedGroup, Deployment, S
 from experiments.overview import DASH, NOT_MEASURED
 from experiments.statistics import Interval, interval, p_text
 from experiments.targets import frontier, times_to_dense
+
+LEAST_WORDS = 24  # columns that a wrapped cell of words keeps
+VERDICT = re.compile(r": (yes|no)(?=[;,]| \()")
+MOST_UNTESTED = 8  # sentences that say no more than a difference
 
 
 @dataclass(frozen=True)
@@ -32,10 +38,45 @@ class Block:
     meanings: Sequence[str] = ()
 
 
-def table(comparison: Comparison) -> str:
-    """The comparison for a terminal: one block of arms per stream, the deployed models under it."""
-    parts = [_as_text(block) for block in blocks(comparison, layers=False)]
+def table(comparison: Comparison, width: int = 0) -> str:
+    """The comparison for a terminal: one block of arms per stream, the deployed models under it.
+
+    `width`: columns of the terminal. A table that is wider goes on below, each part with its first column; sentences are
+    wrapped. 0 is no limit. A remark that stands further up already is not repeated.
+    """
+    parts, said = [], set[str]()
+    for block in blocks(comparison, layers=False):
+        new = [note for note in block.notes if note not in said]
+        again = ["Other remarks: as above."] if len(new) < len(block.notes) else []
+        said.update(new)
+        parts += [_as_text(part, width) for part in _fit(replace(block, notes=[*new, *again]), width)]
     return "\n\n".join([*parts, *_left_out(comparison, "{}\n{}", "  {}: {}")]) + "\n"
+
+
+def parted(sentences: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Sentences with a verdict, and those without."""
+    tested = [sentence for sentence in sentences if VERDICT.search(sentence)]
+    return tested, [sentence for sentence in sentences if not VERDICT.search(sentence)]
+
+
+def verdict_lines(sentences: Sequence[str], width: int = 0) -> list[str]:
+    """The sentences for a terminal; where many hold no verdict, their number stands for them."""
+    tested, untested = parted(sentences)
+    if len(untested) <= MOST_UNTESTED:
+        return [wrapped(sentence, width) for sentence in sentences]
+    rest = f"{len(untested)} more differences have no test (one seed, or not comparable): see comparison.md."
+    return [wrapped(sentence, width) for sentence in (*tested, rest)]
+
+
+def wrapped(sentence: str, width: int, indent: str = "") -> str:
+    """The sentence in lines of at most `width` columns (0: one line); words are not broken."""
+    if not width:
+        return indent + sentence
+    lines = textwrap.wrap(
+        sentence, max(LEAST_WORDS, width), initial_indent=indent, subsequent_indent=indent + "  ",
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+    return "\n".join(lines)
 
 
 def markdown(comparison: Comparison, *, most_columns: int = 0) -> str:
@@ -71,7 +112,7 @@ def blocks(comparison: Comparison, *, layers: bool = True) -> list[Block]:
         for group in stream.deployed:
             found.append(deployed_block(stream, group.items[0]))
             found += layers_block(stream, group) if layers else []
-            found += energy_blocks(group.items[0])
+            found += [*energy_blocks(group.items[0]), *threshold_blocks(group.items[0])]
     return found
 
 
@@ -79,9 +120,8 @@ def arms_block(stream: Stream) -> Block:
     """One row per training arm and, under them, per deployed model."""
     found = overview.rows(stream)
     shown = overview.columns(found)
-    reasons = dict.fromkeys(str(r) for row in found if (r := row["energy_reason"]))
     notes = [f"Note: {note}." for note in stream.notes]
-    notes += [f"Energy: {reason.removeprefix(NOT_MEASURED + ': ')}." for reason in reasons]
+    notes += [f"Energy: {reason}." for reason in _energy_reasons(found)]
     notes += [f"{remark}." for remark in overview.notes(found)]
     what = "training arms" if not stream.deployments else "training arms and deployed models"
     return Block(
@@ -92,6 +132,19 @@ def arms_block(stream: Stream) -> Block:
         raw=[[row[column.key] for column in shown] for row in found],
         meanings=[column.meaning for column in shown],
     )
+
+
+def _energy_reasons(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why runs have no measured energy, arms with the same reason together."""
+    counted: dict[str, list[int]] = {}
+    for row in found:
+        if row["energy_reason"]:
+            part = re.match(r"measured in (\d+) of (\d+) runs(?:; )?", str(row["energy_reason"]))
+            reason = str(row["energy_reason"])[part.end() if part else 0 :].removeprefix(f"{NOT_MEASURED}: ")
+            seen = counted.setdefault(reason, [0, 0])
+            seen[0] += int(part[1]) if part else 0
+            seen[1] += int(part[2]) if part else int(row["n"])
+    return [f"measured in {seen} of {of} runs" + (f"; {why}" if why else "") for why, (seen, of) in counted.items()]
 
 
 def held_out_block(stream: Stream) -> list[Block]:
@@ -146,7 +199,7 @@ def budgets_block(stream: Stream) -> list[Block]:
         notes = [f"seed {s}: at most" for s in item.at_most] + [f"seed {s}: never" for s in item.never]
         tests = ", ".join(f"{name} {p_text(test.p)}" for name, test in item.against.items()) or DASH
         rows.append([item.arm, share, tests, "; ".join(losses), ", ".join(notes) or DASH])
-    header = ["arm", "share of dense time", "p against (unadjusted)", "mean end loss by budget", "bounds"]
+    header = ["arm", "share of dense time", "against (unadjusted)", "mean end loss by budget", "bounds"]
     return [Block(f"Stream {stream.name}: reference seconds to the dense end loss", header, rows)]
 
 
@@ -155,7 +208,7 @@ def frontier_block(stream: Stream) -> list[Block]:
     rows = []
     for point in frontier(stream):
         test = point.against_random
-        against = DASH if test is None else f"{test.difference:+.4f} (p = {p_text(test.p)}, n = {test.n})"
+        against = DASH if test is None else f"{test.difference:+.4f} ({p_text(test.p)}, n = {test.n})"
         rows.append(
             [point.arm, f"{point.flops * 1e-12:.3f}", point.loss.text(), against, "yes" if point.on_frontier else "no"]
         )
@@ -271,16 +324,78 @@ def _energy_block(kind: str, energies: Sequence[Mapping[str, Any]]) -> Block:
     return Block(f"Inference energy per token, {kind}", header, rows, said, level=3)
 
 
-def _as_text(block: Block) -> str:
+def threshold_blocks(item: Deployment) -> list[Block]:
+    """Below which density of events the chip costs less than each reference, what would have to change, and where the model
+    stands against published thresholds; none where the record says nothing of it.
+    """
+    found = []
+    pairs = item.record.get("break_even") or ()
+    if pairs:
+        header = ["chip", "reference", "density", "wins below", "low to high", "energy", "verdict", "to break even"]
+        rows = [_break_even_row(pair) for pair in pairs]
+        notes = [
+            "Density: synaptic operations over dense MACs of the mapped layers; static power and host are on neither side.",
+            "Verdict: from the intervals of both sides, undecided where they overlap.",
+        ]
+        found.append(Block("Break-even against dense references", header, rows, notes, level=3))
+    standings = item.record.get("standings") or ()
+    if standings:
+        rows = []
+        for s in standings:
+            limit = f"{s['low']:.3g}" if s["low"] == s["high"] else f"{s['low']:.3g} to {s['high']:.3g}"
+            rows.append([s["unit"], f"{s['value']:.3g}", s["verdict"], limit, s["source"], s["caution"] or DASH])
+        header = ["quantity", "here", "is", "threshold", "source", "caution"]
+        below = ["Below the threshold spiking pays, according to its source."]
+        found.append(Block("Published thresholds", header, rows, below, level=3))
+    return found
+
+
+def _break_even_row(pair: Mapping[str, Any]) -> list[str]:
+    low, mid, high = (float(end) for end in pair["break_even_with_neurons"])
+    limits = f"{low:.1%} to {high:.1%}"
+    return [
+        str(pair["chip"]),
+        str(pair["reference"]),
+        f"{float(pair['density']):.1%}",
+        f"{mid:.1%}" if mid else "never",
+        limits,
+        f"{float(pair['factor']):.3g} x",
+        str(pair["verdict"]),
+        str(pair["sentence"]).partition("; ")[2],
+    ]
+
+
+def _as_text(block: Block, width: int = 0) -> str:
     widths = [max(len(row[i]) for row in (block.header, *block.rows)) for i in range(len(block.header))]
     left = [all(not _numeric(row[i]) for row in block.rows) for i in range(len(block.header))]
+    if width and left[-1]:  # words in the last column are wrapped
+        widths[-1] = min(widths[-1], max(LEAST_WORDS, width - sum(widths[:-1]) - 2 * len(widths)))
 
     def line(cells: Sequence[str]) -> str:
-        aligned = (c.ljust(w) if flush else c.rjust(w) for c, w, flush in zip(cells, widths, left, strict=True))
-        return ("  " + "  ".join(aligned)).rstrip()
+        first, *more = textwrap.wrap(cells[-1], widths[-1], break_on_hyphens=False) or [""] if width else [cells[-1]]
+        whole = zip([*cells[:-1], first], widths, left, strict=True)
+        aligned = "  ".join(c.ljust(w) if flush else c.rjust(w) for c, w, flush in whole)
+        blank = " " * (sum(widths[:-1]) + 2 * len(widths))
+        return "\n".join([("  " + aligned).rstrip(), *(blank + rest for rest in more)])
 
     head = [line(block.header), "  " + "  ".join("-" * width for width in widths)] if any(block.header[0]) else []
-    return "\n".join([block.title, *head, *map(line, block.rows), *(f"  {note}" for note in block.notes)])
+    notes = [wrapped(note, width, "  ") for note in block.notes]
+    return "\n".join([wrapped(block.title, width), *head, *map(line, block.rows), *notes])
+
+
+def _fit(block: Block, width: int) -> list[Block]:
+    """The block, or parts that are no wider than `width`: the first column and as many of the next ones as go beside it."""
+    if not width:
+        return [block]
+    widths = [2 + max(len(row[i]) for row in (block.header, *block.rows)) for i in range(len(block.header))]
+    if all(not _numeric(row[-1]) for row in block.rows):
+        widths[-1] = min(widths[-1], 2 + LEAST_WORDS)
+    cuts: list[list[int]] = [[0]]
+    for i in range(1, len(widths)):
+        if len(cuts[-1]) > 1 and sum(widths[j] for j in cuts[-1]) + widths[i] > width:
+            cuts.append([0])
+        cuts[-1].append(i)
+    return _parts(block, cuts)
 
 
 def _narrow(block: Block, most: int) -> list[Block]:
@@ -288,7 +403,13 @@ def _narrow(block: Block, most: int) -> list[Block]:
     if not most or len(block.header) <= most:
         return [block]
     starts = range(1, len(block.header), most - 1)
-    cuts = [[0, *range(start, min(start + most - 1, len(block.header)))] for start in starts]
+    return _parts(block, [[0, *range(start, min(start + most - 1, len(block.header)))] for start in starts])
+
+
+def _parts(block: Block, cuts: Sequence[Sequence[int]]) -> list[Block]:
+    """The block's columns by group; the last part has the notes."""
+    if len(cuts) < 2:
+        return [block]
     parts = [
         replace(
             block,

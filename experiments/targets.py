@@ -156,7 +156,7 @@ def sentences(stream: Stream) -> list[str]:
         bound = f"; seed(s) {_list(r.at_most)}: at most, the smallest budget reached it" if r.at_most else ""
         against = "; ".join(
             f"less than {control}{' (bound)' if control in r.bounded else ''}: "
-            f"{'yes' if adjusted[r.arm, control] < 0.05 else 'no'}, Holm-adjusted p = {p_text(adjusted[r.arm, control])}"
+            f"{'yes' if adjusted[r.arm, control] < 0.05 else 'no'}, Holm-adjusted {p_text(adjusted[r.arm, control])}"
             for control in r.against
         )
         spread = "" if r.ratio.low is None or r.ratio.high is None else f" [{r.ratio.low:.3f}, {r.ratio.high:.3f}]"
@@ -171,7 +171,7 @@ def sentences(stream: Stream) -> list[str]:
         test = _need(point.against_random)
         said.append(
             f"{stream.name}: {point.arm}, prequential, against random at equal FLOPs: {test.difference:+.4f} nats, better: "
-            f"{'yes' if p < 0.05 else 'no'} (n = {test.n}, Holm-adjusted p = {p_text(p)})."
+            f"{'yes' if p < 0.05 else 'no'} (n = {test.n}, Holm-adjusted {p_text(p)})."
         )
     dense = next((p for p in points if p.arm == "dense"), None)
     for point in points:

@@ -63,15 +63,16 @@ CURVE_TAG = "val_loss_nats_by_reference_ms"
 
 # Columns of the hparams table. TensorBoard takes the columns of a whole folder tree from the first run it meets, so
 # every writer here announces the same ones; a run fills those it has.
+# It orders them by name and shows the first five until told otherwise.
 HPARAMS: dict[str, str | float] = {
-    "row": "",  # run | arm (mean over seeds) | deployed
-    "stream": "",
     "arm": "",
-    "seed": "",
-    "model": "",
     "keep": 0.0,
-    "subset": "",
-    "profile": "",  # of energy_nj_per_token
+    "kind": "",  # run | arm (mean over seeds) | deployed
+    "seed": "",
+    "stream": "",
+    "with_model": "",
+    "with_profile": "",  # of energy_nj_per_token
+    "with_subset": "",
 }
 HPARAM_METRICS = (  # TensorBoard shows the first five until told otherwise
     "hparam/loss_nats",
@@ -84,6 +85,8 @@ HPARAM_METRICS = (  # TensorBoard shows the first five until told otherwise
     "hparam/wall_s",
     "hparam/peak_mb",
 )
+
+MOST_SELECTED = 40  # runs; of more, TensorBoard ticks none (its maxNamesToEnableByDefault), and all charts are empty
 
 
 class Tracker:
@@ -160,7 +163,7 @@ class Tracker:
 
     def hparams(self, hparams: Mapping[str, Any], metrics: Mapping[str, float | int | None]) -> None:
         """This run's row in the hparams table, in this folder; None leaves a cell blank. Call once, at the end."""
-        write_hparams(self._writer, {"row": "run", **hparams}, metrics, self.last_step)
+        write_hparams(self._writer, {"kind": "run", **hparams}, metrics, self.last_step)
 
     def close(self) -> None:
         self._lines.close()
@@ -227,12 +230,18 @@ def comparison_layout(streams: Sequence[str]) -> Layout:
 
 
 def write_comparison(
-    folder: str | Path, comparison: Comparison, figures: Mapping[str, Figure], texts: Mapping[str, str]
+    folder: str | Path,
+    comparison: Comparison,
+    figures: Mapping[str, Figure],
+    texts: Mapping[str, str],
+    *,
+    beside: int = 0,
 ) -> Path:
     """The comparison's own TensorBoard folder, replaced if it is there: return it.
 
     The folder itself holds figures, text and the custom-scalar layout; `STREAM/ARM` below it holds that arm's mean
     curve (steps are reference milliseconds) and its hparams row, `STREAM/deployed ARM` the energies (steps: profiles).
+    Where these and the `beside` other runs are more than `MOST_SELECTED`, an arm of one seed has none: its run says it all.
     """
     folder = Path(folder)
     for old in sorted(folder.rglob("events.out.tfevents.*")):
@@ -244,13 +253,16 @@ def write_comparison(
     for tag, markdown in texts.items():
         main.add_text(tag, markdown, 0)
     main.close()
+    ours = 1 + sum(len(stream.arms) + len(stream.deployments) for stream in comparison.streams.values())
     for stream in comparison.streams.values():
         for arm in stream.arms.values():
+            if beside and beside + ours > MOST_SELECTED and len(arm.runs) == 1:
+                continue
             writer = _writer(folder / stream.name / arm.name)
             for seconds, loss in mean_curve([run.curve for run in arm.runs]):
                 writer.add_scalar(f"{CURVE_TAG}/{stream.name}", loss, round(1000 * seconds))
             record = arm.record()
-            row = {"row": "arm", "stream": stream.name, "arm": arm.name, "seed": " ".join(map(str, arm.seeds))}
+            row = {"kind": "arm", "stream": stream.name, "arm": arm.name, "seed": " ".join(map(str, arm.seeds))}
             write_hparams(writer, {**row, "keep": record.get("keep_fraction")}, hparam_metrics(record))
             writer.close()
         names: list[str] = []
@@ -262,27 +274,43 @@ def write_comparison(
     return folder
 
 
+def boards(folder: Path, without: Path | None = None) -> set[Path]:
+    """Folders with an event file, at any depth: TensorBoard's runs; those below `without` not counted."""
+    found = {path.parent for path in folder.rglob("events.out.tfevents.*")}
+    return {path for path in found if without is None or not path.is_relative_to(without)}
+
+
 def _write_deployment(folder: Path, stream: str, deployed: Deployment) -> None:
     writer = _writer(folder)
     metrics = {"loss_nats": deployed.record["loss_simulated_nats"]}
-    row = {"row": "deployed", "stream": stream, "arm": deployed.arm}
+    row = {"kind": "deployed", "stream": stream, "arm": deployed.arm}
     if deployed.seed is not None:
         row["seed"] = str(deployed.seed)
     for i, energy in enumerate(deployed.energies()):
         for tag, key in zip(ENERGY_TAGS, ("mid_j", "low_j", "high_j"), strict=True):
             if energy.get(key) is not None:
                 writer.add_scalar(tag, 1e9 * energy[key], i)
-        if energy.get("mid_j") is not None and "profile" not in row:
-            row["profile"], metrics["energy_nj_per_token"] = energy["profile"], 1e9 * energy["mid_j"]
+        if energy.get("mid_j") is not None and "with_profile" not in row:
+            row["with_profile"], metrics["energy_nj_per_token"] = energy["profile"], 1e9 * energy["mid_j"]
     write_hparams(writer, row, metrics)
     writer.close()
 
 
 def training_energy_markdown(result: Mapping[str, Any]) -> str:
     """What meters saw of a training run, or why they saw nothing, as Markdown."""
-    if result.get("energy_j") is None:
-        return f"Training energy: {result.get('energy_reason') or 'not measured'}"
-    return f"Training energy: {result['energy_j']:.4g} J, measured over the whole run, idle power of the devices included."
+    joules, known = result.get("energy_j"), result.get("energy_known_j")
+    if joules is not None:
+        said = f"Training energy: {joules:.4g} J, measured over the whole run, idle power of the devices included."
+    else:
+        said = f"Training energy: {result.get('energy_reason') or 'not measured'}"
+        said += "" if known is None else f"\n\nWhat was measured: at least {known:.4g} J."
+    readings = [reading for reading in result.get("energy_readings") or () if reading["joules"] is not None]
+    rows = ["| meter | J | J above idle | seconds | resolution, J |", "|---|---|---|---|---|"] if readings else []
+    for r in readings:
+        above = "not measured" if r["above_idle_j"] is None else f"{r['above_idle_j']:.4g}"
+        rows.append(f"| {r['source']} | {r['joules']:.4g} | {above} | {r['window_s']:.4g} | {r['resolution_j']:.2g} |")
+    lines = [f"- {line}" for line in result.get("energy_check") or ()]
+    return "\n\n".join(part for part in (said, "\n".join(rows), "\n".join(lines)) if part)
 
 
 def hparam_metrics(result: Mapping[str, Any]) -> dict[str, float | None]:

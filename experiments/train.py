@@ -6,6 +6,7 @@ import math
 import resource
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ import numpy as np
 import torch
 import yaml
 
+from experiments.accounts import measured_energy
 from experiments.hydra_app import ConfigError, run_app
 from experiments.live import BlockUpdates, Savings
 from experiments.plain_json import write_json
 from experiments.rasters import surprise_figure
 from experiments.runs import RunError, new_record, read_json
 from experiments.tracking import Tracker, hparam_metrics, training_energy_markdown
-from hardware.meters import Meter, Reading, total
+from hardware.meters import Meter, Reading, measure_idle
+from hardware.meters_zeus import ZeusCheck, compare_all
 from sparse_update.checkpoint import CheckpointError, load_checkpoint
 from sparse_update.cost import ComponentTimes, ComponentTimesError, Step, locked
 from sparse_update.data.corpus import Corpus, DataConfig, load_corpus
@@ -64,6 +67,10 @@ class TrainConfig:
     """Continue the run in its folder from its checkpoint."""
     progress: bool = True
     """A progress bar on standard error."""
+    idle_s: float = 0.0
+    """Seconds of idle power measured before training, where there is a meter; shown beside the joules, 0 measures none."""
+    zeus: bool = False
+    """Zeus beside our meters, as a second opinion (pip install 'spikegate[energy-check]')."""
     init: str = ""
     """Short for trainer.init_from: run folder or checkpoint whose weights the run starts from."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -74,6 +81,8 @@ class TrainConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     def __post_init__(self) -> None:
+        if not 0 <= self.idle_s < math.inf:
+            raise ValueError(f"idle_s is {self.idle_s}; a window is finite and not negative")
         if self.init and self.trainer.init_from not in ("", self.init):
             raise ValueError(f"init = {self.init} and trainer.init_from = {self.trainer.init_from}: give one of them")
         self.trainer.init_from = self.init = self.init or self.trainer.init_from
@@ -142,7 +151,8 @@ def _claim(folder: Path, cfg: TrainConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-_MAY_DIFFER = {"run", "resume", "progress", "model.vocab_size", "trainer.component_times", "trainer.checkpoint_every_s"}
+_MAY_DIFFER = {"run", "resume", "progress", "idle_s", "zeus", "model.vocab_size", "trainer.component_times"}
+_MAY_DIFFER |= {"trainer.checkpoint_every_s"}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -292,7 +302,7 @@ def _run(
             bar.update(max(0.0, report.reference_s - bar.n))
             bar.set_postfix_str(
                 f"loss {report.loss_nats:.3f}, kept {report.keep_fraction:.0%}, "
-                f"{report.tokens / max(report.wall_s, 1e-9) / 1000:.0f}k tokens/s"
+                f"{report.tokens / max(report.wall_s, 1e-9):,.0f} tokens/s"
             )
 
         def on_evaluation(report: StepReport, losses: dict[str, float]) -> None:
@@ -329,9 +339,11 @@ def _run(
             trainer.resume(resumed)
         else:
             tracker.text("config", f"```\n{yaml.safe_dump(resolved, sort_keys=False)}```")
-        with Meter() as meter:
+        idle = measure_idle(cfg.idle_s) if cfg.idle_s else ()
+        with Meter(idle=idle) as meter, ZeusCheck() if cfg.zeus else nullcontext() as check:
             result = trainer.run()
         document = _document(cfg, corpus, model, result, meter.readings, device, windows, bits_per_nat)
+        document["energy_check"] = [] if check is None else compare_all(meter.readings, check.readings)
         if result.finished:
             document["val_split"] = _split(cfg, corpus, model, windows["val"])
             tracker.text("energy", training_energy_markdown(document))
@@ -340,9 +352,9 @@ def _run(
                     "stream": cfg.stream_name,
                     "arm": cfg.arm_name,
                     "seed": cfg.seed,
-                    "model": cfg.model.name,
+                    "with_model": cfg.model.name,
                     "keep": cfg.gate.keep_fraction,
-                    "subset": cfg.subset.name,
+                    "with_subset": cfg.subset.name,
                 },
                 hparam_metrics(document),
             )
@@ -384,10 +396,6 @@ def _document(
     windows: Mapping[str, torch.Tensor],
     bits_per_nat: Mapping[str, float],
 ) -> dict[str, Any]:
-    joules = total(readings) if readings and not cfg.resume else None
-    reasons = [f"{r.source}: {r.reason}" for r in readings if r.joules is None]
-    if cfg.resume:
-        reasons = ["the run was resumed: no meter saw all of it", *reasons]
     peak, kind = peak_bytes(device)
     return {
         "status": "finished" if result.finished else "interrupted",
@@ -417,8 +425,7 @@ def _document(
         "optimizer_bytes": result.optimizer_bytes,
         "gradient_bytes": result.gradient_bytes,
         "update_bytes": result.update_bytes,
-        "energy_j": joules,
-        "energy_reason": None if joules is not None else "not measured: " + "; ".join(reasons),
+        **measured_energy(readings, cfg.resume),
         "keep_fraction": result.keep_fraction,
         "source_keep": result.kept_share,
         "skipped_steps": result.skipped,
@@ -464,7 +471,7 @@ def _bar(cfg: TrainConfig) -> Any:
         total=round(cfg.trainer.budget_reference_s, 1),
         desc=f"{cfg.stream_name} {cfg.arm_name}",
         unit="ref s",
-        bar_format="{desc}: {percentage:3.0f}%|{bar:20}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}, {postfix}]",
+        bar_format="{desc}: {percentage:3.0f}%|{bar:20}| {n:.0f}/{total:.0f} {unit} [{elapsed}, {remaining} left{postfix}]",
         disable=not cfg.progress,
         mininterval=2.0,
     )

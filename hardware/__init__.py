@@ -16,7 +16,7 @@ from hardware.interval import Interval
 from hardware.latency import Latency, estimate
 from hardware.loihi import BoardReport, BoardUnavailable, lava_python, probe, require_board
 from hardware.measured_networks import Network, load_networks
-from hardware.meters import Meter, Reading, measure_idle, total, total_above_idle
+from hardware.meters import Meter, Reading, measure_idle, total, total_above_idle, total_known
 from hardware.placement import Connection, Convolution, DoesNotFit, LayerDemand, Placement, place
 from hardware.profile import Coefficient, Profile, list_profiles, load_profile
 from hardware.timing import Rates, list_rates, load_rates
@@ -68,4 +68,5 @@ __all__ = [
     "standings",
     "total",
     "total_above_idle",
+    "total_known",
 ]

@@ -134,7 +134,7 @@ def break_even(
         )
     mac, synop = _per(reference, ("mac", "weight_read")), _per(chip, ("synapse",))
     spent = account(mine, chip, placement=placement).by_group()
-    falling = _triple(spent, ("synapse", "traffic"))
+    falling = _triple(spent, ("synapse", "traffic", "off-chip traffic"))
     fixed = _triple(spent, ("neuron",))
     dense = _triple(account(mine, reference).by_group(), ("digital",))
     density = synops / macs

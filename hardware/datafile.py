@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,35 @@ def interval(where: str, raw: tuple[object, object, object], unit: str, dimensio
     if found.dimension != dimension:
         raise DataFileError(f"{where}: unit {unit!r} is {found.dimension}, {dimension} is needed")
     return found
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of a data file and where it comes from; a ``value`` of None is not known, ``note`` then says why."""
+
+    value: Interval | None
+    source: str
+    method: str
+    date: str
+    note: str
+
+
+def figure(where: str, raw: object, dimension: str, per: str, methods: Collection[str]) -> Figure:
+    """An entry with value, low, high, unit (of ``dimension``, per ``per``), source, method, date and maybe a note; or one
+    with a value of null, reason, source and date.
+    """
+    if isinstance(raw, dict) and "value" in raw and raw["value"] is None:
+        entry = check_keys(where, raw, ("value", "reason", "source", "date"))
+        source, reason = (text(f"{where}: {key}", entry[key]) for key in ("source", "reason"))
+        return Figure(None, source, "unknown", iso_date(f"{where}: date", entry["date"]), reason)
+    entry = check_keys(where, raw, ("value", "low", "high", "unit", "source", "method", "date"), ("note",))
+    unit, slash, found = text(f"{where}: unit", entry["unit"]).partition("/")
+    if not slash or found != per:
+        raise DataFileError(f"{where}: unit {entry['unit']!r} must be {dimension} per {per}")
+    return Figure(
+        value=interval(where, (entry["low"], entry["value"], entry["high"]), unit, dimension),
+        source=text(f"{where}: source", entry["source"]),
+        method=choice(f"{where}: method", entry["method"], methods),
+        date=iso_date(f"{where}: date", entry["date"]),
+        note=text(f"{where}: note", entry["note"]) if "note" in entry else "",
+    )

@@ -18,7 +18,7 @@ from hardware.energy_report import EnergyLine, EnergyReport
 from hardware.interval import Interval
 from hardware.mesh import LayerTraffic, layer_traffic
 from hardware.placement_report import Placement
-from hardware.profile import PLACED_TERMS, STATIC, Coefficient, Profile, list_profiles, load_profile
+from hardware.profile import OFF_CHIP, PLACED_TERMS, STATIC, Coefficient, Profile, list_profiles, load_profile
 from hardware.units import Quantity
 
 __all__ = ["Board", "Counts", "EnergyLine", "EnergyReport", "Profile", "account", "list_profiles", "load_profile"]
@@ -92,8 +92,7 @@ def account(
     _static(profile, powered, time, _board(board, placement), lines, unknown, missing)
     if spiking:
         _host(counts, host_profile, lines, unknown, missing)
-        missing["off-chip traffic"] = _off_chip(priced, placement, traffic)
-        unknown.append(f"off-chip traffic: {missing['off-chip traffic']}")
+        _off_chip(priced, profile, placement, traffic, lines, unknown, missing)
     unknown += profile.not_modelled
     return EnergyReport(
         profile=profile.name,
@@ -217,17 +216,36 @@ def _host(
     unknown += [f"host: {entry}" for entry in (host_profile.coefficients[STATIC].note, *host_profile.not_modelled) if entry]
 
 
-def _off_chip(priced: Sequence[Counts], placement: Placement | None, traffic: Mapping[str, LayerTraffic]) -> str:
+def _off_chip(
+    priced: Sequence[Counts],
+    profile: Profile,
+    placement: Placement | None,
+    traffic: Mapping[str, LayerTraffic],
+    lines: list[EnergyLine],
+    unknown: list[str],
+    missing: dict[str, str],
+) -> None:
+    """Messages between chips and from the host: priced where the profile can, else counted where it is known and named."""
+    cost = profile.coefficients.get(OFF_CHIP)
+    if traffic and cost is not None and cost.mid is not None:
+        for item in (item for item in priced if item.layer in traffic):
+            flow = traffic[item.layer]
+            _price(lines, unknown, item.layer, OFF_CHIP, item.events * (flow.between_chips + flow.from_host), cost)
+        return
     if placement is None:
-        return "not counted without a placement, and no energy per message is published"
-    if not traffic:
-        return "the chip's mesh or the profile's hops are not known"
-    far, host = (
-        sum(item.events * getattr(traffic[item.layer], name) for item in priced if item.layer in traffic)
-        for name in ("between_chips", "from_host")
-    )
-    tokens = priced[0].tokens
-    return f"{far / tokens:,.1f} messages a token between chips, {host / tokens:,.1f} from the host; no energy is published"
+        reason = "not counted without a placement" + ("" if cost else ", and no energy per message is published")
+    elif not traffic:
+        reason = "the chip's mesh or the profile's hops are not known"
+    else:
+        far, host = (
+            sum(item.events * getattr(traffic[item.layer], name) for item in priced if item.layer in traffic)
+            for name in ("between_chips", "from_host")
+        )
+        tokens = priced[0].tokens
+        reason = f"{far / tokens:,.1f} messages a token between chips, {host / tokens:,.1f} from the host"
+        reason += f"; {cost.note if cost else 'no energy is published'}"
+    missing["off-chip traffic"] = reason
+    unknown.append(f"off-chip traffic: {reason}")
 
 
 def _labels(

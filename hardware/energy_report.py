@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from hardware.interval import Interval
+
 Triple = tuple[float, float, float]
 
 GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -91,6 +93,11 @@ class EnergyReport:
     def total_high_j(self) -> float:
         """Sum of the lines' high ends, joules."""
         return math.fsum(line.high_j for line in self.lines)
+
+    @property
+    def total(self) -> Interval:
+        """The sum with its unit, which cannot be added to a time."""
+        return Interval.of(self.total_low_j, self.total_mid_j, self.total_high_j, "J")
 
     def by_term(self) -> dict[str, Triple]:
         """Term -> (low, mid, high) joules over all layers."""

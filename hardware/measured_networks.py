@@ -48,14 +48,26 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Population:
+    """Neurons of a published architecture, and the populations whose every neuron each of them listens to."""
+
+    name: str
+    neurons: int
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Network:
     """One published network.
 
     Attributes:
         calibration: a model is calibrated on it, so that it says nothing about that model's error.
+        calibrates: what else of it went into a profile, by names of :data:`MEASURED`.
+        stated: what was published where no figure in joules, watts or seconds could be read; else "".
         steps_per_inference: None where it is not published.
         measured: name of :data:`MEASURED` -> value; without a published spread all three are equal.
         layers: activity, in order; empty where it is not published, and ``reason`` says so.
+        architecture: populations where sizes and connections are published without activity; empty otherwise.
         counts_source, counts_method, counts_note: where the activity comes from.
         placed: how to place it (budget, split), and the cores and chips that were published.
     """
@@ -76,6 +88,42 @@ class Network:
     counts_note: str
     reason: str
     placed: Mapping[str, Any]
+    calibrates: tuple[str, ...] = ()
+    stated: str = ""
+    architecture: tuple[Population, ...] = ()
+
+    def extreme_counts(self, spiking: bool) -> list[Counts]:
+        """Counts of one inference in which every neuron sends in every step, or none ever does: bounds on any activity.
+
+        Populations without sources are inputs; whether they are neurons of the chip is not always published, so that
+        they count where everything spikes and not where nothing does.
+
+        Raises:
+            ValueError: its architecture or its steps per inference are not published.
+        """
+        if not self.architecture or self.steps_per_inference is None:
+            raise ValueError(f"{self.name}: no architecture with its steps per inference is published")
+        steps, sizes = self.steps_per_inference, {item.name: item.neurons for item in self.architecture}
+        found = []
+        for item in self.architecture:
+            inputs = sum(sizes[source] for source in item.sources)
+            updates = item.neurons * steps if spiking or item.sources else 0
+            found.append(
+                Counts(
+                    item.name,
+                    tokens=1,
+                    synops=inputs * item.neurons * steps if spiking else 0,
+                    events=inputs * steps if spiking else 0,
+                    neuron_updates_active=updates if spiking else 0,
+                    neuron_updates_inactive=0 if spiking else updates,
+                    dense_macs=inputs * item.neurons,
+                    weight_bytes=0,
+                    graded=False,
+                    payload_bits=1,
+                    time_steps=steps,
+                )
+            )
+        return found
 
     def counts(self) -> list[Counts]:
         """Counts of one inference as one token; a layer without incoming synapses counts its neurons alone.
@@ -161,7 +209,9 @@ def read_networks(path: Path) -> dict[str, Network]:
 
 
 def _network(where: str, name: str, raw: object) -> Network:
-    entry = datafile.check_keys(where, raw, _REQUIRED, ("role", "reason", "placement"))
+    entry = datafile.check_keys(
+        where, raw, _REQUIRED, ("role", "reason", "placement", "calibrates", "stated", "architecture")
+    )
     if (entry["counts"] is None) != ("reason" in entry):
         raise DataFileError(f"{where}: counts, or null and the reason why there are none")
     steps = entry["steps_per_inference"]
@@ -175,6 +225,11 @@ def _network(where: str, name: str, raw: object) -> Network:
         measured[key] = datafile.interval(spot, triple, str(item["unit"]), MEASURED[key])
         if "note" in item:
             notes.append(f"{key}: {datafile.text(spot, item['note'])}")
+    if not measured and "stated" not in entry:
+        raise DataFileError(f"{where}: nothing measured, and not stated what was published instead")
+    calibrates = datafile.texts(f"{where}: calibrates", entry.get("calibrates", []))
+    for name_of in calibrates:
+        datafile.choice(f"{where}: calibrates", name_of, tuple(measured))
     layers, origin = _counts(f"{where}: counts", entry["counts"])
     placement = entry.get("placement", {})
     return Network(
@@ -195,7 +250,28 @@ def _network(where: str, name: str, raw: object) -> Network:
         counts_note=origin["note"],
         reason=datafile.text(f"{where}: reason", entry["reason"]) if "reason" in entry else "",
         placed=datafile.check_keys(f"{where}: placement", placement, (), ("budget", "split", "cores", "chips")),
+        calibrates=calibrates,
+        stated=datafile.text(f"{where}: stated", entry["stated"]) if "stated" in entry else "",
+        architecture=_architecture(f"{where}: architecture", entry.get("architecture")),
     )
+
+
+def _architecture(where: str, raw: object) -> tuple[Population, ...]:
+    if raw is None:
+        return ()
+    entry = datafile.check_keys(where, raw, ("source", "date", "populations"))
+    datafile.text(f"{where}: source", entry["source"])
+    datafile.iso_date(f"{where}: date", entry["date"])
+    if not isinstance(entry["populations"], dict):
+        raise DataFileError(f"{where}: populations: expected populations by name")
+    found = []
+    for name, item in entry["populations"].items():
+        item = datafile.check_keys(f"{where}: {name}", item, ("neurons", "from"))
+        sources = datafile.texts(f"{where}: {name}: from", item["from"])
+        for source in sources:
+            datafile.choice(f"{where}: {name}: from", source, tuple(map(str, entry["populations"])))
+        found.append(Population(str(name), _whole(f"{where}: {name}: neurons", item["neurons"], 1), sources))
+    return tuple(found)
 
 
 def _counts(where: str, raw: object) -> tuple[tuple[Layer, ...], dict[str, str]]:

@@ -11,6 +11,7 @@ Facts about the counters:
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import re
@@ -26,7 +27,8 @@ POWERCAP = Path("/sys/class/powercap")
 NVML_UPDATE_S = 0.1
 RAPL_UPDATE_S = 0.001
 MAX_PACKAGE_W = 1000.0
-"""Our bound on one CPU package (data sheets end at about 500 W): says how soon a RAPL counter can have wrapped."""
+"""Our bound on one CPU package (data sheets end at about 500 W): says how soon a RAPL counter can have wrapped, and that a
+counter which was set back (after a suspend, say) has not wrapped."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,12 @@ def total(readings: Iterable[Reading]) -> float | None:
     return math.fsum(known) if known and len(known) == len(joules) else None
 
 
+def total_known(readings: Iterable[Reading]) -> float | None:
+    """Sum in joules of the readings that there are: a lower bound where others are missing; None where all are."""
+    known = [reading.joules for reading in readings if reading.joules is not None]
+    return math.fsum(known) if known else None
+
+
 def total_above_idle(readings: Iterable[Reading]) -> float | None:
     """Sum of ``above_idle_j`` in joules, or None when there is no reading or any of them lacks joules or idle power."""
     joules = [reading.above_idle_j for reading in readings]
@@ -99,7 +107,7 @@ def measure_idle(
 
     Args:
         window_s: length of the window, seconds; NVML needs one or more.
-        sleep: what waits.
+        sleep: what waits; it is not called where no meter counts.
         meter: arguments of :class:`Meter`.
 
     Raises:
@@ -108,7 +116,8 @@ def measure_idle(
     if not window_s > 0:
         raise ValueError(f"an idle window of {window_s} s measures nothing; it must be above zero")
     with Meter(**meter) as idle:
-        sleep(window_s)
+        if idle.counting:
+            sleep(window_s)
     return idle.readings
 
 
@@ -171,6 +180,12 @@ class _Counter:
             )
             return Reading(None, self.source, window_s, None, reason)
         joules = self._sum * self._unit_j
+        most_j = MAX_PACKAGE_W * (window_s + self._update_s)
+        if self._range is not None and joules > most_j:
+            reason = (
+                f"{joules:.4g} J in {window_s:.3g} s is more than {MAX_PACKAGE_W:g} W: the counter was set back meanwhile"
+            )
+            return Reading(None, self.source, window_s, None, reason)
         resolution_j = max(self._unit_j, joules * self._update_s / window_s)
         caution = None
         if window_s < 10 * self._update_s:
@@ -209,6 +224,12 @@ class Meter:
         self._powercap, self._poll_s, self._clock = powercap, poll_s, clock
         self._idle_w = {reading.source: reading.mean_w for reading in idle}
         self._readings: tuple[Reading, ...] | None = None
+        self._counters: list[_Counter] = []
+
+    @property
+    def counting(self) -> bool:
+        """Whether any device was found to count; inside the block."""
+        return bool(self._counters)
 
     @property
     def readings(self) -> tuple[Reading, ...]:
@@ -242,7 +263,8 @@ class Meter:
         readings += [Reading(None, source, now_s - self._start_s, None, why) for source, why in self._absent]
         self._readings = tuple(replace(reading, idle_w=self._idle_w.get(reading.source)) for reading in readings)
         if self._close is not None:
-            self._close()
+            with contextlib.suppress(Exception):  # the readings are there; a driver that went away is no reason to fail
+                self._close()
 
     def _poll(self, counters: Sequence[_Counter]) -> None:
         while not self._stop.wait(self._poll_s):
@@ -272,7 +294,8 @@ class Meter:
         for index in indices:
             try:
                 handle = nvml.nvmlDeviceGetHandleByIndex(index)
-                source = f"NVML: GPU {index}, {nvml.nvmlDeviceGetName(handle)}"
+                name = nvml.nvmlDeviceGetName(handle)  # bytes, in older bindings
+                source = f"NVML: GPU {index}, {name.decode() if isinstance(name, bytes) else name}"
             except nvml.NVMLError as error:
                 self._absent.append((f"NVML: GPU {index}", f"the driver does not give access to it ({error})"))
                 continue

@@ -7,7 +7,9 @@ leaves the CPU out of that total. So ``total_energy`` is never used here: only w
 from __future__ import annotations
 
 import importlib
+import re
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -78,3 +80,16 @@ def compare(own: Reading, zeus: Reading) -> str:
     within = apart <= (own.resolution_j or 0.0) + (zeus.resolution_j or 0.0)
     verdict = f"{'agree' if within else 'differ'} ({apart:.3g} J)"
     return f"{own.source}: {own.joules:.6g} J, {zeus.source}: {zeus.joules:.6g} J, {verdict}"
+
+
+def compare_all(own: Sequence[Reading], zeus: Sequence[Reading]) -> list[str]:
+    """:func:`compare` for each of our readings and what Zeus read of the same device."""
+    theirs = {reading.source: reading for reading in zeus}
+    lost = next((reading for reading in zeus if reading.joules is None), None)
+    found = []
+    for reading in own:
+        device = re.match(r"NVML: (GPU \d+)|RAPL: package-(\d+)", reading.source)
+        name = f"Zeus: {device[1] or f'CPU {device[2]}'}" if device else "Zeus"
+        absent = Reading(None, name, reading.window_s, None, lost.reason if lost else "zeus did not read this device")
+        found.append(compare(reading, theirs.get(name, absent)))
+    return found

@@ -46,6 +46,9 @@ PLACED_TERMS: Mapping[str, Term] = MappingProxyType(
 )
 """What ``message`` is made of, for those who know where cores are: one message per event and receiving core, and its hops
 along the mesh, east-west and north-south. A profile has all three or none."""
+OFF_CHIP = "off_chip"
+"""Optional where a profile can be placed: a message that leaves its chip or comes from the host. No energy of one is
+published, so that no shipped profile has it; one's own may."""
 DENSE_TERMS: Mapping[str, Term] = MappingProxyType(
     {"mac": Term("dense_macs", "mac"), "weight_read": Term("dense_macs", "read")}
 )
@@ -83,8 +86,8 @@ class Profile:
         payload: ``"binary"`` when the constants were obtained on one-bit spikes, else ``"any"``.
         assumptions: what the figures take for granted; repeated in every report's labels.
         not_modelled: costs that exist and that the profile has no figure for; every sum is then a lower bound.
-        coefficients: term name -> coefficient; the terms of ``costs`` plus ``"static"``, and :data:`PLACED_TERMS` where
-            the profile has them.
+        coefficients: term name -> coefficient; the terms of ``costs`` plus ``"static"``, and :data:`PLACED_TERMS` and
+            :data:`OFF_CHIP` where the profile has them.
     """
 
     name: str
@@ -126,11 +129,11 @@ def load_profile(name_or_path: str | Path) -> Profile:
     datafile.check_header(path, entry)
     costs = datafile.choice(f"{where}: costs", entry["costs"], tuple(_TERMS))
     required = (*_TERMS[costs], STATIC)
-    optional = tuple(PLACED_TERMS) if costs == "spiking" else ()
+    optional = (*PLACED_TERMS, OFF_CHIP) if costs == "spiking" else ()
     raw = datafile.check_keys(f"{where}: coefficients", entry["coefficients"], required, optional)
     placed = [term for term in optional if term in raw]
-    if placed and len(placed) < len(optional):
-        raise DataFileError(f"{where}: coefficients: {', '.join(placed)} without the rest of {', '.join(optional)}")
+    if placed and not set(PLACED_TERMS) <= set(placed):
+        raise DataFileError(f"{where}: coefficients: {', '.join(placed)} without the rest of {', '.join(PLACED_TERMS)}")
     coefficients = {term: _coefficient(f"{where}: {term}", term, costs, raw[term]) for term in (*required, *placed)}
     return Profile(
         name=path.stem,
@@ -145,37 +148,14 @@ def load_profile(name_or_path: str | Path) -> Profile:
 
 
 def _coefficient(where: str, term: str, costs: str, raw: object) -> Coefficient:
-    if isinstance(raw, dict) and "value" in raw and raw["value"] is None:
-        entry = datafile.check_keys(where, raw, ("value", "reason", "source", "date"))
-        return Coefficient(
-            None,
-            None,
-            None,
-            per=_per(term, costs),
-            source=datafile.text(f"{where}: source", entry["source"]),
-            method="unknown",
-            date=datafile.iso_date(f"{where}: date", entry["date"]),
-            note=datafile.text(f"{where}: reason", entry["reason"]),
-        )
-    entry = datafile.check_keys(where, raw, ("value", "low", "high", "unit", "source", "method", "date"), ("note",))
-    unit, slash, per = datafile.text(f"{where}: unit", entry["unit"]).partition("/")
-    expected_per, dimension = _per(term, costs), "power" if term == STATIC else "energy"
-    if not slash or per != expected_per:
-        raise DataFileError(f"{where}: unit {entry['unit']!r} must be {dimension} per {expected_per}")
-    cost = datafile.interval(where, (entry["low"], entry["value"], entry["high"]), unit, dimension)
-    return Coefficient(
-        cost.low,
-        cost.mid,
-        cost.high,
-        per=per,
-        source=datafile.text(f"{where}: source", entry["source"]),
-        method=datafile.choice(f"{where}: method", entry["method"], METHODS),
-        date=datafile.iso_date(f"{where}: date", entry["date"]),
-        note=datafile.text(f"{where}: note", entry["note"]) if "note" in entry else "",
-    )
+    per = _per(term, costs)
+    found = datafile.figure(where, raw, "power" if term == STATIC else "energy", per, METHODS)
+    cost = found.value
+    low, mid, high = (None, None, None) if cost is None else (cost.low, cost.mid, cost.high)
+    return Coefficient(low, mid, high, per, found.source, found.method, found.date, found.note)
 
 
 def _per(term: str, costs: str) -> str:
-    if term == STATIC:
-        return "chip"
+    if term in (STATIC, OFF_CHIP):
+        return "chip" if term == STATIC else "message"
     return (PLACED_TERMS[term] if term in PLACED_TERMS else _TERMS[costs][term]).per

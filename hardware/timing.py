@@ -27,7 +27,6 @@ TERMS: Mapping[str, str] = MappingProxyType(
 )
 """Rate -> what it is a time per. ``memory_read`` is left out of a file whose synaptic operation contains the read."""
 OPTIONAL = ("memory_read",)
-_FIGURE = ("value", "low", "high", "unit", "source", "method", "date")
 
 
 @dataclass(frozen=True)
@@ -117,21 +116,8 @@ def load_rates(name_or_path: str | Path) -> Rates:
 
 
 def _rate(where: str, term: str, raw: object) -> Rate:
-    if isinstance(raw, dict) and "value" in raw and raw["value"] is None:
-        entry = datafile.check_keys(where, raw, ("value", "reason", "source", "date"))
-        source, reason = (datafile.text(f"{where}: {key}", entry[key]) for key in ("source", "reason"))
-        return Rate(None, source, "unknown", datafile.iso_date(f"{where}: date", entry["date"]), reason)
-    entry = datafile.check_keys(where, raw, _FIGURE, ("note",))
-    unit, slash, per = datafile.text(f"{where}: unit", entry["unit"]).partition("/")
-    if not slash or per != TERMS[term]:
-        raise DataFileError(f"{where}: unit {entry['unit']!r} must be time per {TERMS[term]}")
-    return Rate(
-        time=datafile.interval(where, (entry["low"], entry["value"], entry["high"]), unit, "time"),
-        source=datafile.text(f"{where}: source", entry["source"]),
-        method=datafile.choice(f"{where}: method", entry["method"], METHODS),
-        date=datafile.iso_date(f"{where}: date", entry["date"]),
-        note=datafile.text(f"{where}: note", entry["note"]) if "note" in entry else "",
-    )
+    found = datafile.figure(where, raw, "time", TERMS[term], METHODS)
+    return Rate(found.value, found.source, found.method, found.date, found.note)
 
 
 def _barrier(where: str, raw: object) -> tuple[Mapping[int, Interval], str]:

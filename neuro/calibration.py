@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from neuro.conversion.integers import INT8_MAX
-from neuro.tracing import Example, evaluating, split_example
+from neuro.tracing import Example, check_ready, evaluating, split_example
 
 BINS_PER_OCTAVE = 64
 OCTAVES = 64
@@ -167,12 +167,14 @@ def calibrate(
 
     Raises:
         ValueError: no batch, a batch that does not run through the module (its shape is named), NaN or infinite values
-            at a layer (the layer is named), a percentile out of range, an unknown method, a module without nn.Linear.
+            at a layer (the layer is named), a percentile out of range, an unknown method, a module without nn.Linear, or a
+            lazy, pruned or compiled one (`neuro.tracing.check_ready`).
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; it is one of {', '.join(METHODS)}")
     if not 0 < percentile <= 100:
         raise ValueError(f"percentile is {percentile}; it lies above 0 and up to 100, 99.99 for instance")
+    check_ready(module)
     linears = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
     if not linears:
         raise ValueError(f"{type(module).__name__} has no nn.Linear, so there is nothing to calibrate")
@@ -182,10 +184,11 @@ def calibrate(
     current = 0
 
     def watch(name: str):
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            given = args[0] if args else kwargs["input"]
             if output.numel() == 0:
                 raise _Refused(f"calibration batch {current} is empty at layer {name!r} (shape {tuple(output.shape)})")
-            for store, values, side in ((inputs, args[0], "input"), (outputs, output, "output")):
+            for store, values, side in ((inputs, given, "input"), (outputs, output, "output")):
                 if not store[name].add(values):
                     raise _Refused(
                         f"calibration batch {current}: the {side} of layer {name!r} holds NaN or infinite values. "
@@ -195,7 +198,7 @@ def calibrate(
 
         return hook
 
-    handles = [layer.register_forward_hook(watch(name)) for name, layer in linears.items()]
+    handles = [layer.register_forward_hook(watch(name), with_kwargs=True) for name, layer in linears.items()]
     seen = 0
     try:
         with evaluating(module):

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from hardware.chip import Chip, list_chips, load_chip
 from neuro.fit import Fit, Fitter
@@ -30,7 +31,7 @@ from neuro.registry import layer_rule
 from neuro.report import VERDICTS, CompatibilityReport, MlpPair, NothingToMap, Operation
 from neuro.rules import LINEARS, ROUTES, Rule, Where, is_matrix, rules_for
 from neuro.thresholds import EventThreshold
-from neuro.tracing import Example, Trace, TracedOp, contracted, strip_calls, trace
+from neuro.tracing import Example, Trace, TracedOp, check_ready, contracted, strip_calls, trace
 
 __all__ = ["VERDICTS", "CompatibilityReport", "MlpPair", "NothingToMap", "Operation", "analyse"]
 
@@ -82,13 +83,14 @@ def analyse(
         NothingToMap: strict, and no linear operation can be mapped; the message lists what was seen.
         hardware.placement.DoesNotFit: the mapped layers need more than `chips` chips; names the limit and remedies.
         ValueError: unknown chip or route, NaN or infinite weights (the parameter is named), example inputs that do not
-            run.
+            run or hold nothing; a lazy, pruned or compiled module (`neuro.tracing.check_ready`).
     """
     found = _chip(chip)
     route = route or ("graded" if found.graded else "rate")
     if route not in ROUTES:
         raise ValueError(f"route {route!r} is unknown; known: {', '.join(ROUTES)}")
     where = Where(found, route, table or Table())
+    check_ready(module)
     _refuse_non_finite(module)
     traced = _grouped(module, trace(module, example_inputs))
     fitter = Fitter(where.chip, graded=ROUTES[route]) if where.takes_route and where.chip.budgets else None
@@ -99,6 +101,8 @@ def analyse(
         if pair.activation in PAIRS_OF[route] and (route == "graded" or not pair.threshold)
     )
     rows = tokens or max((_rows(op) for op in traced.ops if _counts_tokens(op)), default=1)
+    if rows < 1:
+        raise ValueError("the example inputs hold no row, and all figures are per row; pass a batch that is not empty")
     operations = _operations(module, traced, linears, fits, pairs, rows, where)
     mapped = tuple(dict.fromkeys(linears.values()))
     if strict and not mapped:
@@ -243,6 +247,8 @@ def _linear_calls(
         owns = any(parameters.get(name) is owner.weight for name in op.weights)
         if traced.complete and (company[op.module] or not owns):
             continue  # a subclass that computes more than its linear product: replacing it would drop the rest
+        if not owner.weight.is_floating_point():
+            continue
         if mappable is None or mappable(op.module, owner):
             if fitter is not None:
                 fits[op.module] = fitter.linear(owner.in_features, owner.out_features)
@@ -267,6 +273,7 @@ def _operations(
     modules = dict(module.named_modules())
     inside = inside_pairs(traced, linears, pairs)
     kept = "kept by mappable(), or its module computes more than the product"
+    reparametrised = "its weight is computed anew at every call (parametrization)"
     rules = []
     for op in traced.ops:
         owner = modules.get(op.module)
@@ -277,7 +284,7 @@ def _operations(
                 where,
                 mapped=op.index in linears,
                 in_pair=inside.get(op.index, ""),
-                kept_because=kept if isinstance(owner, nn.Linear) else "",
+                kept_because="" if not isinstance(owner, nn.Linear) else reparametrised if is_parametrized(owner) else kept,
                 fit=fits.get(op.module) if op.target in LINEARS else None,
                 layer=layer_rule(owner) if whole and owner is not None and op.target == type(owner).__name__ else None,
             )
@@ -301,7 +308,7 @@ def _operations(
                     placed.add((rule.runs_on, key))
                     size += weight.numel() * (1 if rule.runs_on == "chip" else weight.element_size())
             operations.append(_operation(op, rule, rows, parameters, size, where))
-    return operations + _not_attributed(traced, operations, rows, where)
+    return operations + _not_attributed(traced, rows, where)
 
 
 def _operation(op: TracedOp, rule: Rule, rows: int, parameters: int, size: int, where: Where) -> Operation:
@@ -312,7 +319,7 @@ def _operation(op: TracedOp, rule: Rule, rows: int, parameters: int, size: int, 
         runs_on=rule.runs_on,
         reason=rule.reason,
         remedy=rule.remedy,
-        macs_per_token=(rule.macs(op) if op.leaf_macs is None else op.leaf_macs) / rows,
+        macs_per_token=(rule.macs(op) if op.leaf_macs is None or rule.unseen else op.leaf_macs) / rows,
         parameters=parameters,
         bytes=size,
         chip=where.chip.name,
@@ -325,9 +332,9 @@ def _operation(op: TracedOp, rule: Rule, rows: int, parameters: int, size: int, 
     )
 
 
-def _not_attributed(traced: Trace, operations: list[Operation], rows: int, where: Where) -> list[Operation]:
+def _not_attributed(traced: Trace, rows: int, where: Where) -> list[Operation]:
     """The row of an incomplete trace for what ran outside its leaf modules."""
-    rest = traced.total_macs / rows - sum(op.macs_per_token for op in operations)
+    rest = (traced.total_macs - sum(op.leaf_macs or 0 for op in traced.ops)) / rows
     if traced.complete or rest <= 1e-9:
         return []
     reason = "products that ran between the leaf modules, not seen one by one"

@@ -1,6 +1,6 @@
 """A module whose mapped layers run on a simulator while the rest runs on the host.
 
-    deployed = deploy(model, plan, backend="fixed_point")
+    deployed = deploy(model, plan)
     logits = deployed(tokens)
     deployed.counts()
 
@@ -28,7 +28,10 @@ from torch import Tensor, nn
 from hardware.energy import Counts
 from neuro.conversion.plan import Plan, PlanFileError, Segment, fingerprint, load_plan, save_plan
 from neuro.registry import move_hooks
-from neuro.segments import BACKENDS, PairFirst, PairLast, SegmentHealth, SingleLinear, runner_for
+from neuro.segments import BACKENDS, SegmentHealth, runner_for
+from neuro.simulators.fixed_point import CHIP_NOTE, MODES
+from neuro.stand_ins import PairFirst, PairLast, SingleLinear
+from neuro.tracing import check_ready
 
 if TYPE_CHECKING:
     from neuro.segments import AnyRunner
@@ -39,7 +42,7 @@ SCHEMA = 1
 RECORD = "deployed.json"
 
 
-def deploy(module: nn.Module, plan: Plan, backend: str = "fixed_point") -> Deployed:
+def deploy(module: nn.Module, plan: Plan, backend: str = "fixed_point", mode: str = "lava") -> Deployed:
     """A deep copy of `module` with every mapped layer replaced.
 
     Args:
@@ -49,12 +52,20 @@ def deploy(module: nn.Module, plan: Plan, backend: str = "fixed_point") -> Deplo
             inputs on their grid and the same hidden grid (rate route: T levels) in dense arithmetic without events: the
             control that shows what the event pipeline itself costs. Equal to the simulation, bit for bit: sigma-delta
             with thresholds up to 1; rate with soft reset and analogue input while no sum is shifted on its way out.
+        mode: of the simulator: "lava", or "chip", after published emulators, where an exponent shifts every synapse and
+            registers wrap. Weights then lose bits wherever a graph has a negative exponent beyond -1; `notes()` says where.
 
     Raises:
-        ValueError: unknown backend; a layer of the plan that the module lacks, or whose weights are not the plan's.
+        ValueError: unknown backend or mode, mode "chip" without the simulator; a lazy, pruned or compiled module; a layer
+            of the plan that the module lacks, or whose weights are not the plan's.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; known: {', '.join(BACKENDS)}")
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r} is unknown; known: {', '.join(MODES)}")
+    if mode != MODES[0] and backend != "fixed_point":
+        raise ValueError(f"mode {mode!r} is one of the simulator's; backend {backend!r} has no events and no registers")
+    check_ready(module)
     for segment in plan.segments:
         for name, expected in zip(segment.modules, segment.fingerprints, strict=True):
             _check_layer(module, name, expected)
@@ -62,9 +73,10 @@ def deploy(module: nn.Module, plan: Plan, backend: str = "fixed_point") -> Deplo
     runners = []
     for segment in plan.segments:
         layers = [_linear(twin, name) for name in segment.modules]
-        runner = runner_for(segment, backend, [layer.bias for layer in layers])
+        runner = runner_for(segment, backend, [layer.bias for layer in layers], mode)
         runners.append(runner)
-        news: list[nn.Module] = [SingleLinear(runner)] if len(layers) == 1 else [PairFirst(runner), PairLast(runner)]
+        kinds = [SingleLinear] if len(layers) == 1 else [PairFirst, PairLast]
+        news = [kind(runner, layer) for kind, layer in zip(kinds, layers, strict=True)]
         for old, new in zip(layers, news, strict=True):
             twin = _replace(twin, old, new)
         if segment.threshold_module:  # the graph's neurons do what it did
@@ -74,7 +86,7 @@ def deploy(module: nn.Module, plan: Plan, backend: str = "fixed_point") -> Deplo
             part.activation_relu_or_gelu = 0  # torch's fused kernel would read the weights of the replaced layers
         if isinstance(part, nn.TransformerEncoder):
             part.use_nested_tensor = False
-    return Deployed(twin.eval(), plan, backend, runners)
+    return Deployed(twin.eval(), plan, backend, runners, mode)
 
 
 def _linear(module: nn.Module, name: str) -> nn.Linear:
@@ -110,16 +122,17 @@ class _HostTokens:
 
 
 class Deployed(nn.Module):
-    """What `deploy` returns; call it as the original. `module` is the copy, `plan` and `backend` say what it runs.
+    """What `deploy` returns; call it as the original. `module` is the copy, `plan`, `backend` and `mode` say what it runs.
 
     `counts()` covers everything since construction or `reset_counts()`.
     """
 
-    def __init__(self, module: nn.Module, plan: Plan, backend: str, runners: list[AnyRunner]) -> None:
+    def __init__(self, module: nn.Module, plan: Plan, backend: str, runners: list[AnyRunner], mode: str = "lava") -> None:
         super().__init__()
         self.module = module
         self.plan = plan
         self.backend = backend
+        self.mode = mode
         self._runners = runners
         self._host = _HostTokens()
         self.training = False
@@ -191,12 +204,30 @@ class Deployed(nn.Module):
         """Clipped inputs, wraps and values beyond their word, per segment, since the last reset."""
         return tuple(runner.health() for runner in self._runners)
 
+    def notes(self) -> tuple[str, ...]:
+        """What the simulator said about the graphs that ran: which weights lost bits, how far a mode can be trusted."""
+        said = [(r.segment.name, note) for r in self._runners for note in r.notes]
+        general = dict.fromkeys(note for _, note in said if note == CHIP_NOTE)
+        return (*(f"{name}: {note}" for name, note in said if note not in general), *general)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether `keep_state` can go on from call to call: not with sigma-delta streams in mode "chip"."""
+        return self.mode == "lava" or all(segment.code != "delta" for segment in self.segments)
+
     @contextmanager
     def keep_state(self) -> Iterator[Deployed]:
         """Inside, streams go on from call to call, as in generation token by token; at both ends they start from rest.
 
         The batch keeps its size and order inside. Only the sigma-delta route has streams: elsewhere nothing changes.
+
+        Raises RuntimeError where `keeps_state` is False.
         """
+        if not self.keeps_state:
+            raise RuntimeError(
+                "in mode 'chip' sigma-delta streams start from rest at every call; give whole sequences, as generate(...) "
+                "does there for every token"
+            )
         streams = [runner for runner in self._runners if runner.segment.code != "graded"]
         self.reset_state()
         try:
@@ -241,7 +272,7 @@ def save_deployed(deployed: Deployed, folder: str | os.PathLike[str]) -> Path:
     Raises FileExistsError when the folder already holds a plan.
     """
     folder = save_plan(deployed.plan, folder)
-    document = {"schema": SCHEMA, "backend": deployed.backend, "host": _host_hashes(deployed.module)}
+    document = {"schema": SCHEMA, "backend": deployed.backend, "mode": deployed.mode, "host": _host_hashes(deployed.module)}
     temporary = folder / f".{RECORD}.{os.getpid()}.tmp"
     temporary.write_text(json.dumps(document, indent=1), encoding="utf-8")
     os.replace(temporary, folder / RECORD)
@@ -266,10 +297,10 @@ def load_deployed(folder: str | os.PathLike[str], module: nn.Module) -> Deployed
         found = document.get("schema") if isinstance(document, dict) else None
         raise PlanFileError(f"{path} has schema {found!r}, this version reads {SCHEMA}; deploy and save again")
     try:
-        backend, wanted = document["backend"], dict(document["host"])
+        backend, mode, wanted = document["backend"], document.get("mode", "lava"), dict(document["host"])
     except (KeyError, TypeError, ValueError) as error:
         raise PlanFileError(f"{path} is damaged: {error!r}") from error
-    deployed = deploy(module, load_plan(folder), backend)
+    deployed = deploy(module, load_plan(folder), backend, mode)
     held = _host_hashes(deployed.module)
     for name in sorted(wanted.keys() | held.keys()):
         if wanted.get(name) != held.get(name):

@@ -113,6 +113,8 @@ class _Reader:
         self.ours = cache and "cache" in parameters and hasattr(_inner(model), "new_cache")
         self.theirs = cache and not self.ours and {"past_key_values", "use_cache"} <= parameters.keys()
         self.uncached = "use_cache" in parameters
+        if isinstance(model, Deployed) and not model.keeps_state:
+            self.ours = self.theirs = False
         self.keeps = self.ours or self.theirs
         self._held: Any = None
 

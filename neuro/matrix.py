@@ -57,6 +57,8 @@ SAMPLES: tuple[tuple[str, TracedOp, Mapping[str, Any]], ...] = (
     ("square elsewhere", _op("square"), {}),
     ("exp, log, powers", _op("exp"), {}),
     ("convolution", _op("conv2d", (1, 3, 8, 8), (4, 3, 3, 3), weights=("weight",)), {}),
+    ("LSTM, GRU, RNN", _op("lstm", (1, 64), (256, 64), weights=("weight",)), {}),
+    ("bilinear layer", _op("bilinear", (1, 64), (8, 64, 64), weights=("weight",)), {}),
     ("masks and positions", _op("arange"), {}),
     ("reshapes, splits, copies", _op("view"), {}),
     ("anything unknown", _op("my_operation"), {}),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neuro.tracing import Example, evaluating, split_example
+from neuro.tracing import Example, check_ready, evaluating, split_example
 
 VERDICTS = ("native", "after transform", "approximate", "host")
 
@@ -128,8 +128,9 @@ def prepare(module: nn.Module, example_inputs: Example, *, tolerance: float = 1e
 
     Raises:
         TransformError: a converter failed or returned no module, or a result differs; names the layer.
-        ValueError: the module does not run on the example.
+        ValueError: the module does not run on the example; a lazy, pruned or compiled one (`neuro.tracing.check_ready`).
     """
+    check_ready(module)
     twin = copy.deepcopy(module).eval()
     wanted = {name: layer for name, layer in twin.named_modules() if (rule := layer_rule(layer)) and rule.to_linear}
     calls, before = _watch(twin, wanted, example_inputs)

@@ -153,6 +153,10 @@ class CompatibilityReport:
             lines.append("tied weights (the host keeps the original, the chip a copy): " + ", ".join(self.tied))
         if self.unused_parameters:
             lines.append("parameters no operation reads: " + ", ".join(self.unused_parameters))
+        unknown = [op.kind for op in self.operations if op.kind.startswith("unknown: ") and not op.macs_per_token]
+        if unknown:
+            names = ", ".join(kind.removeprefix("unknown: ") for kind in dict.fromkeys(unknown))
+            lines.append(f"no rule for {names}: the host runs them, multiply-accumulates inside them are in no figure here")
         lines += [f"remedy: {text}" for text in dict.fromkeys(op.remedy for op in self.operations if op.remedy)]
         if not self.traced:
             lines.append(

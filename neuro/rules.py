@@ -33,12 +33,14 @@ LAYOUT = _words("""
     stack split split_with_sizes chunk unbind getitem unflatten flatten to _to_copy type_as detach detach_ alias
     dropout feature_dropout lift_fresh_copy numpy_t movedim narrow index index_select gather repeat
     repeat_interleave tile roll pad Dropout Identity Flatten Unflatten copy sym_size _assert_tensor_metadata
-    sym_constrain_range_for_size wrap_with_set_grad_enabled _local_scalar_dense item
+    sym_constrain_range_for_size wrap_with_set_grad_enabled _local_scalar_dense item numpy_T mT mH adjoint
+    index_put scatter masked_scatter scatter_nd index_copy slice_scatter select_scatter take take_along_dim unfold
 """)
 POSITION = _words("""
     arange zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full tril triu eye cos sin outer
     where masked_fill eq ne lt le gt ge logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not
-    __and__ __or__ scalar_tensor tensor empty cumsum linspace any all isinf isnan diff
+    __and__ __or__ scalar_tensor tensor empty empty_like cumsum linspace any all isinf isnan diff histc bincount one_hot
+    searchsorted bucketize nonzero argsort
 """)
 NORMS = _words("""
     layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm instance_norm LayerNorm RMSNorm GroupNorm
@@ -47,7 +49,7 @@ AFFINE_NORMS = _words("""
     batch_norm _native_batch_norm_legit_no_training BatchNorm1d BatchNorm2d
 """)
 SUMS = _words("""
-    mean sum avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d
+    mean sum avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d scatter_add index_add scatter_reduce
 """)
 RECTIFIERS = _words("""
     relu clamp_min ReLU threshold
@@ -65,11 +67,21 @@ SOFTMAX = _words("""
     softmax _softmax log_softmax _log_softmax _safe_softmax Softmax logsumexp
 """)
 PRODUCTS = _words("""
-    matmul bmm mm mv dot einsum addmm baddbmm
+    matmul bmm mm mv dot vdot inner vecdot linalg_vecdot einsum tensordot addmm addmv baddbmm
+    grouped_mm _grouped_mm grouped_mm_fallback
 """)
 CONVOLUTIONS = _words("""
     convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d Conv1d Conv2d Conv3d
 """)
+RECURRENT = _words("""
+    lstm gru rnn_tanh rnn_relu LSTM GRU RNN
+""")
+REPARAMETRISED = _words("""
+    _weight_norm _weight_norm_interface
+""")
+ADDED_TO = _words("""
+    addmm addmv baddbmm
+""")  # their first operand is added to the product
 LINEARS = frozenset(("linear", "Linear", "NonDynamicallyQuantizableLinear"))
 
 Cost = Callable[[TracedOp], int]
@@ -93,7 +105,8 @@ class Where:
 class Rule:
     """Verdict and place of one operation; `macs` counts its dense multiply-accumulates from the traced shapes.
 
-    The last six fields are those of `neuro.report.Operation`.
+    `unseen`: torch's own counter does not look inside, so that a fallback trace needs `macs` too. Fields from `error_bound`
+    to `cores` are those of `neuro.report.Operation`.
     """
 
     kind: str
@@ -108,6 +121,7 @@ class Rule:
     need: int | None = None
     have: int | None = None
     cores: int = 0
+    unseen: bool = False
 
 
 def _none(_: TracedOp) -> int:
@@ -127,7 +141,9 @@ def _product_macs(op: TracedOp) -> int:
             return math.prod(op.out_shape) * op.in_shapes[0][-1]
         sizes = {c: d for term, shape in zip(terms, op.in_shapes, strict=True) for c, d in zip(term, shape, strict=True)}
         return math.prod(sizes.values())
-    left = op.in_shapes[1 if op.target in ("addmm", "baddbmm") else 0]
+    if op.target == "tensordot":  # (M, K) x (K, N): M K N, whatever the axes
+        return math.isqrt(math.prod(map(math.prod, (op.in_shapes[0], op.in_shapes[:2][-1], op.out_shape))))
+    left = op.in_shapes[1 if op.target in ADDED_TO else 0]
     return (math.prod(op.out_shape) or 1) * left[-1]
 
 
@@ -142,7 +158,21 @@ def _value_macs(op: TracedOp) -> int:
 
 
 def _convolution_macs(op: TracedOp) -> int:
+    if "ranspose" in op.target:  # every input value meets the whole kernel
+        return math.prod(op.in_shapes[0]) * math.prod(op.in_shapes[1][1:])
     return math.prod(op.out_shape) * math.prod(op.in_shapes[1][1:])
+
+
+def _recurrent_macs(op: TracedOp) -> int:
+    """Every matrix of every layer and direction once a step."""
+    matrices = (shape for shape in op.in_shapes[-len(op.weights) :] if len(shape) == 2)
+    return math.prod(op.out_shape[:-1]) * sum(math.prod(shape) for shape in matrices)
+
+
+def _bilinear_macs(op: TracedOp) -> int:
+    """x1 W_o x2 per output: the sum over both inputs, and the products with x2."""
+    weight = next((shape for shape in op.in_shapes if len(shape) == 3), (0, 0, 0))
+    return math.prod(op.out_shape[:-1]) * (math.prod(weight) + weight[0] * weight[2])
 
 
 def _parts_macs(op: TracedOp) -> int:
@@ -159,6 +189,10 @@ def _plain_macs(op: TracedOp) -> int:
         return _product_macs(op)
     if op.target in CONVOLUTIONS:
         return _convolution_macs(op)
+    if op.target in RECURRENT:
+        return _recurrent_macs(op)
+    if op.target in ("bilinear", "Bilinear"):
+        return _bilinear_macs(op)
     if op.target == "scaled_dot_product_attention":
         return _attention_macs(op) + _value_macs(op)
     return 0
@@ -214,6 +248,13 @@ def rules_for(
     if target in CONVOLUTIONS:
         reason = "the chip runs convolutions; this package has no converter for them yet"
         return (_rule("convolution", "native", reason, macs=_convolution_macs),)
+    if target in RECURRENT:
+        remedy = "write the cell with nn.Linear layers and register it: neuro.register_layer(..., to_linear=...)"
+        reason = "its matrices could leave the host, its gates multiply activations; taken whole"
+        return (replace(_rule("recurrent layer", "host", reason, remedy, _recurrent_macs), unseen=True),)
+    if target in ("bilinear", "Bilinear"):
+        reason = "multiplies two activations and a weight: no static synapses"
+        return (replace(_rule("bilinear", "host", reason, macs=_bilinear_macs), unseen=True),)
     rule = _element_wise(op, where)
     return (replace(rule, macs=_parts_macs) if op.parts else rule,)
 
@@ -262,7 +303,12 @@ def _element_wise(op: TracedOp, where: Where) -> Rule:
         return _rule("mask or position", "host", "computed from positions, not from activations")
     if target in LAYOUT:
         return _rule("data movement", "host", "reorders or passes values, no arithmetic")
-    return _rule(f"unknown: {target}", "host", "no rule for this operation; it stays on the host as written")
+    if target in REPARAMETRISED:
+        return _rule("parameter arithmetic", "host", "computed from parameters alone, before any activation")
+    reason = "no rule for this operation; it stays on the host as written"
+    if op.weights and op.leaf_macs is None:
+        reason += ", and what it multiplies with its parameters is not counted"
+    return _rule(f"unknown: {target}", "host", reason)
 
 
 def _rule(kind: str, verdict: str, reason: str, remedy: str = "", macs: Cost = _none, on: str = "host") -> Rule:
@@ -339,7 +385,9 @@ def _linear(where: Where, mapped: bool, kept_because: str, fit: Fit | None) -> R
         rule = _rule("linear", "after transform", reason, remedy, linear_macs)
         return replace(rule, limit="payload_bits", need=MESSAGE_BITS // 2, have=where.chip.payload_bits)
     if kept_because:
-        return _rule("linear", "native", kept_because, macs=linear_macs)
+        again = "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') leaves the finished weights"
+        remedy = again if "parametrization" in kept_because else ""
+        return _rule("linear", "native", kept_because, remedy, macs=linear_macs)
     remedy = (
         "weights used as bare parameters: neuro.prepare(module, example_inputs) gives nn.MultiheadAttention and registered "
         "layers separate nn.Linear layers; elsewhere call an nn.Linear"

@@ -1,4 +1,4 @@
-"""Modules that stand in for mapped layers: float in, integers through the graph, float out; and what they counted.
+"""Runners of segments: float in, integers through the graph, float out; and what they counted.
 
 Shape letters: N rows (tokens), I inputs, H hidden, O outputs.
 """
@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hardware.energy import Counts
 from neuro.conversion.integers import INT8_MAX, PAYLOAD_BITS, payload_bits, quantise
 from neuro.conversion.mapped import is_one_to_one
+from neuro.conversion.narrowing import ONES, PREFIX, total_shift
 from neuro.conversion.plan import Segment
 from neuro.graph import Projection
 from neuro.simulators.activity import Activity
@@ -24,7 +25,8 @@ from neuro.simulators.fixed_point import run_pipelined
 from neuro.synapses import weight_step
 
 if TYPE_CHECKING:
-    from neuro.streams import DeltaRunner, RateRunner
+    from neuro.spike_counts import RateRunner
+    from neuro.streams import DeltaRunner
 
     AnyRunner: TypeAlias = "Runner | DeltaRunner | RateRunner"
 
@@ -70,6 +72,8 @@ def encode(segment: Segment, x_NI: Tensor) -> tuple[dict[str, Tensor], int]:
     inputs = {"x": torch.cat([q_NI, lines(segment.constant_lines)], dim=1)[None]}
     if segment.bias_lines:
         inputs["bias0"] = lines(segment.bias_lines)[None].contiguous()
+    if ONES in segment.graph.inputs:
+        inputs[ONES] = lines((1,))[None].contiguous()
     return inputs, _clipped(segment, x_NI)
 
 
@@ -122,7 +126,7 @@ class _Dense:
 
         if not segment.n_hidden:
             fc = named["fc"]
-            shifts = torch.full((segment.n_out,), float(-fc.weight_exp), dtype=torch.float64)
+            shifts = torch.full((segment.n_out,), float(total_shift(graph, fc)), dtype=torch.float64)
             return _Dense((whole(fc)[:, : segment.n_in],), step.bit_length() - 1, shifts, torch.zeros(0))
         members = hidden_channels(segment)
         marks = [f".{i}" for i in range(len(members))] if len(members) > 1 else [""]
@@ -133,7 +137,7 @@ class _Dense:
             fc1, fc2 = named[f"fc1{mark}"], named[f"fc2{mark}"]
             first[channels] = whole(fc1)[:, : segment.n_in]
             second[:, channels] = whole(fc2)
-            shift_H[channels] = float(-fc1.weight_exp)
+            shift_H[channels] = float(total_shift(graph, fc1))
             vth = graph.population(f"hidden{mark}").params["vth"]
             vth_H[channels] = torch.as_tensor(np.array(vth), dtype=torch.float64)
         return _Dense((first, second), step.bit_length() - 1, shift_H, vth_H)
@@ -158,11 +162,15 @@ class _Traffic:
 
 
 class Runner:
-    """One graded segment on one backend, with its counters. Not a module: the modules of a pair share it."""
+    """One graded segment on one backend, with its counters. Not a module: the modules of a pair share it.
 
-    def __init__(self, segment: Segment, backend: str, biases: list[Tensor | None]) -> None:
+    `mode` of the simulator: "lava" or "chip". `notes`: what it had to say about the graph.
+    """
+
+    def __init__(self, segment: Segment, backend: str, biases: list[Tensor | None], mode: str = "lava") -> None:
         self.segment = segment
-        self.backend = backend
+        self.backend, self.mode = backend, mode
+        self.notes: tuple[str, ...] = ()
         self._dense = _Dense.of(segment)
         self._biases = _whole_biases(segment, biases)
         self._cast: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
@@ -184,13 +192,14 @@ class Runner:
     def _layer_names(self) -> dict[str, tuple[str, ...]]:
         """Layer -> populations its synapses feed; one line per mapped layer and one for the product neurons."""
         first, *rest = (name or "linear" for name in self.segment.modules)
+        populations = [p.name for p in self.segment.graph.populations if p.name != ONES]
+        narrow = tuple(name for name in populations if name.startswith(f"{PREFIX}fc1"))
         if not rest:
-            return {first: ("out",)}
-        populations = [p.name for p in self.segment.graph.populations]
+            return {first: ("out", *(name for name in populations if name.startswith((PREFIX, "late"))))}
         squares = tuple(name for name in populations if name.split(".")[0] == "square")
-        late = tuple(name for name in populations if name.startswith("bias"))
+        late = tuple(name for name in populations if name.startswith(("bias", "late", f"{PREFIX}fc2")))
         line = {f"{first}:square": squares} if squares else {}
-        return {first: tuple(self._hidden), **line, rest[0]: ("out", *late)}
+        return {first: (*self._hidden, *narrow), **line, rest[0]: ("out", *late)}
 
     def run(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Output (..., n_out) and, for a pair, the rectified hidden values (..., n_hidden), both in x's dtype."""
@@ -216,7 +225,9 @@ class Runner:
         s = self.segment
         inputs, clipped = encode(s, x_NI)
         self._clipped += clipped
-        activity = run_pipelined(s.graph, inputs, record=[f"{name}.spikes" for name in self._hidden])
+        record = [f"{name}.spikes" for name in self._hidden]
+        activity = run_pipelined(s.graph, inputs, mode=self.mode, record=record)
+        self.notes = activity.notes
         for layer, populations in self.layers.items():
             self._count(layer, populations, activity)
         for name, counts in activity.populations.items():
@@ -353,76 +364,25 @@ def _whole_biases(segment: Segment, biases: list[Tensor | None]) -> list[Tensor]
     ]
 
 
-def runner_for(segment: Segment, backend: str, biases: list[Tensor | None]) -> AnyRunner:
+def runner_for(segment: Segment, backend: str, biases: list[Tensor | None], mode: str = "lava") -> AnyRunner:
     """The runner of a segment's code: "graded", "delta" or "rate".
 
     Args:
         segment: of a plan.
         backend: of `BACKENDS`.
         biases: of its linear layers in float, for the graded route's twin; the other routes' twins use the graph's.
+        mode: of the simulator.
 
     Raises:
         ValueError: a code that no runner knows.
     """
-    from neuro.streams import DeltaRunner, RateRunner  # they need `SegmentHealth` of this file
+    from neuro.spike_counts import RateRunner  # both need `SegmentHealth` of this file
+    from neuro.streams import DeltaRunner
 
     if segment.code == "graded":
-        return Runner(segment, backend, biases)
+        return Runner(segment, backend, biases, mode)
     if segment.code == "delta":
-        return DeltaRunner(segment, backend)
+        return DeltaRunner(segment, backend, mode)
     if segment.code == "rate":
-        return RateRunner(segment, backend)
+        return RateRunner(segment, backend, mode)
     raise ValueError(f"segment {segment.name!r} has code {segment.code!r}; known: graded, delta, rate")
-
-
-class SingleLinear(nn.Module):
-    """Stands in for one nn.Linear."""
-
-    def __init__(self, runner: AnyRunner) -> None:
-        super().__init__()
-        self.runner = runner
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.runner.run(x)[0]
-
-    def extra_repr(self) -> str:
-        s = self.runner.segment
-        return f"{s.n_in}, {s.n_out}, segment={s.name!r}, backend={self.runner.backend!r}"
-
-
-class PairFirst(SingleLinear):
-    """Stands in for fc1 of an MLP: runs the whole graph, keeps its output for `PairLast`, returns the rectified values.
-
-    The activation between the two stays where the module has it and acts on values that are rectified already.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        out, hidden = self.runner.run(x)
-        assert hidden is not None
-        expected = hidden * hidden if self.runner.segment.activation == "relu2" else hidden
-        self.runner.pending = (expected, out)
-        return hidden
-
-
-class PairLast(SingleLinear):
-    """Stands in for fc2: hands out the graph's output, after checking that only the activation came in between."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        pending, self.runner.pending = self.runner.pending, None
-        segment = self.runner.segment
-        if pending is None:
-            raise RuntimeError(
-                f"segment {segment.name!r}: {segment.modules[1]!r} was called without {segment.modules[0]!r} before it"
-            )
-        expected, out = pending
-        tolerance = 1e-5 if hidden.dtype in (torch.float32, torch.float64) else 1e-2
-        same = torch.equal(hidden, expected) or (
-            hidden.shape == expected.shape and torch.allclose(hidden, expected, rtol=tolerance, atol=0.0)
-        )
-        if not same:
-            raise RuntimeError(
-                f"segment {segment.name!r}: something other than {segment.activation} happened between "
-                f"{segment.modules[0]!r} and {segment.modules[1]!r}, so they are no MLP pair; analyse the module again "
-                "with inputs that take this path, or keep one of them on the host with mappable="
-            )
-        return out

@@ -29,11 +29,11 @@ class TracedOp:
 
     `target` is the ATen name without namespace and overload ("linear", "relu"), or the class name of a leaf module in
     a fallback trace. `module` is the path of the innermost module that ran it ("" = the root). `inputs` are indices of
-    the operations that produced its tensor arguments; `weights` are the fully qualified names of parameters and
-    buffers it reads. `stack`: calls of the modules around it, outermost first, "mlp@1" being the second call of "mlp".
-    `floating=False`: its result holds whole numbers or truth values. `parts`: of a module taken as one operation (see
-    `contracted`), what it computes inside; empty otherwise. `leaf_macs`: of a leaf module in a fallback trace, what torch's
-    own counter found inside it; None elsewhere.
+    the operations that produced its tensor arguments; `weights` are the fully qualified names of parameters and buffers
+    it reads, and names of constant tensors. `stack`: calls of the modules around it, outermost first, "mlp@1" being the
+    second call of "mlp". `floating=False`: its result holds whole numbers or truth values. `parts`: of a module taken as
+    one operation (see `contracted`), what it computes inside; empty otherwise. `leaf_macs`: of a leaf module in a
+    fallback trace, what torch's own counter found inside it; None elsewhere.
     """
 
     index: int
@@ -94,9 +94,9 @@ def check_ready(module: nn.Module) -> None:
         for name, value in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
             if is_lazy(value):
                 raise ValueError(f"{label} has no {name!r} yet ({type(part).__name__} is lazy); run it once on real inputs")
-        state = part.__getstate__()  # what a copy would take: a module may leave such tensors out
-        for name, held in state.items() if isinstance(state, dict) else ():
-            if isinstance(held, Tensor) and held.grad_fn is not None:
+        for name, held in vars(part).items():
+            hooked = part._parameters.keys() & {f"{name}_orig", f"{name}_g"}
+            if isinstance(held, Tensor) and held.grad_fn is not None and hooked:
                 raise ValueError(
                     f"{label} holds {name!r} as the result of a computation with gradients, so it cannot be copied; make "
                     f"it permanent, for instance torch.nn.utils.prune.remove(layer, {name!r}) or remove_weight_norm(layer)"
@@ -145,7 +145,7 @@ def trace(module: nn.Module, example: Example) -> Trace:
 
 def _exported_ops(exported: torch.export.ExportedProgram) -> Iterator[TracedOp]:
     signature = exported.graph_signature
-    held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
     index_of: dict[str, int] = {}
     for node in exported.graph.nodes:
         if node.op != "call_function":

@@ -273,7 +273,20 @@ def test_without_any_python_one_line_says_so(shop):
 
 def test_a_dry_run_changes_nothing(shop):
     before = sorted(shop.folder.rglob("*"))
-    for target in ("help", "demo", "test", "lint", "lava", "readers", "neurobench", "install", "clean", "distclean"):
+    targets = (
+        "help",
+        "demo",
+        "test",
+        "lint",
+        "lava",
+        "readers",
+        "neurobench",
+        "energy-check",
+        "install",
+        "clean",
+        "distclean",
+    )
+    for target in targets:
         notes, done = shop.make("-n", target)
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
@@ -281,10 +294,39 @@ def test_a_dry_run_changes_nothing(shop):
     assert sorted(shop.folder.rglob("*")) == before
 
 
-def test_ci_asks_for_lava(shop):
+@pytest.mark.parametrize(
+    ("browser", "apt", "word", "said"),
+    [
+        ("chromium", None, ",chromium", ""),
+        ("google-chrome", None, ",chromium", ""),
+        (None, "exit 0", ",chromium", ""),
+        (
+            None,
+            "echo a line; echo E: are you root?; exit 100",
+            "",
+            "could be installed (E: are you root?): the browser tests",
+        ),
+        (None, None, "", "apt-get: command not found): the browser tests are skipped"),
+    ],
+)
+def test_ci_asks_for_every_environment_and_a_browser_where_it_can(shop, browser, apt, word, said):
     script = shop.folder / ".ci" / "run"
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     assert "set -euo pipefail" in script.read_text()
-    (shop.folder / "Makefile").write_text("readers neurobench:\n\t@:\ntest:\n\t@echo $$SPIKEGATE_REQUIRE\n")
+    for name, lines in ((browser, "exit 0"), ("apt-get", apt)):
+        if name and lines:
+            (shop.folder.parent / "bin" / name).write_text(f"#!/usr/bin/env bash\n{lines}\n")
+            (shop.folder.parent / "bin" / name).chmod(0o755)
+    words = "readers neurobench energy-check"
+    (shop.folder / "Makefile").write_text(f"{words}:\n\t@: ; echo $@\ntest:\n\t@echo $$SPIKEGATE_REQUIRE\n")
     done = run(script, cwd=shop.folder.parent, env=shop.env)
-    assert done.stdout.strip() == "lava,readers,neurobench"
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [*words.split(), f"lava,{words.replace(' ', ',')}{word}"]
+    assert said in done.stderr if said else not done.stderr
+
+
+def test_energy_check_is_made_from_its_pins(shop):
+    assert shop.make("energy-check")[0] == ["venv .venv-energy", "install --no-deps -r constraints-energy.txt"]
+    assert {"sanafe", "zeus"} <= pins("constraints-energy.txt").keys()
+    assert "sanafe" not in pins("constraints.txt")
+    assert not any("sanafe" in text.lower() for text in PROJECT["project"]["optional-dependencies"]["energy-check"])

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
@@ -64,7 +64,8 @@ from neuro.conversion.mapped import (
     pieces,
     room,
 )
-from neuro.conversion.plan import Plan, Segment, fingerprint
+from neuro.conversion.narrowing import PREFIX, narrow_in_neurons
+from neuro.conversion.plan import Headroom, Plan, Segment
 from neuro.conversion.weights import SCALES, IntegerLayer, integer_layer, rounded_bias
 from neuro.graph import Population, SpikingGraph
 from neuro.thresholds import EventThreshold
@@ -72,6 +73,7 @@ from neuro.thresholds import EventThreshold
 PAYLOAD_LIMIT = 2 ** (PAYLOAD_BITS - 1) - 1
 MARGIN = 2.0  # outputs and hidden values may exceed what calibration saw by this factor before a limit is reached
 WEIGHT_CLIPS = ("auto", "max", "mse")
+NARROW = ("synapse", "neuron")
 
 
 @dataclass
@@ -85,7 +87,9 @@ class GradedConfig:
     (percentile or least error), else to its maximum. `drop_input`, `drop_hidden`: payload magnitudes up to these send no
     event, into the segment and into fc2. `hidden_bits`: width of hidden messages up to the calibration's clip, sign
     included, 4..15 (they are never clipped, so larger values are wider, up to 16). `square_bits`: width of what is
-    squared, 4..12, so that the square keeps within 23 bits.
+    squared, 4..12, so that the square keeps within 23 bits. `narrow`: where sums are shifted right, "synapse" (by the
+    exponents, as Lava does) or "neuron" (by product neurons, which the simulator's mode "chip" computes alike; it takes one
+    more population, operation and update for each neuron; see `neuro.conversion.narrowing`).
     """
 
     weight_bits: int | str = 8
@@ -97,6 +101,7 @@ class GradedConfig:
     drop_hidden: int = 0
     hidden_bits: int = 13
     square_bits: int = 12
+    narrow: str = "synapse"
 
     def __post_init__(self) -> None:
         weight_levels(self.weight_bits)
@@ -112,6 +117,7 @@ class GradedConfig:
         for name, word, known in (
             ("scales", self.scales, SCALES),
             ("weight_clip", self.weight_clip, WEIGHT_CLIPS),
+            ("narrow", self.narrow, NARROW),
         ):
             if word not in known:
                 raise ValueError(f"{name} is {word!r}; it is one of {', '.join(known)}")
@@ -158,6 +164,8 @@ def convert(
         else _mlp(module, piece, piece.pair, calibration, config)
         for piece in pieces(module, report, ("relu", "relu2"), thresholds=True)
     ]
+    if config.narrow == "neuron":
+        segments = [replace(segment, graph=narrow_in_neurons(segment.graph)) for segment in segments]
     notes = (*common_notes(report), *_notes(segments))
     return Plan("graded", report.chip, type(module).__name__, tuple(segments), host_work(report), notes)
 
@@ -205,6 +213,11 @@ def _output_shift(bound: float, seen: float) -> int:
     return max(shift_for(bound * 1.001 + 1, WORD_LIMIT), shift_for(MARGIN * seen, PAYLOAD_LIMIT))
 
 
+def _unshifted(name: str, bound: float, seen: float, step: int, config: GradedConfig) -> list[Headroom]:
+    """Headroom of a sum that a product neuron shifts, and that stands there whole."""
+    return [room(f"{PREFIX}{name}", bound / step, seen / step)] if config.narrow == "neuron" else []
+
+
 def _seen(layer: IntegerLayer, found: LayerRange) -> float:
     """Largest sum that calibration saw in any channel, in that channel's own unit."""
     largest_O = np.asarray(found.output_channel_max or [found.output_max])
@@ -227,6 +240,12 @@ def _first_shift(worst: float, clip: float, seen: float, square: bool, config: G
         shift_for(seen, 2 ** (config.square_bits - 1) - 1), min(shift_for(worst, root), shift_for(seen, INT8_MAX * 2))
     )
     return max(fits, min(wanted, EXPONENT_REGISTER), shift_for(MARGIN * seen, root))
+
+
+def _for_whole_sums(config: GradedConfig, name: str, layer: nn.Linear, found: LayerRange, unit: float) -> int:
+    """Bits that hidden messages of this unit must lose, so that twice what calibration saw of their sums fits 23."""
+    fc2 = config.integers(name, layer, unit)
+    return shift_for(MARGIN * _seen(fc2, found) / fc2.step, WORD_LIMIT)
 
 
 def _linear(module: nn.Module, piece: Piece, calibration: Calibration, config: GradedConfig) -> Segment:
@@ -256,27 +275,19 @@ def _linear(module: nn.Module, piece: Piece, calibration: Calibration, config: G
               "channel_scales": list(layer.channels)},
     )  # fmt: skip
     return Segment(
-        name=label,
-        modules=(name,),
-        activation="",
+        **piece.described(source),
         graph=graph,
-        n_in=source.in_features,
-        n_hidden=0,
-        n_out=n_out,
         input_scale=input_scale,
         weight_scales=(layer.scale,),
         shifts=(shift,),
-        square_shift=0,
-        rectified_scale=0.0,
-        hidden_scale=0.0,
         output_scale=output_scale,
         output_offset=offset,
         constant_lines=payloads,
-        bias_lines=(),
-        headroom=(room("out", bound * 2.0**-shift, seen * 2.0**-shift),),
+        headroom=(
+            *_unshifted("fc", bound, seen, layer.step, config),
+            room("out", bound * 2.0**-shift, seen * 2.0**-shift),
+        ),
         payload_bits={"x": payload_bits(max(INT8_MAX, *payloads, 0)), "out": payload_bits(seen * 2.0**-shift)},
-        fingerprints=(fingerprint(source),),
-        rows_per_token=piece.rows_per_token,
         channel_scales=(layer.channels,) if layer.channels else (),
         weight_bits=layer.bits,
         input_threshold=config.drop_input,
@@ -302,12 +313,17 @@ def _mlp(module: nn.Module, piece: Piece, pair: MlpPair, calibration: Calibratio
     share_H = 2.0**-fc1.exponent_O
     seen1, clip1 = found1.output_positive_max / fc1.unit, found1.output_positive_clip / fc1.unit
     shift1 = _first_shift(float((fc1.reach_O() * share_H).max()) * 1.001 + 1, clip1 or seen1, seen1, square, config)
+    if config.narrow == "neuron" and not square:
+        shift1 += _for_whole_sums(config, pair.fc2, source2, found2, fc1.unit * 2.0**shift1)
     weight1, payloads, bound_H = _with_constants(fc1, shift1 + fc1.exponent_O)
     rectified_scale = fc1.unit * 2.0**shift1
     rectified, worst = seen1 * 2.0**-shift1, float((bound_H * share_H).max()) * 2.0**-shift1
     square_shift, hidden_scale, seen_hidden, worst_hidden = 0, rectified_scale, rectified, worst
     if square:
         square_shift = shift_for(rectified**2, 2 ** (config.hidden_bits - 1) - 1)
+        if config.narrow == "neuron":
+            unit = rectified_scale**2 * 2.0**square_shift
+            square_shift += _for_whole_sums(config, pair.fc2, source2, found2, unit)
         hidden_scale = rectified_scale**2 * 2.0**square_shift
         seen_hidden, worst_hidden = rectified**2 * 2.0**-square_shift, worst**2 * 2.0**-square_shift
     vth_H = _thresholds(module, pair, n_hidden, rectified_scale, square_shift, config)
@@ -356,7 +372,10 @@ def _mlp(module: nn.Module, piece: Piece, pair: MlpPair, calibration: Calibratio
         projections += line_projections
         projections.append(dense("bias", f"bias{depth}", "out", bias_columns, -1, _message_bits(bias_lines)))
     populations.append(Population("out", "graded", source2.out_features, {"vth": 0}))
-    most = float(fc2.row_sum_O.max()) * worst_hidden * 2.0**-shift2 + float(np.abs(bias_O).max())
+    headroom += _unshifted("fc1", float(bound_H.max()), seen1, fc1.step, config)
+    sum2 = float(fc2.row_sum_O.max()) * worst_hidden
+    headroom += _unshifted("fc2", sum2, seen2, fc2.step, config)
+    most = sum2 * 2.0**-shift2 + float(np.abs(bias_O).max())
     headroom.append(room("out", most, seen2 * 2.0**-shift2))
     widths["out"] = payload_bits(seen2 * 2.0**-shift2)
     # Several groups floor one by one before they add up: half a step each.
@@ -371,13 +390,8 @@ def _mlp(module: nn.Module, piece: Piece, pair: MlpPair, calibration: Calibratio
               "channel_scales": list(fc2.channels), "hidden_channels": [m.tolist() for m in members]},
     )  # fmt: skip
     return Segment(
-        name=label,
-        modules=(pair.fc1, pair.fc2),
-        activation=pair.activation,
+        **piece.described(source1, source2),
         graph=graph,
-        n_in=source1.in_features,
-        n_hidden=n_hidden,
-        n_out=source2.out_features,
         input_scale=input_scale,
         weight_scales=(fc1.scale, fc2.scale),
         shifts=(shift1, shift2),
@@ -390,8 +404,6 @@ def _mlp(module: nn.Module, piece: Piece, pair: MlpPair, calibration: Calibratio
         bias_lines=bias_lines,
         headroom=tuple(headroom),
         payload_bits=widths,
-        fingerprints=(fingerprint(source1), fingerprint(source2)),
-        rows_per_token=piece.rows_per_token,
         channel_scales=(fc1.channels, fc2.channels) if fc1.channels or fc2.channels else (),
         weight_bits=fc1.bits,
         input_threshold=config.drop_input,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 from neuro.calibration import Calibration, LayerRange
 from neuro.compatibility import CompatibilityReport, MlpPair, NothingToMap
 from neuro.conversion.integers import headroom_bits
-from neuro.conversion.plan import Headroom, HostWork
+from neuro.conversion.plan import Headroom, HostWork, fingerprint
 from neuro.graph import Population, Projection
 
 
@@ -29,6 +30,19 @@ class Piece:
     def modules(self) -> tuple[str, ...]:
         """Names of its linear layers."""
         return (self.first,) if self.pair is None else (self.pair.fc1, self.pair.fc2)
+
+    def described(self, *layers: nn.Linear) -> dict[str, Any]:
+        """The fields of a `Segment` that follow from its linear layers alone, whatever the route."""
+        return {
+            "name": self.label,
+            "modules": self.modules,
+            "activation": "" if self.pair is None else self.pair.activation,
+            "n_in": layers[0].in_features,
+            "n_hidden": layers[0].out_features if len(layers) > 1 else 0,
+            "n_out": layers[-1].out_features,
+            "fingerprints": tuple(fingerprint(layer) for layer in layers),
+            "rows_per_token": self.rows_per_token,
+        }
 
 
 def pieces(

@@ -35,7 +35,7 @@ class Headroom:
     calibrated_bits: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Segment:
     """One graph between two host crossings: a linear layer, or an MLP pair fc1 -> relu [-> square] -> fc2.
 
@@ -59,21 +59,21 @@ class Segment:
 
     name: str
     modules: tuple[str, ...]
-    activation: str
+    activation: str = ""
     graph: SpikingGraph
     n_in: int
-    n_hidden: int
+    n_hidden: int = 0
     n_out: int
     input_scale: float
     weight_scales: tuple[float, ...]
     shifts: tuple[int, ...]
-    square_shift: int
-    rectified_scale: float
-    hidden_scale: float
+    square_shift: int = 0
+    rectified_scale: float = 0.0
+    hidden_scale: float = 0.0
     output_scale: float
-    output_offset: float
-    constant_lines: tuple[int, ...]
-    bias_lines: tuple[int, ...]
+    output_offset: float = 0.0
+    constant_lines: tuple[int, ...] = ()
+    bias_lines: tuple[int, ...] = ()
     headroom: tuple[Headroom, ...]
     payload_bits: Mapping[str, int]
     fingerprints: tuple[str, ...]

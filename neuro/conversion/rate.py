@@ -36,7 +36,7 @@ from neuro.calibration import Calibration, LayerRange
 from neuro.compatibility import CompatibilityReport
 from neuro.conversion.integers import INT8_MAX, payload_bits, scale_for, shift_for
 from neuro.conversion.mapped import Piece, common_notes, dense, host_work, layer_and_range, one_to_one, pieces, room
-from neuro.conversion.plan import Plan, Segment, fingerprint
+from neuro.conversion.plan import Plan, Segment
 from neuro.conversion.weights import IntegerLayer, integer_layer
 from neuro.graph import Population, Projection, SpikingGraph
 
@@ -202,27 +202,14 @@ def _linear(module: nn.Module, piece: Piece, calibration: Calibration, config: R
               "input_scale": arriving.scale, "output_scale": scale, "read": "v of out at each token's last step"},
     )  # fmt: skip
     return Segment(
-        name=piece.label,
-        modules=piece.modules,
-        activation="",
+        **piece.described(source),
         graph=graph,
-        n_in=source.in_features,
-        n_hidden=0,
-        n_out=source.out_features,
         input_scale=arriving.scale,
         weight_scales=(layer.scale,),
         shifts=(shift,),
-        square_shift=0,
-        rectified_scale=0.0,
-        hidden_scale=0.0,
         output_scale=scale,
-        output_offset=0.0,
-        constant_lines=(),
-        bias_lines=(),
         headroom=(headroom,),
         payload_bits={"x": 1 if spikes else 8},
-        fingerprints=(fingerprint(source),),
-        rows_per_token=piece.rows_per_token,
         code="rate",
         time_steps=steps,
         reset=config.reset,
@@ -302,28 +289,17 @@ def _mlp(module: nn.Module, piece: Piece, calibration: Calibration, config: Rate
     )  # fmt: skip
     channels = () if share_H is None else (tuple((fc1.scale * share_H).tolist()), (fc2.scale,) * len(fc2.stored_OI))
     return Segment(
-        name=piece.label,
-        modules=piece.modules,
-        activation="relu",
+        **piece.described(source1, source2),
         graph=graph,
-        n_in=source1.in_features,
-        n_hidden=n_hidden,
-        n_out=source2.out_features,
         input_scale=arriving.scale,
         weight_scales=(fc1.scale, fc2.scale),
         shifts=(shift1, shift2),
-        square_shift=0,
         rectified_scale=spike_value,
         hidden_scale=spike_value,
         output_scale=scale,
-        output_offset=0.0,
-        constant_lines=(),
-        bias_lines=(),
         headroom=(room("hidden", 64 * (worst * 2.0**-shift1 * steps), 64 * seen), headroom),
         payload_bits={"x": 1 if spikes else 9, "hidden": 1}
         | ({} if spikes else {"current": payload_bits(seen / steps * 2.0**shift1)}),
-        fingerprints=(fingerprint(source1), fingerprint(source2)),
-        rows_per_token=piece.rows_per_token,
         code="rate",
         time_steps=steps,
         channel_scales=channels,

@@ -181,8 +181,9 @@ def _recorded(
     outputs: dict[str, list[Tensor]] = {s.name: [] for s in segments}
 
     def keep(store: list[Tensor], side: int) -> Callable[..., None]:
-        def hook(_: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
-            store.append((given[0] if side == 0 else result).detach())
+        def hook(_: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor], result: Tensor) -> None:
+            first = given[0] if given else named["input"]
+            store.append((first if side == 0 else result).detach())
 
         return hook
 
@@ -190,7 +191,7 @@ def _recorded(
     for s in segments:
         for side, name, store in ((0, s.modules[0], inputs[s.name]), (1, s.modules[-1], outputs[s.name])):
             part = module.get_submodule(f"{prefix}{name}".rstrip("."))
-            handles.append(part.register_forward_hook(keep(store, side)))
+            handles.append(part.register_forward_hook(keep(store, side), with_kwargs=True))
     try:
         with torch.no_grad():
             module(*args, **kwargs)

@@ -49,7 +49,7 @@ from neuro.conversion.mapped import (
     pieces,
     room,
 )
-from neuro.conversion.plan import Plan, Segment, fingerprint
+from neuro.conversion.plan import Plan, Segment
 from neuro.conversion.weights import IntegerLayer, integer_layer
 from neuro.graph import Population, Projection, SpikingGraph
 
@@ -175,27 +175,15 @@ def _linear(module: nn.Module, piece: Piece, calibration: Calibration, config: S
               "output_scale": unit, "constant_lines": list(payloads)},
     )  # fmt: skip
     return Segment(
-        name=piece.label,
-        modules=piece.modules,
-        activation="",
+        **piece.described(source),
         graph=graph,
-        n_in=source.in_features,
-        n_hidden=0,
-        n_out=source.out_features,
         input_scale=input_scale,
         weight_scales=(layer.scale,),
         shifts=(0,),
-        square_shift=0,
-        rectified_scale=0.0,
-        hidden_scale=0.0,
         output_scale=unit,
-        output_offset=0.0,
         constant_lines=payloads,
-        bias_lines=(),
         headroom=(room("out", bound, seen),),
         payload_bits={"x": DELTA_BITS, "out": payload_bits(seen)},
-        fingerprints=(fingerprint(source),),
-        rows_per_token=piece.rows_per_token,
         code="delta",
         input_threshold=config.input_threshold,
         sequence_dim=config.sequence_dim,
@@ -262,13 +250,8 @@ def _mlp(module: nn.Module, piece: Piece, calibration: Calibration, config: Sigm
               "bias_lines": list(bias_lines), "rectified_scale": rectified_scale},
     )  # fmt: skip
     return Segment(
-        name=piece.label,
-        modules=piece.modules,
-        activation=piece.pair.activation,
+        **piece.described(source1, source2),
         graph=graph,
-        n_in=source1.in_features,
-        n_hidden=n_hidden,
-        n_out=source2.out_features,
         input_scale=input_scale,
         weight_scales=(fc1.scale, fc2.scale),
         shifts=(shift1, 0),
@@ -276,15 +259,12 @@ def _mlp(module: nn.Module, piece: Piece, calibration: Calibration, config: Sigm
         rectified_scale=rectified_scale,
         hidden_scale=hidden_scale,
         output_scale=unit,
-        output_offset=0.0,
         constant_lines=payloads,
         bias_lines=bias_lines,
         headroom=tuple(headroom),
         payload_bits={"x": DELTA_BITS, "current": payload_bits(seen1), "hidden": payload_bits(level),
                       **({"square": payload_bits(hidden)} if square else {}), "delta": payload_bits(hidden),
                       "out": payload_bits(seen2)},
-        fingerprints=(fingerprint(source1), fingerprint(source2)),
-        rows_per_token=piece.rows_per_token,
         code="delta",
         input_threshold=config.input_threshold,
         hidden_threshold=config.hidden_threshold,

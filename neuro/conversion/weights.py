@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from neuro.conversion.integers import INT8_MAX, on_grid, squared_error, weight_levels, weight_scales
+from neuro.conversion.integers import INT8_MAX, on_grid, scale_for, squared_error, weight_levels, weight_scales
 from neuro.synapses import weight_step
 
 SCALES = ("tensor", "power_of_two", "channel")
@@ -119,11 +119,15 @@ def integer_layer(
         scale_O = weight_scales(weight_OI, low, high, search=search)
         if groups:
             present_O = weight_OI.abs().amax(dim=1) > 0
-            largest = float(scale_O[present_O].max()) if bool(present_O.any()) else 1.0
+            largest = float(scale_O[present_O].max()) if bool(present_O.any()) else _bias_scale(bias_O, input_unit)
             exponent_O = _group_exponents(weight_OI, scale_O, largest, groups, low, high, search) * present_O
             scale_O = largest * torch.exp2(-exponent_O.double())
+        else:
+            scale_O = _without_weights(scale_O, weight_OI, bias_O, input_unit)
     else:
         scale = weight_scales(weight_OI.reshape(1, -1), low, high, search=search, power_of_two=scales == "power_of_two")
+        if not bool(weight_OI.any()):
+            scale = scale * _bias_scale(bias_O, input_unit, scales == "power_of_two")
         scale_O = scale.expand(n_out)
     stored = on_grid(weight_OI, scale_O[:, None], low, high) * weight_step("mixed", bits)
     return IntegerLayer(
@@ -136,6 +140,27 @@ def integer_layer(
         bias_O=bias_O,
         input_unit=input_unit,
     )
+
+
+def _bias_scale(bias: np.ndarray | None, input_unit: float, power_of_two: bool = False) -> float:
+    """Scale of a layer or channel without weights: its bias takes two digits of its constant lines; 1 where it has none."""
+    largest = 0.0 if bias is None else float(np.abs(bias).max())
+    return scale_for(largest / (INT8_MAX * input_unit), power_of_two)
+
+
+def _without_weights(scale_O: Tensor, weight_OI: Tensor, bias_O: np.ndarray | None, input_unit: float) -> Tensor:
+    """Channels whose weights are all 0 (padding tokens, pruned neurons) as fine as their bias asks for, and never coarser
+    than the others, whose half step they would else be given in a unit of their own.
+    """
+    absent_O = ~weight_OI.any(dim=1)
+    if not bool(absent_O.any()):
+        return scale_O
+    others = float(scale_O[~absent_O].max()) if not bool(absent_O.all()) else _bias_scale(bias_O, input_unit)
+    wanted_O = torch.full_like(scale_O, others)
+    if bias_O is not None:
+        fine_O = torch.from_numpy(np.abs(bias_O)) / (INT8_MAX**2 * input_unit)
+        wanted_O = torch.where(fine_O > 0, fine_O.clamp_max(others), wanted_O)
+    return torch.where(absent_O, wanted_O, scale_O)
 
 
 def _group_exponents(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from neuro.simulators import lava_client
+from tests.environments import missing
 
 
 @pytest.fixture(scope="module")
@@ -15,6 +14,4 @@ def lava():
     try:
         return lava_client.find_python()
     except lava_client.LavaUnavailable as error:
-        if "lava" in os.environ.get("SPIKEGATE_REQUIRE", "").split(","):
-            pytest.fail(f"SPIKEGATE_REQUIRE asks for Lava: {error}")
-        pytest.skip(str(error))
+        missing("lava", str(error))

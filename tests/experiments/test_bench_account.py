@@ -24,10 +24,15 @@ def test_the_last_line_is_the_document(capsys: pytest.CaptureFixture[str]) -> No
     assert set(NETWORKS) <= set(document)
     for entry in document.values():
         assert set(entry) == {"status", "relative_error", "inside_interval"}
-        assert entry["status"] in ("calibration", "counts unpublished", "compared")
+        assert entry["status"] in ("calibration", "counts unpublished", "compared", "bounded")
         assert (entry["relative_error"] is None) == (entry["status"] != "compared")
-        assert (entry["inside_interval"] is None) == (entry["status"] != "compared")
-    assert [name for name, entry in document.items() if entry["status"] == "calibration"] == ["pilotnet_snn"]
+        assert (entry["inside_interval"] is None) == (entry["status"] not in ("compared", "bounded"))
+    calibrating = [name for name, entry in document.items() if entry["status"] == "calibration"]
+    assert calibrating == ["braille_recurrent.static", "pilotnet_snn"]
+    for name in ("s4d", "delay_snn", "video_audio_2023", "region_masking", "ndns_sdnn"):  # ratios, no joules
+        assert document[name]["status"] == "counts unpublished"
+        (line,) = (line for line in printed if line.startswith(f"{name} "))
+        assert NETWORKS[name].stated in line
     step = document["pilotnet_snn.step"]
     assert step["inside_interval"] is True
     assert abs(step["relative_error"]) < 1
@@ -47,6 +52,41 @@ def test_a_network_that_was_not_used_for_calibration_is_compared() -> None:
     assert entry["status"] == "compared"
     assert entry["relative_error"] == pytest.approx(0, abs=1e-3)
     assert "extrapolated" in text
+
+
+def test_bounds_of_a_published_architecture_by_hand() -> None:
+    # 48 inputs, 450 recurrent neurons, 28 outputs, 270 steps
+    pair = bench_account.bounds_entry(NETWORKS["braille_recurrent"])
+    assert pair is not None
+    entry, text = pair
+    quiet_pj = (450 + 28) * 270 * 45.2096
+    synops = ((48 + 450) * 450 + 450 * 28) * 270
+    events = ((48 + 450) + 450) * 270
+    busy_pj = synops * 39.6535 + (48 + 450 + 28) * 270 * 158.7257 + events * 161.5182
+    assert f"{1e-6 * quiet_pj:.3g} uJ without a spike, {1e-6 * busy_pj:.4g} uJ with all of them" in text
+    assert entry == {"status": "bounded", "relative_error": None, "inside_interval": True}
+    # the rate at which Davies' middle values give 132.4 uJ
+    none_pj = (450 + 28) * 270 * 52.0
+    all_pj = synops * 23.6 + (48 + 450 + 28) * 270 * 81.0 + events * 8.7
+    rate = (132.4e6 - none_pj) / (all_pj - none_pj)
+    assert f"to {100 * rate:.2g} % of neurons and steps" in text
+    measured = dict(NETWORKS["braille_recurrent"].measured) | {"dynamic_energy": Interval.of(1, 1, 1, "uJ")}
+    refuted = bench_account.bounds_entry(dataclasses.replace(NETWORKS["braille_recurrent"], measured=measured))
+    assert refuted is not None
+    assert refuted[0]["inside_interval"] is False
+    assert bench_account.bounds_entry(ANCHOR) is None
+    with pytest.raises(ValueError, match="no architecture with its steps"):
+        ANCHOR.extreme_counts(True)
+
+
+def test_static_power_beside_the_profiles() -> None:
+    pair = bench_account.static_entry(NETWORKS["lsnn_smnist"])
+    assert pair is not None
+    # one core of the chip in use: the profile's 104 mW is that of a chip in full use, and the bench says so
+    assert pair[0]["relative_error"] == pytest.approx(104 / 1.155 - 1, abs=1e-3)
+    assert pair[0]["inside_interval"] is False
+    assert bench_account.static_entry(NETWORKS["nxtf_mnist"]) is None
+    assert bench_account.static_entry(ANCHOR) is None
 
 
 def small() -> Network:

@@ -157,6 +157,33 @@ def test_the_hparams_table_has_losses_and_joules_of_every_run(server: str, windo
     keep(tab, "hparams")
 
 
+# Every element below a node, shadow roots included.
+ALL = """const all = [];
+const walk = n => {
+  all.push(n);
+  for (const c of [...(n.shadowRoot ? n.shadowRoot.children : []), ...n.children]) walk(c);
+};
+"""
+
+
+def test_hparams_sort_by_a_click(server: str, window: Any) -> None:
+    tab = window.open(f"{server}/#hparams")
+    tab.until("hparam/loss_nats", "1.7500", "1.7125", "1.7200", limit_s=LIMIT_S)
+    click = """(() => { %s walk(document.body);
+    for (const label of %s) all.find(n => n.tagName === "PAPER-ITEM" && n.textContent.trim() === label).click(); })()"""
+    for direction, expected in (
+        ("Ascending", ["1.7125", "1.7200", "1.7500"]),
+        ("Descending", ["1.7500", "1.7200", "1.7125"]),
+    ):
+        tab.evaluate(click % (ALL, json.dumps(["hparam/loss_nats", direction])))
+        deadline, seen = time.monotonic() + LIMIT_S, [""]
+        while seen != expected and time.monotonic() < deadline:
+            time.sleep(0.5)
+            seen = list(dict.fromkeys(re.findall(r"^1\.7\d{3}$", tab.text(), flags=re.MULTILINE)))
+        assert seen == expected
+    keep(tab, "hparams sorted")
+
+
 def test_figures_are_there_with_their_runs(server: str, window: Any) -> None:
     tab = window.open(f"{server}/#images")
     tags = ("comparison", "joules by layer", "surprise", "spike raster")
@@ -175,7 +202,7 @@ def test_text_says_where_each_joule_comes_from(server: str, window: Any) -> None
 
 def test_the_page_sorts_by_a_click_and_asks_for_nothing(folder: Path, window: Any) -> None:
     tab = window.open((folder / "comparison" / "comparison.html").as_uri())
-    tab.until("Comparison", "surprise against dense", "energy/token", limit_s=LIMIT_S)
+    tab.until("Comparison: clean", "surprise against dense", "energy/token", limit_s=LIMIT_S)
     names = "[...document.querySelector('table').tBodies[0].rows].map(row => row.cells[0].textContent)"
     press = "[...document.querySelectorAll('table th')].find(h => h.textContent === {!r}).querySelector('button').click()"
     assert tab.evaluate(names) == ["dense", "surprise", "surprise, deployed"]

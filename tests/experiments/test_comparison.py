@@ -15,11 +15,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from experiments.collection import collect
 from experiments.compare import CompareConfig, main, write
-from experiments.figures import Point, figure, pareto, points
+from experiments.energy_figure import Point, pareto, points
+from experiments.figures import figure
 from experiments.hydra_app import ConfigError
 from experiments.statistics import paired_test
 from experiments.tables import markdown, table
 from experiments.targets import frontier, times_to_dense
+from experiments.tracking import MOST_SELECTED, boards, write_comparison
 
 RunMaker = Callable[..., Path]
 
@@ -414,3 +416,74 @@ def test_unknown_key_in_a_fresh_process_from_another_folder(tmp_path: Path) -> N
         "compare: unknown configuration key 'foldr'; did you mean folder? (--cfg job prints all of them)"
     )
     assert list(tmp_path.iterdir()) == []  # Hydra leaves nothing behind
+
+
+def test_the_set_up_of_a_sweep_is_named_and_left_out(tmp_path: Path, make_run: RunMaker) -> None:
+    make_run("dense", 1.75)
+    (tmp_path / "sweep.json").write_text("{}")
+    (tmp_path / "tuning").mkdir()
+    make_run("dense", 5.9, stream="clock", name="clock")
+    make_run("dense", 1.9, stream="tuning dense 0", name="tuning/dense-0")
+    comparison = collect([tmp_path])
+    assert list(comparison.streams) == ["clean"]
+    assert {Path(item.folder).name for item in comparison.excluded} == {"clock", "tuning"}
+    assert list(collect([tmp_path / "tuning"]).streams) == ["tuning dense 0"]
+    (tmp_path / "sweep.json").unlink()
+    assert "clock" in collect([tmp_path]).streams, "only a sweep has a set-up"
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_the_table_is_no_wider_than_the_terminal(
+    width: int, tmp_path: Path, make_run: RunMaker, make_deployment: RunMaker
+) -> None:
+    reason = "NVML: no NVIDIA driver answers (NVML Shared Library Not Found); RAPL: /sys/class/powercap does not exist"
+    for arm, loss in (("dense", 1.75), ("random", 1.8), ("surprise", 1.7)):
+        for seed in range(2):
+            make_run(arm, loss + 0.01 * seed, seed=seed, result={"energy_reason": f"not measured: {reason}"})
+    source = "SANA-FE 8951ab0, arch/loihi.yaml (fitted to Loihi silicon; IEEE TCAD 2025)"
+    energy = [deployed_record()["energy"][0] | {"source": source}]
+    make_deployment(energy=energy)
+    make_deployment(name="deploy-other-conversion", arm="dense", energy=energy)
+    comparison = collect([tmp_path])
+    text = table(comparison, width)
+    assert max(map(len, text.splitlines())) <= width
+    flowing = " ".join(text.split())
+    for part in (source if width > 80 else "SANA-FE", "surprise, deployed", "1.7050 [1.6415, 1.7685]", ">= 2 uJ", "40,000"):
+        assert part in flowing, part
+    assert flowing.count(f"Energy: measured in 0 of 6 runs; {reason}.") == 1
+    assert flowing.count("not in the sum: static: no time model") == 1
+    assert "Other remarks: as above." in text
+    whole = table(comparison).splitlines()
+    assert any(line.startswith("  surprise, deployed") and line.endswith(">= 2 uJ") for line in whole), "one line, no limit"
+
+
+def test_a_board_of_twenty_runs_is_ticked_at_once(tmp_path: Path, make_run: RunMaker) -> None:
+    for i in range(20):
+        make_run("dense" if not i else f"surprise_{i}", 1.75 + 0.001 * i)
+    comparison = collect([tmp_path])
+    alone = write_comparison(tmp_path / "alone", comparison, {}, {})
+    assert len(boards(alone)) == 21
+    shared = write_comparison(tmp_path / "shared", comparison, {}, {}, beside=20)
+    assert len(boards(shared)) + 20 <= MOST_SELECTED
+    make_run("dense", 1.76, seed=1)
+    again = write_comparison(tmp_path / "again", collect([tmp_path]), {}, {}, beside=21)
+    assert {path.name for path in boards(again)} == {"again", "dense"}, "a mean over seeds stands in no run"
+
+
+def test_differences_without_a_test_do_not_flood_the_terminal(
+    tmp_path: Path, make_run: RunMaker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(12):
+        make_run("dense" if not i else f"surprise_{i}", 1.75 + 0.001 * i)
+    for seed in (1, 2):
+        make_run("dense", 1.75 + 0.01 * seed, seed=seed)
+        make_run("surprise_1", 1.70 + 0.01 * seed, seed=seed)
+    assert main([f"folder={tmp_path}", "tensorboard=false"]) == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("clean: ")]
+    assert [line.split(":")[1] for line in printed] == [" surprise_1 beats dense"]
+    document = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
+    assert len(document["verdicts"]) == 11
+    page = (tmp_path / "comparison" / "comparison.html").read_text()
+    assert "<summary>10 differences without a test" in page
+    assert page.index("beats dense: <span") < page.index("<details>")
+    assert 'class="no">no</span> test possible' not in page

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from experiments.compat import add_arguments, run
 from sparse_update.checkpoint import save_checkpoint
@@ -119,3 +120,17 @@ def test_damaged_and_diverged(trained: Path, tmp_path: Path, capsys: pytest.Capt
     file.write_bytes(file.read_bytes()[:100])
     assert command(tmp_path / "nan") == 2
     assert "nan" in capsys.readouterr().err
+
+
+def test_the_table_is_text_for_tensorboard(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    board = tmp_path / "board"
+    assert command(trained, "--tensorboard", board) == 0
+    shown = capsys.readouterr().out.splitlines()
+    found = EventAccumulator(str(board)).Reload()
+    (text,) = (
+        found.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in found.Tags()["tensors"] if "compat" in tag
+    )
+    assert text.startswith("| operation | count | verdict |")
+    assert all(f"| {line.split('  ')[0]} |" in text for line in shown[1:4])
+    assert command(trained, "--tensorboard", board) == 2  # not over an older one
+    assert "already holds a run" in capsys.readouterr().err

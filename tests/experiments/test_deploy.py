@@ -80,6 +80,7 @@ ROUTES = {
 def test_every_route_is_measured(route: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / route
     more = ["sensitivity=true", "sensitivity_tokens=64", "layer_tokens=64", "generate=ab:", "generate_tokens=40"]
+    more += ["mode_chip_tokens=128"]
     found, shown = deployed(run, capsys, f"out={out}", f"route={route}", *ROUTES[route], *more)
     assert found == json.loads((out / "deploy.json").read_text())
     (key, value) = ROUTES[route][0].partition(".")[2].split("=")
@@ -112,6 +113,15 @@ def test_every_route_is_measured(route: str, run: Path, tmp_path: Path, capsys: 
     assert sum(one["mac_share"] for one in found["sensitivity"]) == pytest.approx(1)
     for one in found["sensitivity"]:
         assert one["delta"]["mean"] == pytest.approx(one["delta_nats"])
+
+    chip = found["mode_chip"]
+    assert chip["tokens"] == 128
+    assert chip["loss_nats"] == chip["interval"]["mean"]
+    assert chip["less_lava"]["mean"] == pytest.approx(chip["less_float"]["mean"], abs=0.05)  # lava is that close to float
+    lossy = [note for note in chip["notes"] if "acts on each synapse" in note]
+    assert ("weights lose bits" in shown) == bool(lossy)
+    assert (route == "rate") == (chip["less_lava"]["mean"] == 0.0)  # exponents of -1 alone
+    assert f"mode chip: {chip['loss_nats']:.4f} nats" in shown
 
     assert set(found["samples"]) == {"float", "deployed"}
     for sample in found["samples"].values():
@@ -174,7 +184,7 @@ def test_cores_time_and_joules_by_layer(
 
     board = EventAccumulator(str(out)).Reload()
     assert {"core utilisation", "spike raster"} <= set(board.Tags()["images"])
-    assert {"placement", "config"} <= {tag.split("/")[0] for tag in board.Tags()["tensors"]}
+    assert {"placement", "config", "break-even"} <= {tag.split("/")[0] for tag in board.Tags()["tensors"]}
     item = Deployment(str(out), "clean", "dense", 0, found)
     (row,) = rows(Stream("clean", {}, (item,), ()))
     assert row["cores"] == placement["cores_used"]
@@ -289,7 +299,7 @@ def test_the_bench_of_conversion(run: Path, tmp_path: Path, capsys: pytest.Captu
 
     assert bench.main([*words, "--frontier-steps", "8", "--targets", "0.3"]) == 0
     short = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {row["kind"] for row in short["frontier"]["rows"]} == {"float", "gated", "pruned"}
+    assert {row["kind"] for row in short["frontier"]["rows"]} == {"float", "distilled", "gated", "pruned"}
     within = [row["share"] for row in short["frontier"]["rows"] if row["delta_nats"] <= 0.05]
     assert short["synops_fraction_at_0.05"] == (min(within) if within else None)
     assert short["delta_nats_w8a8"] == found["delta_nats_w8a8"]

@@ -184,6 +184,9 @@ def test_verdicts_come_first_and_what_was_left_out_is_named(written: Path) -> No
     assert "<meter>" not in text
     for source in (e["source"] for e in document["streams"]["clean"]["deployed"]["energy"]):
         assert source in said
+    folders = text[text.index('id="folders"') :]
+    assert all(folder in folders for arm in ("dense", "surprise") for folder in document["streams"]["clean"][arm]["runs"])
+    assert document["deployments"][0]["folder"] in folders
     assert 'name="viewport"' in text
     assert "prefers-color-scheme:dark" in text
 
@@ -205,4 +208,4 @@ def test_markdown_for_tensorboard_has_narrow_tables_with_all_cells(written: Path
     assert max(map(len, cells(whole))) > 10
     assert max(map(len, cells(narrow))) <= 6
     assert {cell for row in cells(narrow) for cell in row} == {cell for row in cells(whole) for cell in row}
-    assert narrow.count("Energy: measured in 0 of 2 runs") == whole.count("Energy: measured in 0 of 2 runs") == 1
+    assert narrow.count("Energy: measured in 0 of 4 runs") == whole.count("Energy: measured in 0 of 4 runs") == 1

@@ -133,6 +133,7 @@ def test_verdicts_are_plain_sentences() -> None:
     assert verdict("surprise", "random", test).startswith("surprise beats random: yes; 0.3033 nats lower")
     assert verdict("surprise", "random", test, adjusted_p=0.31).startswith("surprise beats random: no;")
     assert "Holm-adjusted p = 0.31" in verdict("surprise", "random", test, adjusted_p=0.31)
+    assert "Holm-adjusted p < 0.0001)" in verdict("surprise", "random", test, adjusted_p=1e-6)
     assert verdict_without_test("surprise", "dense", 0.02) == (
         "surprise against dense: 0.0200 nats higher; n = 1: no test possible"
     )

@@ -120,10 +120,11 @@ def test_hparams_stay_in_the_run_folder_with_all_columns(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
     experiment = hparams_data(tmp_path, "experiment").experiment
     assert {info.name for info in experiment.hparam_infos} == set(HPARAMS)
+    assert {"arm", "kind", "stream", "seed"} < set(sorted(HPARAMS)[:5]), "TensorBoard shows the first five by name"
     assert {info.name.tag for info in experiment.metric_infos} == set(HPARAM_METRICS)
     row = hparams_data(tmp_path, "session_start_info").session_start_info.hparams
     assert {key: value.string_value for key, value in row.items()} == {
-        "row": "run",
+        "kind": "run",
         "stream": "clean",
         "arm": "dense",
         "seed": "0",
@@ -154,7 +155,7 @@ def test_column_types_are_the_same_for_every_writer(tmp_path: Path) -> None:
 
     for name, seed in (("a", 3), ("b", "0 1 2")):
         writer = SummaryWriter(str(tmp_path / name))
-        write_hparams(writer, {"row": "arm", "seed": seed}, {})
+        write_hparams(writer, {"kind": "arm", "seed": seed}, {})
         writer.close()
     rows = [hparams_data(tmp_path / name, "session_start_info").session_start_info.hparams for name in "ab"]
     assert [row["seed"].string_value for row in rows] == ["3", "0 1 2"]

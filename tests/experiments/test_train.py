@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -229,3 +230,14 @@ def test_verify_says_that_the_deployed_graphs_equal_lava(runs, lava):
     assert found["equal"]
     assert all(graph["values"] > 0 for graph in found["graphs"].values())
     assert "equal over" in done.stdout
+
+
+def test_the_progress_line_says_what_is_left(capsys):
+    from experiments.train import TrainConfig, _bar
+
+    with _bar(TrainConfig()) as bar:
+        bar.update(bar.total / 2)
+        bar.set_postfix_str("loss 2.823, kept 70%, 2,600 tokens/s")
+        bar.refresh()
+    line = capsys.readouterr().err.split("\r")[-1]
+    assert re.search(r"50%.*\[[\d:]+, [\d:]+ left, loss 2\.823, kept 70%, 2,600 tokens/s\]", line), line

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hardware import Board, Counts, Interval, Quantity, UnitError, account, load_profile
+import hardware
+from hardware import Board, Counts, DataFileError, Interval, Profile, Quantity, UnitError, account, load_profile
 from hardware.energy_report import GROUPS
 from hardware.mesh import Mesh, depth, heaviest_link, layer_traffic
 from tests.hardware.toy import HEAD, A, B, toy
@@ -73,6 +76,56 @@ def test_what_is_still_missing_is_named_and_makes_a_lower_bound() -> None:
     form = json.loads(json.dumps(placed.detail()))
     assert set(form["layers"]) == {"a", "b"}
     assert set(form["groups"]) <= set(GROUPS)
+
+
+def own_profile(folder: Path, **off_chip: object) -> Profile:
+    """loihi1_davies2018 with a figure for messages that leave their chip."""
+    content = yaml.safe_load((Path(hardware.__file__).parent / "profiles" / "loihi1_davies2018.yaml").read_text())
+    content["name"] = "mine"
+    content["coefficients"]["off_chip"] = {"source": "ours", "date": content["coefficients"]["synapse"]["date"], **off_chip}
+    (folder / "mine.yaml").write_text(yaml.safe_dump(content))
+    return load_profile(folder / "mine.yaml")
+
+
+def test_messages_between_chips_by_hand(tmp_path: Path) -> None:
+    # The same placement with layer b on a second chip: its 20 messages cross, without hops; 40 come from the host.
+    cores = tuple(dataclasses.replace(core, chip=1) if core.number >= 4 else core for core in toy().cores)
+    apart = dataclasses.replace(toy(), cores=cores, chips=2)
+    figure = {"value": 50.0, "low": 20.0, "high": 90.0, "unit": "pJ/message", "method": "estimated"}
+    report = account([A, B], own_profile(tmp_path, **figure), placement=apart, time=Quantity(2, "us"))
+    layers = report.by_layer()
+    assert layers["a"]["off-chip traffic"] == pytest.approx((40 * 20 * PJ, 40 * 50 * PJ, 40 * 90 * PJ))
+    assert layers["b"]["off-chip traffic"] == pytest.approx((20 * 20 * PJ, 20 * 50 * PJ, 20 * 90 * PJ))
+    assert layers["b"]["traffic"][1] == pytest.approx(20 * 1.7 * PJ)
+    assert report.by_group()["static"][1] == pytest.approx(2 * 104e-3 * 2e-6)
+    # 944 + 2428 + 68 + 472 + 2312 + 34 = 6258, and 60 x 50 = 3000 off the chip
+    assert report.dynamic_j[1] == pytest.approx(9258 * PJ)
+    assert report.total.to("pJ")[1] == pytest.approx(9258 + 416_000)
+    assert "off-chip traffic" not in report.missing
+    shipped = account([A, B], load_profile("loihi1_davies2018"), placement=apart)
+    assert shipped.missing["off-chip traffic"] == (
+        "2.0 messages a token between chips, 4.0 from the host; no energy is published"
+    )
+
+
+def test_an_off_chip_figure_that_is_not_known_or_cannot_be_used(tmp_path: Path) -> None:
+    unknown = own_profile(tmp_path, value=None, reason="nobody measured it")
+    assert account([A], unknown, placement=toy()).missing["off-chip traffic"].endswith("; nobody measured it")
+    assert account([A], unknown).missing["off-chip traffic"] == "not counted without a placement"
+    content = yaml.safe_load((tmp_path / "mine.yaml").read_text())
+    for term in ("message_base", "hop_ew", "hop_ns"):
+        del content["coefficients"][term]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(DataFileError, match="off_chip without the rest of message_base, hop_ew, hop_ns"):
+        load_profile(tmp_path / "mine.yaml")
+
+
+def test_a_total_carries_its_unit() -> None:
+    found = account([A], load_profile("loihi1_davies2018"))
+    assert found.total.to("J") == (found.total_low_j, found.total_mid_j, found.total_high_j)
+    with pytest.raises(UnitError, match=r"cannot add .* \(energy\) and .* \(time\)"):
+        found.total + Interval.of(1, 2, 3, "ns")
+    assert (found.total + Interval.of(1, 2, 3, "nJ")).dimension == "energy"
 
 
 def test_a_time_with_bounds_and_the_board_of_the_placement() -> None:

@@ -88,7 +88,8 @@ def test_published_networks_say_where_they_come_from() -> None:
         assert network.source
         assert network.method in METHODS
         assert len(network.date) == 10
-        assert network.measured
+        assert network.measured or network.stated
+        assert set(network.calibrates) <= set(network.measured)
         assert bool(network.layers) == (not network.reason)
 
 
@@ -114,6 +115,14 @@ def test_the_anchor_is_consistent() -> None:
         (("pilotnet_sdnn", "measured", "speed"), {}, "unknown key speed"),
         (("pilotnet_sdnn", "steps_per_inference"), 0, "expected a whole number from 1"),
         (("pilotnet_sdnn", "role"), "hero", "'hero' is not one of calibration, compared"),
+        (("pilotnet_sdnn", "calibrates"), ["dynamic_power"], "calibrates: 'dynamic_power' is not one of"),
+        (("s4d", "stated"), ..., "nothing measured, and not stated what was published instead"),
+        (("pilotnet_snn", "architecture"), {"source": "x", "date": "2026"}, "missing key populations"),
+        (
+            ("pilotnet_snn", "architecture"),
+            {"source": "x", "date": yaml.safe_load("2026-11-21"), "populations": {"a": {"neurons": 1, "from": ["b"]}}},
+            "a: from: 'b' is not one of a",
+        ),
         (("pilotnet_snn", "counts", "layers", "3->24", "synops"), -1, "expected a whole number from 0"),
         (("pilotnet_snn", "counts", "method"), "guessed", "'guessed' is not one of measured, recomputed"),
     ],

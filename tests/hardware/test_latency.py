@@ -59,6 +59,23 @@ def test_the_toy_by_hand() -> None:
         found.run(0)
 
 
+def test_memory_reads_by_hand(tmp_path: Path) -> None:
+    # A core of layer a holds one neuron with 2 inputs: each axon's one synapse fits a word, so a message is one read.
+    content = yaml.safe_load((RATES / "loihi1_davies2018.yaml").read_text())
+    content["name"] = "mine"
+    figure = {"value": 500.0, "low": 400.0, "high": 700.0, "unit": "ns/read", "source": "ours", "method": "estimated"}
+    content["rates"]["memory_read"] = figure | {"date": content["rates"]["synapse"]["date"]}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    found = estimate([A, B], toy(), load_rates(tmp_path / "mine.yaml"))
+    # One message a step arrives at each core of layer a: 500 ns, more than the barrier's 124 ns and all else.
+    assert 1e3 * found.terms["memory"].to("us")[1] == pytest.approx(500)
+    assert (found.binding, found.core in range(4)) == ("memory", True)
+    assert [1e3 * us for us in found.step.to("us")[:2]] == pytest.approx([400, 500])
+    # Nothing overlaps: core a's neuron, synapse, message and read, then link and barrier, each at its high end.
+    high_ns = 0.3 * 49.3471 + 0.7 * 12.0571 + 5.8421 + 0.5 * 6.3393 + 700 + 2 * 8.0795 + 1243
+    assert 1e3 * found.step.to("us")[2] == pytest.approx(high_ns)
+
+
 def test_rate_coding_takes_its_steps() -> None:
     many = [dataclasses.replace(item, time_steps=4) for item in (A, B)]
     found = estimate(many, toy(), load_rates("loihi1_davies2018"))

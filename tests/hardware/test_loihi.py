@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
 from hardware import BoardUnavailable, LayerDemand, lava_python, probe, require_board
 from hardware.loihi import EXTENSION, Route, find_route
+from tests.environments import missing
 
 TABLE = "NODELIST NODES PARTITION STATE\nog-1 1 oheogulch* idle\nog-2 1 kp down*\nog-3 1 kp mixed\n"
 
@@ -154,10 +154,7 @@ def test_where_the_interpreter_is_looked_for(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.lava
 def test_the_real_lava_interpreter_answers() -> None:
     if lava_python() is None:
-        reason = "no Lava interpreter; make lava"
-        if "lava" in os.environ.get("SPIKEGATE_REQUIRE", "").split(","):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        missing("lava", "no Lava interpreter; make lava")
     by_name = {check.name: check for check in probe().checks}
     assert by_name["Python 3.10 for Lava"].present
     assert by_name["lava-nc"].detail == "0.10.0"

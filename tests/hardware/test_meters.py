@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hardware import Meter, Reading, total
+from hardware.meters import total_known
 
 RANGE_UJ = 262_143_328_850
 
@@ -69,6 +70,28 @@ def test_a_wrapped_counter(tmp_path: Path) -> None:
     assert meter.readings[0].joules == pytest.approx(5.0)
 
 
+def test_a_counter_set_back_is_not_taken_for_a_wrap(tmp_path: Path) -> None:
+    clock = Clock()
+    energy = zone(tmp_path, "intel-rapl:0", "package-0", 5_000_000_000)
+    with rapl(tmp_path, clock) as meter:
+        clock.now_s += 60
+        energy.write_text("1000000")  # as after a suspend; a wrap would be 257 kJ in a minute
+    assert meter.readings[0].joules is None
+    assert str(meter.readings[0].reason) == ("2.571e+05 J in 60 s is more than 1000 W: the counter was set back meanwhile")
+
+
+@pytest.mark.parametrize("lost", ["max_energy_range_uj", "name", "energy_uj"])
+def test_a_missing_file_of_a_package_is_named(tmp_path: Path, lost: str) -> None:
+    clock = Clock()
+    energy = zone(tmp_path, "intel-rapl:0", "package-0", 0)
+    energy.with_name(lost).unlink()
+    with rapl(tmp_path, clock) as meter:
+        clock.now_s += 10
+    (reading,) = meter.readings
+    assert reading.joules is None
+    assert lost in str(reading.reason)
+
+
 def test_a_counter_that_may_have_wrapped_twice_is_not_measured(tmp_path: Path) -> None:
     clock = Clock()
     energy = zone(tmp_path, "intel-rapl:0", "package-0", 0)
@@ -91,7 +114,7 @@ def test_the_background_thread_follows_several_wraps(tmp_path: Path) -> None:
 
     with Meter(gpu=False, powercap=tmp_path, clock=ticking, poll_s=0.002) as meter:
         for step in range(1, 7):  # six times half the range plus 1 J: three wraps
-            clock.now_s += 100
+            clock.now_s += 150  # 874 W
             energy.with_suffix(".new").write_text(str((step * (RANGE_UJ // 2 + 1_000_000)) % RANGE_UJ))
             energy.with_suffix(".new").replace(energy)
             seen, deadline = len(reads), time.monotonic() + 10
@@ -250,6 +273,39 @@ def test_gpu_counter_that_went_backwards(nvml: FakeNvml) -> None:
     assert "the driver was reloaded" in str(meter.readings[0].reason)
 
 
+def test_a_driver_that_goes_away_meanwhile(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    with Meter(cpu=False, clock=clock, gpus=[0]) as meter:
+        clock.now_s += 20
+        nvml.energy_mj.clear()
+
+        def gone() -> None:
+            nvml.open = 0
+            raise nvml.NVMLError("Uninitialized")
+
+        monkeypatch.setattr(nvml, "nvmlShutdown", gone)
+        meter._close = gone  # what it holds since it began
+    assert meter.readings[0].joules is None
+    assert "the GPU's energy counter cannot be read (Not Supported)" in str(meter.readings[0].reason)
+
+
+def test_a_driver_that_lists_no_gpus_and_names_in_bytes(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(nvml, "nvmlDeviceGetName", lambda handle: b"Old binding")
+    with Meter(cpu=False, clock=clock, gpus=[0]) as meter:
+        clock.now_s += 20
+        nvml.energy_mj[0] += 1000
+    assert (meter.readings[0].source, meter.readings[0].joules) == ("NVML: GPU 0, Old binding", 1.0)
+
+    def broken() -> int:
+        raise nvml.NVMLError("Unknown Error")
+
+    monkeypatch.setattr(nvml, "nvmlDeviceGetCount", broken)
+    with Meter(cpu=False, clock=clock) as meter:
+        clock.now_s += 20
+    assert [(r.joules, r.reason) for r in meter.readings] == [(None, "the driver does not list its GPUs (Unknown Error)")]
+
+
 def test_without_pynvml(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with Meter(cpu=False) as meter:
@@ -283,3 +339,4 @@ def test_a_reading_cannot_pretend() -> None:
     assert total([measured, measured]) == 4.0
     assert total([measured, missing]) is None
     assert total([]) is None
+    assert (total_known([measured, missing]), total_known([missing]), total_known([])) == (2.0, None, None)

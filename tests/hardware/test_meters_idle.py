@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hardware import Meter, Reading, measure_idle, total, total_above_idle
-from hardware.meters_zeus import ZeusCheck, compare
+from hardware.meters_zeus import ZeusCheck, compare, compare_all
 from tests.hardware.test_meters import RANGE_UJ, Clock, FakeNvml, zone
 
 
@@ -42,7 +42,9 @@ def test_without_idle_or_without_a_meter_there_is_no_difference(tmp_path: Path) 
     assert plain.to_dict()["above_idle_j"] is None
     assert total_above_idle([plain]) is None
     assert total_above_idle([]) is None
-    nothing = measure_idle(0.001, gpu=False, powercap=tmp_path / "absent")
+    waited: list[float] = []
+    nothing = measure_idle(10, sleep=waited.append, gpu=False, powercap=tmp_path / "absent")
+    assert waited == []  # without a meter there is nothing to wait for
     assert nothing[0].joules is None
     assert nothing[0].mean_w is None
     with Meter(gpu=False, powercap=tmp_path / "absent", idle=nothing) as meter:
@@ -121,6 +123,22 @@ def test_zeus_beside_our_meter(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = Reading(101.0, "NVML: GPU 0", 10.0, 1.0, None), Reading(100.0, "Zeus: GPU 0", 10.0, 1.0, None)
     assert "agree (1 J)" in compare(ours, theirs)
     assert "differ (11 J)" in compare(Reading(111.0, "NVML: GPU 0", 10.0, 1.0, None), theirs)
+
+
+def test_every_device_finds_its_counterpart() -> None:
+    def own(source: str, joules: float | None) -> Reading:
+        return Reading(joules, source, 10.0, None if joules is None else 1.0, "no meter" if joules is None else None)
+
+    ours = [own("NVML: GPU 0, Fake 0", 101.0), own("NVML: GPU 1, Fake 1", 50.0), own("RAPL: package-0", 7.0)]
+    theirs = [own("Zeus: GPU 0", 100.0), own("Zeus: CPU 0", 20.0)]
+    agree, alone, differ = compare_all(ours, theirs)
+    assert "agree (1 J)" in agree
+    assert alone.endswith("no cross-check, Zeus: GPU 1 was not measured: zeus did not read this device")
+    assert "differ (13 J)" in differ
+    (nothing,) = compare_all([own("RAPL", None)], [own("Zeus", None)])
+    assert nothing == "RAPL: no cross-check, RAPL was not measured: no meter"
+    (without,) = compare_all([own("RAPL: package-0", 7.0)], [own("Zeus", None)])
+    assert without.endswith("Zeus: CPU 0 was not measured: no meter")
 
 
 def test_zeus_absent_or_broken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +12,7 @@ import pytest
 
 from neuro.graph import Population, Projection, SpikingGraph, truncate_weights
 from neuro.simulators import lava_client
+from tests.environments import missing, python_of
 
 GraphMaker = Callable[[int], SpikingGraph]
 
@@ -137,21 +137,7 @@ def lava_python() -> Path:
     try:
         return lava_client.find_python()
     except lava_client.LavaUnavailable as error:
-        if "lava" in os.environ.get("SPIKEGATE_REQUIRE", "").split(","):
-            pytest.fail(f"SPIKEGATE_REQUIRE asks for Lava: {error}")
-        pytest.skip(str(error))
-
-
-def python_of(variable: str, folder: str, word: str) -> Path:
-    """The interpreter that `variable` names, or that of `folder`, which `make WORD` fills; without one the test skips, or
-    fails where SPIKEGATE_REQUIRE lists `word`."""
-    python = Path(os.environ.get(variable, Path(__file__).resolve().parents[2] / folder / "bin/python"))
-    if not python.exists():
-        reason = f"{python} does not exist; `make {word}` makes it"
-        if word in os.environ.get("SPIKEGATE_REQUIRE", "").split(","):
-            pytest.fail(f"SPIKEGATE_REQUIRE asks for {word}: {reason}")
-        pytest.skip(reason)
-    return python
+        missing("lava", str(error))
 
 
 @pytest.fixture(scope="session")

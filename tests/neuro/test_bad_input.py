@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import neuro
 from hardware.placement import DoesNotFit
@@ -156,3 +157,27 @@ def test_a_plan_of_another_module_converts_nothing() -> None:
     shorter = found[:4]
     with pytest.raises(ValueError, match="the plan maps layer '5', which Sequential does not have"):
         neuro.deploy(shorter, plan)
+
+
+def test_modules_that_cannot_be_copied_or_looked_into_are_refused_with_the_way_out() -> None:
+    x = torch.randn(4, 16)
+    pruned = nn.Sequential(nn.Linear(16, 8))
+    prune.random_unstructured(pruned[0], "weight", 0.5)
+    for found, message in (
+        (nn.Sequential(nn.LazyLinear(8)), r"module '0' has no 'weight' yet \(LazyLinear is lazy\); run it once"),
+        (pruned, r"module '0' holds 'weight' as the result of a computation .*prune\.remove\(layer, 'weight'\)"),
+        (torch.compile(nn.Linear(16, 8), backend="eager"), r"module '\(root\)' is compiled .* inside, `_orig_mod`"),
+    ):
+        for work in (neuro.prepare, neuro.analyse, lambda m, v: neuro.calibrate(m, [v])):
+            with pytest.raises(ValueError, match=message):
+                work(found, x)
+    assert isinstance(nn.Sequential(nn.LazyLinear(8))[0].weight, nn.UninitializedParameter)
+    prune.remove(pruned[0], "weight")
+    assert neuro.analyse(pruned, x).mapped == ("0",)
+
+
+def test_examples_without_rows_and_layers_without_an_order() -> None:
+    with pytest.raises(ValueError, match="the example inputs hold no row"):
+        neuro.analyse(nn.Linear(16, 8), torch.randn(0, 16))
+    with pytest.raises(neuro.NothingToMap, match="1 x linear"):
+        neuro.analyse(nn.Linear(16, 8, dtype=torch.complex64), torch.randn(3, 16, dtype=torch.complex64))

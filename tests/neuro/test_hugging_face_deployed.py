@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import neuro
-from neuro.segments import PairFirst, PairLast, SingleLinear
+from neuro.stand_ins import PairFirst, PairLast, SingleLinear
 
 transformers = pytest.importorskip("transformers")
 

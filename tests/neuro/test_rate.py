@@ -139,7 +139,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         whole, parts = neuro.deploy(module, plan), neuro.deploy(module, plan)
         wanted = whole(x)
         with monkeypatch.context() as patch:
-            patch.setattr("neuro.streams.CHUNK_VALUES", 6 * 24 * 7)
+            patch.setattr("neuro.spike_counts.CHUNK_VALUES", 6 * 24 * 7)
             assert torch.equal(parts(x), wanted)
         assert parts.counts() == whole.counts()
 
@@ -219,7 +219,7 @@ def test_a_membrane_beyond_its_register_is_stepped() -> None:
     (s,) = plan.segments
     assert any("'out'; saturations are counted" in note for note in plan.notes)
     deployed = neuro.deploy(module, plan)
-    with pytest.warns(RuntimeWarning, match=r"segment '0': \d+ values beyond 24 bits"):
+    with pytest.warns(RuntimeWarning, match=r"segment '0': 0 wrapped sums, \d+ values beyond 24 bits"):
         out = deployed(x)
     whole = run_pipelined(s.graph, encode(s, x)[0], record=("out.v",))
     assert torch.equal(out, (whole.states["out"]["v"][0, 63::64].double() * s.output_scale).float())
