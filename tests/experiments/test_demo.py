@@ -42,7 +42,7 @@ def test_the_demo_survives_an_interruption_and_ends_in_a_comparison(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "is there already" in done.stderr
     assert "tensorboard --logdir demo" in done.stderr
-    assert "n = 1, a demonstration" in done.stdout
+    assert "n = 1, a demonstration" in " ".join(done.stdout.split())
     found = json.loads((tmp_path / "demo" / "comparison" / "comparison.json").read_text())
     assert set(found["streams"]) == {"clean", "noisy"}
     for stream in found["streams"].values():
