@@ -27,9 +27,10 @@ from experiments.statistics import interval
 from sparse_update.data.sources import CorpusError
 
 GOAL_NATS = 0.05
+GOAL_SHARE = 0.12
 LOOKS = {
     "gated": ("o-", "thresholds and pruning"),
-    "pruned": ("s", "pruned only"),
+    "pruned": ("s--", "pruning alone"),
     "float": ("D", "float control in W8A8"),
     "distilled": ("v", "float control, distilled, in W8A8"),
 }
@@ -85,20 +86,27 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Loss difference over share of synaptic operations; the goal is the grey corner."""
+    """Loss difference over share of synaptic operations, bars from the least to the largest seed; grey: the goal."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     FigureCanvasAgg(figure)
     ax = figure.subplots()
-    ax.axvspan(0, 12, ymax=1, color="0.93", zorder=0)
-    ax.axhline(GOAL_NATS, color="0.6", lw=0.8)
+    low = min(0.0, *(min(r["delta_nats_each"]) for r in rows)) - 0.005
+    ax.fill_between([0, 100 * GOAL_SHARE], low, GOAL_NATS, color="0.9", lw=0, zorder=0)
+    ax.text(100 * GOAL_SHARE / 2, low + 0.002, "goal", ha="center", color="0.4")
     for kind, (look, label) in LOOKS.items():
         some = sorted((r for r in rows if r["kind"] == kind), key=lambda r: r["share"])
         if some:
-            ax.plot([100 * r["share"] for r in some], [r["delta_nats"] for r in some], look, label=label)
+            off = [
+                [r["delta_nats"] - min(r["delta_nats_each"]) for r in some],
+                [max(r["delta_nats_each"]) - r["delta_nats"] for r in some],
+            ]
+            x, y = [100 * r["share"] for r in some], [r["delta_nats"] for r in some]
+            ax.errorbar(x, y, yerr=off, fmt=look, capsize=3, label=label)
     ax.set_xlim(left=0)
+    ax.set_ylim(bottom=low)
     ax.set_xlabel("synaptic operations, % of dense multiply-accumulates")
     ax.set_ylabel("simulated loss less float control, nats per token")
     ax.legend(frameon=False)
