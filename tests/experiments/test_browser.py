@@ -148,6 +148,27 @@ def test_custom_scalars_compare_the_gate_with_dense(server: str, window: Any) ->
     keep(tab, "custom_scalars")
 
 
+def test_the_margins_of_the_energies_are_drawn(server: str, window: Any) -> None:
+    tab = window.open(f"{server}/#custom_scalars")
+    tab.until("energy", "nJ per token and profile", limit_s=LIMIT_S)
+    shapes = f"""(() => {{ {ALL} walk(document.body);
+    const card = all.find(n => n.tagName === "TF-CUSTOM-SCALAR-MARGIN-CHART-CARD");
+    if (!card) return [];
+    card.scrollIntoView();
+    all.length = 0; walk(card);
+    return all.filter(n => n.tagName === "path" && /area|line/.test(n.getAttribute("class"))).map(
+      n => [n.getAttribute("class"), n.getAttribute("d") || ""]); }})()"""
+    deadline = time.monotonic() + LIMIT_S
+    drawn: dict[str, str] = {}
+    while not {"area", "line"} <= drawn.keys() and time.monotonic() < deadline:
+        time.sleep(1.0)
+        drawn = {name.split()[0]: path for name, path in tab.evaluate(shapes) if len(path) > 10 and "NaN" not in path}
+    keep(tab, "margin")
+    assert {"area", "line"} <= drawn.keys(), drawn
+    points = re.findall(r"[ML](-?[\d.]+),(-?[\d.]+)", drawn["area"])
+    assert len({y for _, y in points}) == 4, "low and high of two profiles"
+
+
 def test_the_hparams_table_has_losses_and_joules_of_every_run(server: str, window: Any) -> None:
     tab = window.open(f"{server}/#hparams")
     columns = ("hparam/loss_nats", "hparam/energy_j", "hparam/energy_nj_per_token", "hparam/reference_s", "hparam/tflop")
