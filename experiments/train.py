@@ -299,7 +299,7 @@ def _run(
         def on_report(report: StepReport) -> None:
             updates.note(report.step, trainer.subset.active)
             tracker.log(report.step, _scalars(report, cfg) | savings.scalars())
-            bar.update(max(0.0, report.reference_s - bar.n))
+            bar.update(max(0.0, min(1.0, trainer.progress) * bar.total - bar.n))
             bar.set_postfix_str(
                 f"loss {report.loss_nats:.3f}, kept {report.keep_fraction:.0%}, "
                 f"{report.tokens / max(report.wall_s, 1e-9):,.0f} tokens/s"
@@ -465,13 +465,16 @@ def peak_bytes(device: torch.device) -> tuple[int, str]:
 
 
 def _bar(cfg: TrainConfig) -> Any:
+    """What of the budget is spent: reference seconds, or tokens where those are the budget."""
     from tqdm import tqdm
 
+    tokens, seconds = cfg.trainer.budget_offered_tokens, cfg.trainer.budget_reference_s
     return tqdm(
-        total=round(cfg.trainer.budget_reference_s, 1),
+        total=tokens or round(seconds, 1),
         desc=f"{cfg.stream_name} {cfg.arm_name}",
-        unit="ref s",
-        bar_format="{desc}: {percentage:3.0f}%|{bar:20}| {n:.0f}/{total:.0f} {unit} [{elapsed}, {remaining} left{postfix}]",
+        unit="tokens" if tokens else "ref s",
+        bar_format="{desc}: {percentage:3.0f}%|{bar:20}| {n:,.0f}/{total:,.0f} {unit} "
+        "[{elapsed}, {remaining} left{postfix}]",
         disable=not cfg.progress,
         mininterval=2.0,
     )

@@ -232,6 +232,15 @@ def test_verify_says_that_the_deployed_graphs_equal_lava(runs, lava):
     assert "equal over" in done.stdout
 
 
+def test_a_budget_of_tokens_is_what_the_progress_line_counts(runs, text):
+    """However few reference seconds are set: they are not the budget then."""
+    words = ["gate=dense", "run=tokens", "trainer.component_times=times.json", "progress=true", "seed=3"]
+    words += ["trainer.budget_offered_tokens=25600", "trainer.budget_reference_s=0.001", "trainer.log_every_steps=1"]
+    done = spikegate("train", *FAST, f"data.path={text}", "data.garbage_fraction=0.3", *words, cwd=runs)
+    assert last_json(done)["tokens"] == 25600
+    assert "25,600/25,600 tokens" in done.stderr
+
+
 def test_the_progress_line_says_what_is_left(capsys):
     from experiments.train import TrainConfig, _bar
 
