@@ -61,7 +61,7 @@ class Frontier:
     batch: int = 16
     lr: float = 4e-3
     optimizer: str = "muon"
-    controls: tuple[tuple[str, float], ...] = (("adamw", 1e-3), ("muon", 2.5e-4), ("muon", 1e-3))
+    controls: tuple[tuple[str, float], ...] = (("adamw", 1e-3), ("muon", 1e-3), ("muon", 2e-3), ("muon", 4e-3))
     threshold_lr: float = 0.03
     anneal_until: float = 0.5
     pruning: float = PRUNING
@@ -151,6 +151,11 @@ class Points:
         found = []
         tuned = {how: self.control(how, self.cfg.seeds[0]) for how in self.cfg.controls}
         self.best = min(tuned, key=lambda how: tuned[how]["selection_nats"])
+        rates = [rate for optimizer, rate in tuned if optimizer == self.best[0]]
+        if self.best[1] in (min(rates), max(rates)):
+            say(
+                f"the best control, {control_name(self.best)}, is at the edge of the rates tried: a better one may lie beyond"
+            )
         for seed in self.cfg.seeds:
             control = self.control(self.best, seed)
             found.append(control)

@@ -45,7 +45,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_frontier_end_to_end(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert activity.main([str(run), *WORDS]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "at the edge of the rates tried" in err  # of a single one
     found = json.loads(out.splitlines()[-1])
     rows = {row["kind"]: row for row in found["rows"]}
     assert set(rows) == {"float", "gated", "pruned"}
