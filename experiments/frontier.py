@@ -153,9 +153,8 @@ class Points:
         self.best = min(tuned, key=lambda how: tuned[how]["selection_nats"])
         rates = [rate for optimizer, rate in tuned if optimizer == self.best[0]]
         if self.best[1] in (min(rates), max(rates)):
-            say(
-                f"the best control, {control_name(self.best)}, is at the edge of the rates tried: a better one may lie beyond"
-            )
+            name = control_name(self.best)
+            say(f"the best control, {name}, is at the edge of the rates tried: a better one may lie beyond")
         for seed in self.cfg.seeds:
             control = self.control(self.best, seed)
             found.append(control)
