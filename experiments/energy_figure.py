@@ -100,9 +100,7 @@ def energy_panel(ax: Axes, stream: Stream, colours: Mapping[str, str], shapes: M
     `labels.settle`)."""
     from matplotlib.ticker import EngFormatter
 
-    plain_axes(ax, f"{stream.name}: energy against accuracy")
-    ax.set_xlabel("inference energy per token")
-    ax.set_ylabel("held-out loss, nats per token")
+    plain_axes(ax, f"{stream.name}: energy against accuracy", "inference energy per token", "held-out loss, nats per token")
     found = seed_points(stream)
     if not found:
         ax.text(0.5, 0.5, "no deployed model", transform=ax.transAxes, ha="center", color=MUTED)
@@ -208,9 +206,11 @@ def energy_legend(
     picture.legend(handles=handles, loc="outside upper center", **style)
 
 
-def plain_axes(ax: Axes, title: str) -> None:
-    """A panel's title, a light grid, and no frame at the top and right."""
+def plain_axes(ax: Axes, title: str, x: str, y: str) -> None:
+    """A panel's title, the names of its axes, a light grid, and no frame at the top and right."""
     ax.set_title(title, loc="left", fontsize=11)
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(True, color="#ececec", linewidth=0.8)
     ax.set_axisbelow(True)

@@ -104,9 +104,8 @@ def budget_ends(stream: Stream, arm: str) -> list[tuple[float, float]]:
 
 
 def _prequential_panel(ax: Axes, stream: Stream, colours: Mapping[str, str]) -> list[Annotation]:
-    plain_axes(ax, f"{stream.name}: prequential loss against FLOPs")
-    ax.set_xlabel("counted TFLOP, scoring included")
-    ax.set_ylabel("prequential loss, nats per token")
+    title = f"{stream.name}: prequential loss against FLOPs"
+    plain_axes(ax, title, "counted TFLOP, scoring included", "prequential loss, nats per token")
     found = frontier(stream)
     if not found:
         ax.text(0.5, 0.5, "no prequential loss recorded", transform=ax.transAxes, ha="center", color=MUTED)
@@ -125,9 +124,7 @@ def _prequential_panel(ax: Axes, stream: Stream, colours: Mapping[str, str]) -> 
 
 
 def _training_panel(ax: Axes, stream: Stream, colours: Mapping[str, str], dashes: Mapping[str, Any]) -> list[Annotation]:
-    plain_axes(ax, f"{stream.name}: training ({_seeds(stream)})")
-    ax.set_xlabel("reference seconds")
-    ax.set_ylabel("held-out loss, nats per token")
+    plain_axes(ax, f"{stream.name}: training ({_seeds(stream)})", "reference seconds", "held-out loss, nats per token")
     ends: list[tuple[float, float, str]] = []
     seen: list[tuple[float, float]] = []
     for arm in stream.arms.values():

@@ -164,7 +164,8 @@ class Points:
                 found.append(self.point(f"gated-{target:g}", target, seed, self.cfg.lr, pruned=False))
             if self.cfg.pruning:
                 least = min(self.cfg.targets)
-                found.append(self.point(f"pruned-{least:g}", least, seed, self.cfg.lr, pruned=True))
+                name = f"pruned-to-{self.cfg.density(least):.2g}"  # of the weights; there is no share to reach
+                found.append(self.point(name, least, seed, self.cfg.lr, pruned=True))
             for record in found:
                 if record["seed"] == seed:
                     record["delta_nats"] = record["simulated_nats"] - control["float_nats"]
@@ -189,7 +190,13 @@ class Points:
         optimizer: str = "",
         distilled: bool | None = None,
     ) -> dict[str, Any]:
-        """One model, trained and measured; read back where it is finished. Raises RunError for other settings there."""
+        """One model, trained and measured; read back where it is finished.
+
+        `target`: share of synaptic operations per dense multiply-accumulate, None for a float control. `pruned`: no
+        thresholds, only the weights' density that belongs to `target`. `lr`: AdamW's. `distilled`: by default wherever
+        the frontier distils and there is a target. In the record losses are in nats per token, `train_s` in seconds.
+        Raises RunError where the folder was made with other settings.
+        """
         folder = self.cfg.folder / f"{name}-s{seed}"
         optimizer = optimizer or self.cfg.optimizer
         if distilled is None:
@@ -228,9 +235,7 @@ class Points:
         target, seed, pruned = own["target"], own["seed"], own["pruned"]
         cfg, start = self.cfg, time.perf_counter()
         torch.manual_seed(seed)
-        model = copy.deepcopy(self.start)
-        if cfg.from_scratch:
-            model._initialise()
+        model = Transformer(self.start.cfg) if cfg.from_scratch else copy.deepcopy(self.start)
         stream = self.text.stream(seed)
 
         def batches(step: int) -> tuple[Tensor, Tensor]:
@@ -305,7 +310,7 @@ def control_name(how: tuple[str, float]) -> str:
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats."""
+    """Mean cross-entropy in nats, a scalar: logits float (..., V), targets int64 (...)."""
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
 
