@@ -12,7 +12,7 @@ BENCHES = {
     "conversion": "loss, operations and speed of a trained model on the simulated chip",
     "account": "modelled joules and time of published networks against what was measured",
 }
-"""Name -> what it measures; each lives in `experiments.bench_NAME`, with `main(arguments) -> exit code`."""
+"""Name -> what it measures; each lives in `experiments.benches.NAME`, with `main(arguments) -> exit code`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     wanted = arguments[0] if arguments else ""
     if wanted in BENCHES:
-        return int(importlib.import_module(f"experiments.bench_{wanted}").main(arguments[1:]))
+        return int(importlib.import_module(f"experiments.benches.{wanted}").main(arguments[1:]))
     asked_for_help = wanted in ("-h", "--help")
     out = sys.stdout if asked_for_help else sys.stderr
     if wanted and not asked_for_help:

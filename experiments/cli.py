@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import compat, export, importing, place, simulate, verify
+from experiments import demo
+from experiments.commands import compat, export, importing, place, simulate, verify
 
 HYDRA = {
     "train": "train one arm",
@@ -42,16 +43,12 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=f"{text} (Hydra: KEY=VALUE ...)", add_help=False)
     for name, text in HANDED_ON.items():
         commands.add_parser(name, help=text, add_help=False)
-    demo = commands.add_parser("demo", help="the main job: train, deploy and compare on two streams")
-    demo.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where the runs go (default: runs/demo)")
-    demo.add_argument("--seeds", type=int, default=1, help="seeds per arm (default: 1)")
-    demo.add_argument("--budget-reference-s", type=float, default=None, help="reference seconds per arm")
-    demo.set_defaults(run=_demo)
     rerun = commands.add_parser("rerun", help="repeat a run from its folder")
     rerun.add_argument("folder", type=Path, help="folder of a training run or a deployment")
     rerun.add_argument("--out", type=Path, default=None, help="folder of the repetition (default: FOLDER-rerun)")
     rerun.set_defaults(run=_rerun)
     own_parsers = {
+        "demo": demo,
         "verify": verify,
         "simulate": simulate,
         "place": place,
@@ -71,12 +68,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _demo(args: argparse.Namespace) -> int:
-    from experiments.demo import demo
-
-    return demo(args.folder, seeds=args.seeds, budget_reference_s=args.budget_reference_s)
-
-
 def _rerun(args: argparse.Namespace) -> int:
     from experiments.rerun import rerun
 
@@ -84,13 +75,13 @@ def _rerun(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from experiments.plain_json import dump_line
-    from hardware.loihi import probe
+    from experiments.runs.plain_json import dump_line
+    from hardware.boards.loihi import probe
 
     demands = None
     if args.graph is not None:
-        from neuro.demand import layer_demands
         from neuro.graph import GraphError, load_graph
+        from neuro.graph.demand import layer_demands
 
         try:
             demands = layer_demands(load_graph(args.graph))

@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.accounts import layer_energies
-from experiments.collection import collect
-from experiments.comparison import Comparison
-from experiments.figures import figure
-from experiments.hydra_app import ConfigError, run_app
-from experiments.layer_figure import layer_figure
-from experiments.page import page
-from experiments.plain_json import plain, write_json
-from experiments.tables import energy_markdown, markdown, table, verdict_lines
-from experiments.tracking import MOST_SELECTED, boards, write_comparison
+from experiments.comparison.accounts import layer_energies
+from experiments.comparison.collection import collect
+from experiments.comparison.record import Comparison
+from experiments.runs.hydra_app import ConfigError, run_app
+from experiments.runs.plain_json import plain, write_json
+from experiments.views.figures import figure
+from experiments.views.layer_figure import layer_figure
+from experiments.views.page import page
+from experiments.views.tables import energy_markdown, markdown, table, verdict_lines
+from experiments.views.tracking import MOST_SELECTED, boards, write_comparison
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,6 +6,7 @@ same settings goes on where the first one stopped.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import signal
@@ -15,13 +16,33 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.plain_json import write_json
-from experiments.runs import RunError, read_json
+from experiments.runs.folder import RunError, read_json
+from experiments.runs.plain_json import write_json
 
+HELP = "the main job: train, deploy and compare on two streams"
 STREAMS = ("clean", "noisy")
 ARMS = ("dense", "random", "surprise")
 BUDGET_REFERENCE_S = 40.0
 CHECKPOINT_WAIT_S = 60.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where the runs go (default: runs/demo)")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds per arm (default: 1)")
+    parser.add_argument("--budget-reference-s", type=float, default=None, help="reference seconds per arm")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command: see `demo`."""
+    return demo(args.folder, seeds=args.seeds, budget_reference_s=args.budget_reference_s)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m experiments.demo`."""
+    parser = argparse.ArgumentParser(prog="spikegate demo", description=HELP)
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
 
 
 def demo(folder: Path, seeds: int = 1, budget_reference_s: float | None = None) -> int:
@@ -121,6 +142,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    from experiments.cli import main
-
-    sys.exit(main(["demo", *sys.argv[1:]]))
+    sys.exit(main())

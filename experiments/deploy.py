@@ -18,8 +18,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from experiments.chip_figure import chip_figure
-from experiments.deployment import (
+from experiments.runs.deployment import (
     Advance,
     HeldOut,
     Sample,
@@ -36,31 +35,32 @@ from experiments.deployment import (
     sample,
     samples_markdown,
 )
-from experiments.gated import restore
-from experiments.hydra_app import ConfigError, run_app
-from experiments.placed import extrapolated, host_energy, price, put_on_cores, thresholds, with_time_steps
-from experiments.plain_json import write_json
-from experiments.rasters import raster_figure
-from experiments.runs import RunError, new_record, read_json
-from experiments.tracking import Tracker
+from experiments.runs.folder import RunError, new_record, read_json
+from experiments.runs.gated import restore
+from experiments.runs.hydra_app import ConfigError, run_app
+from experiments.runs.placed import extrapolated, host_energy, price, put_on_cores, thresholds, with_time_steps
+from experiments.runs.plain_json import write_json
+from experiments.views.chip_figure import chip_figure
+from experiments.views.rasters import raster_figure
+from experiments.views.tracking import Tracker
 from hardware.datafile import DataFileError
-from hardware.energy import load_profile
-from hardware.meters import Meter, total
+from hardware.energy.account import load_profile
+from hardware.meters.meter import Meter, total
 from hardware.placement import DoesNotFit
-from neuro.calibration import DEFAULT_PERCENTILE, METHODS, calibrate
-from neuro.compatibility import CompatibilityReport, NothingToMap, analyse
+from neuro.analysis.compatibility import CompatibilityReport, NothingToMap, analyse
+from neuro.conversion.calibration import DEFAULT_PERCENTILE, METHODS, calibrate
 from neuro.conversion.graded import GradedConfig
 from neuro.conversion.plan import Plan, save_plan
 from neuro.conversion.rate import RateConfig
 from neuro.conversion.routes import ROUTES, convert
 from neuro.conversion.sigma_delta import SigmaDeltaConfig
-from neuro.deployed import deploy as deployed_model
-from sparse_update.checkpoint import CheckpointError, load_checkpoint
+from neuro.deployment.deployed import deploy as deployed_model
 from sparse_update.data.corpus import Corpus, DataConfig, load_corpus
 from sparse_update.data.regimes import held_out as held_out_sets
 from sparse_update.data.regimes import make_stream
 from sparse_update.data.sources import CorpusError
 from sparse_update.data.stream import WindowStream
+from sparse_update.loop.checkpoint import CheckpointError, load_checkpoint
 from sparse_update.transformer import ModelConfig, Transformer
 
 __all__ = ["DeployConfig", "deploy", "layer_record", "load_run", "main"]
@@ -137,7 +137,7 @@ class DeployConfig:
 def load_run(folder: Path) -> tuple[Transformer, Corpus, DataConfig, dict[str, Any]]:
     """(model in eval mode, its corpus, what was trained on, run.json) of a finished training run.
 
-    A point of `experiments.activity` is one too: the corpus and the record of its run, the arm's name and the seed its own.
+    A point of the activity study is one too: the corpus and the record of its run, the arm's name and the seed its own.
     Raises RunError for a folder that is no finished run, or whose corpus has changed since.
     """
     if (folder / "point.json").exists():
@@ -161,7 +161,7 @@ def load_run(folder: Path) -> tuple[Transformer, Corpus, DataConfig, dict[str, A
 
 
 def load_point(folder: Path) -> tuple[Transformer, Corpus, DataConfig, dict[str, Any]]:
-    """`load_run` of a point of `experiments.activity`: its model with the gates that it was trained with.
+    """`load_run` of a point of `experiments.studies.activity`: its model with the gates that it was trained with.
 
     Raises RunError where the point is not finished or its run is gone.
     """

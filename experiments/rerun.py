@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from experiments.hydra_app import ConfigError, to_dataclass
-from experiments.plain_json import dump_line
-from experiments.runs import RunError, git_state, read_json, versions
+from experiments.runs.folder import RunError, git_state, read_json, versions
+from experiments.runs.hydra_app import ConfigError, to_dataclass
+from experiments.runs.plain_json import dump_line
 
 COMPARED = {
     "train": ("loss_nats", "bits_per_byte", "tokens", "steps", "flops", "reference_s"),

@@ -40,8 +40,8 @@ from typing import Any
 
 import yaml
 
-from experiments.plain_json import write_json
-from experiments.runs import RunError, read_json
+from experiments.runs.folder import RunError, read_json
+from experiments.runs.plain_json import write_json
 
 CHECKPOINT_WAIT_S = 120.0
 POLL_S = 0.2
@@ -117,7 +117,7 @@ class Sweep:
         """This sweep with its budget in reference seconds. Raises RunError while there is no table."""
         if not self.budget_tokens:
             return self
-        from sparse_update.cost import ComponentTimes  # brings torch, which nothing else here needs
+        from sparse_update.clock.cost import ComponentTimes  # brings torch, which nothing else here needs
 
         if not self.table.exists():
             raise RunError(f"{self.table}: no table of component times, so {self.budget_tokens} tokens have no price yet")

@@ -15,26 +15,25 @@ import numpy as np
 import torch
 import yaml
 
-from experiments.accounts import measured_energy
-from experiments.hydra_app import ConfigError, run_app
-from experiments.live import BlockUpdates, Savings
-from experiments.plain_json import write_json
-from experiments.rasters import surprise_figure
-from experiments.runs import RunError, new_record, read_json
-from experiments.tracking import Tracker, hparam_metrics, training_energy_markdown
-from hardware.meters import Meter, Reading, measure_idle
-from hardware.meters_zeus import ZeusCheck, compare_all
-from sparse_update.checkpoint import CheckpointError, load_checkpoint
-from sparse_update.cost import ComponentTimes, ComponentTimesError, Step, locked
+from experiments.comparison.accounts import measured_energy
+from experiments.runs.folder import RunError, new_record, read_json
+from experiments.runs.hydra_app import ConfigError, run_app
+from experiments.runs.plain_json import write_json
+from experiments.views.live import BlockUpdates, Savings
+from experiments.views.rasters import surprise_figure
+from experiments.views.tracking import Tracker, hparam_metrics, training_energy_markdown
+from hardware.meters.meter import Meter, Reading, measure_idle
+from hardware.meters.zeus import ZeusCheck, compare_all
+from sparse_update.clock.cost import ComponentTimes, ComponentTimesError, Step, locked
+from sparse_update.clock.timing import Component, extend, measure
 from sparse_update.data.corpus import Corpus, DataConfig, load_corpus
 from sparse_update.data.regimes import held_out, held_out_starts, make_stream
 from sparse_update.data.sources import CorpusError
 from sparse_update.data.stream import document_at
-from sparse_update.evaluation import by_difficulty, by_document, surprise_of, token_losses
 from sparse_update.gates.gate import GateConfig
-from sparse_update.signals import SignalError
-from sparse_update.timing import Component, extend, measure
-from sparse_update.trainer import (
+from sparse_update.loop.checkpoint import CheckpointError, load_checkpoint
+from sparse_update.loop.evaluation import by_difficulty, by_document, surprise_of, token_losses
+from sparse_update.loop.trainer import (
     RunResult,
     StepReport,
     Trainer,
@@ -43,6 +42,7 @@ from sparse_update.trainer import (
     compiling,
     start_from,
 )
+from sparse_update.signals import SignalError
 from sparse_update.transformer import ModelConfig, Transformer
 from sparse_update.weights.lowrank import FACTOR, PeersError
 from sparse_update.weights.optimizer import OptimConfig

@@ -9,54 +9,54 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from neuro.calibration import Calibration, calibrate
-    from neuro.compatibility import CompatibilityReport, NothingToMap, analyse
-    from neuro.conversion.attention import split_attention
+    from neuro.analysis.compatibility import CompatibilityReport, NothingToMap, analyse
+    from neuro.analysis.registry import LayerRule, prepare, register_layer, unregister_layer
+    from neuro.conversion.calibration import Calibration, calibrate
     from neuro.conversion.graded import GradedConfig
     from neuro.conversion.norm import rms_norm_graph
     from neuro.conversion.plan import Plan, Segment, load_plan, save_plan
     from neuro.conversion.rate import RateConfig
     from neuro.conversion.routes import convert
     from neuro.conversion.sigma_delta import SigmaDeltaConfig
-    from neuro.deployed import Deployed, deploy, load_deployed, save_deployed
-    from neuro.generation import generate
+    from neuro.deployment.deployed import Deployed, deploy, load_deployed, save_deployed
+    from neuro.deployment.generation import generate
     from neuro.graph import Population, Projection, SpikingGraph, load_graph, save_graph
-    from neuro.registry import LayerRule, prepare, register_layer, unregister_layer
-    from neuro.thresholds import EventThreshold
+    from neuro.modules.attention import split_attention
+    from neuro.modules.thresholds import EventThreshold
     from neuro.training.insert import insert_thresholds
     from neuro.training.loop import TrainSettings, fine_tune
 
 _HOME = {
-    "analyse": "neuro.compatibility",
-    "CompatibilityReport": "neuro.compatibility",
-    "NothingToMap": "neuro.compatibility",
-    "calibrate": "neuro.calibration",
-    "Calibration": "neuro.calibration",
+    "analyse": "neuro.analysis.compatibility",
+    "CompatibilityReport": "neuro.analysis.compatibility",
+    "NothingToMap": "neuro.analysis.compatibility",
+    "calibrate": "neuro.conversion.calibration",
+    "Calibration": "neuro.conversion.calibration",
     "convert": "neuro.conversion.routes",
     "RateConfig": "neuro.conversion.rate",
     "SigmaDeltaConfig": "neuro.conversion.sigma_delta",
     "GradedConfig": "neuro.conversion.graded",
-    "split_attention": "neuro.conversion.attention",
+    "split_attention": "neuro.modules.attention",
     "Plan": "neuro.conversion.plan",
     "Segment": "neuro.conversion.plan",
     "save_plan": "neuro.conversion.plan",
     "load_plan": "neuro.conversion.plan",
-    "deploy": "neuro.deployed",
-    "save_deployed": "neuro.deployed",
-    "load_deployed": "neuro.deployed",
-    "Deployed": "neuro.deployed",
-    "generate": "neuro.generation",
+    "deploy": "neuro.deployment.deployed",
+    "save_deployed": "neuro.deployment.deployed",
+    "load_deployed": "neuro.deployment.deployed",
+    "Deployed": "neuro.deployment.deployed",
+    "generate": "neuro.deployment.generation",
     "Population": "neuro.graph",
     "Projection": "neuro.graph",
     "SpikingGraph": "neuro.graph",
     "save_graph": "neuro.graph",
     "load_graph": "neuro.graph",
-    "LayerRule": "neuro.registry",
-    "prepare": "neuro.registry",
-    "register_layer": "neuro.registry",
-    "unregister_layer": "neuro.registry",
+    "LayerRule": "neuro.analysis.registry",
+    "prepare": "neuro.analysis.registry",
+    "register_layer": "neuro.analysis.registry",
+    "unregister_layer": "neuro.analysis.registry",
     "rms_norm_graph": "neuro.conversion.norm",
-    "EventThreshold": "neuro.thresholds",
+    "EventThreshold": "neuro.modules.thresholds",
     "insert_thresholds": "neuro.training.insert",
     "fine_tune": "neuro.training.loop",
     "TrainSettings": "neuro.training.loop",

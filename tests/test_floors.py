@@ -34,20 +34,20 @@ THIRD_PARTIES = {
     "torch": ("neuro/", "sparse_update/", "experiments/"),
     "scipy": ("experiments/", WORKER),
     "yaml": ("hardware/", "experiments/"),
-    "sklearn": ("experiments/digits.py",),
+    "sklearn": ("experiments/studies/digits.py",),
     "tqdm": ("experiments/",),
     "matplotlib": ("experiments/",),
     "hydra": ("experiments/",),
     "omegaconf": ("experiments/",),
-    "tensorboard": ("experiments/tracking.py",),
-    "torch.utils.tensorboard": ("experiments/tracking.py",),
-    "pynvml": ("hardware/meters.py",),
-    "zeus": ("hardware/meters_zeus.py",),
-    "sanafe": ("experiments/sanafe_worker.py",),
-    "safetensors": ("sparse_update/checkpoint.py",),
+    "tensorboard": ("experiments/views/tracking.py",),
+    "torch.utils.tensorboard": ("experiments/views/tracking.py",),
+    "pynvml": ("hardware/meters/meter.py",),
+    "zeus": ("hardware/meters/zeus.py",),
+    "sanafe": ("experiments/studies/sanafe_worker.py",),
+    "safetensors": ("sparse_update/loop/checkpoint.py",),
     "tokenizers": ("sparse_update/data/tokens.py",),
-    "snntorch": ("neuro/spiking.py", "neuro/simulators/snntorch_backend.py"),
-    "nir": ("neuro/nir/",),
+    "snntorch": ("neuro/modules/spiking.py", "neuro/simulators/snntorch_backend.py"),
+    "nir": ("neuro/exchange/nir/",),
     "transformers": ("sparse_update/library/callbacks.py",),
     "datasets": ("sparse_update/data/hub.py",),
     "pytorch_lightning": ("sparse_update/library/callbacks.py",),
@@ -56,7 +56,8 @@ THIRD_PARTIES = {
     "lava": (WORKER,),
 }
 # Read also by Python 3.10 in an environment that has numpy and Lava, and nothing of ours.
-STANDALONE = ("neuro/graph.py", "neuro/kinds.py", "neuro/synapses.py", WORKER)
+GRAPHS = ("__init__", "files", "kinds", "network", "synapses")
+STANDALONE = (*(f"neuro/graph/{name}.py" for name in GRAPHS), WORKER)
 STANDALONE_MAY = {"numpy", "scipy", "lava"}
 # Formats that run code when they are read.
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
@@ -109,7 +110,8 @@ def _import_problem(place: str, name: str) -> str | None:
         beside = place.startswith(WORKER) and (ROOT / WORKER / f"{top}.py").is_file()
         bare = not place.startswith(WORKER) or place == f"{WORKER}worker.py"  # which makes a bare `neuro` to load them from
         shared = bare and any(
-            f"{name}.".startswith(f"{file.removesuffix('.py').replace('/', '.')}.") for file in STANDALONE
+            f"{name}.".startswith(f"{file.removesuffix('.py').removesuffix('/__init__').replace('/', '.')}.")
+            for file in STANDALONE
         )
         if top not in STANDALONE_MAY and not beside and not shared:
             return f"imports {name}, but runs under Python 3.10 without it"
@@ -161,16 +163,16 @@ PLANTED = {
     "neuro/across.py": ("def f():\n    from sparse_update.gates.gate import band", "neuro may import hardware"),
     "sparse_update/across.py": ("import importlib\nimportlib.import_module('neuro.graph')", "imports neuro.graph"),
     "sparse_update/relative.py": ("from ..experiments import cli", "imports experiments.cli"),
-    "neuro/simulators/board.py": ("import torch.utils.tensorboard as tb", "experiments/tracking.py"),
-    "experiments/table.py": ("from torch.utils import tensorboard", "experiments/tracking.py"),
+    "neuro/simulators/board.py": ("import torch.utils.tensorboard as tb", "experiments/views/tracking.py"),
+    "experiments/table.py": ("from torch.utils import tensorboard", "experiments/views/tracking.py"),
     "neuro/config.py": ("if True:\n    import hydra.core", "belongs to experiments/"),
     "hardware/plot.py": ("from matplotlib import pyplot", "belongs to experiments/"),
-    "hardware/power.py": ("import pynvml", "belongs to hardware/meters.py"),
+    "hardware/power.py": ("import pynvml", "belongs to hardware/meters/meter.py"),
     "experiments/chip.py": ("from lava.magma.core import x", "belongs to neuro/lava_worker/"),
-    "neuro/store.py": ("from safetensors.torch import save_file", "belongs to sparse_update/checkpoint.py"),
-    "experiments/spikes.py": ("import snntorch", "belongs to neuro/spiking.py"),
+    "neuro/store.py": ("from safetensors.torch import save_file", "belongs to sparse_update/loop/checkpoint.py"),
+    "experiments/spikes.py": ("import snntorch", "belongs to neuro/modules/spiking.py"),
     "neuro/new.py": ("import pandas", "in no list"),
-    "neuro/graph.py": ("import torch", "runs under Python 3.10 without it"),
+    "neuro/graph/network.py": ("import torch", "runs under Python 3.10 without it"),
     "neuro/lava_worker/extra.py": ("from neuro.graph import load_graph", "runs under Python 3.10 without it"),
     "neuro/lava_worker/syntax.py": ("try:\n    pass\nexcept* ValueError:\n    pass", "is no Python 3.10"),
     "experiments/cache.py": ("from pickle import load", "runs code from data"),
@@ -182,8 +184,8 @@ PLANTED = {
 }
 HONEST = {
     "experiments/cli.py": "import hydra, neuro.graph, sparse_update\nfrom experiments import tracking",
-    "experiments/tracking.py": "from torch.utils.tensorboard import SummaryWriter",
-    "neuro/a.py": "from hardware.energy import Counts\nfrom . import b\nfrom neuro import b as c\nimport torch",
+    "experiments/views/tracking.py": "from torch.utils.tensorboard import SummaryWriter",
+    "neuro/a.py": "from hardware.energy.account import Counts\nfrom . import b\nfrom neuro import b as c\nimport torch",
     "neuro/lava_worker/fine.py": "import numpy\nfrom lava.magma import x\nimport json",
     "experiments/read.py": "import torch\ntorch.load('x', weights_only=True)",
 }

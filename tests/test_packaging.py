@@ -70,7 +70,7 @@ def test_the_wheel_holds_all_code_and_data_and_no_tests(installed):
 def test_the_wheel_works_from_another_folder(installed, tmp_path):
     _, site = installed
     env = {**os.environ, "PYTHONPATH": str(site)}
-    code = "import experiments, hardware.chip as c; print(experiments.__file__); print(c.load_chip('loihi2').name)"
+    code = "import experiments, hardware.chips.chip as c; print(experiments.__file__); print(c.load_chip('loihi2').name)"
     done = run(sys.executable, "-c", code, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     where, chip = done.stdout.splitlines()

@@ -1,1 +1,1 @@
-"""Chip limits as data; read by ``hardware.chip.load_chip``."""
+"""Chip limits as data; read by ``hardware.chips.chip.load_chip``."""

@@ -1,1 +1,1 @@
-"""Published networks with measured power or time as data; read by ``hardware.measured_networks``."""
+"""Published networks with measured power or time as data; read by ``hardware.energy.measured_networks``."""

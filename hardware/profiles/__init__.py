@@ -1,1 +1,1 @@
-"""Energy profiles as data; read by ``hardware.profile.load_profile``."""
+"""Energy profiles as data; read by ``hardware.energy.profile.load_profile``."""

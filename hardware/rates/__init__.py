@@ -1,1 +1,1 @@
-"""Times per operation as data; read by ``hardware.timing.load_rates``."""
+"""Times per operation as data; read by ``hardware.latency.rates.load_rates``."""

@@ -1,1 +1,1 @@
-"""Published thresholds below which spiking networks pay, as data; read by ``hardware.breakeven``."""
+"""Published thresholds below which spiking networks pay, as data; read by ``hardware.energy.breakeven``."""

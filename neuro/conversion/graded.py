@@ -38,8 +38,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import nn
 
-from neuro.calibration import Calibration, LayerRange
-from neuro.compatibility import CompatibilityReport, MlpPair
+from neuro.analysis.compatibility import CompatibilityReport, MlpPair
+from neuro.conversion.calibration import Calibration, LayerRange
 from neuro.conversion.integers import (
     EXPONENT_REGISTER,
     INT8_MAX,
@@ -68,7 +68,7 @@ from neuro.conversion.narrowing import PREFIX, narrow_in_neurons
 from neuro.conversion.plan import Headroom, Plan, Segment
 from neuro.conversion.weights import SCALES, IntegerLayer, integer_layer, rounded_bias
 from neuro.graph import Population, SpikingGraph
-from neuro.thresholds import EventThreshold
+from neuro.modules.thresholds import EventThreshold
 
 PAYLOAD_LIMIT = 2 ** (PAYLOAD_BITS - 1) - 1
 MARGIN = 2.0  # outputs and hidden values may exceed what calibration saw by this factor before a limit is reached

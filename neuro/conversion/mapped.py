@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from neuro.calibration import Calibration, LayerRange
-from neuro.compatibility import CompatibilityReport, MlpPair, NothingToMap
+from neuro.analysis.compatibility import CompatibilityReport, MlpPair, NothingToMap
+from neuro.conversion.calibration import Calibration, LayerRange
 from neuro.conversion.integers import headroom_bits
 from neuro.conversion.plan import Headroom, HostWork, fingerprint
 from neuro.graph import Population, Projection

@@ -23,8 +23,8 @@ import numpy as np
 
 from neuro.conversion.mapped import one_to_one
 from neuro.graph import Population, Projection, SpikingGraph
+from neuro.graph.synapses import weight_step
 from neuro.simulators.schedule import depths
-from neuro.synapses import weight_step
 
 ONES = "ones"  # input population of one neuron that sends 1 at every step
 PREFIX = "narrow."  # of the product population behind a projection

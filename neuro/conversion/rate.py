@@ -32,8 +32,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from neuro.calibration import Calibration, LayerRange
-from neuro.compatibility import CompatibilityReport
+from neuro.analysis.compatibility import CompatibilityReport
+from neuro.conversion.calibration import Calibration, LayerRange
 from neuro.conversion.integers import INT8_MAX, payload_bits, scale_for, shift_for
 from neuro.conversion.mapped import Piece, common_notes, dense, host_work, layer_and_range, one_to_one, pieces, room
 from neuro.conversion.plan import Plan, Segment

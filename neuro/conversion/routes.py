@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from neuro.calibration import Calibration
-from neuro.compatibility import CompatibilityReport
+from neuro.analysis.compatibility import CompatibilityReport
 from neuro.conversion import graded, rate, sigma_delta
+from neuro.conversion.calibration import Calibration
 from neuro.conversion.graded import GradedConfig
 from neuro.conversion.plan import Plan
 from neuro.conversion.rate import RateConfig

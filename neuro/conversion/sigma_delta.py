@@ -25,8 +25,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from neuro.calibration import Calibration, LayerRange
-from neuro.compatibility import CompatibilityReport
+from neuro.analysis.compatibility import CompatibilityReport
+from neuro.conversion.calibration import Calibration, LayerRange
 from neuro.conversion.integers import (
     EXPONENT_REGISTER,
     INT8_MAX,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from neuro.conversion.integers import INT8_MAX, on_grid, scale_for, squared_error, weight_levels, weight_scales
-from neuro.synapses import weight_step
+from neuro.graph.synapses import weight_step
 
 SCALES = ("tensor", "power_of_two", "channel")
 

@@ -2,7 +2,7 @@
 
 Each block is a module of its own, (B, T, D) -> (B, T, D), from rest, causal; a residual stream adds what it returns.
 `SpikingMLP` and `SpikingMixer` send binary spikes of `snntorch.Leaky` neurons, `GradedMLP` and `GatedMixer` graded messages
-(Loihi 2). Under `use_grid(block, True)` each computes what its integers compute on the chip; `neuro.conversion.language`
+(Loihi 2). Under `use_grid(block, True)` each computes what its integers compute on the chip; `neuro.language.conversion`
 makes those.
 
 What is native: leaky integration (lif neurons), a loop of one step onto the same neurons, products of two messages, and
@@ -39,7 +39,7 @@ from neuro.language.grid import (
     through,
 )
 from neuro.language.scan import gated_scan, lif_scan
-from neuro.spiking import leaky
+from neuro.modules.spiking import leaky
 
 VALUE_LIMIT, STATE_LIMIT = 8.0, 32.0  # training keeps values about within these; registers hold some times more
 

@@ -54,7 +54,7 @@ class SpikingLanguageModel(OnGrid):
     it is no operation of the chip's neurons. Draws its weights from torch's global generator: seed it first.
 
     Train it in floats, then some more on the grid (`on_chip_grid(True)`), where gradients pass every rounding;
-    `neuro.conversion.language.convert_language` then gives a graph with the same values.
+    `neuro.language.conversion.convert_language` then gives a graph with the same values.
     """
 
     def __init__(self, config: LanguageConfig) -> None:

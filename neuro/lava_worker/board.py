@@ -166,7 +166,7 @@ def run_on_board(graph, inputs: dict, sample: int, record: dict, path: str, boar
         process.s_out.connect(adapter.inp)
         return adapter.out
 
-    kinds = sys.modules["neuro.kinds"].KINDS
+    kinds = sys.modules["neuro.graph.kinds"].KINDS
     populations, synapses = build(graph, kinds, inputs, sample, entrance)
     steps = next(iter(inputs.values())).shape[1]
     messages, exits, probes = [], [], {}

@@ -96,7 +96,7 @@ def build(graph, kinds: dict, inputs: dict, sample: int, entrance=None):
 
     Args:
         graph: a SpikingGraph.
-        kinds: the table `neuro.kinds.KINDS`.
+        kinds: the table `neuro.graph.kinds.KINDS`.
         inputs: integers (batch, steps, size) per input population.
         sample: which of the batch.
         entrance: (name, process of an input) -> the port from which its messages go on; default its own. On a board that

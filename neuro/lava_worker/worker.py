@@ -36,7 +36,7 @@ from guard import (
 
 
 def load_graph_module():
-    """The project's graph.py: it and what it imports need numpy only, and the package around them needs a newer Python.
+    """The project's package of graphs: it needs numpy only, and the package around it needs a newer Python.
 
     So a bare package stands in for `neuro`, over the same folder, without its __init__.py.
     """
@@ -74,7 +74,7 @@ def run_sample(graph, inputs: dict, sample: int, record: dict, path: str, fault:
     from lava.magma.core.run_configs import Loihi2SimCfg
     from recorder import make_recorder
 
-    kinds = sys.modules["neuro.kinds"].KINDS
+    kinds = sys.modules["neuro.graph.kinds"].KINDS
     populations, synapses = build(graph, kinds, inputs, sample)
     steps = next(iter(inputs.values())).shape[1]
     messages, variables, sources = wiring(graph, kinds, populations, synapses, record)

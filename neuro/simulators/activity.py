@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neuro.graph import PORTS, GraphError, Population, SpikingGraph
-from neuro.kinds import KINDS
+from neuro.graph.kinds import KINDS
 
 # What `record` may name. "a_in" stands for every port of a population; "spikes2" is what leaves by a second port.
 VARIABLES = ("spikes", "spikes2", "u", "v", "sigma", "act", "residue", "error", "a_in")

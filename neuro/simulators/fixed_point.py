@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from neuro.graph import PORTS, GraphError, Population, Projection, SpikingGraph
-from neuro.kinds import BINARY_KINDS, KINDS, LIF_KINDS, STATELESS
+from neuro.graph.kinds import BINARY_KINDS, KINDS, LIF_KINDS, STATELESS
 from neuro.simulators.activity import Activity, PopulationCounts, ProjectionCounts, recorded
 from neuro.simulators.exact import Arrived, Exact, Synapses, add, join_arrived, magnitude, narrow
 from neuro.simulators.inputs import InputError, checked_inputs

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from neuro.graph import Population
-from neuro.kinds import KINDS
+from neuro.graph.kinds import KINDS
 from neuro.simulators import scan as scans
 from neuro.simulators.exact import Arrived, outside, wrap
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from neuro.graph import SpikingGraph
-from neuro.kinds import KINDS, PROJECTIONS, Parameter
+from neuro.graph.kinds import KINDS, PROJECTIONS, Parameter
 from neuro.simulators.snntorch_backend import MODE as FLOAT
 from neuro.simulators.snntorch_backend import NOT_HERE
 

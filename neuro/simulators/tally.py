@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from neuro.graph import GraphError, SpikingGraph
-from neuro.kinds import KINDS
+from neuro.graph.kinds import KINDS
 from neuro.simulators.activity import CoreCounts, PopulationCounts, ProjectionCounts
 
 Placement = Mapping[str, "np.ndarray | int"]

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neuro.thresholds import EventThreshold
-from neuro.tracing import Example, evaluating, split_example
+from neuro.analysis.tracing import Example, evaluating, split_example
+from neuro.modules.thresholds import EventThreshold
 
 GATE, LINEAR = "gate", "linear"
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from neuro.tracing import split_example
+from neuro.analysis.tracing import split_example
 from neuro.training.distil import distillation_loss
 from neuro.training.insert import Gates
 from neuro.training.penalty import Controller, ControllerConfig, EventBudget, annealed

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neuro.calibration import DEFAULT_PERCENTILE, calibrate
+from neuro.analysis.tracing import Example
+from neuro.conversion.calibration import DEFAULT_PERCENTILE, calibrate
 from neuro.conversion.integers import INT8_MAX, scale_for
-from neuro.tracing import Example
 from neuro.training.insert import Gates
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from neuro.simulators import lava_client
+from neuro.simulators.lava import client as lava_client
 from tests.environments import missing
 
 

@@ -15,16 +15,17 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import hardware
-from experiments import bench, deploy, placed
-from experiments.accounts import layer_energies
-from experiments.comparison import Deployment, Stream
-from experiments.deployment import HeldOut, evenly, held_out_loss
-from experiments.overview import rows
-from experiments.plain_json import write_json
-from hardware.placement_report import DoesNotFit, Limit
-from sparse_update.checkpoint import save_checkpoint
+from experiments import bench, deploy
+from experiments.comparison.accounts import layer_energies
+from experiments.comparison.overview import rows
+from experiments.comparison.record import Deployment, Stream
+from experiments.runs.deployment import HeldOut, evenly, held_out_loss
+from experiments.runs.folder import placed
+from experiments.runs.plain_json import write_json
+from hardware.placement.report import DoesNotFit, Limit
 from sparse_update.data.corpus import DataConfig, load_corpus
-from sparse_update.evaluation import evaluate
+from sparse_update.loop.checkpoint import save_checkpoint
+from sparse_update.loop.evaluation import evaluate
 from sparse_update.transformer import ModelConfig, Transformer
 
 WORDS = ["eval_tokens=512", "calibration_tokens=256", "progress=false", "profiles=[digital45_int8_sram]"]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from experiments.runs import RunError
+from experiments.runs.folder import RunError
 from experiments.sweep import Job, Runner, SweepError, main, read_sweep, settle
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from neuro.graph import Population, Projection, SpikingGraph, truncate_weights
-from neuro.simulators import lava_client
+from neuro.simulators.lava import client as lava_client
 from tests.environments import missing, python_of
 
 GraphMaker = Callable[[int], SpikingGraph]

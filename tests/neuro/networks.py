@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from neuro.graph import Convolution, GraphError, Population, Projection, SpikingGraph, truncate_weights
-from neuro.kinds import KINDS, LIF_KINDS
+from neuro.graph.kinds import KINDS, LIF_KINDS
 
 LAVA_KINDS = [name for name, kind in KINDS.items() if kind.lava and name != "input"]
 BINARY = ("lif", "lif_reset", "lif_refractory")

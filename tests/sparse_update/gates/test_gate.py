@@ -258,7 +258,7 @@ def test_dropbp_skips_a_fixed_number_and_spares_the_sensitive(corpus):
 def test_a_reference_of_another_vocabulary_is_refused(corpus, tmp_path):
     from dataclasses import asdict
 
-    from sparse_update.checkpoint import save_checkpoint
+    from sparse_update.loop.checkpoint import save_checkpoint
     from sparse_update.signals import SignalError
 
     other = Transformer(ModelConfig(width=16, layers=1, heads=2, context=32, vocab_size=99, attention="explicit"))

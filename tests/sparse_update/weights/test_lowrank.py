@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparse_update.cost import Step
+from sparse_update.clock.cost import Step
+from sparse_update.clock.timing import Setting, step_probe
 from sparse_update.gates.gate import GateConfig
 from sparse_update.nested import pack, unpack
 from sparse_update.step.flops import plan_flops
 from sparse_update.step.plan import PLAIN
-from sparse_update.timing import Setting, step_probe
 from sparse_update.transformer import ModelConfig, Transformer, token_loss
 from sparse_update.weights.lowrank import MATRICES, PeersError, adapt, add_lora, apart, decompose, merged, rank_of, restore
 from sparse_update.weights.optimizer import OptimConfig, Optimizer
@@ -225,7 +225,7 @@ def test_lora_without_factors_and_bad_ranks_are_refused():
 def test_galores_decompositions_are_on_the_clock(monkeypatch):
     model, x, y = build()
     calls = []
-    monkeypatch.setattr("sparse_update.timing.decompose", lambda part: calls.append(decompose(part)))
+    monkeypatch.setattr("sparse_update.clock.timing.decompose", lambda part: calls.append(decompose(part)))
     cfg = OptimConfig(name="galore", galore_rank=2)
     setting = Setting(model.cfg, cfg, torch.device("cpu"), "explicit", "fp32")
     seconds = step_probe(setting, Step(PLAIN, None, 4, 12, "galore:2/200"), "mine")()

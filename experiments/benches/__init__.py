@@ -1,0 +1,1 @@
+"""Measurements: each figure a ratio against a named peer in the same run."""

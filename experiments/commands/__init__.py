@@ -1,0 +1,1 @@
+"""The argparse commands of `spikegate`: compat, place, simulate, verify, export, import."""

@@ -1,0 +1,65 @@
+"""`spikegate import FILE`: a NIR file as an integer graph; our integers where they ride along, else the nodes converted."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from experiments.runs.plain_json import dump_line
+from neuro.exchange.nir.library import NirFileError, NirUnavailable, NotInNir
+from neuro.graph import FILE_SUFFIX, GraphError, save_graph
+
+HELP = "read a NIR file into a graph"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("file", type=Path, help="NAME.nir")
+    parser.add_argument("--out", type=Path, default=None, help=f"NAME{FILE_SUFFIX} (default: beside the file)")
+    parser.add_argument("--nodes", action="store_true", help="convert the nodes, though integers ride along")
+    parser.add_argument("--dt", type=float, default=None, metavar="S", help="nodes: seconds of a step (default: 1e-4)")
+    parser.add_argument(
+        "--steps", type=int, default=None, help="nodes: length of a sample; IF and biases need it (default: any length)"
+    )
+    parser.add_argument("--input-scale", type=float, default=1.0, help="nodes: value of one unit of an input (default: 1)")
+    parser.add_argument(
+        "--input-range", type=int, nargs=2, default=(0, 1), metavar=("LOW", "HIGH"), help="nodes: of inputs (default: 0 1)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit codes: 0 done; 1 the nodes have no integer counterpart; 2 the command or the file is wrong."""
+    from neuro.conversion.lif import NotConvertible
+    from neuro.exchange.nir.reading import carried_graph, from_nir, has_integers, load_nir
+
+    try:
+        out = args.out or args.file.with_name(args.file.name.removesuffix(".nir") + FILE_SUFFIX)
+        if args.dt is not None and not args.dt > 0:
+            raise GraphError(f"--dt is {args.dt}; a step is longer than 0 s")
+        found = load_nir(args.file)
+        if has_integers(found) and not args.nodes:
+            graph, how, table = carried_graph(found, str(args.file)), "integers", ""
+        else:
+            low, high = args.input_range
+            network = from_nir(found, dt_s=args.dt, steps=args.steps, input_scale=args.input_scale, input_range=(low, high))
+            graph, how, table = network.graph, "nodes", network.table()
+        save_graph(graph, out)
+    except (NotInNir, NotConvertible) as error:
+        print(f"import: {args.file}: {error}", file=sys.stderr)
+        return 1
+    except (OSError, GraphError, NirFileError, NirUnavailable) as error:
+        print(f"import: {error}", file=sys.stderr)
+        return 2
+    if table:
+        print(table)
+    sizes = ", ".join(f"{p.name} {p.kind} {p.size}" for p in graph.populations)
+    print(f"{out}: from its {how}: {sizes}")
+    print(dump_line({"out": out, "from": how, "populations": len(graph.populations), "outputs": list(graph.outputs)}))
+    return 0
+
+
+if __name__ == "__main__":
+    own = argparse.ArgumentParser(prog="spikegate import", description=HELP)
+    add_arguments(own)
+    sys.exit(run(own.parse_args()))

@@ -1,0 +1,115 @@
+"""`spikegate place GRAPH --chip loihi2`: the cores a graph takes, what binds, and what would make it fit."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from experiments.runs.plain_json import dump_line
+from hardware.chips.chip import load_chip
+from hardware.datafile import DataFileError
+from hardware.placement import DoesNotFit, LayerDemand, place
+from neuro.graph import FILE_SUFFIX, GraphError, SpikingGraph, load_graph
+from neuro.graph.demand import layer_demands
+
+if TYPE_CHECKING:
+    from neuro.simulators.activity import Activity
+
+HELP = "put a graph on the cores of a chip"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("graph", type=Path, nargs="+", help=f"NAME{FILE_SUFFIX}, several of them, or a folder of them")
+    parser.add_argument("--chip", default="loihi2", help="loihi1, loihi2, or a chip file (default: loihi2)")
+    parser.add_argument("--chips", type=int, default=None, help="chips there are (default: as many as it takes)")
+    parser.add_argument(
+        "--budget", default=None, help="loihi1: nxtf, nengo; loihi2: inferred, inferred-2023, brief (default: the first)"
+    )
+    parser.add_argument("--split", choices=("fewest", "compiler"), default="fewest", help="how layers are cut")
+    parser.add_argument("--encoding", choices=("dense", "sparse"), default=None, help="of synapses (default: the budget's)")
+    parser.add_argument("--share", action="store_true", help="let layers share cores")
+    parser.add_argument(
+        "--input", type=Path, default=None, help="NAME.npz, one array (batch, steps, size) per input: measure the traffic"
+    )
+    parser.add_argument("--json", action="store_true", help="print the JSON line alone")
+    parser.add_argument("--figure", type=Path, default=None, help="write a picture of the chips (.png, .svg, .pdf)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit codes: 0 it fits; 1 it does not; 2 the command or a file is wrong."""
+    try:
+        chip = load_chip(args.chip)
+        demands = _demands(args.graph, args.input)
+        result = place(
+            demands,
+            chip,
+            args.chips,
+            budget=args.budget,
+            split=args.split,
+            encoding=args.encoding,
+            share=args.share,
+        )
+    except DoesNotFit as failure:
+        print(f"place: {failure}", file=sys.stderr)
+        if not args.json:
+            print(failure)
+        binding = {"resource": failure.binding.resource, "used": failure.binding.used, "limit": failure.binding.limit}
+        print(dump_line({"fits": False, "what": failure.what, "binding": binding, "remedies": list(failure.remedies)}))
+        return 1
+    except (OSError, DataFileError, GraphError, ValueError) as error:
+        print(f"place: {error}", file=sys.stderr)
+        return 2
+    if not args.json:
+        print(result)
+    if args.figure is not None:
+        from experiments.views.chip_figure import save_chip_figure
+
+        try:
+            save_chip_figure(result, args.figure)
+        except (OSError, ValueError) as error:
+            print(f"place: {args.figure}: {error}", file=sys.stderr)
+            return 2
+        if not args.json:
+            print(f"figure: {args.figure}")
+    print(dump_line({"fits": True, **result.to_dict()}))
+    return 0
+
+
+def _demands(paths: Sequence[Path], inputs: Path | None) -> tuple[LayerDemand, ...]:
+    files = [file for path in paths for file in (sorted(path.rglob(f"*{FILE_SUFFIX}")) if path.is_dir() else [path])]
+    if not files:
+        raise FileNotFoundError(f"{', '.join(map(str, paths))}: no *{FILE_SUFFIX} in it; export or deploy first")
+    if inputs is not None and len(files) > 1:
+        raise ValueError(f"--input goes with one graph, {len(files)} were given")
+    found: list[LayerDemand] = []
+    for file in files:
+        graph = load_graph(file)
+        prefix = f"{file.name.removesuffix(FILE_SUFFIX)}/" if len(files) > 1 else ""
+        found += layer_demands(graph, None if inputs is None else _measure(graph, inputs), prefix)
+    return tuple(found)
+
+
+def _measure(graph: SpikingGraph, path: Path) -> Activity:
+    from neuro.simulators.fixed_point import simulate
+
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: not a readable .npz of integer arrays: {error}") from error
+    missing = [name for name in graph.inputs if name not in arrays]
+    if missing:
+        raise ValueError(f"{path}: no array {missing[0]!r}; the graph's inputs are: {', '.join(graph.inputs)}")
+    return simulate(graph, {name: arrays[name] for name in graph.inputs}, record=("spikes",))
+
+
+if __name__ == "__main__":
+    own = argparse.ArgumentParser(prog="spikegate place", description=HELP)
+    add_arguments(own)
+    sys.exit(run(own.parse_args()))

@@ -1,0 +1,186 @@
+"""Run folders to a Comparison: what is usable is read, what is not is named.
+
+Nothing here raises because one folder is bad: a run that is broken, unfinished, of another schema, diverged or a double
+is left out with its reason.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.comparison.record import (
+    SCHEMA,
+    Arm,
+    Comparison,
+    Deployment,
+    Excluded,
+    Run,
+    Stream,
+    arm_rank,
+    at_budget,
+    full_budget,
+    notes_on,
+)
+from experiments.runs.folder import RunError, read_json
+
+ARM_FIELDS = ("loss_nats", "bits_per_byte", "tokens", "flops", "reference_s", "wall_s", "peak_bytes")
+DEPLOYED_FIELDS = (
+    "loss_float_nats",
+    "loss_quantised_nats",
+    "loss_simulated_nats",
+    "mapped_mac_share",
+    "events_per_token",
+    "synops_per_token",
+    "macs_per_token",
+)
+SWEEP_SETUP = ("clock", "base", "tuning")  # of `experiments.sweep`: component times, starting point, choice of settings
+SETUP = "set-up of a sweep, not one of its arms; to look at it, give this folder itself"
+MARKERS = ("run.json", "result.json", "deploy.json", "metrics.jsonl", "config.yaml")
+
+
+def collect(folders: Iterable[str | Path]) -> Comparison:
+    """Read finished runs and deployments from `folders` and whatever lies below them.
+
+    Raises FileNotFoundError for a folder that does not exist. Everything else that is wrong is named in `excluded`.
+    """
+    runs: list[tuple[str, Run]] = []
+    deployments: list[Deployment] = []
+    excluded: list[Excluded] = []
+    diverged: dict[tuple[str, str], int] = {}
+    found, setups = _walk(folders)
+    excluded += [Excluded(str(folder), SETUP) for folder in setups]
+    for folder in found:
+        try:
+            info = _read_info(folder)
+            if info["kind"] == "train":
+                run = _read_run(folder, info)
+                if math.isfinite(run.result["loss_nats"]):
+                    runs.append((str(info.get("started", "")), run))
+                else:
+                    diverged[run.stream, run.arm] = diverged.get((run.stream, run.arm), 0) + 1
+                    raise _Unusable(f"diverged: loss_nats is {run.result['loss_nats']}")
+            else:
+                deployments.append(_read_deployment(folder, info))
+        except (_Unusable, RunError) as reason:
+            excluded.append(Excluded(str(folder), str(reason)))
+    kept: dict[tuple[str, str, int, float | None], Run] = {}
+    for _, run in sorted(runs, key=lambda item: (item[0], item[1].folder)):
+        key = (run.stream, run.arm, run.seed, run.budget)
+        if key in kept:  # the first one counts: choosing among repeats would be choosing the result
+            same = f"stream {run.stream}, arm {run.arm}, seed {run.seed}"
+            excluded.append(Excluded(run.folder, f"double of {kept[key].folder} ({same}); the earlier one counts"))
+        else:
+            kept[key] = run
+    names = dict.fromkeys([*sorted(key[0] for key in kept), *sorted(item.stream for item in deployments)])
+    streams = {name: _stream(name, kept.values(), deployments, diverged) for name in names}
+    return Comparison(streams, tuple(excluded))
+
+
+def find_runs(folders: Iterable[str | Path]) -> list[Path]:
+    """Folders that are, or should be, runs or deployments: those holding one of MARKERS, at any depth, each once.
+
+    The set-up of a sweep (SWEEP_SETUP beside its sweep.json) is passed over, unless one of `folders` lies in it.
+    """
+    return _walk(folders)[0]
+
+
+def _walk(folders: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
+    """Run folders, and folders with the set-up of a sweep."""
+    found: dict[Path, None] = {}
+    setups: dict[Path, None] = {}
+    for top in map(Path, folders):
+        if not top.is_dir():
+            raise FileNotFoundError(f"{top} is not a folder: give run folders, or a folder that holds them")
+        for here, below, files in os.walk(top):
+            setup = [name for name in below if name in SWEEP_SETUP] if "sweep.json" in files else []
+            setups |= dict.fromkeys(Path(here, name) for name in sorted(setup))
+            below[:] = sorted(name for name in below if not name.startswith((".", "checkpoint")) and name not in setup)
+            if any(marker in files for marker in MARKERS):
+                found[Path(here)] = None
+    return list(found), list(setups)
+
+
+class _Unusable(Exception):
+    """Why a folder is left out."""
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
+    info = read_json(folder / "run.json")
+    if info.get("schema") != SCHEMA:
+        raise _Unusable(f"run.json has schema {info.get('schema')!r}; this version reads {SCHEMA}")
+    if info.get("kind") not in ("train", "deploy"):
+        raise _Unusable(f"kind {info.get('kind')!r} is not compared")
+    if info.get("status") != "finished":
+        raise _Unusable(f"not finished: status is {info.get('status')!r}")
+    for key in ("stream", "arm"):
+        if not isinstance(info.get(key), str):
+            raise _Unusable(f"run.json has no {key}")
+    return info
+
+
+def _read_run(folder: Path, info: Mapping[str, Any]) -> Run:
+    result = read_json(folder / "result.json")
+    _require(result, ARM_FIELDS, "result.json")
+    if not isinstance(info.get("seed"), int):
+        raise _Unusable(f"run.json has no whole-numbered seed: {info.get('seed')!r}")
+    if "energy_j" not in result:
+        raise _Unusable("result.json has no energy_j (null with energy_reason where nothing was measured)")
+    curve = _read_curve(folder / "metrics.jsonl")
+    return Run(str(folder), info["stream"], info["arm"], info["seed"], info.get("component_times_sha256"), result, curve)
+
+
+def _read_deployment(folder: Path, info: Mapping[str, Any]) -> Deployment:
+    record = read_json(folder / "deploy.json")
+    _require(record, DEPLOYED_FIELDS, "deploy.json")
+    if not isinstance(record.get("energy"), list):
+        raise _Unusable("deploy.json has no list of energies")
+    return Deployment(str(folder), info["stream"], info["arm"], info.get("seed"), {"arm": info["arm"], **record})
+
+
+def _require(record: dict[str, Any], keys: Sequence[str], where: str) -> None:
+    """Numbers under all `keys`; "nan" and "inf" as written by plain_json become floats again."""
+    for key in keys:
+        value = record.get(key)
+        if value in ("nan", "inf", "-inf"):
+            record[key] = value = float(str(value))
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise _Unusable(f"{where} has no number {key}: {value!r}")
+
+
+def _read_curve(path: Path) -> tuple[tuple[float, float], ...]:
+    """Held-out losses of metrics.jsonl by reference second; a torn last line is passed over."""
+    if not path.exists():
+        return ()
+    points: dict[float, float] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and record.get("val_loss_nats") is not None and record.get("reference_s") is not None:
+            points[float(record["reference_s"])] = float(record["val_loss_nats"])
+    return tuple(sorted(points.items()))
+
+
+def _stream(
+    name: str, runs: Iterable[Run], deployments: Sequence[Deployment], diverged: Mapping[tuple[str, str], int]
+) -> Stream:
+    by_arm: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: (run.seed, run.budget or 0.0)):
+        if run.stream == name:
+            by_arm.setdefault(run.arm, []).append(run)
+    full = full_budget(by_arm)
+    arms = {
+        arm: Arm(arm, at_budget(by_arm[arm], full), diverged.get((name, arm), 0)) for arm in sorted(by_arm, key=arm_rank)
+    }
+    ladders = {arm: tuple(by_arm[arm]) for arm in arms}
+    ours = sorted(
+        (item for item in deployments if item.stream == name),
+        key=lambda d: (not d.arm.startswith("surprise"), d.arm, d.folder),
+    )
+    return Stream(name, arms, tuple(ours), tuple(notes_on(arms)), ladders)

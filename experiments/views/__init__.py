@@ -1,0 +1,1 @@
+"""How results are shown: tables, pictures, one HTML page, TensorBoard."""

@@ -1,0 +1,343 @@
+"""The only TensorBoard writer: one run, one folder, with the same numbers as JSON lines beside the event file.
+
+A resumed run continues without a double point: JSON lines after the resumed step are cut off, and TensorBoard is told
+to drop what it saw of them. Numbers that are not finite are written as such and counted in `health/not_finite`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from experiments.comparison.statistics import mean_curve
+from experiments.runs.plain_json import dump_line
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from experiments.comparison.record import Comparison, Deployment
+
+METRICS_FILE = "metrics.jsonl"
+NOT_FINITE = "health/not_finite"
+
+# Keys of a metrics.jsonl line and the TensorBoard tag each has; a key with a slash is a tag already.
+TAGS = {
+    "loss_nats": "train/loss_nats",
+    "lr": "train/lr",
+    "val_loss_nats": "val/loss_nats",
+    "val_bits_per_byte": "val/bits_per_byte",
+    "keep_fraction": "gate/keep_fraction",
+    "gate_reference_s": "gate/reference_s",
+    "flops": "cost/flops",
+    "tokens": "cost/tokens",
+    "reference_s": "cost/reference_s",
+    "wall_s": "cost/wall_s",
+    "tokens_per_s": "cost/tokens_per_s",
+    "energy_j": "cost/energy_j",
+}
+
+Layout = dict[str, dict[str, list[Any]]]
+RUN_LAYOUT: Layout = {
+    "gate against dense": {
+        "held-out loss, nats per token": ["Multiline", ["val/loss_nats"]],
+        "training loss, nats per token": ["Multiline", ["train/loss_nats"]],
+        "share of the work kept": ["Multiline", ["gate/keep_fraction"]],
+        "counted FLOPs": ["Multiline", ["cost/flops"]],
+        "reference seconds": ["Multiline", ["cost/reference_s"]],
+        "tokens per second": ["Multiline", ["cost/tokens_per_s"]],
+    },
+    "what the gate saved": {
+        "FLOPs, share of dense on the same text": ["Multiline", ["saved/flops_share"]],
+        "reference seconds, share of dense on the same text": ["Multiline", ["saved/reference_s_share"]],
+        "FLOPs saved so far": ["Multiline", ["saved/flops$"]],
+        "reference seconds saved so far": ["Multiline", ["saved/reference_s$"]],
+    },
+}
+ENERGY_TAGS = ["energy_nj_per_token/mid", "energy_nj_per_token/low", "energy_nj_per_token/high"]
+CURVE_TAG = "val_loss_nats_by_reference_ms"
+
+# Columns of the hparams table. TensorBoard takes the columns of a whole folder tree from the first run it meets, so
+# every writer here announces the same ones; a run fills those it has.
+# It orders them by name and shows the first five until told otherwise.
+HPARAMS: dict[str, str | float] = {
+    "arm": "",
+    "keep": 0.0,
+    "kind": "",  # run | arm (mean over seeds) | deployed
+    "seed": "",
+    "stream": "",
+    "with_model": "",
+    "with_profile": "",  # of energy_nj_per_token
+    "with_subset": "",
+}
+HPARAM_METRICS = (  # TensorBoard shows the first five until told otherwise
+    "hparam/loss_nats",
+    "hparam/energy_j",
+    "hparam/energy_nj_per_token",
+    "hparam/reference_s",
+    "hparam/tflop",
+    "hparam/bits_per_byte",
+    "hparam/tokens",
+    "hparam/wall_s",
+    "hparam/peak_mb",
+)
+
+MOST_SELECTED = 40  # runs; of more, TensorBoard ticks none (its maxNamesToEnableByDefault), and all charts are empty
+
+
+class Tracker:
+    """Scalars, histograms, figures, text and hyperparameters of one run; use it in a `with` block.
+
+    `resume_step` is the last step that the resumed checkpoint contains (0: none, start again from nothing); None is a
+    new run. Raises FileExistsError for a new run in a folder that already holds one, ValueError for a negative
+    `resume_step`.
+    """
+
+    def __init__(self, folder: str | Path, *, resume_step: int | None = None, layout: Layout | None = None) -> None:
+        self.folder = Path(folder)
+        self.last_step = 0 if resume_step is None else resume_step
+        self.not_finite = 0
+        self._tags_at_step: set[str] = set()
+        lines = self.folder / METRICS_FILE
+        if resume_step is None and (lines.exists() or any(self.folder.glob("events.out.tfevents.*"))):
+            raise FileExistsError(f"{self.folder} already holds a run: resume it, or choose another folder")
+        if resume_step is not None and resume_step < 0:
+            raise ValueError(f"resume_step = {resume_step}: the last finished step, at least 0")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if resume_step is not None:
+            self.not_finite = truncate(lines, resume_step)
+        self._writer = _writer(self.folder, None if resume_step is None else resume_step + 1)
+        self._lines = lines.open("a", encoding="utf-8")
+        if not resume_step:
+            self._writer.add_custom_scalars(RUN_LAYOUT if layout is None else layout)
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def log(self, step: int, values: Mapping[str, float | int | None]) -> None:
+        """One line of metrics.jsonl and its scalars; None stands in the line only (nothing was measured at this step).
+
+        Keys: see TAGS; a key with a slash is a tag of its own, any other goes under `other/`. Raises ValueError for a
+        step before the last one logged. Logged twice at one step, a tag keeps its first point in TensorBoard.
+        """
+        if step < self.last_step:
+            raise ValueError(f"step {step} after step {self.last_step}: steps only go forward (see resume_step)")
+        if step > self.last_step:
+            self._tags_at_step.clear()
+        self.last_step = step
+        self._lines.write(dump_line({"step": step, **values}) + "\n")
+        self._lines.flush()
+        points = {TAGS.get(k, k if "/" in k else f"other/{k}"): float(v) for k, v in values.items() if v is not None}
+        bad = sum(not math.isfinite(value) for value in points.values())
+        if bad:
+            self.not_finite += bad
+            points[NOT_FINITE] = self.not_finite
+        for tag, value in points.items():
+            if tag not in self._tags_at_step:
+                self._tags_at_step.add(tag)
+                self._writer.add_scalar(tag, value, step)
+
+    def histogram(self, tag: str, values: Any, step: int) -> None:
+        """Distribution of `values` (array or tensor, any shape; only finite ones are drawn)."""
+        import numpy as np
+
+        numbers = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values, dtype=np.float64).ravel()
+        numbers = numbers[np.isfinite(numbers)]
+        if numbers.size:
+            self._writer.add_histogram(tag, numbers, step)
+
+    def figure(self, tag: str, figure: Figure, step: int | None = None) -> None:
+        """A matplotlib figure (closed afterwards), at the last logged step unless told otherwise."""
+        self._writer.add_figure(tag, figure, self.last_step if step is None else step)
+
+    def text(self, tag: str, markdown: str, step: int | None = None) -> None:
+        """Markdown: the configuration, a compatibility table, where each joule comes from."""
+        self._writer.add_text(tag, markdown, self.last_step if step is None else step)
+
+    def hparams(self, hparams: Mapping[str, Any], metrics: Mapping[str, float | int | None]) -> None:
+        """This run's row in the hparams table, in this folder; None leaves a cell blank. Call once, at the end."""
+        write_hparams(self._writer, {"kind": "run", **hparams}, metrics, self.last_step)
+
+    def close(self) -> None:
+        self._lines.close()
+        self._writer.close()
+
+
+def write_hparams(
+    writer: Any, hparams: Mapping[str, Any], metrics: Mapping[str, float | int | None], step: int = 0
+) -> None:
+    """One row of the hparams table, written into the writer's own run rather than a run beside it.
+
+    The columns announced are HPARAMS and HPARAM_METRICS and what is given. Metric names get the prefix `hparam/`.
+    """
+    from torch.utils.tensorboard import summary
+
+    given = {key: _hparam(key, value) for key, value in hparams.items() if value is not None}
+    found = {
+        key if key.startswith("hparam/") else f"hparam/{key}": float(value)
+        for key, value in metrics.items()
+        if value is not None
+    }
+    columns = {**HPARAMS, **given}
+    experiment, _, _ = summary.hparams(columns, dict.fromkeys([*HPARAM_METRICS, *found], 0.0))
+    _, start, end = summary.hparams(given, found)
+    for part in (experiment, start, end):
+        writer.file_writer.add_summary(part, step)
+    for key, number in found.items():
+        writer.add_scalar(key, number, step)
+
+
+def truncate(path: Path, last_step: int) -> int:
+    """Cut `path` (metrics.jsonl) after `last_step`; return how many numbers among those kept are not finite.
+
+    A last line without an end (the writer was killed) is cut too. Raises ValueError for a line inside that is not JSON.
+    """
+    if not path.exists():
+        return 0
+    kept, bad = [], 0
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON ({error.msg}); move the file away to resume") from error
+        if record["step"] <= last_step:
+            kept.append(line + "\n")
+            bad += sum(value in ("nan", "inf", "-inf") for value in record.values())
+    beside = path.with_suffix(".part")
+    beside.write_text("".join(kept), encoding="utf-8")
+    os.replace(beside, path)
+    return bad
+
+
+def comparison_layout(streams: Sequence[str]) -> Layout:
+    """Custom-scalar pages of a comparison: each stream's arms over reference time, and energy with its margin."""
+    curves = {
+        f"{name}: held-out nats per token, by reference ms": ["Multiline", [f"{CURVE_TAG}/{name}"]] for name in streams
+    }
+    return {
+        "gate against dense": curves,
+        "energy": {"nJ per token and profile (step = row of the table under Text)": ["Margin", ENERGY_TAGS]},
+    }
+
+
+def write_comparison(
+    folder: str | Path,
+    comparison: Comparison,
+    figures: Mapping[str, Figure],
+    texts: Mapping[str, str],
+    *,
+    beside: int = 0,
+) -> Path:
+    """The comparison's own TensorBoard folder, replaced if it is there: return it.
+
+    The folder itself holds figures, text and the custom-scalar layout; `STREAM/ARM` below it holds that arm's mean
+    curve (steps are reference milliseconds) and its hparams row, `STREAM/deployed ARM` the energies (steps: profiles).
+    Where these and the `beside` other runs are more than `MOST_SELECTED`, an arm of one seed has none: its run says it all.
+    """
+    folder = Path(folder)
+    for old in sorted(folder.rglob("events.out.tfevents.*")):
+        old.unlink()
+    main = _writer(folder)
+    main.add_custom_scalars(comparison_layout(list(comparison.streams)))
+    for tag, figure in figures.items():
+        main.add_figure(tag, figure, 0, close=False)
+    for tag, markdown in texts.items():
+        main.add_text(tag, markdown, 0)
+    main.close()
+    ours = 1 + sum(len(stream.arms) + len(stream.deployments) for stream in comparison.streams.values())
+    for stream in comparison.streams.values():
+        for arm in stream.arms.values():
+            if beside and beside + ours > MOST_SELECTED and len(arm.runs) == 1:
+                continue
+            writer = _writer(folder / stream.name / arm.name)
+            for seconds, loss in mean_curve([run.curve for run in arm.runs]):
+                writer.add_scalar(f"{CURVE_TAG}/{stream.name}", loss, round(1000 * seconds))
+            record = arm.record()
+            row = {"kind": "arm", "stream": stream.name, "arm": arm.name, "seed": " ".join(map(str, arm.seeds))}
+            write_hparams(writer, {**row, "keep": record.get("keep_fraction")}, hparam_metrics(record))
+            writer.close()
+        names: list[str] = []
+        for deployed in stream.deployments:
+            name = f"deployed {deployed.arm}"
+            names.append(name)
+            place = name if names.count(name) == 1 else f"{name} {names.count(name)}"
+            _write_deployment(folder / stream.name / place, stream.name, deployed)
+    return folder
+
+
+def boards(folder: Path, without: Path | None = None) -> set[Path]:
+    """Folders with an event file, at any depth: TensorBoard's runs; those below `without` not counted."""
+    found = {path.parent for path in folder.rglob("events.out.tfevents.*")}
+    return {path for path in found if without is None or not path.is_relative_to(without)}
+
+
+def _write_deployment(folder: Path, stream: str, deployed: Deployment) -> None:
+    writer = _writer(folder)
+    metrics = {"loss_nats": deployed.record["loss_simulated_nats"]}
+    row = {"kind": "deployed", "stream": stream, "arm": deployed.arm}
+    if deployed.seed is not None:
+        row["seed"] = str(deployed.seed)
+    for i, energy in enumerate(deployed.energies()):
+        for tag, key in zip(ENERGY_TAGS, ("mid_j", "low_j", "high_j"), strict=True):
+            if energy.get(key) is not None:
+                writer.add_scalar(tag, 1e9 * energy[key], i)
+        if energy.get("mid_j") is not None and "with_profile" not in row:
+            row["with_profile"], metrics["energy_nj_per_token"] = energy["profile"], 1e9 * energy["mid_j"]
+    write_hparams(writer, row, metrics)
+    writer.close()
+
+
+def training_energy_markdown(result: Mapping[str, Any]) -> str:
+    """What meters saw of a training run, or why they saw nothing, as Markdown."""
+    joules, known = result.get("energy_j"), result.get("energy_known_j")
+    if joules is not None:
+        said = f"Training energy: {joules:.4g} J, measured over the whole run, idle power of the devices included."
+    else:
+        said = f"Training energy: {result.get('energy_reason') or 'not measured'}"
+        said += "" if known is None else f"\n\nWhat was measured: at least {known:.4g} J."
+    readings = [reading for reading in result.get("energy_readings") or () if reading["joules"] is not None]
+    rows = ["| meter | J | J above idle | seconds | resolution, J |", "|---|---|---|---|---|"] if readings else []
+    for r in readings:
+        above = "not measured" if r["above_idle_j"] is None else f"{r['above_idle_j']:.4g}"
+        rows.append(f"| {r['source']} | {r['joules']:.4g} | {above} | {r['window_s']:.4g} | {r['resolution_j']:.2g} |")
+    lines = [f"- {line}" for line in result.get("energy_check") or ()]
+    return "\n\n".join(part for part in (said, "\n".join(rows), "\n".join(lines)) if part)
+
+
+def hparam_metrics(result: Mapping[str, Any]) -> dict[str, float | None]:
+    """The metrics columns of one ARM record, in the units their names give."""
+
+    def scaled(key: str, factor: float = 1.0) -> float | None:
+        return None if result.get(key) is None else factor * float(result[key])
+
+    return {
+        "loss_nats": scaled("loss_nats"),
+        "bits_per_byte": scaled("bits_per_byte"),
+        "tokens": scaled("tokens"),
+        "tflop": scaled("flops", 1e-12),
+        "reference_s": scaled("reference_s"),
+        "wall_s": scaled("wall_s"),
+        "peak_mb": scaled("peak_bytes", 1e-6),
+        "energy_j": scaled("energy_j"),
+    }
+
+
+def _hparam(key: str, value: Any) -> str | float | bool:
+    if key in HPARAMS:  # one type per column
+        return type(HPARAMS[key])(value)
+    return value if isinstance(value, bool | int | float | str) else str(value)
+
+
+def _writer(folder: Path, purge_step: int | None = None) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(log_dir=str(folder), purge_step=purge_step, flush_secs=10)

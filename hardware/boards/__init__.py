@@ -1,0 +1,1 @@
+"""What stands before a neuromorphic board: probes and their reports."""

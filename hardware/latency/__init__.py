@@ -1,0 +1,1 @@
+"""Events to seconds: published rates and the time of a step."""

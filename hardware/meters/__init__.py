@@ -1,0 +1,1 @@
+"""Joules that were measured: NVML, RAPL, Zeus."""

@@ -1,0 +1,1 @@
+"""What of a module can move to the chip: tracing, rules, verdicts per operation."""

@@ -1,0 +1,315 @@
+"""A module whose mapped layers run on a simulator while the rest runs on the host.
+
+    deployed = deploy(model, plan)
+    logits = deployed(tokens)
+    deployed.counts()
+
+Each row of a layer's input (a token) is one time step of its graph (graded and sigma-delta routes) or several (rate
+route). The sigma-delta route reads the rows along the second last dimension as a stream that starts from rest; token by
+token, `with deployed.keep_state():` goes on from call to call. The deployed module is a copy for evaluation: no gradients,
+no training mode, and the model it was made from is not changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hardware.energy.account import Counts
+from neuro.analysis.registry import move_hooks
+from neuro.analysis.tracing import check_ready
+from neuro.conversion.plan import Plan, PlanFileError, Segment, fingerprint, load_plan, save_plan
+from neuro.deployment.segments import BACKENDS, SegmentHealth, runner_for
+from neuro.deployment.stand_ins import PairFirst, PairLast, SingleLinear
+from neuro.simulators.fixed_point import CHIP_NOTE, MODES
+
+if TYPE_CHECKING:
+    from neuro.deployment.segments import AnyRunner
+
+__all__ = ["BACKENDS", "Deployed", "SegmentHealth", "deploy", "load_deployed", "save_deployed"]
+
+SCHEMA = 1
+RECORD = "deployed.json"
+
+
+def deploy(module: nn.Module, plan: Plan, backend: str = "fixed_point", mode: str = "lava") -> Deployed:
+    """A deep copy of `module` with every mapped layer replaced.
+
+    Args:
+        module: the module that `plan` was made from; its weights are compared with the plan's fingerprints.
+        plan: of any route, from its `convert` or `load_plan`.
+        backend: "fixed_point": the graphs on the integer simulator. "quantised": the same integer weights, the same
+            inputs on their grid and the same hidden grid (rate route: T levels) in dense arithmetic without events: the
+            control that shows what the event pipeline itself costs. Equal to the simulation, bit for bit: sigma-delta
+            with thresholds up to 1; rate with soft reset and analogue input while no sum is shifted on its way out.
+        mode: of the simulator: "lava", or "chip", after published emulators, where an exponent shifts every synapse and
+            registers wrap. Weights then lose bits wherever a graph has a negative exponent beyond -1; `notes()` says where.
+
+    Raises:
+        ValueError: unknown backend or mode, mode "chip" without the simulator; a lazy, pruned or compiled module; a layer
+            of the plan that the module lacks, or whose weights are not the plan's.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is unknown; known: {', '.join(BACKENDS)}")
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r} is unknown; known: {', '.join(MODES)}")
+    if mode != MODES[0] and backend != "fixed_point":
+        raise ValueError(f"mode {mode!r} is one of the simulator's; backend {backend!r} has no events and no registers")
+    check_ready(module)
+    for segment in plan.segments:
+        for name, expected in zip(segment.modules, segment.fingerprints, strict=True):
+            _check_layer(module, name, expected)
+    twin = copy.deepcopy(module).requires_grad_(False)
+    runners = []
+    for segment in plan.segments:
+        layers = [_linear(twin, name) for name in segment.modules]
+        runner = runner_for(segment, backend, [layer.bias for layer in layers], mode)
+        runners.append(runner)
+        kinds = [SingleLinear] if len(layers) == 1 else [PairFirst, PairLast]
+        news = [kind(runner, layer) for kind, layer in zip(kinds, layers, strict=True)]
+        for old, new in zip(layers, news, strict=True):
+            twin = _replace(twin, old, new)
+        if segment.threshold_module:  # the graph's neurons do what it did
+            twin = _replace(twin, twin.get_submodule(segment.threshold_module), nn.Identity())
+    for part in twin.modules():
+        if isinstance(part, nn.TransformerEncoderLayer):
+            part.activation_relu_or_gelu = 0  # torch's fused kernel would read the weights of the replaced layers
+        if isinstance(part, nn.TransformerEncoder):
+            part.use_nested_tensor = False
+    return Deployed(twin.eval(), plan, backend, runners, mode)
+
+
+def _linear(module: nn.Module, name: str) -> nn.Linear:
+    try:
+        layer = module.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(f"the plan maps layer {name!r}, which {type(module).__name__} does not have") from error
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(f"the plan maps layer {name!r}, which is {type(layer).__name__} here, not nn.Linear")
+    return layer
+
+
+def _check_layer(module: nn.Module, name: str, expected: str) -> None:
+    if fingerprint(_linear(module, name)) != expected:
+        raise ValueError(f"layer {name!r} holds other weights than the plan was made from; convert this module again")
+
+
+def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Put `new` wherever `old` stands, hooks included; returns the root, which may itself be replaced."""
+    move_hooks(old, new)
+    if root is old:
+        return new
+    for parent in list(root.modules()):
+        for key, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[key] = new
+    return root
+
+
+@dataclass
+class _HostTokens:
+    tokens: int = 0
+
+
+class Deployed(nn.Module):
+    """What `deploy` returns; call it as the original. `module` is the copy, `plan`, `backend` and `mode` say what it runs.
+
+    `counts()` covers everything since construction or `reset_counts()`.
+    """
+
+    def __init__(self, module: nn.Module, plan: Plan, backend: str, runners: list[AnyRunner], mode: str = "lava") -> None:
+        super().__init__()
+        self.module = module
+        self.plan = plan
+        self.backend = backend
+        self.mode = mode
+        self._runners = runners
+        self._host = _HostTokens()
+        self.training = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward. Raises RuntimeError when an input asks for gradients."""
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+                raise RuntimeError(
+                    "a deployed model has no gradients (its layers are integers), but an input requires them; "
+                    "detach it, or train the model that was converted"
+                )
+        before = [runner.rows for runner in self._runners]
+        with torch.no_grad():
+            result = self.module(*args, **kwargs)
+        self._host.tokens += max(
+            (round((r.rows - b) / r.segment.rows_per_token) for r, b in zip(self._runners, before, strict=True)),
+            default=0,
+        )
+        return result
+
+    def train(self, mode: bool = True) -> Deployed:
+        """Evaluation only: raises RuntimeError for mode=True."""
+        if mode:
+            raise RuntimeError("a deployed model cannot be trained; train the original, calibrate and convert it again")
+        return super().train(False)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The plan's segments, in order."""
+        return self.plan.segments
+
+    @property
+    def layers(self) -> tuple[Mapping[str, tuple[str, ...]], ...]:
+        """Per segment: layer of `counts()` -> populations of the graph that stand for it."""
+        return tuple(dict(runner.layers) for runner in self._runners)
+
+    def counts(self) -> list[Counts]:
+        """Events per layer since the last reset; operations on the host follow with `host=True`.
+
+        With backend "quantised" there are no events, and every layer is listed with `host=True` and its dense MACs.
+        """
+        lines = [line for runner in self._runners for line in runner.counts()]
+        host: dict[str, list[float]] = {}
+        for work in self.plan.host:
+            entry = host.setdefault(f"{work.layer}:{work.kind}", [0.0, 0])
+            entry[0] += work.macs_per_token
+            entry[1] += work.weight_bytes
+        tokens = self._host.tokens
+        lines += [
+            Counts(
+                layer=name,
+                tokens=tokens,
+                synops=0,
+                events=0,
+                neuron_updates_active=0,
+                neuron_updates_inactive=0,
+                dense_macs=round(macs * tokens),
+                weight_bytes=int(size),
+                graded=False,
+                payload_bits=0,
+                host=True,
+            )
+            for name, (macs, size) in host.items()
+        ]
+        return lines
+
+    def health(self) -> tuple[SegmentHealth, ...]:
+        """Clipped inputs, wraps and values beyond their word, per segment, since the last reset."""
+        return tuple(runner.health() for runner in self._runners)
+
+    def notes(self) -> tuple[str, ...]:
+        """What the simulator said about the graphs that ran: which weights lost bits, how far a mode can be trusted."""
+        said = [(r.segment.name, note) for r in self._runners for note in r.notes]
+        general = dict.fromkeys(note for _, note in said if note == CHIP_NOTE)
+        return (*(f"{name}: {note}" for name, note in said if note not in general), *general)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether `keep_state` can go on from call to call: not with sigma-delta streams in mode "chip"."""
+        return self.mode == "lava" or all(segment.code != "delta" for segment in self.segments)
+
+    @contextmanager
+    def keep_state(self) -> Iterator[Deployed]:
+        """Inside, streams go on from call to call, as in generation token by token; at both ends they start from rest.
+
+        The batch keeps its size and order inside. Only the sigma-delta route has streams: elsewhere nothing changes.
+
+        Raises RuntimeError where `keeps_state` is False.
+        """
+        if not self.keeps_state:
+            raise RuntimeError(
+                "in mode 'chip' sigma-delta streams start from rest at every call; give whole sequences, as generate(...) "
+                "does there for every token"
+            )
+        streams = [runner for runner in self._runners if runner.segment.code != "graded"]
+        self.reset_state()
+        try:
+            for runner in streams:
+                runner.keep_state = True  # type: ignore[union-attr]
+            yield self
+        finally:
+            for runner in streams:
+                runner.keep_state = False  # type: ignore[union-attr]
+            self.reset_state()
+
+    def reset_state(self) -> None:
+        """The next call starts every stream from rest, inside `keep_state` too."""
+        for runner in self._runners:
+            if runner.segment.code != "graded":
+                runner.reset_state()  # type: ignore[union-attr]
+
+    def reset_counts(self) -> None:
+        """Forget all counts."""
+        self._host.tokens = 0
+        for runner in self._runners:
+            runner.reset()
+
+
+def _host_hashes(module: nn.Module) -> dict[str, str]:
+    """SHA-256 of every parameter and buffer that stays on the host."""
+    found = {}
+    for name, tensor in module.state_dict().items():
+        value = tensor.detach().cpu().contiguous()
+        digest = hashlib.sha256(f"{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+        found[name] = digest.hexdigest()
+    return found
+
+
+def save_deployed(deployed: Deployed, folder: str | os.PathLike[str]) -> Path:
+    """Write a deployed model beside its checkpoint: the plan (`save_plan`) and `deployed.json`, last and atomically.
+
+    The folder holds the integers of every mapped layer, the backend, and hashes of what stays on the host; the host's own
+    weights are the module's business, so `load_deployed` needs the module. Counts and streams are not kept.
+
+    Raises FileExistsError when the folder already holds a plan.
+    """
+    folder = save_plan(deployed.plan, folder)
+    document = {"schema": SCHEMA, "backend": deployed.backend, "mode": deployed.mode, "host": _host_hashes(deployed.module)}
+    temporary = folder / f".{RECORD}.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(document, indent=1), encoding="utf-8")
+    os.replace(temporary, folder / RECORD)
+    return folder
+
+
+def load_deployed(folder: str | os.PathLike[str], module: nn.Module) -> Deployed:
+    """A deployed model from a folder of `save_deployed` and the module it was made from, which is not changed.
+
+    Raises:
+        PlanFileError: a folder that is missing, damaged or of another schema.
+        ValueError: a mapped layer, or a parameter or buffer on the host, is not the one that was saved; it is named.
+    """
+    path = Path(folder) / RECORD
+    try:
+        document: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PlanFileError(f"{folder} holds no {RECORD}; save_deployed(deployed, folder) writes one") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PlanFileError(f"{path} is damaged: {error}") from error
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        found = document.get("schema") if isinstance(document, dict) else None
+        raise PlanFileError(f"{path} has schema {found!r}, this version reads {SCHEMA}; deploy and save again")
+    try:
+        backend, mode, wanted = document["backend"], document.get("mode", "lava"), dict(document["host"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise PlanFileError(f"{path} is damaged: {error!r}") from error
+    deployed = deploy(module, load_plan(folder), backend, mode)
+    held = _host_hashes(deployed.module)
+    for name in sorted(wanted.keys() | held.keys()):
+        if wanted.get(name) != held.get(name):
+            what = (
+                "is missing in this module"
+                if name not in held
+                else "is not in the saved one"
+                if name not in wanted
+                else ("has other values than the saved one")
+            )
+            raise ValueError(f"host tensor {name!r} {what}; load the checkpoint that was deployed")
+    return deployed

@@ -1,0 +1,94 @@
+"""Modules that stand where mapped nn.Linear layers stood: they hand floats to a segment's runner and its floats on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from neuro.deployment.segments import AnyRunner
+
+
+class SingleLinear(nn.Module):
+    """Stands in for one nn.Linear.
+
+    Code around it may go on reading `weight`, `bias`, `in_features` and `out_features`, for a product of its own or only
+    for a dtype: these are the host's float copies. They are no parameters: neither listed, nor saved, nor on the chip.
+    """
+
+    def __init__(self, runner: AnyRunner, layer: nn.Linear) -> None:
+        super().__init__()
+        self.runner = runner
+        self._original = (layer,)  # inside a tuple, so that it is no part of this module
+
+    @property
+    def weight(self) -> Tensor:
+        """(out_features, in_features), as the float layer had it."""
+        return self._original[0].weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(out_features,), or None."""
+        return self._original[0].bias
+
+    @property
+    def in_features(self) -> int:
+        return self._original[0].in_features
+
+    @property
+    def out_features(self) -> int:
+        return self._original[0].out_features
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> SingleLinear:
+        self._original[0]._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
+
+    def forward(self, input: Tensor) -> Tensor:  # as nn.Linear names it
+        return self.runner.run(input)[0]
+
+    def extra_repr(self) -> str:
+        s = self.runner.segment
+        return f"{s.n_in}, {s.n_out}, segment={s.name!r}, backend={self.runner.backend!r}"
+
+
+class PairFirst(SingleLinear):
+    """Stands in for fc1 of an MLP: runs the whole graph, keeps its output for `PairLast`, returns the rectified values.
+
+    The activation between the two stays where the module has it and acts on values that are rectified already.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        out, hidden = self.runner.run(input)
+        assert hidden is not None
+        expected = hidden * hidden if self.runner.segment.activation == "relu2" else hidden
+        self.runner.pending = (expected, out)
+        return hidden
+
+
+class PairLast(SingleLinear):
+    """Stands in for fc2: hands out the graph's output, after checking that only the activation came in between."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        hidden = input
+        pending, self.runner.pending = self.runner.pending, None
+        segment = self.runner.segment
+        if pending is None:
+            raise RuntimeError(
+                f"segment {segment.name!r}: {segment.modules[1]!r} was called without {segment.modules[0]!r} before it"
+            )
+        expected, out = pending
+        tolerance = 1e-5 if hidden.dtype in (torch.float32, torch.float64) else 1e-2
+        same = torch.equal(hidden, expected) or (
+            hidden.shape == expected.shape and torch.allclose(hidden, expected, rtol=tolerance, atol=0.0)
+        )
+        if not same:
+            raise RuntimeError(
+                f"segment {segment.name!r}: something other than {segment.activation} happened between "
+                f"{segment.modules[0]!r} and {segment.modules[1]!r}, so they are no MLP pair; analyse the module again "
+                "with inputs that take this path, or keep one of them on the host with mappable="
+            )
+        return out

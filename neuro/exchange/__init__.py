@@ -1,0 +1,1 @@
+"""Graphs in the file formats of other tools."""

@@ -1,0 +1,1 @@
+"""Lava behind a process boundary: the client of the worker, its errors, boards."""

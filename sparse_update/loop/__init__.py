@@ -1,0 +1,1 @@
+"""The training loop over its named parts: records, checkpoints, held-out loss."""
