@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from experiments.comparison.statistics import Interval, interval
 from hardware.energy.account import Counts, EnergyReport
+from neuro.analysis.tracing import evaluating
 from neuro.conversion.plan import Plan
-from neuro.deployment.sensitivity import layer_errors, one_at_a_time
 from neuro.deployment.deployed import deploy
 from neuro.deployment.generation import generate
-from neuro.analysis.tracing import evaluating
+from neuro.deployment.sensitivity import layer_errors, one_at_a_time
 from sparse_update.data.tokens import Tokenizer
 from sparse_update.transformer import token_loss
 

@@ -14,18 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from experiments.runs.deployment import per_token
-from hardware.energy.breakeven import break_even, standings
 from hardware.energy.account import Board, Counts, EnergyReport, Profile, account, load_profile
+from hardware.energy.breakeven import break_even, standings
 from hardware.energy.extrapolate import extrapolate
-from hardware.latency.estimate import Latency, estimate
 from hardware.energy.measured_networks import load_networks
-from hardware.placement import LayerDemand, LayerPlacement, Placement, place
+from hardware.latency.estimate import Latency, estimate
 from hardware.latency.rates import list_rates, load_rates
-from neuro.deployment import coding
-from neuro.deployment import segments
+from hardware.placement import LayerDemand, LayerPlacement, Placement, place
 from neuro.conversion.plan import Plan, Segment
-from neuro.graph.demand import layer_demands
+from neuro.deployment import coding, segments
 from neuro.deployment.deployed import Deployed
+from neuro.graph.demand import layer_demands
 from neuro.simulators.activity import Activity
 from neuro.simulators.fixed_point import run_pipelined
 
