@@ -55,10 +55,10 @@ from neuro.conversion.rate import RateConfig
 from neuro.conversion.routes import ROUTES, convert
 from neuro.conversion.sigma_delta import SigmaDeltaConfig
 from neuro.deployment.deployed import deploy as deployed_model
-from sparse_update.data.corpus import Corpus, DataConfig, load_corpus
+from sparse_update.data.corpus import DataConfig, load_corpus
+from sparse_update.data.records import Corpus, CorpusError
 from sparse_update.data.regimes import held_out as held_out_sets
 from sparse_update.data.regimes import make_stream
-from sparse_update.data.sources import CorpusError
 from sparse_update.data.stream import WindowStream
 from sparse_update.loop.checkpoint import CheckpointError, load_checkpoint
 from sparse_update.transformer import ModelConfig, Transformer

@@ -26,11 +26,11 @@ from hardware.meters.meter import Meter, Reading, measure_idle
 from hardware.meters.zeus import ZeusCheck, compare_all
 from sparse_update.clock.cost import ComponentTimes, ComponentTimesError, Step, locked
 from sparse_update.clock.timing import Component, extend, measure
-from sparse_update.data.corpus import Corpus, DataConfig, load_corpus
+from sparse_update.data.corpus import DataConfig, load_corpus
+from sparse_update.data.records import Corpus, CorpusError
 from sparse_update.data.regimes import held_out, held_out_starts, make_stream
-from sparse_update.data.sources import CorpusError
 from sparse_update.data.stream import document_at
-from sparse_update.gates.gate import GateConfig
+from sparse_update.gates.config import GateConfig
 from sparse_update.loop.checkpoint import CheckpointError, load_checkpoint
 from sparse_update.loop.evaluation import by_difficulty, by_document, surprise_of, token_losses
 from sparse_update.loop.trainer import (
@@ -45,7 +45,7 @@ from sparse_update.loop.trainer import (
 from sparse_update.signals import SignalError
 from sparse_update.transformer import ModelConfig, Transformer
 from sparse_update.weights.lowrank import FACTOR, PeersError
-from sparse_update.weights.optimizer import OptimConfig
+from sparse_update.weights.settings import OptimConfig
 from sparse_update.weights.subset import SubsetConfig
 
 EXPECTED = (RunError, CorpusError, CheckpointError, ComponentTimesError, TrainingDiverged, SignalError, PeersError)

@@ -36,8 +36,8 @@ from hardware.placement import DoesNotFit
 from neuro.analysis.compatibility import NothingToMap
 from neuro.analysis.tracing import evaluating
 from neuro.deployment.deployed import deploy
+from sparse_update.data.records import CorpusError
 from sparse_update.data.regimes import held_out
-from sparse_update.data.sources import CorpusError
 from sparse_update.loop.checkpoint import CheckpointError
 
 FOLDER = Path("runs/bench/conversion")

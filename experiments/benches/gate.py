@@ -31,7 +31,8 @@ from sparse_update.step.flops import plan_flops
 from sparse_update.step.kernels import can_compile
 from sparse_update.step.plan import PLAIN, Choose, Chosen, StepPlan, View
 from sparse_update.transformer import ModelConfig, Transformer, token_loss
-from sparse_update.weights.optimizer import OptimConfig, Optimizer
+from sparse_update.weights.optimizer import Optimizer
+from sparse_update.weights.settings import OptimConfig
 from sparse_update.weights.subset import Active, SubsetConfig, choose
 
 KINDS = ("sequence_before", "sequence_after", "token_rows", "bypass", "blocks", "layers", "dw_rows")

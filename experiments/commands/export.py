@@ -153,8 +153,8 @@ def _converted_run(args: argparse.Namespace) -> Any:
     from experiments.runs.folder import RunError
     from neuro.analysis.compatibility import NothingToMap, analyse
     from neuro.conversion.calibration import calibrate
+    from sparse_update.data.records import CorpusError
     from sparse_update.data.regimes import make_stream
-    from sparse_update.data.sources import CorpusError
     from sparse_update.data.stream import WindowStream
     from sparse_update.loop.checkpoint import CheckpointError
 

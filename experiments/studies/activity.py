@@ -24,7 +24,7 @@ from experiments.comparison.statistics import interval
 from experiments.runs.folder import RunError
 from experiments.runs.plain_json import dump_line, write_json
 from experiments.studies.frontier import OPTIMIZERS, PRUNING, TEACHERS, Frontier, Points
-from sparse_update.data.sources import CorpusError
+from sparse_update.data.records import CorpusError
 
 GOAL_NATS = 0.05
 GOAL_SHARE = 0.12

@@ -29,8 +29,8 @@ from neuro.conversion.calibration import calibrate
 from neuro.conversion.graded import convert
 from neuro.deployment.deployed import deploy
 from neuro.training.loop import FineTuner, Moment, TrainReport, TrainSettings
-from sparse_update.data.corpus import Corpus, cut_at, val_starts, val_windows
-from sparse_update.data.sources import CorpusError
+from sparse_update.data.corpus import cut_at, val_starts, val_windows
+from sparse_update.data.records import Corpus, CorpusError
 from sparse_update.data.stream import WindowStream
 from sparse_update.loop.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from sparse_update.loop.evaluation import evaluate

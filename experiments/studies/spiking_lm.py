@@ -38,11 +38,12 @@ from neuro.language.model import LanguageConfig, SpikingLanguageModel
 from neuro.simulators import snntorch_backend
 from neuro.simulators.fixed_point import simulate
 from neuro.simulators.lava import client as lava_client
-from sparse_update.data.corpus import Corpus, CorpusError, DataConfig, load_corpus, val_windows
+from sparse_update.data.corpus import DataConfig, load_corpus, val_windows
+from sparse_update.data.records import Corpus, CorpusError
 from sparse_update.data.regimes import make_stream
 from sparse_update.loop.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from sparse_update.transformer import ModelConfig, Transformer, token_loss
-from sparse_update.weights.optimizer import OptimConfig, schedule
+from sparse_update.weights.settings import OptimConfig, schedule
 
 ARMS = ("transformer", "graded", "lif")
 SAVE_EVERY_S = 30.0

@@ -23,7 +23,7 @@ from typing import Any
 
 from sparse_update.step.plan import StepPlan
 from sparse_update.transformer import ModelConfig
-from sparse_update.weights.optimizer import OptimConfig
+from sparse_update.weights.settings import OptimConfig
 from sparse_update.weights.subset import Active
 
 SCHEMA = 2

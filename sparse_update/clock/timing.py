@@ -18,7 +18,8 @@ from sparse_update.step.backward import Stepper
 from sparse_update.step.plan import Chosen, StepPlan, View
 from sparse_update.transformer import ModelConfig, Transformer, token_loss
 from sparse_update.weights.lowrank import add_lora, decompose, rank_of
-from sparse_update.weights.optimizer import OptimConfig, Optimizer
+from sparse_update.weights.optimizer import Optimizer
+from sparse_update.weights.settings import OptimConfig
 from sparse_update.weights.subset import Active
 
 Probe = Callable[[], dict[str, float]]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,9 @@ import torch
 
 from sparse_update.data.dedup import METHODS, distinct_documents
 from sparse_update.data.domains import DOMAINS, domain
-from sparse_update.data.sources import CorpusError, Document, known_sources, read_source, sha256_of
-from sparse_update.data.stream import MAX_GARBAGE, SOURCES, Batch, WindowStream
+from sparse_update.data.records import Batch, Corpus, CorpusError, Document, Span
+from sparse_update.data.sources import known_sources, read_source, sha256_of
+from sparse_update.data.stream import MAX_GARBAGE, SOURCES, WindowStream
 from sparse_update.data.tokens import MAX_VOCAB, BpeTokenizer, ByteTokenizer, Tokenizer, TokenizerError
 
 __all__ = [
@@ -143,46 +143,6 @@ class DataConfig:
             raise ValueError(
                 f"data.copies={self.copies} and horizon_tokens={self.horizon_tokens}: at least 2, and positive"
             )
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where the text of one domain lies: tokens `[start, stop)` of the training text and of the held-out text."""
-
-    train: tuple[int, int]
-    val: tuple[int, int]
-
-
-@dataclass(frozen=True, eq=False)
-class Corpus:
-    """Tokens of both splits. `*_tokens` uint16 (tokens,), read-only; document i is `[offsets[i], offsets[i + 1])`."""
-
-    name: str
-    train_tokens: np.ndarray
-    train_offsets: np.ndarray  # int64 (documents + 1,)
-    train_names: tuple[str, ...]
-    val_tokens: np.ndarray
-    val_offsets: np.ndarray
-    val_names: tuple[str, ...]
-    vocab_size: int
-    train_bytes: int
-    val_bytes: int
-    sha256: str  # of all documents' text, training then held out, each in order of its name
-    tokenizer: Tokenizer
-    spans: Mapping[str, Span] = field(default_factory=dict)  # by name of the domain, in order; empty for a single source
-    known: str = ""  # the domain that a model has learnt already; of familiar and adapt
-
-    def count_bytes(self, tokens: torch.Tensor | np.ndarray) -> int:
-        """Bytes of text behind `tokens` (any shape): bits per byte = summed nats / ln 2 / this."""
-        return int(self.tokenizer.token_bytes[np.asarray(tokens)].sum(dtype=np.int64))
-
-    @cached_property
-    def known_tokens(self) -> torch.Tensor | None:
-        """Training text of the known domain, int64 (tokens,), for signals of novelty; None where there is none."""
-        if not self.known:
-            return None
-        start, stop = self.spans[self.known].train
-        return torch.from_numpy(self.train_tokens[start:stop].astype(np.int64))
 
 
 def load_corpus(cfg: DataConfig) -> Corpus:

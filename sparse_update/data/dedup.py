@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from sparse_update.data.hashing import draw, key
-from sparse_update.data.sources import Document
+from sparse_update.data.records import Document
 
 METHODS = ("exact", "near")
 SHINGLE = 8

@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable
 from textwrap import dedent
 
-from sparse_update.data.sources import Document, Split, files, shakespeare, split, stdlib, topics
+from sparse_update.data.records import Document, Split
+from sparse_update.data.sources import files, shakespeare, split, stdlib, topics
 
 # A docstring follows the colon of a definition or opens a file, after comments.
 DOCSTRING = re.compile(

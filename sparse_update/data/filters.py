@@ -17,7 +17,8 @@ import torch
 
 from sparse_update.data.dedup import METHODS, flops_per_token, is_new, keys_of
 from sparse_update.data.hashing import below, key, uniform
-from sparse_update.data.stream import Batch, Stream
+from sparse_update.data.records import Batch
+from sparse_update.data.stream import Stream
 
 READ_AHEAD = 64
 

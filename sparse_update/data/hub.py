@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparse_update.data.sources import CorpusError, Document
-from sparse_update.data.stream import Batch
+from sparse_update.data.records import Batch, CorpusError, Document
 from sparse_update.data.tokens import Tokenizer, TokenizerError
 
 INSTALL_HUB = "pip install 'spikegate[hub]'"

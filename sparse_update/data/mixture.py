@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sparse_update.data.corpus import Corpus
 from sparse_update.data.hashing import below, key, uniform
-from sparse_update.data.stream import Batch, EpochOrder, Stream, document_at
+from sparse_update.data.records import Batch, Corpus
+from sparse_update.data.stream import EpochOrder, Stream, document_at
 
 CHUNK = 4096
 SUBSTITUTE, DELETE, INSERT = range(3)

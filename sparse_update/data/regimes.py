@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sparse_update.data.corpus import Corpus, DataConfig, cut_at, val_starts
+from sparse_update.data.corpus import DataConfig, cut_at, val_starts
 from sparse_update.data.filters import FilterStream
 from sparse_update.data.hashing import draw, key
 from sparse_update.data.mixture import MixtureStream, Part
-from sparse_update.data.sources import CorpusError
-from sparse_update.data.stream import Batch, Stream, WindowStream, count_windows
+from sparse_update.data.records import Batch, Corpus, CorpusError
+from sparse_update.data.stream import Stream, WindowStream, count_windows
 
 DOCUMENT_WINDOWS = 4
 """redundant: a repeated document is this many windows that follow each other."""

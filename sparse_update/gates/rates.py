@@ -3,12 +3,9 @@ shapes stay static and each value's step can be timed beforehand."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from sparse_update.gates.gate import GateConfig
-
-SCHEDULES = ("constant", "ramp", "budget")
+from sparse_update.gates.config import GateConfig
 
 
 class Rate:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_update.gates.gate import Gate, GateConfig, GateContext, GatedBatch
+from sparse_update.gates.config import GateConfig
+from sparse_update.gates.gate import Gate, GateContext, GatedBatch
 from sparse_update.gates.policies import Selection, kept_count
 from sparse_update.gates.windows import per_window
 from sparse_update.step.plan import Chosen, StepPlan, View

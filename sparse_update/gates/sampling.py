@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_update.gates.gate import Gate, GateConfig, GateContext, GatedBatch
+from sparse_update.gates.config import GateConfig
+from sparse_update.gates.gate import Gate, GateContext, GatedBatch
 from sparse_update.step.plan import PLAIN, SparseStep, StepPlan
 from sparse_update.transformer import token_loss
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_update.data.stream import Batch
-from sparse_update.gates.gate import Gate, GateConfig, GateContext, GatedBatch, join, part
+from sparse_update.data.records import Batch
+from sparse_update.gates.config import GateConfig
+from sparse_update.gates.gate import Gate, GateContext, GatedBatch, join, part
 from sparse_update.gates.policies import Selection, kept_count
 from sparse_update.step.plan import SparseStep, StepPlan, View
 from sparse_update.transformer import token_loss

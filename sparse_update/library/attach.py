@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -202,8 +203,6 @@ class Gate:
         self._world = _world_size()
         if self._world == 1:
             return
-        import torch.distributed as dist
-
         world = self._world
 
         def mean(leaf: Tensor) -> None:
@@ -490,8 +489,6 @@ class Gate:
 
 
 def _world_size() -> int:
-    import torch.distributed as dist
-
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 

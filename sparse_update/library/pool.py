@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_update.data.stream import Batch
+from sparse_update.data.records import Batch
 from sparse_update.gates.policies import kept_count, make_policy
 from sparse_update.signals import Signal, SignalContext, SignalError, make_signal
 

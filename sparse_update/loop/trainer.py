@@ -17,9 +17,11 @@ from torch import Tensor
 
 from sparse_update.clock.cost import ComponentTimes, ComponentTimesError, Step, optimizer_tag
 from sparse_update.clock.timing import Component, Setting, step_probe
+from sparse_update.data.regimes import prequential
 from sparse_update.gates.bias import cosines
 from sparse_update.gates.choice import make_gate
-from sparse_update.gates.gate import Gate, GateConfig, GateContext, GatedBatch
+from sparse_update.gates.config import GateConfig
+from sparse_update.gates.gate import Gate, GateContext, GatedBatch
 from sparse_update.loop.checkpoint import Checkpoint, checkpoint_of, load_checkpoint, save_checkpoint
 from sparse_update.loop.evaluation import evaluate, start_from
 from sparse_update.loop.records import RunResult, StepReport, TrainerConfig, TrainingDiverged, compiling
@@ -28,7 +30,8 @@ from sparse_update.step.flops import plan_flops
 from sparse_update.step.plan import PLAIN, Chosen, SparseStep, StepPlan, View
 from sparse_update.transformer import Transformer, token_loss
 from sparse_update.weights.lowrank import adapt, apart, merged, restore
-from sparse_update.weights.optimizer import OptimConfig, Optimizer, schedule
+from sparse_update.weights.optimizer import Optimizer
+from sparse_update.weights.settings import OptimConfig, schedule
 from sparse_update.weights.subset import Subset, SubsetConfig
 
 __all__ = [
@@ -45,6 +48,15 @@ __all__ = [
 
 WATCHED = "plain_step_watched"
 """Component key of a plain step that the engine takes for a gate to observe, where others go by compiled autograd."""
+
+
+def check_adapter(gate: GateConfig) -> None:
+    """Raise ValueError for a gate that looks into the model or changes its step, beside LoRA's factors."""
+    if not gate.only_tokens:
+        raise ValueError(
+            f"subset.kind = lora with gate.unit = {gate.unit!r}, gate.signal = {gate.signal!r}: LoRA runs by autograd, "
+            "so gate=dense, or unit sequence by a signal that is asked before the forward (random, ngram, ...)"
+        )
 
 
 class Trainer:
@@ -106,7 +118,8 @@ class Trainer:
             self.engine = Stepper(model, torch.bfloat16 if self.bf16 else None, times.variant == "engine_compiled")
         self.adapted = subset.kind == "lora"
         if self.adapted:
-            adapt(model, subset, gate, seed)
+            check_adapter(gate)
+            adapt(model, subset, seed)
         self.subset = Subset(model, subset, seed)
         self.dense_weights = subset.kind == "all"
         self.optimizer = Optimizer(model, self.subset.active, optim)
@@ -376,8 +389,6 @@ class Trainer:
         if not every or stretch < self.next_stretch:
             return
         self.next_stretch = stretch + 1
-        from sparse_update.data.regimes import prequential
-
         preview = prequential(self.stream, every, self.cfg.prequential_windows)
         self.points.append((self.offered_tokens, evaluate(self.model, preview.batch.tokens), preview.source))
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sparse_update.data.stream import Batch
+from sparse_update.data.records import Batch
 
 LEVELS = ("token", "sequence", "block")
 NEEDS = ("tokens", "forward", "backward")

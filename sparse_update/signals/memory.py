@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_update.data.stream import Batch
+from sparse_update.data.records import Batch
 from sparse_update.signals.base import Signal, SignalContext, SignalError, register_signal
 
 NOT_SEEN = float("nan")

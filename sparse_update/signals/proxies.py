@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_update.data.stream import Batch
+from sparse_update.data.records import Batch
 from sparse_update.signals.base import Signal, SignalContext, SignalError, register_signal
 from sparse_update.surprise import NgramTable
 from sparse_update.transformer import ModelConfig, Transformer, token_loss

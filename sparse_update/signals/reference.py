@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparse_update.data.stream import Batch
+from sparse_update.data.records import Batch
 from sparse_update.loop.checkpoint import load_checkpoint
 from sparse_update.signals.base import Seen, Signal, SignalContext, SignalError, register_signal
 from sparse_update.signals.memory import VisitProgress

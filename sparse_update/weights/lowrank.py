@@ -16,15 +16,13 @@ import importlib.util
 import sys
 import types
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from sparse_update.gates.gate import GateConfig
-    from sparse_update.weights.optimizer import OptimConfig
-    from sparse_update.weights.subset import Active, SubsetConfig
+from sparse_update.weights.settings import OptimConfig
+from sparse_update.weights.subset import Active, SubsetConfig
 
 MATRICES = ("q", "k", "v", "o", "fc1", "fc2")
 """Names of the matrices of a block that LoRA adapts."""
@@ -142,19 +140,8 @@ def add_lora(model: nn.Module, rank: int, scale: float = 2.0, targets: Iterable[
     return peft.inject_adapter_in_model(config, model)
 
 
-def adapt(model: nn.Module, subset: SubsetConfig, gate: GateConfig, seed: int) -> None:
-    """Put LoRA factors into a run's model, in place, drawn from `seed` alone.
-
-    Raises ValueError for a gate that looks into the model or changes its step: its sparse step knows no factors.
-    """
-    from sparse_update.signals import SIGNALS
-
-    before = gate.signal in ("none", "random") or (gate.signal in SIGNALS and SIGNALS[gate.signal].needs == "tokens")
-    if gate.unit not in ("none", "sequence") or not before:
-        raise ValueError(
-            f"subset.kind = lora with gate.unit = {gate.unit!r}, gate.signal = {gate.signal!r}: LoRA runs by autograd, "
-            "so gate=dense, or unit sequence by a signal that is asked before the forward (random, ngram, ...)"
-        )
+def adapt(model: nn.Module, subset: SubsetConfig, seed: int) -> None:
+    """Put LoRA factors into a run's model, in place, drawn from `seed` alone."""
     with torch.random.fork_rng():
         torch.manual_seed(seed + 4)
         add_lora(model, subset.rank, subset.rank_scale)

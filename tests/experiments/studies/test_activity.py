@@ -14,7 +14,7 @@ from experiments import deploy
 from experiments.runs.plain_json import write_json
 from experiments.studies import activity, frontier
 from sparse_update.data.corpus import DataConfig, load_corpus
-from sparse_update.data.sources import CorpusError
+from sparse_update.data.records import CorpusError
 from sparse_update.loop.checkpoint import save_checkpoint
 from sparse_update.loop.evaluation import evaluate
 from sparse_update.transformer import ModelConfig, Transformer

@@ -19,7 +19,7 @@ from sparse_update.clock.cost import (
 from sparse_update.clock.timing import extend, measure
 from sparse_update.step.plan import PLAIN, StepPlan
 from sparse_update.transformer import ModelConfig, Transformer
-from sparse_update.weights.optimizer import OptimConfig
+from sparse_update.weights.settings import OptimConfig
 from sparse_update.weights.subset import Subset, SubsetConfig
 
 SMALL = {"width": 16, "layers": 3, "heads": 2, "context": 12, "vocab_size": 23, "attention": "explicit"}

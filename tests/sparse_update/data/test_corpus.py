@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_update.data import sources
-from sparse_update.data.corpus import Corpus, CorpusError, DataConfig, load_corpus, val_windows
+from sparse_update.data.corpus import DataConfig, load_corpus, val_windows
+from sparse_update.data.records import Corpus, CorpusError
 from sparse_update.data.stream import CLEAN, RANDOM, REPEATED, SHUFFLED, WindowStream, _hash
 from sparse_update.data.tokens import BpeTokenizer, ByteTokenizer, TokenizerError, tokenizer_from_record
 

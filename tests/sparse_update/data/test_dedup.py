@@ -7,7 +7,7 @@ import pytest
 
 from sparse_update.data.corpus import DataConfig, load_corpus
 from sparse_update.data.dedup import distinct_documents, exact_keys, is_new, keys_of, near_keys
-from sparse_update.data.sources import Document
+from sparse_update.data.records import Document
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from sparse_update.data.hub import HubStream, documents, documents_of, load
-from sparse_update.data.sources import CorpusError, split
+from sparse_update.data.records import CorpusError
+from sparse_update.data.sources import split
 from sparse_update.data.tokens import ByteTokenizer
 
 datasets = pytest.importorskip("datasets", reason="needs the extra hub (datasets)")

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_update.data.corpus import Corpus, DataConfig, Span, load_corpus, val_windows
+from sparse_update.data.corpus import DataConfig, load_corpus, val_windows
 from sparse_update.data.domains import docs_and_code
 from sparse_update.data.filters import FilterStream
 from sparse_update.data.mixture import MixtureStream, Part
+from sparse_update.data.records import Corpus, CorpusError, Document, Span
 from sparse_update.data.regimes import DOCUMENT_WINDOWS, held_out, held_out_starts, make_stream, prequential
-from sparse_update.data.sources import CorpusError, Document, register_source, split
+from sparse_update.data.sources import register_source, split
 from sparse_update.data.stream import WindowStream
 from sparse_update.data.tokens import ByteTokenizer
 

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparse_update.data.stream import Batch
+from sparse_update.data.records import Batch
 from sparse_update.gates.auto import OBSERVE, AutoGate, agreement, observed_layers
+from sparse_update.gates.config import GateConfig
 from sparse_update.gates.controller import AutoConfig, Controller
-from sparse_update.gates.gate import GateConfig, GateContext
+from sparse_update.gates.gate import GateContext
 from sparse_update.nested import pack, unpack
 from sparse_update.signals.gradients import tapped
 from sparse_update.step.plan import Chosen, SparseStep, View

@@ -11,7 +11,8 @@ import torch
 from sparse_update.data.corpus import DataConfig, load_corpus
 from sparse_update.data.stream import WindowStream
 from sparse_update.gates.choice import make_gate
-from sparse_update.gates.gate import Gate, GateConfig, GateContext
+from sparse_update.gates.config import GateConfig
+from sparse_update.gates.gate import Gate, GateContext
 from sparse_update.gates.rates import Rate
 from sparse_update.step.plan import SparseStep, StepPlan, View
 from sparse_update.transformer import ModelConfig, Transformer

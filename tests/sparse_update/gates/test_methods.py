@@ -17,11 +17,11 @@ import yaml
 from sparse_update.clock.cost import ComponentTimes, identity
 from sparse_update.data.corpus import DataConfig, load_corpus, val_windows
 from sparse_update.data.stream import WindowStream
-from sparse_update.gates.gate import GateConfig
+from sparse_update.gates.config import GateConfig
 from sparse_update.loop.checkpoint import load_checkpoint, save_checkpoint
 from sparse_update.loop.trainer import Trainer, TrainerConfig, evaluate, start_from
 from sparse_update.transformer import ModelConfig, Transformer
-from sparse_update.weights.optimizer import OptimConfig
+from sparse_update.weights.settings import OptimConfig
 from sparse_update.weights.subset import SubsetConfig
 
 MODEL = {"width": 16, "layers": 3, "heads": 2, "context": 16, "vocab_size": 256, "attention": "explicit"}

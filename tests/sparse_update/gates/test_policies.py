@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_update.gates.gate import GateConfig
+from sparse_update.gates.config import GateConfig
 from sparse_update.gates.policies import (
     Selection,
     band,

@@ -220,7 +220,7 @@ def test_killed_process(tmp_path):
     save_number(tmp_path / "c", 1)
     code = """
 import os, sys, torch
-from sparse_update import checkpoint
+from sparse_update.loop import checkpoint
 real = os.rename
 def rename(a, b):
     real(a, b)

@@ -17,12 +17,12 @@ from sparse_update.clock.cost import ComponentTimes, ComponentTimesError, identi
 from sparse_update.data.corpus import DataConfig, load_corpus, val_windows
 from sparse_update.data.stream import WindowStream
 from sparse_update.gates.auto import OBSERVE
+from sparse_update.gates.config import GateConfig
 from sparse_update.gates.controller import AutoConfig, Controller
-from sparse_update.gates.gate import GateConfig
 from sparse_update.loop.checkpoint import load_checkpoint
 from sparse_update.loop.trainer import WATCHED, Trainer, TrainerConfig, TrainingDiverged, compiling, evaluate, start_from
 from sparse_update.transformer import ModelConfig, Transformer
-from sparse_update.weights.optimizer import OptimConfig, schedule
+from sparse_update.weights.settings import OptimConfig, schedule
 from sparse_update.weights.subset import SubsetConfig
 
 MODEL = {"width": 16, "layers": 2, "heads": 2, "context": 16, "vocab_size": 256, "attention": "explicit"}

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparse_update.data.stream import Batch
+from sparse_update.data.records import Batch
 from sparse_update.loop.checkpoint import save_checkpoint
 from sparse_update.nested import pack, unpack
 from sparse_update.signals import (

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sparse_update.data.stream import Batch
+from sparse_update.data.records import Batch
 from sparse_update.loop.checkpoint import save_checkpoint
 from sparse_update.signals import SignalContext, SignalError, make_signal
 from sparse_update.signals.forward import entropy, last_layer_gradient_norm

@@ -11,13 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_update.clock.cost import Step
 from sparse_update.clock.timing import Setting, step_probe
-from sparse_update.gates.gate import GateConfig
+from sparse_update.gates.config import GateConfig
+from sparse_update.loop.trainer import check_adapter
 from sparse_update.nested import pack, unpack
 from sparse_update.step.flops import plan_flops
 from sparse_update.step.plan import PLAIN
 from sparse_update.transformer import ModelConfig, Transformer, token_loss
 from sparse_update.weights.lowrank import MATRICES, PeersError, adapt, add_lora, apart, decompose, merged, rank_of, restore
-from sparse_update.weights.optimizer import OptimConfig, Optimizer
+from sparse_update.weights.optimizer import Optimizer
+from sparse_update.weights.settings import OptimConfig
 from sparse_update.weights.subset import Active, Subset, SubsetConfig
 
 needs_galore = pytest.mark.skipif(
@@ -144,7 +146,7 @@ LORA = SubsetConfig(name="lora", kind="lora", rank=2, rank_scale=3.0)
 def adapted(seed=0):
     """A model whose factors have both moved away from where they start, and its LoRA optimizer."""
     model, x, y = build()
-    adapt(model, LORA, GateConfig(), seed)
+    adapt(model, LORA, seed)
     optimizer = Optimizer(model, Subset(model, LORA, seed).active, OptimConfig(lr=0.02))
     advance(model, optimizer, x, y, 5)
     return model, optimizer, x, y
@@ -160,7 +162,7 @@ def test_merged_weights_are_the_adapted_model_and_parts_bring_it_back_to_the_bit
         unmoved, _, _ = build()
         assert (plain(x) - unmoved(x)).abs().max() > 1e-2
     other, _, _ = build()
-    adapt(other, LORA, GateConfig(), seed=9)
+    adapt(other, LORA, seed=9)
     restore(other, merged(model), apart(model))
     with torch.no_grad():
         assert torch.equal(other(x), model(x))
@@ -210,7 +212,7 @@ def test_flops_of_lora_are_what_torch_counts():
 )
 def test_gates_that_look_into_the_model_are_refused_beside_lora(gate):
     with pytest.raises(ValueError, match="LoRA runs by autograd"):
-        adapt(build()[0], LORA, GateConfig(**gate), 0)
+        check_adapter(GateConfig(**gate))
 
 
 def test_lora_without_factors_and_bad_ranks_are_refused():

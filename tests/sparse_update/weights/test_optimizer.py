@@ -10,7 +10,8 @@ import torch
 from sparse_update.nested import pack, unpack
 from sparse_update.step.backward import sparse_step
 from sparse_update.transformer import ModelConfig, Transformer
-from sparse_update.weights.optimizer import OptimConfig, Optimizer, schedule, storage_bytes
+from sparse_update.weights.optimizer import Optimizer, storage_bytes
+from sparse_update.weights.settings import OptimConfig, schedule
 from sparse_update.weights.subset import Active, Part, Subset, SubsetConfig, choose
 
 

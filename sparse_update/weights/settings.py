@@ -1,0 +1,62 @@
+"""What an optimizer is told: its settings, and the learning rate over a run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+NAMES = ("adamw", "muon", "sign", "galore")
+MOMENTS = ("drop", "keep")
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer and schedule. Raises ValueError for values that cannot train."""
+
+    name: str = "adamw"
+    """"adamw" | "muon": torch.optim.Muon for the matrices of the blocks, AdamW for the rest | "sign": descent by the
+    gradient's sign, no state | "galore": AdamW in a low-rank space for the matrices of the blocks (lowrank.py)."""
+    lr: float = 4e-3
+    muon_lr: float = 0.02
+    beta1: float = 0.9
+    beta2: float = 0.98
+    weight_decay: float = 0.1
+    """Decoupled, on matrices only."""
+    warmup_fraction: float = 0.05
+    """Share of the budget with linearly rising rate."""
+    final_fraction: float = 0.05
+    """End of the cosine, as a share of the peak rate."""
+    grad_clip: float = 1.0
+    """Largest norm of the whole gradient; 0 switches clipping off."""
+    sign_scale: float = 1.0
+    """Step of strips under the rule "sign", as a share of `lr` (FRUGAL's inactive weights)."""
+    frozen_moments: str = "drop"
+    """"drop": moments of a strip that goes inactive are freed | "keep": they wait for its return, allocated and counted."""
+    galore_rank: int = 16
+    galore_every_steps: int = 200
+    """Steps between two decompositions of the gradient."""
+    galore_scale: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise ValueError(f"optim.name = {self.name!r}: one of {', '.join(NAMES)}")
+        if self.frozen_moments not in MOMENTS:
+            raise ValueError(f"optim.frozen_moments = {self.frozen_moments!r}: one of {', '.join(MOMENTS)}")
+        if self.name == "galore" and self.frozen_moments == "keep":
+            raise ValueError("optim.frozen_moments = keep: projections of optim.name = galore cannot wait, use drop")
+        if self.sign_scale <= 0 or self.galore_scale <= 0 or self.galore_rank < 1 or self.galore_every_steps < 1:
+            raise ValueError(
+                "optim.sign_scale, galore_scale must be positive, optim.galore_rank, galore_every_steps at least 1"
+            )
+        if self.lr <= 0 or self.muon_lr <= 0:
+            raise ValueError(f"optim.lr = {self.lr}, optim.muon_lr = {self.muon_lr}: learning rates must be positive")
+        if not 0 <= self.warmup_fraction < 1 or not 0 <= self.final_fraction <= 1:
+            raise ValueError("optim.warmup_fraction must lie in [0, 1), optim.final_fraction in [0, 1]")
+
+
+def schedule(progress: float, cfg: OptimConfig) -> float:
+    """Factor on the learning rate at `progress` in [0, 1] of the budget: linear warm-up, then cosine."""
+    if progress < cfg.warmup_fraction:
+        return progress / cfg.warmup_fraction
+    done = min(1.0, (progress - cfg.warmup_fraction) / (1 - cfg.warmup_fraction))
+    return cfg.final_fraction + (1 - cfg.final_fraction) * 0.5 * (1 + math.cos(math.pi * done))
