@@ -30,7 +30,7 @@ INSTALLED_READERS := $(READERS_VENV)/.spikegate-$(call key,constraints-readers.t
 INSTALLED_NEUROBENCH := $(NEUROBENCH_VENV)/.spikegate-$(call key,constraints-neurobench.txt)
 INSTALLED_ENERGY := $(ENERGY_VENV)/.spikegate-$(call key,constraints-energy.txt)
 
-.PHONY: help demo test lint lava lava-if-possible readers neurobench energy-check install clean distclean
+.PHONY: help demo test lint docs lava lava-if-possible readers neurobench energy-check install clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -45,6 +45,10 @@ lint: $(INSTALLED_DEV) ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+docs: $(INSTALLED_DEV) ## the documentation as a site in site/; a broken link or a warning fails
+	$(PY) -m sphinx -q -W --keep-going -E -b html docs site
+	@echo "Documentation: site/index.html"
 
 lava: $(INSTALLED_LAVA) ## the Lava worker's own environment, Python 3.10
 	@echo "Lava worker: $(LAVA_VENV)/bin/python"
@@ -100,7 +104,7 @@ $(INSTALLED_ENERGY):
 	@rm $(ENERGY_VENV)/.installing && touch $@
 
 clean: ## caches and build leftovers; environments and runs stay
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## the environments too

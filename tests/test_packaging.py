@@ -278,6 +278,7 @@ def test_a_dry_run_changes_nothing(shop):
         "demo",
         "test",
         "lint",
+        "docs",
         "lava",
         "readers",
         "neurobench",
@@ -318,10 +319,10 @@ def test_ci_asks_for_every_environment_and_a_browser_where_it_can(shop, browser,
             (shop.folder.parent / "bin" / name).write_text(f"#!/usr/bin/env bash\n{lines}\n")
             (shop.folder.parent / "bin" / name).chmod(0o755)
     words = "readers neurobench energy-check"
-    (shop.folder / "Makefile").write_text(f"{words}:\n\t@: ; echo $@\ntest:\n\t@echo $$SPIKEGATE_REQUIRE\n")
+    (shop.folder / "Makefile").write_text(f"{words} docs:\n\t@: ; echo $@\ntest:\n\t@echo $$SPIKEGATE_REQUIRE\n")
     done = run(script, cwd=shop.folder.parent, env=shop.env)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [*words.split(), f"lava,{words.replace(' ', ',')}{word}"]
+    assert done.stdout.split() == [*words.split(), "docs", f"lava,{words.replace(' ', ',')}{word}"]
     assert said in done.stderr if said else not done.stderr
 
 

@@ -1,0 +1,172 @@
+"""Every code block that a reader may copy works: Python runs and prints what the page says, commands are understood.
+
+`python` blocks of a page run in order in one process, after its `file` blocks have been written; then the commands behind
+`$ ` of its `console` blocks run, in the same folder. Commands in `sh` blocks are read by the parser that they are meant
+for (argparse, or Hydra with all settings composed and checked) and go no further.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from tests.docs.pages import ROOT, SHELLS, Block, blocks, commands, name, pages
+
+LANGUAGES = ("python", *SHELLS, "text", "yaml", "toml", "json", "bibtex", "tree")
+HYDRA = ("train", "deploy", "compare")
+FREE = ("cd", "git", "tensorboard", "xdg-open")
+"""Programs that are none of ours, and whose arguments nobody checks."""
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+ENVIRONMENT = {
+    **os.environ,
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "PYTHONPATH": f"{ROOT}{os.pathsep}.",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+def with_blocks(chosen: Callable[[Block], bool]) -> list[object]:
+    return [pytest.param(page, id=name(page)) for page in pages() if any(chosen(block) for block in blocks(page))]
+
+
+def runs(block: Block) -> bool:
+    return not block.not_run and (block.language == "python" or (block.language == "console" and "$ " in block.text))
+
+
+def run(words: Sequence[str], folder: Path, text: str | None = None) -> str:
+    done = subprocess.run(
+        words, cwd=folder, env=ENVIRONMENT, input=text, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, f"{words}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", with_blocks(runs))
+def test_blocks_run_and_print_what_the_page_says(page, tmp_path):
+    found = [block for block in blocks(page) if not block.not_run]
+    for block in found:
+        if block.file:
+            (tmp_path / block.file).write_text(block.text)
+    code = [block for block in found if block.language == "python" and not block.file]
+    if code:
+        given = json.dumps([{"text": block.text, "line": block.line, "page": name(page)} for block in code])
+        printed = json.loads(run([sys.executable, ROOT / "tests/docs/run_page.py"], tmp_path, given))
+        for block, output in zip(code, printed, strict=True):
+            expected = "" if block.output is None else block.output
+            assert output.strip() == expected.strip(), f"{name(page)}, line {block.line}"
+    for block in found:
+        if block.language == "console":
+            for line in block.text.splitlines():
+                if line.startswith("$ "):
+                    run(["bash", "-c", line[2:]], tmp_path)
+
+
+class Understood(Exception):
+    """Raised in the place of the work, once a command's arguments are parsed."""
+
+
+def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take a command as far as its parser. Raises AssertionError where it is not understood."""
+    match words:
+        case ["make", *targets]:
+            assert {word for word in targets if "=" not in word} <= set(TARGETS), words
+        case ["pip", "install", *names]:
+            extras = re.findall(r"spikegate\[([\w,-]+)\]|^\.\[([\w,-]+)\]", " ".join(names))
+            assert {one for pair in extras for one in ",".join(filter(None, pair)).split(",")} <= set(EXTRAS), words
+        case ["spikegate", command, *rest] if command in HYDRA:
+            composed(command, rest, monkeypatch)
+        case ["python", "-m", module, *rest] if module.removeprefix("experiments.") in HYDRA:
+            composed(module.removeprefix("experiments."), rest, monkeypatch)
+        case ["spikegate", *rest]:
+            parsed("experiments.cli", rest)
+        case ["python", "-m", module, *rest] if module.split(".")[0] in ("experiments", "neuro", "hardware"):
+            parsed(module, rest)
+        case _:
+            assert words[0] in FREE, f"who checks {words[0]!r}? Mark the block as not run, with a reason"
+
+
+def composed(command: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module(f"experiments.{command}")
+    seen: list[object] = []
+
+    def instead(settings: object) -> dict[str, str]:
+        seen.append(settings)
+        return {}
+
+    monkeypatch.setattr(module, command, instead)
+    code = module.main(words)
+    assert code == 0, (command, words)
+    assert seen or "--cfg" in words or "--help" in words, (command, words)
+
+
+def parsed(module: str, words: list[str]) -> None:
+    original = argparse.ArgumentParser.parse_args
+
+    def stop(parser: argparse.ArgumentParser, args: Sequence[str] | None = None, namespace: object = None) -> None:
+        original(parser, args, namespace)
+        raise Understood
+
+    ended = "it went on without parsing its arguments"
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", stop):
+        try:
+            importlib.import_module(module).main(words)
+        except Understood:
+            return
+        except SystemExit as stopped:
+            ended = f"exit {stopped.code}"
+    assert {"--help", "--version"} & set(words), f"{module} {words}: {ended}"
+
+
+@pytest.mark.parametrize("page", with_blocks(lambda block: block.language in SHELLS and not block.not_run))
+def test_commands_are_understood(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(page):
+        if block.language in SHELLS and not block.not_run:
+            for words in commands(block):
+                with monkeypatch.context() as patch:
+                    understood(words, patch)
+                for path in (word for word in words if re.fullmatch(r"configs/[\w/]+\.yaml", word)):
+                    assert (ROOT / path).exists(), f"{name(page)}: {path}"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["spikegate", "train", "gate.keep=0.5"],
+        ["spikegate", "train", "gate=unheard_of"],
+        ["spikegate", "simulate", "--backend"],
+        ["python", "-m", "experiments.studies.activity", "--no-such-option"],
+        ["make", "nothing"],
+        ["pip", "install", "spikegate[nothing]"],
+        ["rm", "-r", "runs"],
+    ],
+    ids=" ".join,
+)
+def test_a_command_that_is_wrong_is_found(words, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AssertionError):
+        understood(words, monkeypatch)
+
+
+def test_every_block_says_what_it_is():
+    for page in pages():
+        for block in blocks(page):
+            assert block.language in LANGUAGES, f"{name(page)}, line {block.line}: language {block.language!r}"
+            assert block.language != "console" or "$ " in block.text, f"{name(page)}, line {block.line}: no `$ `"
+
+
+@pytest.mark.parametrize("room", ["sparse_update", "neuro", "hardware"])
+def test_every_room_has_an_example_that_runs(room):
+    assert any(block.language == "python" and not block.not_run for block in blocks(ROOT / room / "README.md"))
