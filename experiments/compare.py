@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
@@ -12,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.comparison.accounts import layer_energies
 from experiments.comparison.collection import collect
+from experiments.comparison.document import to_json
 from experiments.comparison.record import Comparison
 from experiments.runs.hydra_app import ConfigError, run_app
 from experiments.runs.plain_json import plain, write_json
 from experiments.views.figures import figure
 from experiments.views.layer_figure import layer_figure
 from experiments.views.page import page
-from experiments.views.tables import energy_markdown, markdown, table, verdict_lines
+from experiments.views.tables import energy_markdown, headline, markdown, table
 from experiments.views.tracking import MOST_SELECTED, boards, write_comparison
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ class CompareConfig:
     nothing is said."""
     tensorboard: bool = True
     """Write the TensorBoard folder too."""
+    tables: bool = False
+    """Print every table; otherwise the headline, and the files hold the rest."""
 
     def __post_init__(self) -> None:
         if not self.folder and not self.runs:
@@ -56,9 +60,10 @@ def compare(cfg: CompareConfig) -> dict[str, Any]:
     beside = len(boards(Path(cfg.folder), board)) if cfg.folder and within else 0
     document = write(comparison, out, tensorboard=cfg.tensorboard, beside=beside)
     width = shutil.get_terminal_size((0, 0)).columns  # of the terminal, or COLUMNS; elsewhere lines have no limit
-    print(table(comparison, width))
-    print("\n".join(verdict_lines(document["verdicts"], width)))
-    print(f"\nwritten to {out}: comparison.html, .json, .md, .png, .svg")
+    if cfg.tables:
+        print(table(comparison, width))
+    print(headline(comparison, width, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+    print(f"written to {out}: comparison.html, .json, .md, .png, .svg")
     if cfg.tensorboard:
         print(f"look at it: tensorboard --logdir {cfg.folder if within else board}")
         if within and beside + len(boards(board)) > MOST_SELECTED:
@@ -69,7 +74,7 @@ def compare(cfg: CompareConfig) -> dict[str, Any]:
 def write(comparison: Comparison, out: Path, *, tensorboard: bool = True, beside: int = 0) -> dict[str, Any]:
     """Write comparison.json, .html, .md, .png, .svg, for each deployed model joules-STREAM-MODEL.png and .svg, and, if
     wanted, tensorboard/ into `out`; return the JSON document. `beside`: other runs that one TensorBoard will show."""
-    document = comparison.to_json()
+    document = to_json(comparison)
     write_json(out / "comparison.json", document)
     picture = figure(comparison)
     picture.savefig(out / "comparison.png", dpi=150)

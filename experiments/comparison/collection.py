@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from experiments.comparison.record import (
     SCHEMA,
     Arm,
@@ -26,7 +28,9 @@ from experiments.comparison.record import (
     full_budget,
     notes_on,
 )
+from experiments.comparison.settings import difference_text, experiment_settings
 from experiments.runs.folder import RunError, read_json
+from hardware.text import short
 
 ARM_FIELDS = ("loss_nats", "bits_per_byte", "tokens", "flops", "reference_s", "wall_s", "peak_bytes")
 DEPLOYED_FIELDS = (
@@ -55,8 +59,10 @@ def collect(folders: Iterable[str | Path]) -> Comparison:
     found, setups = _walk(folders)
     excluded += [Excluded(str(folder), SETUP) for folder in setups]
     for folder in found:
+        info: dict[str, Any] = {}
         try:
-            info = _read_info(folder)
+            info = read_json(folder / "run.json")
+            _check_info(info)
             if info["kind"] == "train":
                 run = _read_run(folder, info)
                 if math.isfinite(run.result["loss_nats"]):
@@ -67,17 +73,21 @@ def collect(folders: Iterable[str | Path]) -> Comparison:
             else:
                 deployments.append(_read_deployment(folder, info))
         except (_Unusable, RunError) as reason:
-            excluded.append(Excluded(str(folder), str(reason)))
+            excluded.append(Excluded(str(folder), str(reason), *_names(info)))
     kept: dict[tuple[str, str, int, float | None], Run] = {}
     for _, run in sorted(runs, key=lambda item: (item[0], item[1].folder)):
         key = (run.stream, run.arm, run.seed, run.budget)
         if key in kept:  # the first one counts: choosing among repeats would be choosing the result
+            first = kept[key]
             same = f"stream {run.stream}, arm {run.arm}, seed {run.seed}"
-            excluded.append(Excluded(run.folder, f"double of {kept[key].folder} ({same}); the earlier one counts"))
+            why = f"double of {first.folder} ({same}); the earlier one counts"
+            if differ := difference_text(first.settings, run.settings):
+                why += f". Their settings differ ({differ}): to compare them, give one of them another arm=NAME"
+            excluded.append(Excluded(run.folder, why))
         else:
             kept[key] = run
     names = dict.fromkeys([*sorted(key[0] for key in kept), *sorted(item.stream for item in deployments)])
-    streams = {name: _stream(name, kept.values(), deployments, diverged) for name in names}
+    streams = {name: _stream(name, kept.values(), deployments, diverged, excluded) for name in names}
     return Comparison(streams, tuple(excluded))
 
 
@@ -109,18 +119,25 @@ class _Unusable(Exception):
     """Why a folder is left out."""
 
 
-def _read_info(folder: Path) -> dict[str, Any]:
-    info = read_json(folder / "run.json")
+def _check_info(info: Mapping[str, Any]) -> None:
     if info.get("schema") != SCHEMA:
         raise _Unusable(f"run.json has schema {info.get('schema')!r}; this version reads {SCHEMA}")
     if info.get("kind") not in ("train", "deploy"):
         raise _Unusable(f"kind {info.get('kind')!r} is not compared")
     if info.get("status") != "finished":
-        raise _Unusable(f"not finished: status is {info.get('status')!r}")
+        error = f", {short(info['error'])}" if info.get("error") else ""
+        raise _Unusable(f"not finished: status is {info.get('status')!r}{error}")
     for key in ("stream", "arm"):
         if not isinstance(info.get(key), str):
             raise _Unusable(f"run.json has no {key}")
-    return info
+
+
+def _names(info: Mapping[str, Any]) -> tuple[str | None, str | None, int | None]:
+    """Stream, arm (of a deployment: with what it is) and seed of a run that is left out, as far as it says them."""
+    stream, arm, seed = (info.get(key) for key in ("stream", "arm", "seed"))
+    if not isinstance(stream, str) or not isinstance(arm, str):
+        return None, None, None
+    return stream, f"{arm}, deployed" if info.get("kind") == "deploy" else arm, seed if isinstance(seed, int) else None
 
 
 def _read_run(folder: Path, info: Mapping[str, Any]) -> Run:
@@ -131,7 +148,17 @@ def _read_run(folder: Path, info: Mapping[str, Any]) -> Run:
     if "energy_j" not in result:
         raise _Unusable("result.json has no energy_j (null with energy_reason where nothing was measured)")
     curve = _read_curve(folder / "metrics.jsonl")
-    return Run(str(folder), info["stream"], info["arm"], info["seed"], info.get("component_times_sha256"), result, curve)
+    times = info.get("component_times_sha256")
+    return Run(str(folder), info["stream"], info["arm"], info["seed"], times, result, curve, _read_settings(folder))
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """Flat settings of config.yaml; empty where there is none that can be read: nothing but their display hangs on them."""
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return experiment_settings(config) if isinstance(config, dict) else {}
 
 
 def _read_deployment(folder: Path, info: Mapping[str, Any]) -> Deployment:
@@ -168,7 +195,11 @@ def _read_curve(path: Path) -> tuple[tuple[float, float], ...]:
 
 
 def _stream(
-    name: str, runs: Iterable[Run], deployments: Sequence[Deployment], diverged: Mapping[tuple[str, str], int]
+    name: str,
+    runs: Iterable[Run],
+    deployments: Sequence[Deployment],
+    diverged: Mapping[tuple[str, str], int],
+    excluded: Sequence[Excluded],
 ) -> Stream:
     by_arm: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: (run.seed, run.budget or 0.0)):
@@ -183,4 +214,9 @@ def _stream(
         (item for item in deployments if item.stream == name),
         key=lambda d: (not d.arm.startswith("surprise"), d.arm, d.folder),
     )
-    return Stream(name, arms, tuple(ours), tuple(notes_on(arms)), ladders)
+    missing = [
+        f"{item.arm}{'' if item.seed is None else f', seed {item.seed}'} ({item.reason})"
+        for item in excluded
+        if item.stream == name
+    ]
+    return Stream(name, arms, tuple(ours), tuple(notes_on(arms)), ladders, tuple(missing))

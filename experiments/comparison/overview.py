@@ -213,8 +213,12 @@ COLUMNS = (
     Column("cores", "cores", _full, True),
     Column("filled", "utilisation", _number("utilisation", "{:.0%}"), True, "mean over used cores, scarcest resource"),
     Column("us/token", "token_us", _token_us, True, "modelled, first step to last result"),
-    Column("energy/token", "token_j", _token, True, "modelled, middle value of the profile named below"),
+    Column("energy/token", "token_j", _token, True, "modelled, middle value of the profile named under the table"),
 )
+
+
+# Columns that are needed first where there is not room for all.
+HEADLINE = ("arm", "loss nats", "vs dense", "n", "kept", "reference s", "energy/token", "mapped", "Mtokens", "bits/byte")
 
 
 def notes(found: Sequence[Row]) -> list[str]:
@@ -223,7 +227,8 @@ def notes(found: Sequence[Row]) -> list[str]:
     for row in found:
         if row["token_j"] is not None:
             words = [row["token_j_kind"], *(["hypothetical"] if row["token_j_hypothetical"] else [])]
-            said[f"energy/token: {row['token_j_profile']}, {', '.join(words)}; all profiles and their sources below"] = None
+            origin = f"{row['token_j_profile']}, {', '.join(words)}"
+            said[f"energy/token: {origin}; the other profiles and every source are in comparison.md"] = None
         if row["token_us"] is not None:
             said[f"us/token: {row['token_us_rates']}, modelled"] = None
     return list(said)

@@ -1,6 +1,7 @@
-"""Many runs as one record: which runs stand beside which, with what interval, and what may be said of them.
+"""Many runs as one record: which runs stand beside which, and with what interval.
 
-`collection.collect` fills these records; what a sentence may claim is decided in `Comparison.verdicts`.
+`collection.collect` fills these records. What may be said of them is decided in `verdicts` and `targets`; `document` puts
+everything together as `comparison.json`.
 """
 
 from __future__ import annotations
@@ -11,25 +12,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from experiments.comparison.statistics import (
-    Interval,
-    PairedTest,
-    holm,
-    interval,
-    paired_test,
-    verdict,
-    verdict_without_test,
-)
+from experiments.comparison.settings import differing
+from experiments.comparison.statistics import Interval, interval
 
 SCHEMA = 1
-SAME_RATE = 0.03  # a random arm whose kept share differs by no more has the rate of a gated one
 EQUAL_BUDGET = 0.02  # arms whose reference seconds differ by more than this share were not given the same budget
 ARM_ORDER = ("dense", "random", "surprise")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One finished training run: its ARM record (`result.json`) and its held-out curve (reference seconds, nats)."""
+    """One finished training run: its ARM record (`result.json`), its held-out curve (reference seconds, nats), and its
+    settings (`config.yaml`, flat; empty where it kept none).
+    """
 
     folder: str
     stream: str
@@ -38,6 +33,20 @@ class Run:
     component_times: str | None
     result: Mapping[str, Any]
     curve: tuple[tuple[float, float], ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the run itself says a reader must know (`notes` of its result: one text, or a list of them)."""
+        notes = self.result.get("notes") or ()
+        return [notes] if isinstance(notes, str) else [str(note) for note in notes]
+
+    @property
+    def held_out(self) -> dict[str, float]:
+        """Losses in nats per token on the held-out sets beside the headline one, by name."""
+        sets = self.result.get("held_out") or {}
+        losses = {name: value.get("loss_nats") for name, value in sets.items() if name != "val"}
+        return {name: float(loss) for name, loss in losses.items() if isinstance(loss, int | float)}
 
     @property
     def budget(self) -> float | None:
@@ -84,10 +93,13 @@ class DeployedGroup:
 
 @dataclass(frozen=True)
 class Excluded:
-    """A folder that was left out, and why."""
+    """A folder that was left out, and why; with the run's names where it got as far as saying them."""
 
     folder: str
     reason: str
+    stream: str | None = None
+    arm: str | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -160,6 +172,8 @@ class Stream:
     notes: tuple[str, ...]
     ladders: Mapping[str, tuple[Run, ...]] = field(default_factory=dict)
     """Arm -> its runs at all budgets; `arms` has those of the full budget."""
+    missing: tuple[str, ...] = ()
+    """Runs of this stream that were found and could not be compared, each with its reason."""
 
     @property
     def deployed(self) -> list[DeployedGroup]:
@@ -178,12 +192,6 @@ class Stream:
             for i, (label, items) in enumerate(zip(labels, ordered, strict=True))
         ]
 
-    def to_json(self) -> dict[str, Any]:
-        record: dict[str, Any] = {name: arm.record() for name, arm in self.arms.items()}
-        if self.deployments:
-            record["deployed"] = dict(self.deployments[0].record)
-        return record
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -191,58 +199,6 @@ class Comparison:
 
     streams: Mapping[str, Stream]
     excluded: tuple[Excluded, ...] = field(default=())
-
-    def to_json(self) -> dict[str, Any]:
-        """`comparison.json`: {"schema": 1, "streams": {NAME: {"dense": ARM, ..., "deployed": DEPLOYED}}}, and beside it
-        all deployments, verdicts, notes per stream, excluded folders.
-
-        `table` is the one table, a row per arm and deployed model. `deployed` is the first of a stream's deployed models
-        (of the surprise arm where there is one), `deployments` lists all of them, `joules_by_layer` what each of their
-        layers costs. `time_to_dense` and `frontier` hold what several budgets say (`targets.py`).
-        """
-        from experiments.comparison.accounts import layer_energies
-        from experiments.comparison.overview import rows
-        from experiments.comparison.targets import frontier, times_to_dense
-
-        return {
-            "schema": SCHEMA,
-            "table": [row for stream in self.streams.values() for row in rows(stream)],
-            "streams": {name: stream.to_json() for name, stream in self.streams.items()},
-            "deployments": [
-                {"stream": name, "folder": item.folder, "seed": item.seed, **item.record}
-                for name, stream in self.streams.items()
-                for item in stream.deployments
-            ],
-            "joules_by_layer": [
-                {"folder": item.folder, "profiles": [e.to_json() for e in found], "missing": missing}
-                for stream in self.streams.values()
-                for item in stream.deployments
-                for found, missing in [layer_energies(item.record)]
-            ],
-            "verdicts": self.verdicts(),
-            "time_to_dense": {n: {r.arm: r.to_json() for r in times_to_dense(s)} for n, s in self.streams.items()},
-            "frontier": {n: [p.to_json() for p in frontier(s)] for n, s in self.streams.items()},
-            "notes": {name: list(stream.notes) for name, stream in self.streams.items()},
-            "excluded": [{"folder": item.folder, "reason": item.reason} for item in self.excluded],
-        }
-
-    def verdicts(self) -> list[str]:
-        """One plain sentence per stream, gated arm and control: better at equal reference seconds, or why unknown; then
-        what several budgets say (`targets.sentences`).
-
-        A gated arm stands against dense, the random arms of its rate (all of them, where none has it) and the stream's
-        other controls. The tests of one stream are corrected together by Holm's method.
-        """
-        from experiments.comparison.targets import sentences
-
-        said = [sentence for stream in self.streams.values() for sentence in _verdicts_of(stream)]
-        for stream in self.streams.values():
-            said += sentences(stream)
-            gated = [name for name in stream.arms if not is_control(name)]
-            if stream.arms and (not gated or "dense" not in stream.arms):
-                there = ", ".join(stream.arms)
-                said.append(f"{stream.name}: no verdict; it takes a gated arm and dense, and there is only {there}.")
-        return said
 
 
 def _route(item: Deployment) -> str:
@@ -254,39 +210,6 @@ def _route(item: Deployment) -> str:
 def is_control(arm: str) -> bool:
     """dense and what is dense but for the data or the batch (dense_dedup, dense_half_batch, ...), and random choice."""
     return arm == "dense" or arm.startswith(("dense_", "random"))
-
-
-def _controls(stream: Stream, arm: Arm) -> list[Arm]:
-    """What `arm` must beat: dense, random at its own rate, and the regime's cheap controls."""
-    controls = [other for name, other in stream.arms.items() if is_control(name)]
-    random = [other for other in controls if other.name.startswith("random")]
-    same = [other for other in random if _same_rate(arm, other)]
-    return [other for other in controls if other not in random or other in (same or random)]
-
-
-def _same_rate(arm: Arm, control: Arm) -> bool:
-    """Whether a random control keeps the share that `arm` keeps."""
-    ours, theirs = arm.mean("keep_fraction"), control.mean("keep_fraction")
-    if ours is None or theirs is None or not control.name.startswith("random"):
-        return False
-    return abs(ours - theirs) <= SAME_RATE
-
-
-def _verdicts_of(stream: Stream) -> list[str]:
-    pairs = [
-        (arm, control) for arm in stream.arms.values() if not is_control(arm.name) for control in _controls(stream, arm)
-    ]
-    tests = [_test(arm, control) for arm, control in pairs]
-    done = [test for test in tests if isinstance(test, PairedTest)]
-    adjusted = iter(holm([test.p for test in done]) if len(done) > 1 else [None] * len(done))
-    sentences = []
-    for (arm, control), test in zip(pairs, tests, strict=True):
-        name = f"{control.name} at the same rate" if _same_rate(arm, control) else control.name
-        sentence = test if isinstance(test, str) else verdict(arm.name, name, test, adjusted_p=next(adjusted))
-        lost = [f"{a.diverged} diverged run(s) of {a.name}" for a in (arm, control) if a.diverged]
-        tail = f"; {' and '.join(lost)} left out, which flatters that arm" if lost else ""
-        sentences.append(f"{stream.name}: {sentence}{tail}.")
-    return sentences
 
 
 def full_budget(by_arm: Mapping[str, Sequence[Run]]) -> float | None:
@@ -321,7 +244,7 @@ def notes_on(arms: Mapping[str, Arm]) -> list[str]:
         for times in sorted(arm.component_times, key=str):
             tables.setdefault(times, []).append(arm.name)
     if len(tables) > 1:
-        parts = [f"{', '.join(names)}: {_short(times)}" for times, names in tables.items()]
+        parts = [f"{', '.join(names)}: {short_hash(times)}" for times, names in tables.items()]
         notes.append(f"reference seconds do not compare, their component times differ ({'; '.join(parts)})")
     elif None in tables:
         notes.append("reference seconds do not compare: no table of component times is recorded")
@@ -329,36 +252,24 @@ def notes_on(arms: Mapping[str, Arm]) -> list[str]:
         values = {run.result[key] for arm in arms.values() for run in arm.runs if key in run.result}
         if len(values) > 1:
             notes.append(f"{what} differ between the runs ({', '.join(map(str, sorted(values)))}): losses do not compare")
-    return notes
+    for arm in arms.values():
+        if keys := differing(run.settings for run in arm.runs):
+            notes.append(f"the runs of {arm.name} differ in more than their seed: {', '.join(keys)}")
+    return [*notes, *_remarks(arms)]
 
 
-def _short(times: str | None) -> str:
+def _remarks(arms: Mapping[str, Arm]) -> list[str]:
+    """What the runs say of themselves; runs with the same remark together."""
+    said: dict[str, list[str]] = {}
+    every = [(arm.name, run) for arm in arms.values() for run in arm.runs]
+    for name, run in every:
+        for remark in run.remarks:
+            said.setdefault(remark.rstrip("."), []).append(f"{name} seed {run.seed}")
+    return [f"{'all runs' if len(who) == len(every) else ', '.join(who)}: {remark}" for remark, who in said.items()]
+
+
+def short_hash(times: str | None) -> str:
     return "none recorded" if times is None else times[:12]
-
-
-def _test(arm: Arm, control: Arm) -> PairedTest | str:
-    """The paired test of two arms, or the sentence that stands in its place."""
-    times = arm.component_times | control.component_times
-    if len(times) > 1 or None in times:
-        listed = ", ".join(sorted(map(_short, times)))
-        return f"{arm.name} against {control.name}: not compared, reference seconds are not one clock ({listed})"
-    if mismatch := _unequal_budget(arm, control):
-        return f"{arm.name} against {control.name}: not compared, {mismatch}"
-    ours = {run.seed: float(run.result["loss_nats"]) for run in arm.runs}
-    theirs = {run.seed: float(run.result["loss_nats"]) for run in control.runs}
-    shared = sorted(ours.keys() & theirs.keys())
-    if not shared:
-        return f"{arm.name} against {control.name}: not compared, no seed in common ({sorted(ours)} and {sorted(theirs)})"
-    if len(shared) == 1:
-        return verdict_without_test(arm.name, control.name, ours[shared[0]] - theirs[shared[0]])
-    return paired_test([ours[s] for s in shared], [theirs[s] for s in shared])
-
-
-def _unequal_budget(arm: Arm, control: Arm) -> str | None:
-    seconds = [float(run.result["reference_s"]) for run in (*arm.runs, *control.runs)]
-    if max(seconds) - min(seconds) <= EQUAL_BUDGET * max(seconds):
-        return None
-    return f"reference seconds from {min(seconds):.4g} to {max(seconds):.4g} are not one budget"
 
 
 def _mean_mapping(values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

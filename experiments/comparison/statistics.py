@@ -55,6 +55,20 @@ class PairedTest:
     wilcoxon_p: float | None
     smallest_wilcoxon_p: float
     n: int
+    wins: int
+    """Pairs in which the candidate certainly lies below the baseline."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A value known to lie between `low` and `high`; `high` may be infinite. Equal ends: it was measured."""
+
+    low: float
+    high: float
+
+    @property
+    def exact(self) -> bool:
+        return self.low == self.high
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> Interval:
@@ -98,11 +112,36 @@ def paired_test(candidate: Sequence[float], baseline: Sequence[float]) -> Paired
     if max(differences) - min(differences) <= 1e-12 * scale:
         wins, ties = sum(d < 0 for d in differences), sum(d == 0 for d in differences)
         p = float(stats.binomtest(wins, n - ties, 0.5, alternative="greater").pvalue) if n > ties else 1.0
-        return PairedTest(mean, None, None, p, "sign test", "all differences are equal", ranks, 0.5**n, n)
+        return PairedTest(mean, None, None, p, "sign test", "all differences are equal", ranks, 0.5**n, n, wins)
     spread = interval(differences)
     p = float(stats.ttest_rel(ours, theirs, alternative="less").pvalue)
     least = f"an exact rank test cannot go below p = {0.5**n:.3g} at n = {n}"
-    return PairedTest(mean, spread.low, spread.high, p, "paired t", least, ranks, 0.5**n, n)
+    below = sum(d < 0 for d in differences)
+    return PairedTest(mean, spread.low, spread.high, p, "paired t", least, ranks, 0.5**n, n, below)
+
+
+def paired_spans_test(candidate: Sequence[Span], baseline: Sequence[Span]) -> PairedTest:
+    """Is `candidate` below `baseline`, where some of the values are only bounds? The i-th spans of both share a seed.
+
+    Without bounds this is `paired_test`. With them it is the exact one-sided sign test, in which a pair counts as won
+    only if it is won wherever in their spans the values lie, and every other pair as lost: the p-value is then never
+    smaller than the one that the true values would give. (A t test on the bounds has no such guarantee: a bound hides
+    spread.) `difference` is the mean of the pairs' smallest certain advantage, high of ours less low of theirs; it has no
+    interval. Raises TooFewSeeds below two pairs, StatisticsError for unequal lengths.
+    """
+    from scipy import stats
+
+    if all(span.exact for span in (*candidate, *baseline)):
+        return paired_test([span.high for span in candidate], [span.high for span in baseline])
+    if len(candidate) != len(baseline):
+        raise StatisticsError(f"{len(candidate)} spans against {len(baseline)}: a paired test needs one of each per seed")
+    n = len(candidate)
+    if n < 2:
+        raise TooFewSeeds("n = 1: no test possible; run at least two seeds of both (three to five to be believed)")
+    wins = sum(ours.high < theirs.low for ours, theirs in zip(candidate, baseline, strict=True))
+    difference = math.fsum(ours.high - theirs.low for ours, theirs in zip(candidate, baseline, strict=True)) / n
+    p = float(stats.binomtest(wins, n, 0.5, alternative="greater").pvalue)
+    return PairedTest(difference, None, None, p, "sign test", "some values are only bounds", None, 0.5**n, n, wins)
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:

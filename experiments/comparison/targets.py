@@ -3,19 +3,71 @@
 A budget is one training run whose schedule decayed for it. "Time to the dense end loss" is the smallest budget, in
 reference seconds, at which an arm's end loss reaches the dense one; between budgets it is interpolated linearly, per seed,
 against the dense run of the same seed. Nothing is extrapolated: below the smallest budget and above the largest there is
-only a bound.
+only a bound, and a bound is printed as one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from experiments.comparison.record import Run, Stream, is_control
-from experiments.comparison.statistics import Interval, PairedTest, holm, interval, p_text, paired_test, time_to_target
+from experiments.comparison.statistics import (
+    Interval,
+    PairedTest,
+    Span,
+    holm,
+    interval,
+    p_text,
+    paired_spans_test,
+    paired_test,
+    time_to_target,
+)
+
+Bound = Literal["at most", "more than", "unknown"]
+
+
+@dataclass(frozen=True)
+class Share:
+    """An arm's time to the dense end loss as a share of the dense time, over its `n` seeds.
+
+    `bound` is None where every seed was measured: `mean`, `low` and `high` are then mean and t-interval. Otherwise there
+    is no interval. "at most": `censored` seeds reached the loss with their smallest budget already, and the true mean is
+    at most `mean`. "more than": `censored` seeds did not reach it with their largest budget, and the true mean lies above
+    `mean`. "unknown": seeds of both kinds, the mean has no bound and `mean` is None. `largest`: the largest share of one
+    seed where the bound is "at most", so that it holds for each of them.
+    """
+
+    bound: Bound | None
+    mean: float | None
+    low: float | None
+    high: float | None
+    n: int
+    censored: int
+    largest: float | None
+
+    def text(self, digits: int = 3) -> str:
+        """The cell: 0.639 [0.581, 0.697]; at most 0.570 in 3 of 3 seeds; mean at most 0.610 (bound in 1 of 3 seeds)."""
+        if self.bound is None:
+            assert self.mean is not None
+            return Interval(self.mean, self.low, self.high, None, self.n, 0.95).text(digits)
+        if self.bound == "at most" and self.censored == self.n:
+            return f"at most {self.largest:.{digits}f} in {self.n} of {self.n} seed{'s' * (self.n > 1)}"
+        if self.bound == "more than" and self.censored == self.n:
+            return f"not reached in {self.n} of {self.n} seed{'s' * (self.n > 1)}"
+        if self.bound == "at most":
+            return f"mean at most {self.mean:.{digits}f} (bound in {self.censored} of {self.n} seeds)"
+        if self.bound == "more than":
+            return f"mean more than {self.mean:.{digits}f} (not reached in {self.censored} of {self.n} seeds)"
+        return f"no mean ({self.censored} of {self.n} seeds are bounds, some from above and some from below)"
+
+    def to_json(self) -> dict[str, Any]:
+        numbers = {"mean": self.mean, "low": self.low, "high": self.high, "n": self.n}
+        return {**numbers, "bound": self.bound, "censored": self.censored, "largest": self.largest}
 
 
 @dataclass(frozen=True)
@@ -23,8 +75,9 @@ class Reached:
     """One arm's time to the dense end loss, per seed in reference seconds and as a share of the dense time.
 
     `at_most`: seeds whose smallest budget reached it already (the time is an upper bound); `never`: seeds whose largest
-    budget did not. `ratio` is None where a seed never reached it. `against`: control -> one-sided paired test of the times;
-    `bounded`: controls some of whose seeds never reached it and stand with their largest budget, which flatters them.
+    budget did not, with that budget under `tried`. `against`: control -> one-sided test of the times, paired by seed; none
+    where a seed never reached it. `bounded`: controls with seeds that only bound their time. `prices`: other held-out set
+    -> seed -> nats above dense's end loss there, at the very budget that the time names.
     """
 
     arm: str
@@ -32,24 +85,43 @@ class Reached:
     shares: Mapping[int, float]
     at_most: tuple[int, ...]
     never: tuple[int, ...]
-    ratio: Interval | None
+    tried: Mapping[int, float]
     against: Mapping[str, PairedTest]
     bounded: tuple[str, ...]
+    prices: Mapping[str, Mapping[int, float]]
+
+    @property
+    def share(self) -> Share:
+        """The shares over all seeds, as a measurement or as a bound."""
+        every = {**self.tried, **self.shares}
+        n, mean = len(every), math.fsum(every.values()) / len(every)
+        largest = max(every.values())
+        if self.at_most and self.never:
+            return Share("unknown", None, None, None, n, len(self.at_most) + len(self.never), None)
+        if self.never:
+            return Share("more than", mean, None, None, n, len(self.never), None)
+        if self.at_most:
+            return Share("at most", mean, None, None, n, len(self.at_most), largest)
+        measured = interval(list(every.values()))
+        return Share(None, measured.mean, measured.low, measured.high, n, 0, None)
+
+    def price(self, name: str) -> Interval | None:
+        """Nats above dense on one other held-out set, over the seeds that reached the target; None where none has it."""
+        values = list(self.prices.get(name, {}).values())
+        return interval(values) if values else None
 
     def to_json(self) -> dict[str, Any]:
-        ratio = None
-        if self.ratio is not None:
-            ratio = {"mean": self.ratio.mean, "low": self.ratio.low, "high": self.ratio.high, "n": self.ratio.n}
         tests = {
             name: {"difference_s": t.difference, "p": t.p, "n": t.n, "method": t.method} for name, t in self.against.items()
         }
         return {
             "times_s": {str(seed): t for seed, t in self.times.items()},
-            "share_of_dense": ratio,
+            "share_of_dense": self.share.to_json(),
             "at_most": list(self.at_most),
             "never": list(self.never),
             "against": tests,
             "bounded_controls": list(self.bounded),
+            "price_nats": {name: {str(seed): v for seed, v in found.items()} for name, found in self.prices.items()},
         }
 
 
@@ -87,44 +159,64 @@ def times_to_dense(stream: Stream) -> list[Reached]:
     if "dense" not in stream.arms:
         return []
     dense = {run.seed: run for run in stream.arms["dense"].runs}
-    found: dict[str, tuple[dict[int, float], list[int], list[int]]] = {}
-    for name, ladder in stream.ladders.items():
-        if name == "dense" or not _is_ladder(ladder, dense):
-            continue
-        times: dict[int, float] = {}
-        at_most, never = [], []
-        for seed in sorted(dense):
-            curve = sorted((_seconds(run), _loss(run)) for run in ladder if run.seed == seed)
-            if not curve:
-                continue
-            t = time_to_target(curve, _loss(dense[seed]))
-            if t is None:
-                never.append(seed)
-                continue
-            times[seed] = t
-            if t == curve[0][0]:
-                at_most.append(seed)
-        if times or never:
-            found[name] = times, at_most, never
+    ladders = {name: ladder for name, ladder in stream.ladders.items() if name != "dense" and _is_ladder(ladder, dense)}
+    spans = {name: _spans(ladder, dense) for name, ladder in ladders.items()}
+    spans = {name: found for name, found in spans.items() if found}
+    whole = {seed: Span(_seconds(run), _seconds(run)) for seed, run in dense.items()}
     reached = []
-    for name, (times, at_most, never) in found.items():
-        shares = {seed: t / _seconds(dense[seed]) for seed, t in times.items()}
-        tests, bounded = {}, []
-        for control in (
-            "dense",
-            *(other for other in found if other != name and is_control(other) and not is_control(name)),
-        ):
-            theirs = {seed: _seconds(run) for seed, run in dense.items()}
-            if control != "dense":
-                largest = max(_seconds(run) for run in stream.ladders[control])
-                theirs = {**dict.fromkeys(found[control][2], largest), **found[control][0]}
-                bounded += [control] if found[control][2] else []
-            shared = sorted(times.keys() & theirs.keys())
+    for name, found in spans.items():
+        never = tuple(seed for seed, span in found.items() if math.isinf(span.high))
+        at_most = tuple(seed for seed, span in found.items() if span.low == 0.0 and seed not in never)
+        times = {seed: span.high for seed, span in found.items() if seed not in never}
+        controls = {"dense": whole}
+        if not is_control(name):
+            controls |= {other: theirs for other, theirs in spans.items() if is_control(other)}
+        tests = {}
+        for control, theirs in controls.items():
+            shared = sorted(found.keys() & theirs.keys())
             if len(shared) > 1 and not never:
-                tests[control] = paired_test([times[s] for s in shared], [theirs[s] for s in shared])
-        ratio = interval(list(shares.values())) if shares and not never else None
-        reached.append(Reached(name, times, shares, tuple(at_most), tuple(never), ratio, tests, tuple(bounded)))
+                tests[control] = paired_spans_test([found[s] for s in shared], [theirs[s] for s in shared])
+        reached.append(
+            Reached(
+                arm=name,
+                times=times,
+                shares={seed: t / _seconds(dense[seed]) for seed, t in times.items()},
+                at_most=at_most,
+                never=never,
+                tried={seed: found[seed].low / _seconds(dense[seed]) for seed in never},
+                against=tests,
+                bounded=tuple(c for c in tests if not all(span.exact for span in controls[c].values())),
+                prices=_prices(ladders[name], dense, times),
+            )
+        )
     return reached
+
+
+def _spans(ladder: Sequence[Run], dense: Mapping[int, Run]) -> dict[int, Span]:
+    """Per seed of dense: between which reference seconds the arm reaches dense's end loss (high: infinite, never)."""
+    spans = {}
+    for seed in sorted(dense):
+        curve = sorted((_seconds(run), _loss(run)) for run in ladder if run.seed == seed)
+        if not curve:
+            continue
+        t = time_to_target(curve, _loss(dense[seed]))
+        if t is None:
+            spans[seed] = Span(curve[-1][0], math.inf)
+        else:
+            spans[seed] = Span(0.0 if t == curve[0][0] else t, t)
+    return spans
+
+
+def _prices(ladder: Sequence[Run], dense: Mapping[int, Run], times: Mapping[int, float]) -> dict[str, dict[int, float]]:
+    """Other held-out set -> seed -> the arm's loss there at its time (linear between its budgets) less dense's."""
+    found: dict[str, dict[int, float]] = {}
+    for seed, t in times.items():
+        runs = sorted((run for run in ladder if run.seed == seed), key=_seconds)
+        for name, base in dense[seed].held_out.items():
+            if all(name in run.held_out for run in runs):
+                loss = np.interp(t, [_seconds(run) for run in runs], [run.held_out[name] for run in runs])
+                found.setdefault(name, {})[seed] = float(loss) - base
+    return found
 
 
 def frontier(stream: Stream) -> list[FrontierPoint]:
@@ -149,21 +241,10 @@ def sentences(stream: Stream) -> list[str]:
     adjusted = dict(zip([(a, c) for a, c, _ in tests], holm([t.p for *_, t in tests]), strict=True))
     said = []
     for r in reached:
-        if r.never:
-            said.append(f"{stream.name}: {r.arm} does not reach the dense end loss with seed(s) {_list(r.never)}.")
-            continue
-        assert r.ratio is not None
-        bound = f"; seed(s) {_list(r.at_most)}: at most, the smallest budget reached it" if r.at_most else ""
-        against = "; ".join(
-            f"less than {control}{' (bound)' if control in r.bounded else ''}: "
-            f"{'yes' if adjusted[r.arm, control] < 0.05 else 'no'}, Holm-adjusted {p_text(adjusted[r.arm, control])}"
-            for control in r.against
-        )
-        spread = "" if r.ratio.low is None or r.ratio.high is None else f" [{r.ratio.low:.3f}, {r.ratio.high:.3f}]"
-        said.append(
-            f"{stream.name}: {r.arm} takes {r.ratio.mean:.3f}{spread} of the dense time to the dense end loss "
-            f"(n = {r.ratio.n}{bound}){'; ' + against if against else '; n = 1: no test possible'}."
-        )
+        against = [_against(r, control, adjusted[r.arm, control]) for control in r.against]
+        if not against and not r.never:
+            against = ["n = 1: no test possible"]
+        said.append("; ".join([f"{stream.name}: {_time_in_words(r)}", *_price_in_words(r), *against]) + ".")
     points = frontier(stream)
     tested = [p for p in points if p.against_random is not None]
     p_values = holm([_need(p.against_random).p for p in tested])
@@ -181,6 +262,45 @@ def sentences(stream: Stream) -> list[str]:
                 f"{point.flops / dense.flops:.0%} of the dense FLOPs."
             )
     return said
+
+
+def _time_in_words(r: Reached) -> str:
+    share, goal = r.share, "of the dense time to the dense end loss"
+    if r.never:
+        reasons = [f"seed {seed} not by {tried:.3f}" for seed, tried in r.tried.items()]
+        reasons += [f"seed {s} by {'at most ' if s in r.at_most else ''}{v:.3f}" for s, v in sorted(r.shares.items())]
+        count = f"{len(r.never)} of {share.n} seed{'s' * (share.n > 1)}"
+        return f"{r.arm} does not reach the dense end loss in {count} ({', '.join(reasons)} of the dense time)"
+    if share.bound is None:
+        spread = "" if share.low is None else f" [{share.low:.3f}, {share.high:.3f}]"
+        return f"{r.arm} takes {share.mean:.3f}{spread} {goal} (n = {share.n})"
+    if share.censored == share.n:
+        seeds = f"{share.n} of {share.n} seed{'s' * (share.n > 1)}"
+        return f"{r.arm} takes at most {share.largest:.3f} {goal} in {seeds} (the smallest budget reached it)"
+    each = ", ".join(f"seed {s} {'at most ' if s in r.at_most else ''}{v:.3f}" for s, v in sorted(r.shares.items()))
+    return f"{r.arm} takes on average at most {share.mean:.3f} {goal} (n = {share.n}: {each})"
+
+
+def _price_in_words(r: Reached) -> list[str]:
+    """What the other held-out sets cost at the budget of the time."""
+    said = []
+    for name in r.prices:
+        price = r.price(name)
+        assert price is not None
+        spread = "" if price.low is None else f" [{price.low:+.4f}, {price.high:+.4f}]"
+        said.append(f"at that budget {price.mean:+.4f}{spread} nats against dense on {name} (n = {price.n})")
+    return said
+
+
+def _against(r: Reached, control: str, p: float) -> str:
+    """Whether the time is less than a control's. A sign test on few seeds cannot say yes, and then does not say no."""
+    test = r.against[control]
+    if test.method == "sign test" and test.smallest_wilcoxon_p >= 0.05:
+        wins = f"in {test.wins} of {test.n} seeds"
+        return f"less than {control} {wins}, which {test.n} seeds cannot prove (exact sign test, {p_text(test.p)})"
+    bound = " (bound)" if control in r.bounded else ""
+    how = "exact sign test, " if test.method == "sign test" else ""
+    return f"less than {control}{bound}: {'yes' if p < 0.05 else 'no'}, {how}Holm-adjusted {p_text(p)}"
 
 
 def _against_random(stream: Stream, name: str, arms: Mapping[str, Any]) -> PairedTest | None:

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from experiments.comparison.record import Comparison
-from experiments.views.tables import MOST_UNTESTED, VERDICT, Block, blocks, parted
+from experiments.views.blocks import Block, blocks
+from experiments.views.tables import MOST_UNTESTED, VERDICT, is_figure, parted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -184,7 +185,7 @@ def _class(flush: bool, text: str) -> str:
 
 
 def _numeric(cell: str) -> bool:
-    return cell.lstrip(">=+- ")[:1].isdigit() or cell in ("-", "not measured")
+    return is_figure(cell) or cell in ("-", "not measured")
 
 
 def _excluded(excluded: Iterable[Mapping[str, str]]) -> list[str]:

@@ -8,11 +8,13 @@ from itertools import product
 import pytest
 
 from experiments.comparison.statistics import (
+    Span,
     StatisticsError,
     TooFewSeeds,
     holm,
     interval,
     mean_curve,
+    paired_spans_test,
     paired_test,
     time_to_target,
     verdict,
@@ -137,3 +139,22 @@ def test_verdicts_are_plain_sentences() -> None:
     assert verdict_without_test("surprise", "dense", 0.02) == (
         "surprise against dense: 0.0200 nats higher; n = 1: no test possible"
     )
+
+
+@pytest.mark.parametrize(("n", "wins"), [(3, 3), (5, 5), (5, 4), (6, 2)])
+def test_bounds_are_tested_by_signs_with_every_doubt_against_the_candidate(n: int, wins: int) -> None:
+    won, doubtful = (Span(0.0, 1.0), Span(2.0, 2.0)), (Span(0.0, 3.0), Span(2.0, math.inf))
+    pairs = [won] * wins + [doubtful] * (n - wins)
+    test = paired_spans_test([ours for ours, _ in pairs], [theirs for _, theirs in pairs])
+    assert test.p == pytest.approx(sum(math.comb(n, k) for k in range(wins, n + 1)) / 2**n)
+    assert (test.method, test.wins, test.low, test.high) == ("sign test", wins, None, None)
+
+
+def test_spans_that_are_values_are_tested_as_values() -> None:
+    ours, theirs = [1.0, 1.1, 1.2], [1.05, 1.25, 1.21]
+    spans = paired_spans_test([Span(x, x) for x in ours], [Span(x, x) for x in theirs])
+    assert spans == paired_test(ours, theirs)
+    with pytest.raises(TooFewSeeds, match="n = 1"):
+        paired_spans_test([Span(0.0, 1.0)], [Span(2.0, 2.0)])
+    with pytest.raises(StatisticsError, match="one of each per seed"):
+        paired_spans_test([Span(0.0, 1.0)] * 2, [Span(2.0, 2.0)])
