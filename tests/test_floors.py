@@ -36,6 +36,7 @@ THIRD_PARTIES = {
     "yaml": ("hardware/", "experiments/"),
     "sklearn": ("experiments/studies/digits.py",),
     "tqdm": ("experiments/",),
+    "rich": ("experiments/",),
     "matplotlib": ("experiments/",),
     "hydra": ("experiments/",),
     "omegaconf": ("experiments/",),

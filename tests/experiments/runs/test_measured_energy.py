@@ -13,7 +13,8 @@ from experiments.comparison.accounts import measured_energy
 from experiments.comparison.collection import collect
 from experiments.comparison.overview import columns, rows
 from experiments.comparison.record import Deployment
-from experiments.views.tables import table, threshold_blocks
+from experiments.views.blocks import threshold_blocks
+from experiments.views.tables import table
 from experiments.views.tracking import hparam_metrics, training_energy_markdown
 from hardware import Counts, break_even, load_profile, standings
 from hardware.meters.meter import Reading
