@@ -1,5 +1,5 @@
 """Every test, every fixture and every module of tests begins with a seed of its own, so that what one draws depends neither
-on what ran before it nor on which worker it runs on.
+on what ran before it nor on which worker it runs on. A run ends with what it left out and why.
 """
 
 from __future__ import annotations
@@ -11,6 +11,10 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
+
+from tests.report import grouped, left_out
+
+SOAK = pytest.StashKey[int]()
 
 
 def seed(name: str) -> None:
@@ -38,3 +42,37 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any], request: pytest.Fix
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call(item: pytest.Item) -> None:
     seed(item.nodeid)
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    soak = [item for item in items if item.get_closest_marker("soak")]
+    if soak:
+        config = soak[0].config
+        config.stash[SOAK] = config.stash.get(SOAK, 0) + len(soak)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)  # there in xdist's workers alone
+    if output is not None:
+        output["soak"] = session.config.stash.get(SOAK, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Every worker of xdist collects all tests, so the largest number is that of the run."""
+    told = getattr(node, "workeroutput", {}).get("soak", 0)
+    node.config.stash[SOAK] = max(node.config.stash.get(SOAK, 0), told)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Generator[None, Any, Any]:
+    """After all that pytest itself and other plugins tell, right before the closing line."""
+    result = yield
+    lines = grouped(left_out(terminalreporter.stats))
+    if soak := config.stash.get(SOAK, 0):
+        lines.append(f"left out {soak:2}  marked soak; `make soak` runs them")
+    if lines:
+        terminalreporter.section("left out and warned of")
+        for line in lines:
+            terminalreporter.write_line(line)
+    return result

@@ -13,6 +13,8 @@ import time
 import numpy as np
 import pytest
 
+from tests.experiments.console import spikegate
+
 FAST = [
     "model.width=16", "model.layers=1", "model.heads=2", "model.context=32", "trainer.batch_windows=4",
     "trainer.eval_tokens=2048", "trainer.evaluations=2", "trainer.precision=fp32", "model.attention=explicit",
@@ -30,20 +32,6 @@ def text(tmp_path_factory):
     return folder
 
 
-def spikegate(*words, cwd, check=True, **kw):
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.cli", *words],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "PYTHONWARNINGS": "ignore", **kw},
-    )
-    assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
 def last_json(done):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -59,7 +47,7 @@ def runs(text, tmp_path_factory):
 
 
 def test_train_deploy_compare_end_to_end(runs):
-    done = spikegate("deploy", "run=dense", "eval_tokens=2048", "calibration_tokens=1024", cwd=runs)
+    done = spikegate("deploy", "run=dense", "eval_tokens=2048", "calibration_tokens=1024", cwd=runs, process=True)
     deployed = last_json(done)
     assert "embedding lookup" in done.stdout
     assert abs(deployed["loss_simulated_nats"] - deployed["loss_float_nats"]) < 0.05
@@ -72,7 +60,7 @@ def test_train_deploy_compare_end_to_end(runs):
     assert all(e["lower_bound"] for e in deployed["energy"] if e["profile"].startswith("loihi1"))
     assert all(e["labels"] for e in deployed["energy"] if e["profile"].startswith("loihi1"))
 
-    done = spikegate("compare", "folder=.", cwd=runs)
+    done = spikegate("compare", "folder=.", cwd=runs, process=True)
     found = last_json(done)
     stream = found["streams"]["noisy"]
     assert {"dense", "random", "surprise", "deployed"} <= set(stream)
@@ -98,7 +86,7 @@ def test_the_held_out_loss_is_split_by_difficulty_and_document(runs):
 
 
 def test_rerun_repeats_a_run_from_its_folder(runs):
-    found = last_json(spikegate("rerun", "surprise", cwd=runs))
+    found = last_json(spikegate("rerun", "surprise", cwd=runs, process=True))
     assert found["equal"], found["compared"]
     assert found["compared"]["loss_nats"][0] > 0
 
@@ -197,7 +185,7 @@ def test_multirun_gives_one_line_per_arm(text, tmp_path):
 
 
 def test_help_and_doctor_need_no_set_up(tmp_path):
-    assert "deploy" in spikegate("--help", cwd=tmp_path).stdout
+    assert "deploy" in spikegate("--help", cwd=tmp_path, process=True).stdout
     report = last_json(spikegate("doctor", cwd=tmp_path))
     assert report
     assert spikegate("no-such-command", cwd=tmp_path, check=False).returncode == 2

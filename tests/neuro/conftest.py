@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -138,6 +138,13 @@ def lava_python() -> Path:
         return lava_client.find_python()
     except lava_client.LavaUnavailable as error:
         missing("lava", str(error))
+
+
+@pytest.fixture(scope="session")
+def lava(lava_python: Path) -> Iterator[lava_client.LavaWorker]:
+    """One worker for every test of this process that only wants Lava's answer."""
+    with lava_client.LavaWorker(lava_python, timeout_s=240) as worker:
+        yield worker
 
 
 @pytest.fixture(scope="session")

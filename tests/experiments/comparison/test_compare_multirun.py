@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests.experiments.console import spikegate
 
 FAST = [
     "model.width=16", "model.layers=2", "model.heads=2", "model.context=32", "model.attention=explicit",
@@ -21,20 +20,6 @@ FAST = [
 ARMS = ("dense", "random", "surprise")
 SEEDS = range(5)
 pytestmark = pytest.mark.slow
-
-
-def spikegate(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.cli", *words],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-        env={**os.environ, "PYTHONWARNINGS": "ignore"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
 
 
 @pytest.fixture(scope="module")

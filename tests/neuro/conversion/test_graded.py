@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -485,13 +484,6 @@ def test_settings_out_of_range_are_named() -> None:
 
 
 # Lava
-
-
-@pytest.fixture(scope="module")
-def lava(lava_python: Path) -> Iterator[LavaWorker]:
-    """One worker for all tests of this file."""
-    with LavaWorker(lava_python) as worker:
-        yield worker
 
 
 LAVA_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

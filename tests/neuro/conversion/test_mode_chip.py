@@ -17,7 +17,7 @@ from neuro.deployment.coding import encode as encode_stream
 from neuro.deployment.generation import generate
 from neuro.deployment.segments import encode, payloads
 from neuro.simulators.fixed_point import simulate
-from neuro.simulators.lava import client as lava_client
+from neuro.simulators.lava.client import LavaWorker
 from neuro.simulators.schedule import PipelineError
 from sparse_update.transformer import ModelConfig, Transformer
 
@@ -190,10 +190,10 @@ def test_wrong_words_and_graphs_are_refused() -> None:
 
 
 @pytest.mark.lava
-def test_lava_runs_the_narrowed_graph_with_the_same_bits(lava_python: Path) -> None:
+def test_lava_runs_the_narrowed_graph_with_the_same_bits(lava: LavaWorker) -> None:
     model, x = mlp("relu2"), torch.randn(10, 48)
     (segment,) = planned(model, x, narrow="neuron").segments
     inputs = encode(segment, x)[0]
-    ours, theirs = simulate(segment.graph, inputs), lava_client.run(segment.graph, inputs)
+    ours, theirs = simulate(segment.graph, inputs), lava.run(segment.graph, inputs)
     assert int(ours.spikes["out"].count_nonzero()) > 50
     assert torch.equal(ours.spikes["out"], theirs.spikes["out"].cpu())

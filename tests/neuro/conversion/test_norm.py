@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from neuro.conversion.norm import REACH_BITS, ROOT_BITS, NormGraph, OnChipRMSNorm, inverse_root, rms_norm_graph
 from neuro.simulators.activity import compare
 from neuro.simulators.fixed_point import run_pipelined, simulate
-from neuro.simulators.lava import client as lava_client
 
 
 def float_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -140,10 +139,10 @@ def small_norm() -> tuple[NormGraph, dict[str, np.ndarray]]:
 
 
 @pytest.mark.lava
-def test_lava_gives_the_same_bits(lava_python) -> None:
+def test_lava_gives_the_same_bits(lava) -> None:
     norm, inputs = small_norm()
     ours = simulate(norm.graph, inputs)
-    theirs = lava_client.run(norm.graph, inputs, python=lava_python, timeout_s=240)
+    theirs = lava.run(norm.graph, inputs)
     result = compare(theirs, ours)
     assert result.equal, str(result)
     assert int(ours.spikes["out"].abs().max()) > 1000

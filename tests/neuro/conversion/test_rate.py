@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from neuro.deployment.coding import encode, levels, spike_trains, spikes_of
 from neuro.graph import Population, SpikingGraph
 from neuro.simulators.activity import compare
 from neuro.simulators.fixed_point import run_pipelined, simulate
-from neuro.simulators.lava import client as lava_client
+from neuro.simulators.lava.client import LavaUnsupported, LavaWorker, unsupported
 
 
 @cache
@@ -283,26 +282,25 @@ def test_what_is_refused() -> None:
 
 
 @pytest.mark.lava
-def test_hard_reset_equals_lava_and_soft_is_refused_there(lava_python: Path) -> None:
+def test_hard_reset_equals_lava_and_soft_is_refused_there(lava: LavaWorker) -> None:
     module, x = prepared("relu")[0], torch.randn(6, 10)
-    with lava_client.LavaWorker(lava_python) as worker:
-        for name, code in (("relu", "spikes"), ("relu", "analogue"), ("linear", "spikes"), ("linear", "analogue")):
-            module = prepared(name)[0]
-            plan = plan_of(name, time_steps=8, reset="hard", input_code=code)
-            (s,) = plan.segments
-            inputs = encode(s, x)[0]
-            flush = {k: torch.nn.functional.pad(v, (0, 0, 0, 3)) for k, v in inputs.items()}
-            ours = simulate(s.graph, flush, record=("spikes", "v"))
-            found = compare(worker.run(s.graph, flush, record=("spikes", "v")), ours)
-            assert found.equal, f"{name}, {code}: {found}"
-            depth = 1 if not s.n_hidden else 2 if code == "spikes" else 3
-            v = ours.states["out"]["v"][0, depth + s.time_steps - 1 :: s.time_steps][: len(x)]
-            assert torch.equal(neuro.deploy(module, plan)(x), (v.double() * s.output_scale).float())
-        soft = plan_of("relu", time_steps=8).segments[0]
-        with pytest.raises(lava_client.LavaUnsupported, match=r"'hidden' \(lif_soft\).*reset='hard' in the rate route"):
-            worker.run(soft.graph, encode(soft, x)[0])
-        (linear,) = plan_of("linear", time_steps=8).segments  # no reset at all: runs on Lava as it is
-        assert not lava_client.unsupported(linear.graph)
+    for name, code in (("relu", "spikes"), ("relu", "analogue"), ("linear", "spikes"), ("linear", "analogue")):
+        module = prepared(name)[0]
+        plan = plan_of(name, time_steps=8, reset="hard", input_code=code)
+        (s,) = plan.segments
+        inputs = encode(s, x)[0]
+        flush = {k: torch.nn.functional.pad(v, (0, 0, 0, 3)) for k, v in inputs.items()}
+        ours = simulate(s.graph, flush, record=("spikes", "v"))
+        found = compare(lava.run(s.graph, flush, record=("spikes", "v")), ours)
+        assert found.equal, f"{name}, {code}: {found}"
+        depth = 1 if not s.n_hidden else 2 if code == "spikes" else 3
+        v = ours.states["out"]["v"][0, depth + s.time_steps - 1 :: s.time_steps][: len(x)]
+        assert torch.equal(neuro.deploy(module, plan)(x), (v.double() * s.output_scale).float())
+    soft = plan_of("relu", time_steps=8).segments[0]
+    with pytest.raises(LavaUnsupported, match=r"'hidden' \(lif_soft\).*reset='hard' in the rate route"):
+        lava.run(soft.graph, encode(soft, x)[0])
+    (linear,) = plan_of("linear", time_steps=8).segments  # no reset at all: runs on Lava as it is
+    assert not unsupported(linear.graph)
 
 
 def test_no_warning_on_calibration_like_data() -> None:

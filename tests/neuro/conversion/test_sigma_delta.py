@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from neuro.deployment.coding import changes, encode
 from neuro.deployment.deployed import Deployed
 from neuro.simulators.activity import compare
 from neuro.simulators.fixed_point import latency, run_pipelined, simulate
-from neuro.simulators.lava import client as lava_client
+from neuro.simulators.lava.client import LavaWorker
 
 
 class Mlp(nn.Module):
@@ -228,15 +227,14 @@ def test_what_is_refused() -> None:
 
 
 @pytest.mark.lava
-def test_the_graph_equals_lava(lava_python: Path) -> None:
+def test_the_graph_equals_lava(lava: LavaWorker) -> None:
     torch.manual_seed(5)
     x = slow_stream(4, 1, 25, width=12)
-    with lava_client.LavaWorker(lava_python) as worker:
-        for activation, thresholds in (("relu", (1, 1)), ("relu", (3, 4)), ("relu2", (0, 5)), ("", (2, 0))):
-            module = Mlp(activation, bias=True, width=12, hidden=32, out=12) if activation else nn.Linear(12, 12)
-            (segment,) = plan_of(module, x, input_threshold=thresholds[0], hidden_threshold=thresholds[1]).segments
-            inputs, _ = encode(segment, x)
-            ours = simulate(segment.graph, inputs, record=("spikes",))
-            found = compare(worker.run(segment.graph, inputs, record=("spikes",)), ours)
-            assert found.equal, f"{activation}: {found}"
-            assert ours.spikes["out"].any()
+    for activation, thresholds in (("relu", (1, 1)), ("relu", (3, 4)), ("relu2", (0, 5)), ("", (2, 0))):
+        module = Mlp(activation, bias=True, width=12, hidden=32, out=12) if activation else nn.Linear(12, 12)
+        (segment,) = plan_of(module, x, input_threshold=thresholds[0], hidden_threshold=thresholds[1]).segments
+        inputs, _ = encode(segment, x)
+        ours = simulate(segment.graph, inputs, record=("spikes",))
+        found = compare(lava.run(segment.graph, inputs, record=("spikes",)), ours)
+        assert found.equal, f"{activation}: {found}"
+        assert ours.spikes["out"].any()

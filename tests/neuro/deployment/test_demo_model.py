@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from neuro.deployment.deployed import deploy
 from neuro.deployment.segments import encode
 from neuro.simulators.activity import compare
 from neuro.simulators.fixed_point import simulate
-from neuro.simulators.lava import client as lava_client
+from neuro.simulators.lava.client import LavaWorker
 from sparse_update.data.corpus import DataConfig, load_corpus, val_windows
 from sparse_update.data.stream import WindowStream
 from sparse_update.loop.trainer import evaluate
@@ -59,7 +58,7 @@ def test_conversion_costs_at_most_a_thousandth_of_a_nat_more_than_chance_allows(
 
 
 @pytest.mark.lava
-def test_mlp_blocks_of_the_demos_model_equal_lava_bit_for_bit(trained: Any, lava_python: Path) -> None:
+def test_mlp_blocks_of_the_demos_model_equal_lava_bit_for_bit(trained: Any, lava: LavaWorker) -> None:
     model, plan, windows = trained
     caught: dict[str, torch.Tensor] = {}
     hooks = [
@@ -79,7 +78,7 @@ def test_mlp_blocks_of_the_demos_model_equal_lava_bit_for_bit(trained: Any, lava
         everything = [p.name for p in segment.graph.populations if p.kind != "input"]
         graph = replace(segment.graph, outputs=tuple(everything))
         ours = simulate(graph, inputs)
-        found = compare(lava_client.run(graph, inputs, python=lava_python), ours)
+        found = compare(lava.run(graph, inputs), ours)
         assert found.equal, f"{segment.name}: {found}"
         assert ours.spikes["out"].any()
         values += found.values

@@ -19,7 +19,7 @@ from neuro.deployment.segments import encode, output_units
 from neuro.modules.attention import split_attention
 from neuro.simulators.activity import compare
 from neuro.simulators.fixed_point import simulate
-from neuro.simulators.lava import client as lava_client
+from neuro.simulators.lava.client import LavaWorker
 from sparse_update.transformer import ModelConfig, Transformer, token_loss
 
 
@@ -79,14 +79,13 @@ def test_simulation_equals_integers_by_hand(activation: str, bias: bool) -> None
 
 @pytest.mark.lava
 @pytest.mark.parametrize("activation", ["relu", "relu2"])
-def test_converted_graph_equals_lava(activation: str, lava_python: Path) -> None:
+def test_converted_graph_equals_lava(activation: str, lava: LavaWorker) -> None:
     torch.manual_seed(5)
     module, x = Mlp(activation, bias=True, hidden=32), torch.randn(30, 24)
     segment = deployed(module, x).segments[0]
     inputs, _ = encode(segment, x)
     ours = simulate(segment.graph, inputs, record=("spikes",))
-    lava = lava_client.run(segment.graph, inputs, record=("spikes",), python=lava_python)
-    found = compare(lava, ours)
+    found = compare(lava.run(segment.graph, inputs, record=("spikes",)), ours)
     assert found.equal, str(found)
     assert ours.spikes["out"].any()
 

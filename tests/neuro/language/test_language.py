@@ -262,13 +262,12 @@ def test_the_graph_fits_the_chip_and_its_file(tmp_path: Path):
 
 @pytest.mark.lava
 @pytest.mark.parametrize("neurons", ["graded", "lif"])
-def test_lava_sends_the_same_messages(neurons, lava_python: Path):
+def test_lava_sends_the_same_messages(neurons, lava: LavaWorker):
     model = random_model(neurons, 5, threshold=0.1)
     network: StreamNetwork = convert_language(model)
     inputs = network.inputs(model.stream(torch.randint(0, 20, (1, 12), generator=torch.Generator().manual_seed(0))))
     ours = simulate(network.graph, inputs, record=("spikes",))
-    with LavaWorker(lava_python) as worker:
-        result = compare(worker.run(network.graph, inputs, record=("spikes",)), ours)
+    result = compare(lava.run(network.graph, inputs, record=("spikes",)), ours)
     assert result.equal, str(result)
     assert bool(ours.spikes[network.graph.outputs[0]].any())
 
