@@ -190,7 +190,7 @@ def test_registers_that_run_over_do_so_as_in_lava(lava: LavaWorker) -> None:
 
 
 def golden_arrays(name: str, folder: Path) -> dict[str, np.ndarray]:
-    with np.load(folder / f"{name}.activity.npz", allow_pickle=False) as archive:
+    with np.load(folder / "activities" / f"{name}.activity.npz", allow_pickle=False) as archive:
         return dict(archive)
 
 
@@ -202,25 +202,24 @@ def test_golden_files_are_what_lava_says(name: str, cases: Any, lava: LavaWorker
     arrays = {f"state/{population}/{variable}": v.numpy() for (population, variable), v in activity.variables().items()}
     arrays.update({f"input/{key}": value for key, value in inputs.items()})
     if os.environ.get("SPIKEGATE_WRITE_GOLDEN"):
-        golden_folder.mkdir(exist_ok=True)
-        save_graph(graph, golden_folder / f"{name}.graph.npz")
-        np.savez_compressed(golden_folder / f"{name}.activity.npz", **arrays)  # type: ignore[arg-type]
+        save_graph(graph, golden_folder / "graphs" / f"{name}.graph.npz")
+        np.savez_compressed(golden_folder / "activities" / f"{name}.activity.npz", **arrays)  # type: ignore[arg-type]
     kept = golden_arrays(name, golden_folder)
-    assert identical(load_graph(golden_folder / f"{name}.graph.npz"), graph)
+    assert identical(load_graph(golden_folder / "graphs" / f"{name}.graph.npz"), graph)
     assert set(kept) == set(arrays)
     for key, value in arrays.items():
         assert np.array_equal(kept[key], value), key
 
 
 def test_the_golden_files_hold_every_kind(golden_folder: Path) -> None:
-    graphs = [load_graph(golden_folder / f"{name}.graph.npz") for name in GOLDEN]
+    graphs = [load_graph(golden_folder / "graphs" / f"{name}.graph.npz") for name in GOLDEN]
     assert {p.kind for graph in graphs for p in graph.populations} == {name for name, kind in KINDS.items() if kind.lava}
     assert {p.kind for graph in graphs for p in graph.projections} == set(PROJECTIONS)
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_what_lava_once_computed_is_what_we_compute(name: str, golden_folder: Path) -> None:
-    graph = load_graph(golden_folder / f"{name}.graph.npz")
+    graph = load_graph(golden_folder / "graphs" / f"{name}.graph.npz")
     arrays = {tuple(key.split("/")): value for key, value in golden_arrays(name, golden_folder).items()}
     inputs = {key[1]: value for key, value in arrays.items() if key[0] == "input"}
     ours = simulate(graph, inputs, record=RECORD_ALL).variables()
