@@ -34,7 +34,9 @@ from neuro.simulators.lava.client import (
 
 SHM = Path("/dev/shm")
 ROOT = Path(lava_client.__file__).parents[3]
-SLACK_S = 10  # beyond a limit: the grace of the end, and a busy machine
+# Each takes a second or two on an idle machine, and a minute where ten processes share a core.
+SLACK_S = 60
+START_S = 240
 
 Tiny = tuple[SpikingGraph, dict[str, np.ndarray]]
 
@@ -58,7 +60,7 @@ def shared_memory(owner: int) -> list[Path]:
     return [*SHM.glob(f"psm_spikegate_{owner}_*"), *SHM.glob(f"sem.psm_spikegate_{owner}_*")]
 
 
-def wait_for(condition: Callable[[], bool], limit_s: float) -> None:
+def wait_for(condition: Callable[[], bool], limit_s: float = SLACK_S) -> None:
     end = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
@@ -84,8 +86,8 @@ def unfinished_semaphores() -> list[Path]:
 
 
 def nothing_is_left(folder: Path) -> None:
-    wait_for(lambda: commands_with(str(folder)) == [], 5)
-    wait_for(lambda: unfinished_semaphores() == [], 5)  # another process's are there for microseconds
+    wait_for(lambda: commands_with(str(folder)) == [])
+    wait_for(lambda: unfinished_semaphores() == [])  # another process's are there for microseconds
     assert list(folder.iterdir()) == []
     assert shared_memory(os.getpid()) == []
 
@@ -145,7 +147,7 @@ def test_a_worker_serves_many_graphs_and_is_replaced_after_an_error(
 
 
 @pytest.mark.lava
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(2, 20))])
 def test_a_process_killed_at_a_random_moment_is_an_error_or_harmless(
     seed: int, mlp_graph: Any, messages: Any, lava_python: Path, folder: Path
 ) -> None:
@@ -218,15 +220,16 @@ def test_a_starter_that_is_killed_or_interrupted_takes_lava_with_it(
     process = starter(folder, tiny, lava_python, "hang")
     inside = folder / "t"
     try:
-        wait_for(lambda: len(shared_memory(process.pid)) > 5, 60)
+        wait_for(lambda: len(shared_memory(process.pid)) > 5 or process.poll() is not None, START_S)
+        assert process.poll() is None, process.communicate()[1]
         assert commands_with(str(inside))
     finally:
         process.send_signal(number)
-        _, text = process.communicate(timeout=30)
+        _, text = process.communicate(timeout=SLACK_S)
     assert ("KeyboardInterrupt" in text) == (number == signal.SIGINT)
-    wait_for(lambda: not commands_with(str(inside)), 10)
-    wait_for(lambda: not shared_memory(process.pid), 10)
-    wait_for(lambda: not list(inside.iterdir()), 10)
+    wait_for(lambda: not commands_with(str(inside)))
+    wait_for(lambda: not shared_memory(process.pid))
+    wait_for(lambda: not list(inside.iterdir()))
 
 
 @pytest.mark.lava
@@ -236,11 +239,11 @@ def test_a_full_dev_shm_is_an_error_and_no_bus_error(tiny: Tiny, lava_python: Pa
     if trial.returncode:
         pytest.skip(f"no mount namespace of one's own here: {trial.stderr.strip()}")
     process = starter(folder, tiny, lava_python, "", before="lava_client.check_shared_memory = lambda *args: None")
-    _, text = process.communicate(timeout=60)
+    _, text = process.communicate(timeout=START_S)
     assert "LavaMemory" in text
     assert "No space left on device" in text
     assert "SIGBUS" not in text
-    wait_for(lambda: not commands_with(str(folder)), 10)
+    wait_for(lambda: not commands_with(str(folder)))
     assert list((folder / "t").iterdir()) == []
 
 
@@ -262,7 +265,7 @@ def test_a_worker_that_ignores_sigterm_is_killed_with_its_children(tiny: Tiny, t
     with pytest.raises(LavaTimeout, match="still running after 1 s"):
         lava_client.run(*tiny, python=fake, timeout_s=1)
     assert time.monotonic() - begin < 1 + SLACK_S
-    wait_for(lambda: not commands_with(str(tmp_path)), 5)  # killed at once; a busy machine may reap it a moment later
+    wait_for(lambda: not commands_with(str(tmp_path)))  # killed at once; a busy machine may reap it a moment later
 
 
 def test_a_worker_that_fails_says_why(tiny: Tiny, tmp_path: Path) -> None:
