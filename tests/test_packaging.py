@@ -245,6 +245,13 @@ def test_test_lints_sets_up_lava_and_runs_pytest(shop):
     assert not any("install" in note or "venv" in note for note in notes)
 
 
+def test_soak_and_coverage_are_runs_of_pytest(shop):
+    assert shop.make("soak", "JOBS=2", "ARGS=-x")[0][-1] == "-m pytest -n 2 --dist worksteal -m soak -x"
+    notes, done = shop.make("coverage", "JOBS=2")
+    assert done.returncode == 0, done.stderr
+    assert notes == ["-m pytest -n 2 --dist worksteal --cov --cov-report=", "-m coverage report --sort=cover"]
+
+
 def test_without_python_310_the_tests_go_on_and_lava_fails(shop):
     notes, done = shop.make("test", NO_310="1")
     assert done.returncode == 0, done.stderr
@@ -277,6 +284,8 @@ def test_a_dry_run_changes_nothing(shop):
         "help",
         "demo",
         "test",
+        "soak",
+        "coverage",
         "lint",
         "docs",
         "lava",
