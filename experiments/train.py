@@ -16,9 +16,11 @@ import torch
 import yaml
 
 from experiments.comparison.accounts import measured_energy
+from experiments.comparison.settings import experiment_settings
 from experiments.runs.folder import RunError, new_record, read_json
 from experiments.runs.hydra_app import ConfigError, run_app
 from experiments.runs.plain_json import write_json
+from experiments.views.hparam_rows import run_row
 from experiments.views.live import BlockUpdates, Savings
 from experiments.views.rasters import surprise_figure
 from experiments.views.tracking import Tracker, hparam_metrics, training_energy_markdown
@@ -347,17 +349,9 @@ def _run(
         if result.finished:
             document["val_split"] = _split(cfg, corpus, model, windows["val"])
             tracker.text("energy", training_energy_markdown(document))
-            tracker.hparams(
-                {
-                    "stream": cfg.stream_name,
-                    "arm": cfg.arm_name,
-                    "seed": cfg.seed,
-                    "with_model": cfg.model.name,
-                    "keep": cfg.gate.keep_fraction,
-                    "with_subset": cfg.subset.name,
-                },
-                hparam_metrics(document),
-            )
+            settings = experiment_settings(resolved)
+            row = run_row(cfg.stream_name, cfg.arm_name, cfg.seed, str(cfg.folder), settings)
+            tracker.hparams(row, hparam_metrics(document))
     if result.finished:
         write_json(folder / "result.json", document)
     else:

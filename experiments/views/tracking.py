@@ -9,18 +9,20 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from experiments.comparison.statistics import mean_curve
 from experiments.runs.plain_json import dump_line
+from experiments.views.hparam_rows import TableColumn, TableRow, arm_row, columns, deployed_row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from experiments.comparison.record import Comparison, Deployment
+    from experiments.comparison.record import Comparison, DeployedGroup, Deployment, Stream
 
 METRICS_FILE = "metrics.jsonl"
 NOT_FINITE = "health/not_finite"
@@ -61,29 +63,19 @@ RUN_LAYOUT: Layout = {
 ENERGY_TAGS = ["energy_nj_per_token/mid", "energy_nj_per_token/low", "energy_nj_per_token/high"]
 CURVE_TAG = "val_loss_nats_by_reference_ms"
 
-# Columns of the hparams table. TensorBoard takes the columns of a whole folder tree from the first run it meets, so
-# every writer here announces the same ones; a run fills those it has.
-# It orders them by name and shows the first five until told otherwise.
-HPARAMS: dict[str, str | float] = {
-    "arm": "",
-    "keep": 0.0,
-    "kind": "",  # run | arm (mean over seeds) | deployed
-    "seed": "",
-    "stream": "",
-    "with_model": "",
-    "with_profile": "",  # of energy_nj_per_token
-    "with_subset": "",
-}
-HPARAM_METRICS = (  # TensorBoard shows the first five until told otherwise
-    "hparam/loss_nats",
-    "hparam/energy_j",
-    "hparam/energy_nj_per_token",
-    "hparam/reference_s",
-    "hparam/tflop",
-    "hparam/bits_per_byte",
-    "hparam/tokens",
-    "hparam/wall_s",
-    "hparam/peak_mb",
+# Results in the hparams table. Without a comparison TensorBoard lists every scalar there, by name, and shows the first
+# five: the capital letter puts these first.
+RESULT = "Result/"
+RESULTS = (
+    "loss_nats",
+    "energy_nj_per_token",
+    "reference_s",
+    "tflop",
+    "energy_j",
+    "bits_per_byte",
+    "tokens",
+    "wall_s",
+    "peak_mb",
 )
 
 MOST_SELECTED = 40  # runs; of more, TensorBoard ticks none (its maxNamesToEnableByDefault), and all charts are empty
@@ -161,37 +153,55 @@ class Tracker:
         """Markdown: the configuration, a compatibility table, where each joule comes from."""
         self._writer.add_text(tag, markdown, self.last_step if step is None else step)
 
-    def hparams(self, hparams: Mapping[str, Any], metrics: Mapping[str, float | int | None]) -> None:
+    def hparams(self, row: TableRow, metrics: Mapping[str, float | int | None]) -> None:
         """This run's row in the hparams table, in this folder; None leaves a cell blank. Call once, at the end."""
-        write_hparams(self._writer, {"kind": "run", **hparams}, metrics, self.last_step)
+        write_hparams(self._writer, row, metrics, self.last_step)
 
     def close(self) -> None:
         self._lines.close()
         self._writer.close()
 
 
-def write_hparams(
-    writer: Any, hparams: Mapping[str, Any], metrics: Mapping[str, float | int | None], step: int = 0
-) -> None:
+def write_hparams(writer: Any, row: TableRow, metrics: Mapping[str, float | int | None], step: int = 0) -> None:
     """One row of the hparams table, written into the writer's own run rather than a run beside it.
 
-    The columns announced are HPARAMS and HPARAM_METRICS and what is given. Metric names get the prefix `hparam/`.
+    Metrics get the tag `Result/NAME`. Which columns there are is for `write_columns`, once for a whole comparison; without
+    one, TensorBoard makes a column of every setting.
     """
     from torch.utils.tensorboard import summary
 
-    given = {key: _hparam(key, value) for key, value in hparams.items() if value is not None}
-    found = {
-        key if key.startswith("hparam/") else f"hparam/{key}": float(value)
-        for key, value in metrics.items()
-        if value is not None
-    }
-    columns = {**HPARAMS, **given}
-    experiment, _, _ = summary.hparams(columns, dict.fromkeys([*HPARAM_METRICS, *found], 0.0))
-    _, start, end = summary.hparams(given, found)
-    for part in (experiment, start, end):
+    found = {RESULT + key: float(value) for key, value in metrics.items() if value is not None}
+    _, start, end = summary.hparams(row.settings, found)
+    with _plugin_data(start) as content:
+        content.session_start_info.group_name = row.name
+    for part in (start, end):
         writer.file_writer.add_summary(part, step)
     for key, number in found.items():
         writer.add_scalar(key, number, step)
+
+
+def write_columns(writer: Any, columns: Sequence[TableColumn]) -> None:
+    """The columns of the hparams table; TensorBoard takes them from the one run below its folder that has them."""
+    from torch.utils.tensorboard import summary
+
+    blank = {column.key: 0.0 if column.numeric else "" for column in columns}
+    experiment, _, _ = summary.hparams(blank, {RESULT + key: 0.0 for key in RESULTS})
+    differs = {column.key: column.differs for column in columns}
+    with _plugin_data(experiment) as content:
+        for info in content.experiment.hparam_infos:
+            info.differs = differs[info.name]
+    writer.file_writer.add_summary(experiment, 0)
+
+
+@contextmanager
+def _plugin_data(written: Any) -> Iterator[Any]:
+    """The hparams plugin's own record inside a summary, to change what torch has no argument for."""
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    inside = written.value[0].metadata.plugin_data
+    content = plugin_data_pb2.HParamsPluginData.FromString(inside.content)
+    yield content
+    inside.content = content.SerializeToString()
 
 
 def truncate(path: Path, last_step: int) -> int:
@@ -252,25 +262,27 @@ def write_comparison(
         main.add_figure(tag, figure, 0, close=False)
     for tag, markdown in texts.items():
         main.add_text(tag, markdown, 0)
-    main.close()
     ours = 1 + sum(len(stream.arms) + len(stream.deployments) for stream in comparison.streams.values())
+    rows = []
     for stream in comparison.streams.values():
         for arm in stream.arms.values():
+            rows.append(arm_row(stream, arm, str(folder.parent)))
             if beside and beside + ours > MOST_SELECTED and len(arm.runs) == 1:
                 continue
             writer = _writer(folder / stream.name / arm.name)
             for seconds, loss in mean_curve([run.curve for run in arm.runs]):
                 writer.add_scalar(f"{CURVE_TAG}/{stream.name}", loss, round(1000 * seconds))
-            record = arm.record()
-            row = {"kind": "arm", "stream": stream.name, "arm": arm.name, "seed": " ".join(map(str, arm.seeds))}
-            write_hparams(writer, {**row, "keep": record.get("keep_fraction")}, hparam_metrics(record))
+            write_hparams(writer, rows[-1], hparam_metrics(arm.record()))
             writer.close()
         names: list[str] = []
-        for deployed in stream.deployments:
-            name = f"deployed {deployed.arm}"
-            names.append(name)
-            place = name if names.count(name) == 1 else f"{name} {names.count(name)}"
-            _write_deployment(folder / stream.name / place, stream.name, deployed)
+        for group in stream.deployed:
+            for deployed in group.items:
+                name = f"deployed {deployed.arm}"
+                names.append(name)
+                place = name if names.count(name) == 1 else f"{name} {names.count(name)}"
+                rows.append(_write_deployment(folder / stream.name / place, stream, group, deployed))
+    write_columns(main, columns(comparison, rows))
+    main.close()
     return folder
 
 
@@ -280,20 +292,20 @@ def boards(folder: Path, without: Path | None = None) -> set[Path]:
     return {path for path in found if without is None or not path.is_relative_to(without)}
 
 
-def _write_deployment(folder: Path, stream: str, deployed: Deployment) -> None:
+def _write_deployment(folder: Path, stream: Stream, group: DeployedGroup, deployed: Deployment) -> TableRow:
     writer = _writer(folder)
     metrics = {"loss_nats": deployed.record["loss_simulated_nats"]}
-    row = {"kind": "deployed", "stream": stream, "arm": deployed.arm}
-    if deployed.seed is not None:
-        row["seed"] = str(deployed.seed)
+    profile = None
     for i, energy in enumerate(deployed.energies()):
         for tag, key in zip(ENERGY_TAGS, ("mid_j", "low_j", "high_j"), strict=True):
             if energy.get(key) is not None:
                 writer.add_scalar(tag, 1e9 * energy[key], i)
-        if energy.get("mid_j") is not None and "with_profile" not in row:
-            row["with_profile"], metrics["energy_nj_per_token"] = energy["profile"], 1e9 * energy["mid_j"]
+        if energy.get("mid_j") is not None and profile is None:
+            profile, metrics["energy_nj_per_token"] = str(energy["profile"]), 1e9 * energy["mid_j"]
+    row = deployed_row(stream, group, deployed, profile)
     write_hparams(writer, row, metrics)
     writer.close()
+    return row
 
 
 def training_energy_markdown(result: Mapping[str, Any]) -> str:
@@ -329,12 +341,6 @@ def hparam_metrics(result: Mapping[str, Any]) -> dict[str, float | None]:
         "peak_mb": scaled("peak_bytes", 1e-6),
         "energy_j": scaled("energy_j"),
     }
-
-
-def _hparam(key: str, value: Any) -> str | float | bool:
-    if key in HPARAMS:  # one type per column
-        return type(HPARAMS[key])(value)
-    return value if isinstance(value, bool | int | float | str) else str(value)
 
 
 def _writer(folder: Path, purge_step: int | None = None) -> Any:

@@ -49,7 +49,7 @@ def test_files_picture_and_tensorboard(tmp_path: Path, make_run: RunMaker, make_
     )
     arm = EventAccumulator(str(board / "clean" / "dense")).Reload()
     assert arm.Scalars("val_loss_nats_by_reference_ms/clean")[-1].step == 20_000
-    assert arm.Scalars("hparam/loss_nats")[0].value == pytest.approx(1.755)
+    assert arm.Scalars("Result/loss_nats")[0].value == pytest.approx(1.755)
     energy = EventAccumulator(str(board / "clean" / "deployed surprise")).Reload()
     assert [e.value for e in energy.Scalars("energy_nj_per_token/mid")] == pytest.approx([2000.0, 500.0])
     assert len(collect([tmp_path]).excluded) == 0  # the comparison's own folder is no run

@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from experiments.compare import write
 from experiments.comparison.collection import collect
+from experiments.comparison.settings import experiment_settings
+from experiments.views.hparam_rows import run_row
 from experiments.views.rasters import raster_figure, surprise_figure
 from experiments.views.tracking import Tracker, hparam_metrics
 
@@ -54,7 +57,7 @@ def train(folder: Path, arm: str, loss: float) -> None:
     run = folder / f"clean-{arm}-s0"
     result: dict[str, Any] = {"loss_nats": loss, "bits_per_byte": loss / math.log(2), "tokens": 1_000_000, "flops": 2.5e12}
     result |= {"reference_s": 20.0, "wall_s": 22.0, "peak_bytes": 5e8, "energy_j": None, "energy_reason": "not measured"}
-    result |= {"keep_fraction": 0.5, "val_tokens": 64}
+    result |= {"keep_fraction": 0.5, "val_tokens": 64, "folder": str(run)}
     with Tracker(run) as tracker:
         tracker.text("config", f"```\narm: {arm}\n```", 0)
         for step in range(1, 9):
@@ -63,10 +66,14 @@ def train(folder: Path, arm: str, loss: float) -> None:
             tracker.log(step, values)
         tracker.histogram("gate/surprise_nats", [1.0, 2.0, 3.0], 8)
         tracker.figure("surprise", surprise_figure([1.0, 2.0, 3.0]))
-        tracker.hparams({"stream": "clean", "arm": arm, "seed": 0, "keep": 0.5}, hparam_metrics(result))
+        config = {"gate": {"signal": "ngram" if arm == "surprise" else "none"}, "optim": {"lr": 0.008}}
+        config |= {"trainer": {"batch_windows": 32}}
+        row = run_row("clean", arm, 0, str(run), experiment_settings(config))
+        tracker.hparams(row, hparam_metrics(result))
     info = {"schema": 1, "kind": "train", "status": "finished", "stream": "clean", "arm": arm, "seed": 0}
     (run / "run.json").write_text(json.dumps(info | {"component_times_sha256": "a" * 64}))
     (run / "result.json").write_text(json.dumps(result))
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
 
 
 @pytest.fixture(scope="module")
@@ -169,13 +176,17 @@ def test_the_margins_of_the_energies_are_drawn(server: str, window: Any) -> None
     assert len({y for _, y in points}) == 4, "low and high of two profiles"
 
 
-def test_the_hparams_table_has_losses_and_joules_of_every_run(server: str, window: Any) -> None:
+def test_the_hparams_table_has_one_row_per_run_and_deployment(server: str, window: Any, folder: Path) -> None:
     tab = window.open(f"{server}/#hparams")
-    columns = ("hparam/loss_nats", "hparam/energy_j", "hparam/energy_nj_per_token", "hparam/reference_s", "hparam/tflop")
-    runs = (*RUNS, "comparison/tensorboard/clean/dense", "comparison/tensorboard/clean/deployed surprise")
-    text = tab.until(*columns, *runs, "1.7500", "1.7125", "2000.0", limit_s=LIMIT_S)
-    assert text.index("Sort by") > 0
+    results = ("Result/loss_nats", "Result/energy_nj_per_token", "Result/reference_s", "Result/tflop")
+    settings = ("gate.signal", "optim.lr", "trainer.batch_windows")
+    rows = [f"clean {arm}, seed 0 [{folder}/clean-{arm}-s0]" for arm in ("dense", "surprise")]
+    rows.append(f"clean surprise, deployed, seed 0 [{folder}/clean-surprise-s0/deploy]")
+    text = tab.until(*results, *settings, *rows, "1.7500", "1.7125", "2000.0", limit_s=LIMIT_S)
     keep(tab, "hparams")
+    lines = text.splitlines()
+    assert all(lines.count(row) == 1 for row in rows)
+    assert not any(line.startswith("comparison/") for line in lines)
 
 
 # Every element below a node, shadow roots included.
@@ -189,14 +200,14 @@ const walk = n => {
 
 def test_hparams_sort_by_a_click(server: str, window: Any) -> None:
     tab = window.open(f"{server}/#hparams")
-    tab.until("hparam/loss_nats", "1.7500", "1.7125", "1.7200", limit_s=LIMIT_S)
+    tab.until("Result/loss_nats", "1.7500", "1.7125", "1.7200", limit_s=LIMIT_S)
     click = """(() => { %s walk(document.body);
     for (const label of %s) all.find(n => n.tagName === "PAPER-ITEM" && n.textContent.trim() === label).click(); })()"""
     for direction, expected in (
         ("Ascending", ["1.7125", "1.7200", "1.7500"]),
         ("Descending", ["1.7500", "1.7200", "1.7125"]),
     ):
-        tab.evaluate(click % (ALL, json.dumps(["hparam/loss_nats", direction])))
+        tab.evaluate(click % (ALL, json.dumps(["Result/loss_nats", direction])))
         deadline, seen = time.monotonic() + LIMIT_S, [""]
         while seen != expected and time.monotonic() < deadline:
             time.sleep(0.5)

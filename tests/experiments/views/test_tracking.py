@@ -12,7 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from experiments.views.tracking import HPARAM_METRICS, HPARAMS, Tracker, truncate, write_hparams
+from experiments.views.hparam_rows import run_row
+from experiments.views.tracking import Tracker, truncate
 
 
 def read(folder: Path) -> EventAccumulator:
@@ -113,24 +114,36 @@ def test_steps_only_go_forward_and_a_step_has_one_point(tmp_path: Path) -> None:
     assert scalars(tmp_path, "val/loss_nats") == [(5, 8.0)]
 
 
-def test_hparams_stay_in_the_run_folder_with_all_columns(tmp_path: Path) -> None:
+SETTINGS = {
+    "optim.lr": 0.008,
+    "trainer.batch_windows": 32,
+    "gate.signal": "ngram",
+    "gate.policy": "band",
+    "gate.ngram_orders": [1, 2],
+    "trainer.length_schedule": None,
+    "gate.name": "surprise",
+}
+
+
+def test_a_run_has_one_row_with_all_its_settings_in_its_own_folder(tmp_path: Path) -> None:
     with Tracker(tmp_path) as tracker:
         tracker.log(3, {"loss_nats": 9.0})
-        tracker.hparams({"stream": "clean", "arm": "dense", "seed": 0}, {"loss_nats": 1.75, "energy_j": None})
+        tracker.hparams(run_row("clean", "surprise", 0, "runs/a", SETTINGS), {"loss_nats": 1.75, "energy_j": None})
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
-    experiment = hparams_data(tmp_path, "experiment").experiment
-    assert {info.name for info in experiment.hparam_infos} == set(HPARAMS)
-    assert {"arm", "kind", "stream", "seed"} < set(sorted(HPARAMS)[:5]), "TensorBoard shows the first five by name"
-    assert {info.name.tag for info in experiment.metric_infos} == set(HPARAM_METRICS)
-    row = hparams_data(tmp_path, "session_start_info").session_start_info.hparams
-    assert {key: value.string_value for key, value in row.items()} == {
-        "kind": "run",
-        "stream": "clean",
-        "arm": "dense",
-        "seed": "0",
-    }
-    assert scalars(tmp_path, "hparam/loss_nats") == [(3, 1.75)]
-    assert "hparam/energy_j" not in read(tmp_path).Tags()["scalars"]
+    start = hparams_data(tmp_path, "session_start_info").session_start_info
+    assert start.group_name == "clean surprise, seed 0 [runs/a]"
+    texts = {key: value.string_value for key, value in start.hparams.items() if value.HasField("string_value")}
+    numbers = {key: value.number_value for key, value in start.hparams.items() if value.HasField("number_value")}
+    assert texts == {
+        "kind": "run", "stream": "clean", "arm": "surprise", "seed": "0", "gate.signal": "ngram", "gate.policy": "band",
+        "gate.ngram_orders": "1 2", "trainer.length_schedule": "",
+    }  # fmt: skip
+    assert numbers == {"optim.lr": 0.008, "trainer.batch_windows": 32.0}
+    assert scalars(tmp_path, "Result/loss_nats") == [(3, 1.75)]
+    tags = read(tmp_path).Tags()
+    assert "Result/energy_j" not in tags["scalars"]
+    assert min(tags["scalars"]) == "Result/loss_nats", "TensorBoard shows the first five by name"
+    assert "_hparams_/experiment" not in tags["tensors"], "the columns are for the comparison, or for TensorBoard itself"
 
 
 def test_text_histogram_and_figure(tmp_path: Path) -> None:
@@ -148,17 +161,6 @@ def test_text_histogram_and_figure(tmp_path: Path) -> None:
     assert b"a paper" in events.Tensors("provenance/text_summary")[0].tensor_proto.string_val[0]
     assert events.Histograms("gate/surprise_nats")[0].histogram_value.num == 3
     assert events.Images("pareto")[0].step == 1
-
-
-def test_column_types_are_the_same_for_every_writer(tmp_path: Path) -> None:
-    from torch.utils.tensorboard import SummaryWriter
-
-    for name, seed in (("a", 3), ("b", "0 1 2")):
-        writer = SummaryWriter(str(tmp_path / name))
-        write_hparams(writer, {"kind": "arm", "seed": seed}, {})
-        writer.close()
-    rows = [hparams_data(tmp_path / name, "session_start_info").session_start_info.hparams for name in "ab"]
-    assert [row["seed"].string_value for row in rows] == ["3", "0 1 2"]
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
