@@ -20,7 +20,7 @@ from experiments.runs.plain_json import plain, write_json
 from experiments.views.figures import figure
 from experiments.views.layer_figure import layer_figure
 from experiments.views.page import page
-from experiments.views.tables import energy_markdown, headline, markdown, table
+from experiments.views.tables import energy_markdown, markdown, summary, table
 from experiments.views.tracking import MOST_SELECTED, boards, write_comparison
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def compare(cfg: CompareConfig) -> dict[str, Any]:
     width = shutil.get_terminal_size((0, 0)).columns  # of the terminal, or COLUMNS; elsewhere lines have no limit
     if cfg.tables:
         print(table(comparison, width))
-    print(headline(comparison, width, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+    print(summary(comparison, width, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
     print(f"written to {out}: comparison.html, .json, .md, .png, .svg")
     if cfg.tensorboard:
         print(f"look at it: tensorboard --logdir {cfg.folder if within else board}")

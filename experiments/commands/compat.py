@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.runs.plain_json import dump_line
+from experiments.views.tracking import Tracker
 from hardware.datafile import DataFileError
 from hardware.placement import DoesNotFit
 
@@ -53,8 +54,6 @@ def run(args: argparse.Namespace) -> int:
         tokens = torch.zeros(1, context, dtype=torch.long)
         report = analyse(model, tokens, args.chip, route=args.route, chips=args.chips, strict=False)
         if args.tensorboard is not None:
-            from experiments.views.tracking import Tracker
-
             with Tracker(args.tensorboard) as tracker:
                 tracker.text("compatibility", report.markdown())
     except DoesNotFit as failure:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from experiments.runs.plain_json import dump_line
+from experiments.views.chip_figure import save_chip_figure
 from hardware.chips.chip import load_chip
 from hardware.datafile import DataFileError
 from hardware.placement import DoesNotFit, LayerDemand, place
@@ -68,8 +69,6 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         print(result)
     if args.figure is not None:
-        from experiments.views.chip_figure import save_chip_figure
-
         try:
             save_chip_figure(result, args.figure)
         except (OSError, ValueError) as error:

@@ -45,11 +45,12 @@ class TableColumn:
 def run_row(stream: str, arm: str, seed: int, folder: str, settings: Mapping[str, Any]) -> TableRow:
     """The row of one training run; `settings` are flat (`comparison.settings.experiment_settings`).
 
-    The comparison writes the same row for an arm of one seed. Rows of one name are one row to TensorBoard, so the name
+    TensorBoard shows about 17 characters of a name, so stream, arm and seed come first and short. The comparison writes
+    the same row for an arm of one seed. Rows of one name are one row to TensorBoard, so the name
     has the run's folder in it: runs that only share stream, arm and seed stay apart.
     """
     named: Row = {"kind": "run", "stream": stream, "arm": arm, "seed": str(seed)}
-    return TableRow(f"{stream} {arm}, seed {seed} [{folder}]", _values(settings) | named)
+    return TableRow(f"{stream} {arm} s{seed} [{folder}]", _values(settings) | named)
 
 
 def arm_row(stream: Stream, arm: Arm, folder: str) -> TableRow:
@@ -59,7 +60,7 @@ def arm_row(stream: Stream, arm: Arm, folder: str) -> TableRow:
     seeds = " ".join(map(str, arm.seeds))
     named: Row = {"kind": "mean over seeds", "stream": stream.name, "arm": arm.name, "seed": seeds}
     settings = _values(_shared(run.settings for run in arm.runs))
-    return TableRow(f"{stream.name} {arm.name}, mean of seeds {seeds} [{folder}]", settings | named)
+    return TableRow(f"{stream.name} {arm.name} mean of s{arm.seeds[0]} to s{arm.seeds[-1]} [{folder}]", settings | named)
 
 
 def deployed_row(stream: Stream, group: DeployedGroup, item: Deployment, profile: str | None) -> TableRow:
@@ -69,8 +70,7 @@ def deployed_row(stream: Stream, group: DeployedGroup, item: Deployment, profile
     named: Row = {"kind": "deployed", "stream": stream.name, "arm": group.label, "seed": seed}
     extra: Row = {"deployed.route": str(item.record.get("route") or "graded")}
     extra |= {} if profile is None else {"deployed.energy_profile": profile}
-    of_seed = f", seed {seed}" if seed else ""
-    name = f"{stream.name} {group.label}{of_seed} [{item.folder}]"
+    name = f"{stream.name} {item.arm} s{seed or '?'} deployed [{item.folder}]"
     return TableRow(name, _values(_shared(run.settings for run in trained)) | extra | named)
 
 

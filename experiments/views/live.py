@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from experiments.views.rasters import blocks_figure
 from sparse_update.step.flops import plan_flops
 from sparse_update.step.plan import PLAIN
 from sparse_update.weights.subset import Active
@@ -73,8 +74,6 @@ class BlockUpdates:
 
     def figure(self) -> Figure:
         """Raises ValueError before the first note."""
-        from experiments.views.rasters import blocks_figure
-
         since = "" if not self.steps or self.steps[0] <= 1 else f", from step {self.steps[0]}"
         return blocks_figure(self.steps, self.shares, f"weights moved, by block and step{since}")
 

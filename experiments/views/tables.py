@@ -45,7 +45,7 @@ def table(comparison: Comparison, width: int = 0) -> str:
     return drawn(parts, width)
 
 
-def headline(comparison: Comparison, width: int = 0, *, colour: bool = False) -> str:
+def summary(comparison: Comparison, width: int = 0, *, colour: bool = False) -> str:
     """What a person reads first: one table per stream with the columns that fit side by side, then every verdict.
 
     `width`: columns of the terminal, 0 for no limit. `colour`: bold titles and coloured answers, as escape sequences.

@@ -14,7 +14,7 @@ from experiments.comparison.collection import collect
 from experiments.comparison.document import to_json
 from experiments.comparison.verdicts import verdicts
 from experiments.views.energy_figure import Point, pareto, points
-from experiments.views.tables import headline, markdown, table
+from experiments.views.tables import markdown, summary, table
 from tests.experiments.comparison.records import arm_record, deployed_record
 
 RunMaker = Callable[..., Path]
@@ -200,7 +200,7 @@ def test_what_failed_or_was_not_finished_is_missing_from_its_stream(tmp_path: Pa
     said = verdicts(comparison)
     assert said[0] == "clean: surprise against dense: 0.0500 nats lower; n = 1: no test possible."
     assert said[1].endswith("and there is only dense. Missing: surprise, seed 0 (not finished: status is 'running').")
-    for text in (headline(comparison), table(comparison), markdown(comparison)):
+    for text in (summary(comparison), table(comparison), markdown(comparison)):
         assert "Missing: random, seed 0 (not finished: status is 'failed', TrainingDiverged" in text
 
 
@@ -230,5 +230,5 @@ def test_what_a_run_says_of_itself_stands_under_its_table(tmp_path: Path, make_r
     notes = [f"all runs: {loaded}", "dense seed 0: a note of its own"]
     assert list(comparison.streams["clean"].notes) == notes
     assert to_json(comparison)["notes"]["clean"] == notes
-    for text in (headline(comparison), table(comparison), markdown(comparison)):
+    for text in (summary(comparison), table(comparison), markdown(comparison)):
         assert all(f"Note: {note}." in text for note in notes)

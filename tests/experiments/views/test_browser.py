@@ -180,8 +180,8 @@ def test_the_hparams_table_has_one_row_per_run_and_deployment(server: str, windo
     tab = window.open(f"{server}/#hparams")
     results = ("Result/loss_nats", "Result/energy_nj_per_token", "Result/reference_s", "Result/tflop")
     settings = ("gate.signal", "optim.lr", "trainer.batch_windows")
-    rows = [f"clean {arm}, seed 0 [{folder}/clean-{arm}-s0]" for arm in ("dense", "surprise")]
-    rows.append(f"clean surprise, deployed, seed 0 [{folder}/clean-surprise-s0/deploy]")
+    rows = [f"clean {arm} s0 [{folder}/clean-{arm}-s0]" for arm in ("dense", "surprise")]
+    rows.append(f"clean surprise s0 deployed [{folder}/clean-surprise-s0/deploy]")
     text = tab.until(*results, *settings, *rows, "1.7500", "1.7125", "2000.0", limit_s=LIMIT_S)
     keep(tab, "hparams")
     lines = text.splitlines()

@@ -75,9 +75,9 @@ def test_every_thing_has_one_row_named_by_stream_arm_and_seed(tmp_path: Path) ->
     deploy(tmp_path)
     write(collect([tmp_path]), tmp_path / "comparison", beside=2)
     names = {
-        f"noisy dense, seed 0 [{tmp_path}/dense-0]",
-        f"noisy surprise, seed 0 [{tmp_path}/surprise-0]",
-        f"noisy surprise, deployed, seed 0 [{tmp_path}/surprise-0/deploy]",
+        f"noisy dense s0 [{tmp_path}/dense-0]",
+        f"noisy surprise s0 [{tmp_path}/surprise-0]",
+        f"noisy surprise s0 deployed [{tmp_path}/surprise-0/deploy]",
     }
     columns, metrics, settings, values = hparams_table(tmp_path)
     assert set(settings) == names
@@ -105,8 +105,8 @@ def test_a_mean_over_seeds_is_a_row_of_its_own_with_what_the_seeds_share(tmp_pat
     out = tmp_path / "comparison"
     write(collect([tmp_path]), out)
     _, _, settings, values = hparams_table(tmp_path)
-    mean = f"noisy dense, mean of seeds 0 1 [{out}]"
-    assert set(settings) == {mean, *(f"noisy dense, seed {s} [{tmp_path}/dense-{s}]" for s in (0, 1))}
+    mean = f"noisy dense mean of s0 to s1 [{out}]"
+    assert set(settings) == {mean, *(f"noisy dense s{s} [{tmp_path}/dense-{s}]" for s in (0, 1))}
     assert settings[mean]["trainer.batch_windows"] == 16.0
     assert "optim.lr" not in settings[mean]
     assert values[mean]["Result/loss_nats"] == pytest.approx(1.8)

@@ -131,7 +131,7 @@ def test_a_run_has_one_row_with_all_its_settings_in_its_own_folder(tmp_path: Pat
         tracker.hparams(run_row("clean", "surprise", 0, "runs/a", SETTINGS), {"loss_nats": 1.75, "energy_j": None})
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
     start = hparams_data(tmp_path, "session_start_info").session_start_info
-    assert start.group_name == "clean surprise, seed 0 [runs/a]"
+    assert start.group_name == "clean surprise s0 [runs/a]"
     texts = {key: value.string_value for key, value in start.hparams.items() if value.HasField("string_value")}
     numbers = {key: value.number_value for key, value in start.hparams.items() if value.HasField("number_value")}
     assert texts == {
