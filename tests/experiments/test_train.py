@@ -60,7 +60,7 @@ def test_train_deploy_compare_end_to_end(runs):
     assert all(e["lower_bound"] for e in deployed["energy"] if e["profile"].startswith("loihi1"))
     assert all(e["labels"] for e in deployed["energy"] if e["profile"].startswith("loihi1"))
 
-    done = spikegate("compare", "folder=.", cwd=runs, process=True)
+    done = spikegate("compare", "folder=.", cwd=runs)
     found = last_json(done)
     stream = found["streams"]["noisy"]
     assert {"dense", "random", "surprise", "deployed"} <= set(stream)
