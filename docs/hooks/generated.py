@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import dataclasses
 import functools
@@ -29,7 +30,9 @@ from sphinx.application import Sphinx
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.docutils import SphinxDirective
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+FLOORS = ("experiments", "sparse_update", "neuro", "hardware")
 HELP_COLUMNS = "100"
 
 
@@ -181,6 +184,27 @@ class Shipped(Written):
         return f"```yaml\n{found[0].read_text(encoding='utf-8').rstrip()}\n```\n"
 
 
+# --- folders
+
+
+class Rooms(Written):
+    """A table per floor: folder, purpose."""
+
+    def markdown(self) -> str:
+        parts = []
+        for floor in FLOORS:
+            parts += [f"## `{floor}/`", "", _purpose(ROOT / floor), "", "| folder | what it is for |", "|---|---|"]
+            inner = sorted(path.parent for path in (ROOT / floor).glob("*/__init__.py"))
+            parts += [f"| `{floor}/{path.name}/` | {_cell(_purpose(path))} |" for path in inner]
+            parts.append("")
+        return "\n".join(parts)
+
+
+def _purpose(folder: Path) -> str:
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+    return " ".join(text.split("\n\n")[0].split())
+
+
 # --- commands
 
 
@@ -217,23 +241,24 @@ def _call(*words: str) -> str:
     return out.getvalue()
 
 
-_CODE_OR_BAR = re.compile(r"(`[^`]*`)|\|(?=\S)|(?<=\S)\|")
+_CODE_OR_MARK = re.compile(r"(`[^`]*`)|\|(?=\S)|(?<=\S)\||\*\*(?=\w)")
 
 
-def _escape_bars(app: Sphinx, what: str, name: str, value: object, options: object, lines: list[str]) -> None:
-    """A bar beside a word, as in |x|, is a bar: reStructuredText would look for a substitution of that name."""
-    lines[:] = [_CODE_OR_BAR.sub(lambda found: found[1] or r"\|", line) for line in lines]
+def _escape_marks(app: Sphinx, what: str, name: str, value: object, options: object, lines: list[str]) -> None:
+    """Bars as in |x| and stars as in **options are meant: reStructuredText would look for a substitution or bold text."""
+    lines[:] = [_CODE_OR_MARK.sub(lambda found: found[1] or re.sub(r"(.)", r"\\\1", found[0]), line) for line in lines]
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Called by Sphinx."""
-    app.connect("autodoc-process-docstring", _escape_bars, priority=900)
+    app.connect("autodoc-process-docstring", _escape_marks, priority=900)
     for name, directive in (
         ("public-names", PublicNames),
         ("settings", Settings),
         ("choices", Choices),
         ("shipped", Shipped),
         ("command-line", CommandLine),
+        ("rooms", Rooms),
     ):
         app.add_directive(name, directive)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
