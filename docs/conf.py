@@ -18,6 +18,7 @@ release = version = _project["version"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "generated"]
 exclude_patterns = ["hooks", "**/.*"]
 smartquotes = False
+suppress_warnings = ["ref.python"]  # attributes that several classes have, such as `name`, are no links
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 

@@ -10,6 +10,7 @@ import tomllib
 import pytest
 import yaml
 
+from experiments.comparison.overview import COLUMNS
 from tests.docs.pages import ROOT, name
 
 DOCS = ROOT / "docs"
@@ -104,3 +105,8 @@ def test_the_changelog_maps_modules_that_are_there():
         [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-800:]
+
+
+def test_the_tutorial_explains_every_column():
+    text = (DOCS / "tutorials/comparison.md").read_text(encoding="utf-8")
+    assert [column.header for column in COLUMNS if f"| `{column.header}` |" not in text] == []
