@@ -21,6 +21,7 @@ from sparse_update.data.records import Batch, Corpus, CorpusError, Document, Spa
 from sparse_update.data.sources import known_sources, read_source, sha256_of
 from sparse_update.data.stream import MAX_GARBAGE, SOURCES, WindowStream
 from sparse_update.data.tokens import MAX_VOCAB, BpeTokenizer, ByteTokenizer, Tokenizer, TokenizerError
+from sparse_update.plugins import import_plugins
 
 __all__ = [
     "SOURCES",
@@ -80,8 +81,11 @@ class DataConfig:
     """off, exact (windows and documents whose hash was seen are left out) or near (those that nearly agree, too)"""
     source_weights: dict[str, float] = field(default_factory=dict)
     """share of a source's windows that is let through, by name of the source, for instance {known: 0.3}; others: all"""
+    plugins: list[str] = field(default_factory=list)
+    """modules imported before the settings are checked: they register sources of your own"""
 
     def __post_init__(self) -> None:
+        import_plugins("data.plugins", self.plugins)
         for key, known in (
             ("name", ("domains", *known_sources())),
             ("spelling", SPELLINGS),

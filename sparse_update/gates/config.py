@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass, field
 from typing import Any
 
 from sparse_update.gates.policies import make_policy, policy_class
+from sparse_update.plugins import import_plugins
 from sparse_update.signals import SIGNALS, signal_names, signal_options
 
 UNITS = (
@@ -94,11 +94,7 @@ class GateConfig:
     """Modules imported before the settings are checked: they register signals, policies or subset rules of your own."""
 
     def __post_init__(self) -> None:
-        for module in self.plugins:
-            try:
-                importlib.import_module(module)
-            except ImportError as error:
-                raise ValueError(f"gate.plugins: {module!r} cannot be imported ({error})") from error
+        import_plugins("gate.plugins", self.plugins)
         if self.unit not in UNITS:
             raise ValueError(f"gate.unit = {self.unit!r}: one of {', '.join(UNITS)}")
         self._check_ranges()

@@ -15,12 +15,16 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
 import pytest
 
+from sparse_update.data import sources
+from sparse_update.gates import policies
+from sparse_update.signals import SIGNALS
 from tests.docs.pages import ROOT, SHELLS, Block, blocks, commands, name, pages
 
 LANGUAGES = ("python", *SHELLS, "text", "yaml", "toml", "json", "bibtex", "tree")
@@ -41,36 +45,57 @@ def with_blocks(chosen: Callable[[Block], bool]) -> list[object]:
     return [pytest.param(page, id=name(page)) for page in pages() if any(chosen(block) for block in blocks(page))]
 
 
-def runs(block: Block) -> bool:
-    return not block.not_run and (block.language == "python" or (block.language == "console" and "$ " in block.text))
+def is_code(block: Block) -> bool:
+    return block.language == "python" and not block.file and not block.not_run
 
 
-def run(words: Sequence[str], folder: Path, text: str | None = None) -> str:
+def is_session(block: Block) -> bool:
+    return block.language == "console" and not block.not_run
+
+
+def write_files(page: Path, folder: Path) -> None:
+    for block in blocks(page):
+        if block.file:
+            (folder / block.file).write_text(block.text)
+
+
+def run(words: Sequence[str | Path], folder: Path, text: str | None = None) -> str:
     done = subprocess.run(
-        words, cwd=folder, env=ENVIRONMENT, input=text, capture_output=True, text=True, timeout=300, check=False
+        words, cwd=folder, env=ENVIRONMENT, input=text, capture_output=True, text=True, timeout=500, check=False
     )
     assert done.returncode == 0, f"{words}\n{done.stderr[-3000:]}"
     return done.stdout
 
 
-@pytest.mark.parametrize("page", with_blocks(runs))
-def test_blocks_run_and_print_what_the_page_says(page, tmp_path):
-    found = [block for block in blocks(page) if not block.not_run]
-    for block in found:
-        if block.file:
-            (tmp_path / block.file).write_text(block.text)
-    code = [block for block in found if block.language == "python" and not block.file]
-    if code:
-        given = json.dumps([{"text": block.text, "line": block.line, "page": name(page)} for block in code])
-        printed = json.loads(run([sys.executable, ROOT / "tests/docs/run_page.py"], tmp_path, given))
-        for block, output in zip(code, printed, strict=True):
-            expected = "" if block.output is None else block.output
-            assert output.strip() == expected.strip(), f"{name(page)}, line {block.line}"
-    for block in found:
-        if block.language == "console":
-            for line in block.text.splitlines():
-                if line.startswith("$ "):
-                    run(["bash", "-c", line[2:]], tmp_path)
+@pytest.mark.parametrize("part", ["docs", "rooms"])
+def test_python_blocks_run_and_print_what_the_page_says(part, tmp_path):
+    given, expected = [], {}
+    for number, page in enumerate(page for page in pages() if (page.name == "README.md") == (part == "rooms")):
+        code = [block for block in blocks(page) if is_code(block)]
+        if code:
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            write_files(page, folder)
+            told = [{"text": block.text, "line": block.line} for block in code]
+            given.append({"page": name(page), "folder": str(folder), "blocks": told})
+            expected[name(page)] = code
+    found = json.loads(run([sys.executable, ROOT / "tests/docs/run_pages.py"], tmp_path, json.dumps(given)))
+    wrong = [f"{page}\n{answer['error']}" for page, answer in found.items() if "error" in answer]
+    for page, answer in found.items():
+        for block, printed in zip(expected[page], answer.get("printed", []), strict=False):
+            if printed.strip() != (block.output or "").strip():
+                wrong.append(f"{page}, line {block.line}: printed\n{printed}")
+    assert not wrong, "\n\n".join(wrong)
+    assert len(found) >= 3
+
+
+@pytest.mark.parametrize("page", with_blocks(is_session))
+def test_sessions_run(page, tmp_path):
+    write_files(page, tmp_path)
+    for block in filter(is_session, blocks(page)):
+        for line in block.text.splitlines():
+            if line.startswith("$ "):
+                run(["bash", "-c", line[2:]], tmp_path)
 
 
 class Understood(Exception):
@@ -106,9 +131,25 @@ def composed(command: str, words: list[str], monkeypatch: pytest.MonkeyPatch) ->
         return {}
 
     monkeypatch.setattr(module, command, instead)
-    code = module.main(words)
-    assert code == 0, (command, words)
+    for one in _jobs(words):
+        code = module.main(one)
+        assert code == 0, (command, one)
     assert seen or "--cfg" in words or "--help" in words, (command, words)
+
+
+def _jobs(words: list[str]) -> Iterator[list[str]]:
+    """Every value of every setting that `-m` varies, in as few jobs as that takes."""
+    if "-m" not in words:
+        yield words
+        return
+    choices = [word.split(",") if "=" in word and "[" not in word else [word] for word in words if word != "-m"]
+    for number in range(max(map(len, choices))):
+        chosen = [values[min(number, len(values) - 1)] for values in choices]
+        heads = [values[0].partition("=")[0] for values in choices]
+        yield [
+            word if "=" in word or word.startswith("-") else f"{head}={word}"
+            for head, word in zip(heads, chosen, strict=True)
+        ]
 
 
 def parsed(module: str, words: list[str]) -> None:
@@ -129,13 +170,26 @@ def parsed(module: str, words: list[str]) -> None:
     assert {"--help", "--version"} & set(words), f"{module} {words}: {ended}"
 
 
+@contextmanager
+def registries_as_they_were() -> Iterator[None]:
+    """What a page's own modules register is forgotten, and so are the modules."""
+    before = set(sys.modules)
+    with mock.patch.dict(SIGNALS), mock.patch.dict(policies._POLICIES), mock.patch.dict(sources._REGISTRY):
+        yield
+    for module in set(sys.modules) - before:
+        if module.startswith("my_"):
+            del sys.modules[module]
+
+
 @pytest.mark.parametrize("page", with_blocks(lambda block: block.language in SHELLS and not block.not_run))
 def test_commands_are_understood(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    write_files(page, tmp_path)
     for block in blocks(page):
         if block.language in SHELLS and not block.not_run:
             for words in commands(block):
-                with monkeypatch.context() as patch:
+                with monkeypatch.context() as patch, registries_as_they_were():
                     understood(words, patch)
                 for path in (word for word in words if re.fullmatch(r"configs/[\w/]+\.yaml", word)):
                     assert (ROOT / path).exists(), f"{name(page)}: {path}"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import builtins
 import importlib.util
 import shutil
+import sys
 import sysconfig
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -399,3 +401,19 @@ def test_val_windows_cover_all_works_evenly(shakespeare):
 def test_bits_per_byte_have_the_right_denominator(shakespeare):
     windows = val_windows(shakespeare, 128)
     assert shakespeare.count_bytes(windows[:, 1:]) == windows[:, 1:].numel()
+
+
+def test_a_source_of_the_users_own_is_registered_by_the_settings(tmp_path, monkeypatch):
+    (tmp_path / "my_texts.py").write_text(
+        "from sparse_update.data.sources import Document, register_source\n"
+        "@register_source('two_texts')\n"
+        "def read(cfg):\n"
+        "    return [Document('a', b'abcd' * 99)], [Document('b', b'dcba' * 99)]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with mock.patch.dict(sources._REGISTRY):
+        corpus = load_corpus(DataConfig(plugins=["my_texts"], name="two_texts"))
+        assert bytes(corpus.train_tokens.tolist()) == b"abcd" * 99
+    sys.modules.pop("my_texts")
+    with pytest.raises(ValueError, match=r"data\.plugins: 'no_such_texts'.*PYTHONPATH=\."):
+        DataConfig(plugins=["no_such_texts"])
