@@ -12,6 +12,5 @@ def import_plugins(key: str, modules: Iterable[str]) -> None:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise ValueError(
-                f"{key}: {module!r} cannot be imported ({error}); for a file in this folder, put PYTHONPATH=. before the command"
-            ) from error
+            remedy = "for a file in this folder, put PYTHONPATH=. before the command"
+            raise ValueError(f"{key}: {module!r} cannot be imported ({error}); {remedy}") from error
