@@ -198,13 +198,17 @@ def _token_us(row: Row) -> str:
 COLUMNS = (
     Column("arm", "name", lambda row: str(row["name"])),
     Column("n", "n", _n, meaning="seeds"),
-    Column("loss nats", "loss_nats", _loss, meaning="held-out, per token; mean over seeds with its 95 % t-interval"),
-    Column("vs dense", "against_dense_nats", _number("against_dense_nats", "{:+.4f}"), meaning="nats"),
+    Column(
+        "loss nats", "loss_nats", _loss, meaning="held-out, per token, lower is better; mean over seeds [95 % t-interval]"
+    ),
+    Column("vs dense", "against_dense_nats", _number("against_dense_nats", "{:+.4f}"), meaning="difference in nats"),
     Column("bits/byte", "bits_per_byte", _number("bits_per_byte", "{:.4f}")),
-    Column("kept", "keep_fraction", _number("keep_fraction", "{:.0%}"), meaning="share of what was offered"),
+    Column(
+        "kept", "keep_fraction", _number("keep_fraction", "{:.0%}"), meaning="share of what was offered that was trained on"
+    ),
     Column("Mtokens", "tokens", _number("tokens", "{:.3f}", 1e-6), meaning="that went through a forward"),
     Column("TFLOP", "flops", _number("flops", "{:.3f}", 1e-12), meaning="counted, the gate's own included"),
-    Column("reference s", "reference_s", _number("reference_s", "{:.1f}")),
+    Column("reference s", "reference_s", _number("reference_s", "{:.1f}"), meaning="counted work by a table of times"),
     Column("wall s", "wall_s", _number("wall_s", "{:.1f}")),
     Column("peak MB", "peak_bytes", _number("peak_bytes", "{:.0f}", 1e-6)),
     Column("measured energy", "energy_j", _trained, meaning="of the training run, by meters"),
@@ -228,7 +232,7 @@ def notes(found: Sequence[Row]) -> list[str]:
         if row["token_j"] is not None:
             words = [row["token_j_kind"], *(["hypothetical"] if row["token_j_hypothetical"] else [])]
             origin = f"{row['token_j_profile']}, {', '.join(words)}"
-            said[f"energy/token: {origin}; the other profiles and every source are in comparison.md"] = None
+            said[f"energy/token: {origin}; the others: Inference energy per token, in comparison.md and .html"] = None
         if row["token_us"] is not None:
             said[f"us/token: {row['token_us_rates']}, modelled"] = None
     return list(said)

@@ -205,7 +205,13 @@ def verdict(
     alpha: float = 0.05,
     unit: str = "nats",
 ) -> str:
-    """One plain sentence: does `candidate` beat `control`, by how much, on how many seeds, and how sure."""
+    """One plain sentence: does `candidate` beat `control`, by how much, on how many seeds, and how sure.
+
+    Where a sign test has too few seeds to say yes at all, the sentence does not say no either.
+    """
+    if test.method == "sign test" and test.smallest_wilcoxon_p >= alpha:
+        wins = f"lower in {test.wins} of {test.n} seeds, which {test.n} seeds cannot prove"
+        return f"{candidate} against {control}: {_by(test.difference, unit)}; {wins} (exact sign test, {p_text(test.p)})"
     p = test.p if adjusted_p is None else adjusted_p
     answer = "yes" if p < alpha else "no"
     spread = "" if test.low is None or test.high is None else f", 95 % interval {test.low:+.4f} to {test.high:+.4f}"

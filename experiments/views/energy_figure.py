@@ -98,7 +98,7 @@ def pareto(candidates: Sequence[Point]) -> list[Point]:
 def energy_panel(ax: Axes, stream: Stream, colours: Mapping[str, str], shapes: Mapping[str, str]) -> list[Annotation]:
     """Joules per token (log) against loss; dotted lines for arms that are not deployed, whose names are returned (see
     `labels.settle`)."""
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     plain_axes(ax, f"{stream.name}: energy against accuracy", "inference energy per token", "held-out loss, nats per token")
     found = seed_points(stream)
@@ -108,9 +108,11 @@ def energy_panel(ax: Axes, stream: Stream, colours: Mapping[str, str], shapes: M
         ax.set_yticks([])
         return []
     ax.set_xscale("log")
+    left, right = min(p.low_j for p in found) / 2, 2 * max(p.high_j for p in found)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if right < 100 * left else (1.0,)))
     ax.xaxis.set_major_formatter(EngFormatter(unit="J", sep="\N{NARROW NO-BREAK SPACE}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
     front = pareto(found)
-    right = 2 * max(p.high_j for p in found)
     edge = [(front[0].mid_j, max(p.loss_nats for p in found) + 1.0), *((p.mid_j, p.loss_nats) for p in front)]
     edge.append((right, front[-1].loss_nats))
     ax.step([x for x, _ in edge], [y for _, y in edge], where="post", color=FRONT, linewidth=1.6, zorder=1)
@@ -123,7 +125,7 @@ def energy_panel(ax: Axes, stream: Stream, colours: Mapping[str, str], shapes: M
     low, high = min(losses), max(losses)
     half = max(SMALLEST_RANGE_NATS, 1.25 * (high - low)) / 2
     ax.set_ylim((low + high) / 2 - half, (low + high) / 2 + half)
-    ax.set_xlim(min(p.low_j for p in found) / 2, right)
+    ax.set_xlim(left, right)
     for name, loss in shown.items():
         ax.axhline(loss, color=colours[name], linewidth=1.0, linestyle=(0, (1, 2)), zorder=0)
     if len(shown) < len(elsewhere):

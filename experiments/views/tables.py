@@ -51,9 +51,14 @@ def summary(comparison: Comparison, width: int = 0, *, colour: bool = False) -> 
     `width`: columns of the terminal, 0 for no limit. `colour`: bold titles and coloured answers, as escape sequences.
     """
     parts: list[RenderableType] = [*_left_out_lines(comparison, width, most=MOST_LEFT_OUT)]
+    said, explained = set[str](), dict[str, str]()
     for stream in comparison.streams.values():
         if stream.arms or stream.deployments:
-            parts.append(_block(_first_columns(arms_block(stream, headline=True), width), width))
+            block = _first_columns(arms_block(stream, headline=True), width)
+            explained |= {name: what for name, what in zip(block.header, block.meanings, strict=True) if what}
+            parts.append(_block(replace(block, notes=[note for note in block.notes if note not in said]), width))
+            said.update(block.notes)
+    parts.append(Text(wrapped("; ".join(f"{name}: {what}" for name, what in explained.items()) + ".", width)))
     sentences = [_coloured(line) for line in verdict_lines(verdicts(comparison), width)]
     return drawn([*parts, Group(*sentences)], width, colour=colour)
 
@@ -213,7 +218,8 @@ def _parts(block: Block, cuts: Sequence[Sequence[int]]) -> list[Block]:
 
 def _columns(block: Block, chosen: Sequence[int]) -> Block:
     rows = [[row[i] for i in chosen] for row in block.rows]
-    return replace(block, header=[block.header[i] for i in chosen], rows=rows, raw=())
+    meanings = [block.meanings[i] for i in chosen] if block.meanings else ()
+    return replace(block, header=[block.header[i] for i in chosen], rows=rows, raw=(), meanings=meanings)
 
 
 def _as_markdown(block: Block) -> str:

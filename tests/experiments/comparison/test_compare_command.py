@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import re
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,11 +20,12 @@ from experiments.comparison.collection import collect
 from experiments.comparison.document import to_json
 from experiments.runs.hydra_app import ConfigError
 from experiments.views.figures import figure
-from experiments.views.tables import table
+from experiments.views.tables import summary, table
 from experiments.views.tracking import MOST_SELECTED, boards, write_comparison
 from tests.experiments.comparison.records import deployed_record
 
 RunMaker = Callable[..., Path]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_files_picture_and_tensorboard(tmp_path: Path, make_run: RunMaker, make_deployment: RunMaker) -> None:
@@ -77,8 +82,7 @@ def test_nothing_to_compare_is_said(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_unknown_key_in_a_fresh_process_from_another_folder(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[3]
-    script = f"import sys; sys.path.insert(0, {str(root)!r}); from experiments.compare import main; sys.exit(main())"
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from experiments.compare import main; sys.exit(main())"
     done = subprocess.run(
         [sys.executable, "-c", script, "foldr=runs/demo"], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
@@ -145,3 +149,60 @@ def test_differences_without_a_test_do_not_flood_the_terminal(
     assert "<summary>10 differences without a test" in page
     assert page.index("beats dense: <span") < page.index("<details>")
     assert 'class="no">no</span> test possible' not in page
+
+
+def like_the_demo(make_run: RunMaker, make_deployment: RunMaker) -> None:
+    for stream in ("clean", "noisy"):
+        for seed in range(3):
+            for arm, loss, step in (("dense", 1.75, 0.01), ("random", 1.8, 0.012), ("surprise", 1.7, 0.009)):
+                reason = {"energy_reason": "not measured: no meter"}
+                make_run(arm, loss + step * seed, seed=seed, stream=stream, result=reason)
+        make_deployment(stream=stream, name=f"{stream}-deploy")
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_the_first_look_at_a_comparison_like_the_demos_fits_a_screen(
+    width: int, tmp_path: Path, make_run: RunMaker, make_deployment: RunMaker
+) -> None:
+    like_the_demo(make_run, make_deployment)
+    text = summary(collect([tmp_path]), width)
+    lines = text.splitlines()
+    assert len(lines) <= 55
+    assert max(map(len, lines)) <= width
+    assert text.count("1.7600 [1.7352, 1.7848]") == 2, "each stream's dense row, with its interval"
+    assert lines[-1].strip().endswith(").")
+    assert " ".join(text.split()).count("surprise beats random at the same rate: yes; 0.1030 nats lower") == 2
+    assert "loss nats: held-out, per token, lower is better" in " ".join(text.split())
+    assert text.count("energy/token: loihi1_sanafe") == (1 if width >= 100 else 0)
+
+
+def test_on_a_terminal_of_80_columns_the_verdicts_are_the_last_that_is_seen(
+    tmp_path: Path, make_run: RunMaker, make_deployment: RunMaker
+) -> None:
+    like_the_demo(make_run, make_deployment)
+    read, write_end = pty.openpty()
+    termios.tcsetwinsize(write_end, (50, 80))
+    command = [sys.executable, "-m", "experiments.compare", "folder=.", "tensorboard=false"]
+    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES", "NO_COLOR")}
+    environment["PYTHONPATH"] = str(ROOT)
+    shown = bytearray()
+    with subprocess.Popen(command, cwd=tmp_path, stdout=write_end, stderr=write_end, env=environment) as process:
+        os.close(write_end)
+        while True:
+            try:
+                piece = os.read(read, 65536)
+            except OSError:  # Linux: the other end is closed
+                break
+            if not piece:
+                break
+            shown += piece
+    os.close(read)
+    assert process.returncode == 0, shown.decode()
+    assert b"\x1b[1;32myes" in shown, "an answer is coloured"
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", shown.decode()).replace("\r", "")
+    lines = [line for line in plain.splitlines() if not line.startswith("{")]
+    assert len(lines) <= 60
+    assert max(map(len, lines)) <= 80
+    assert any(line.startswith("written to ") for line in lines[-3:])
+    last = " ".join(plain.split("clean: surprise beats dense")[1].split())
+    assert "noisy: surprise beats random at the same rate: yes" in last

@@ -136,6 +136,11 @@ def test_verdicts_are_plain_sentences() -> None:
     assert verdict("surprise", "random", test, adjusted_p=0.31).startswith("surprise beats random: no;")
     assert "Holm-adjusted p = 0.31" in verdict("surprise", "random", test, adjusted_p=0.31)
     assert "Holm-adjusted p < 0.0001)" in verdict("surprise", "random", test, adjusted_p=1e-6)
+    equal = paired_test([1.0, 2.0, 3.0], [1.5, 2.5, 3.5])
+    assert verdict("surprise", "dense", equal, adjusted_p=0.25) == (
+        "surprise against dense: 0.5000 nats lower; lower in 3 of 3 seeds, which 3 seeds cannot prove (exact sign test, "
+        "p = 0.12)"
+    )
     assert verdict_without_test("surprise", "dense", 0.02) == (
         "surprise against dense: 0.0200 nats higher; n = 1: no test possible"
     )

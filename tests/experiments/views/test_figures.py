@@ -154,3 +154,27 @@ def test_names_of_arms_stand_out_on_the_page(dark: bool) -> None:
         variable = re.match(r"var\(--(\w+)\)", THEMED.get(colour.lower(), ""))
         shown = values[variable[1]] if variable else colour.lower()
         assert contrast(shown, values["card"]) >= (4.5 if dark else 2.0), (colour, shown)
+
+
+@pytest.mark.parametrize("span", [1.5, 3.0, 10.0, 1000.0])
+def test_joules_on_the_axis_can_be_read(span: float) -> None:
+    record = {
+        "arm": "surprise",
+        "val_tokens": 64,
+        "energy": [CHIP | {"low_j": 4e-7, "mid_j": 1.2e-6, "high_j": span * 1e-6}],
+    }
+    losses = {f"loss_{kind}_nats": 1.6 for kind in ("float", "quantised", "simulated")}
+    one = Deployment("runs/surprise/deploy", "noisy", "surprise", 0, record | losses)
+    picture = figure(Comparison({"noisy": Stream("noisy", {}, (one,), ())}), flat=True)
+    picture.draw_without_rendering()
+    axis = picture.axes[0].xaxis
+    low, high = sorted(picture.axes[0].get_xlim())
+    shown = [
+        label
+        for which in ("major", "minor")
+        for label, place in zip(axis.get_ticklabels(which=which), axis.get_ticklocs(minor=which == "minor"), strict=True)
+        if low <= place <= high and label.get_text()
+    ]
+    assert len(shown) >= 2
+    for a, b in itertools.pairwise(sorted(label.get_window_extent().extents[::2].tolist() for label in shown)):
+        assert a[1] < b[0], [label.get_text() for label in shown]
