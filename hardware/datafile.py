@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hardware.interval import Interval
+from hardware.text import listed, quoted
 from hardware.units import Quantity, UnitError
 
 ROOT = Path(__file__).parent
@@ -38,7 +39,7 @@ def locate(name_or_path: str | Path, folder: str) -> Path:
     path = Path(text) if is_path else ROOT / folder / f"{text}.yaml"
     if not path.is_file():
         what = "file" if is_path else "name"
-        raise FileNotFoundError(f"{folder}: no {what} {text!r}; shipped names: {', '.join(names(folder))}")
+        raise FileNotFoundError(f"{folder}: no {what} {quoted(text)}; shipped names: {', '.join(names(folder))}")
     return path
 
 
@@ -52,7 +53,9 @@ def read(path: Path) -> dict[str, Any]:
             for key_node, _ in node.value:
                 key = self.construct_object(key_node, deep=True)
                 if key in seen:
-                    raise DataFileError(f"{path.name}: key {key!r} appears twice (line {key_node.start_mark.line + 1})")
+                    raise DataFileError(
+                        f"{path.name}: key {quoted(key)} appears twice (line {key_node.start_mark.line + 1})"
+                    )
                 seen.add(key)
             return super().construct_mapping(node, deep)
 
@@ -72,32 +75,32 @@ def check_keys(where: str, entry: object, required: Collection[str], optional: C
     known = [*required, *optional]
     unknown = [str(key) for key in entry if key not in known]
     if unknown:
-        raise DataFileError(f"{where}: unknown key {', '.join(unknown)}; known keys: {', '.join(known)}")
+        raise DataFileError(f"{where}: unknown key {listed(unknown)}; known keys: {', '.join(known)}")
     missing = [key for key in required if key not in entry]
     if missing:
-        raise DataFileError(f"{where}: missing key {', '.join(missing)}")
+        raise DataFileError(f"{where}: missing key {listed(missing)}")
     return dict(entry)
 
 
 def check_header(path: Path, entry: Mapping[str, Any]) -> None:
     """Raises DataFileError unless the file is of schema 1 and carries its own file's name."""
     if entry["schema"] != 1:
-        raise DataFileError(f"{path.name}: schema {entry['schema']!r} is not known; this version reads schema 1")
+        raise DataFileError(f"{path.name}: schema {quoted(entry['schema'])} is not known; this version reads schema 1")
     if entry["name"] != path.stem:
-        raise DataFileError(f"{path.name}: name {entry['name']!r} differs from the file's name {path.stem!r}")
+        raise DataFileError(f"{path.name}: name {quoted(entry['name'])} differs from the file's name {quoted(path.stem)}")
 
 
 def text(where: str, value: object) -> str:
     """``value`` as stripped text; an empty or non-text value is refused."""
     if not isinstance(value, str) or not value.strip():
-        raise DataFileError(f"{where}: expected a text, got {value!r}")
+        raise DataFileError(f"{where}: expected a text, got {quoted(value)}")
     return " ".join(value.split())
 
 
 def texts(where: str, value: object) -> tuple[str, ...]:
     """A list of texts."""
     if not isinstance(value, list):
-        raise DataFileError(f"{where}: expected a list of texts, got {value!r}")
+        raise DataFileError(f"{where}: expected a list of texts, got {quoted(value)}")
     return tuple(text(where, item) for item in value)
 
 
@@ -105,20 +108,20 @@ def iso_date(where: str, value: object) -> str:
     """An ISO date (YYYY-MM-DD), as text."""
     if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
         return value.isoformat()
-    raise DataFileError(f"{where}: expected a date YYYY-MM-DD, got {value!r}")
+    raise DataFileError(f"{where}: expected a date YYYY-MM-DD, got {quoted(value)}")
 
 
 def choice(where: str, value: object, allowed: Collection[str]) -> str:
     """``value``, if it is one of ``allowed``."""
     if value not in allowed:
-        raise DataFileError(f"{where}: {value!r} is not one of {', '.join(allowed)}")
+        raise DataFileError(f"{where}: {quoted(value)} is not one of {', '.join(allowed)}")
     return str(value)
 
 
 def number(where: str, value: object) -> float:
     """A finite number >= 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        raise DataFileError(f"{where}: expected a finite number >= 0, got {value!r}")
+        raise DataFileError(f"{where}: expected a finite number >= 0, got {quoted(value)}")
     return float(value)
 
 
@@ -132,7 +135,7 @@ def interval(where: str, raw: tuple[object, object, object], unit: str, dimensio
     except UnitError as error:
         raise DataFileError(f"{where}: {error}") from None
     if found.dimension != dimension:
-        raise DataFileError(f"{where}: unit {unit!r} is {found.dimension}, {dimension} is needed")
+        raise DataFileError(f"{where}: unit {quoted(unit)} is {found.dimension}, {dimension} is needed")
     return found
 
 
@@ -158,7 +161,7 @@ def figure(where: str, raw: object, dimension: str, per: str, methods: Collectio
     entry = check_keys(where, raw, ("value", "low", "high", "unit", "source", "method", "date"), ("note",))
     unit, slash, found = text(f"{where}: unit", entry["unit"]).partition("/")
     if not slash or found != per:
-        raise DataFileError(f"{where}: unit {entry['unit']!r} must be {dimension} per {per}")
+        raise DataFileError(f"{where}: unit {quoted(entry['unit'])} must be {dimension} per {per}")
     return Figure(
         value=interval(where, (entry["low"], entry["value"], entry["high"]), unit, dimension),
         source=text(f"{where}: source", entry["source"]),

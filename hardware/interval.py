@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from hardware.text import quoted
 from hardware.units import Quantity, UnitError
 
 
@@ -57,7 +58,7 @@ class Interval:
 
     def __add__(self, other: object) -> Interval:
         if not isinstance(other, Interval):
-            raise UnitError(f"cannot add {self} and {other!r}: an interval is needed")
+            raise UnitError(f"cannot add {self} and {quoted(other)}: an interval is needed")
         return Interval(self.low + other.low, self.mid + other.mid, self.high + other.high)
 
     def __mul__(self, other: object) -> Interval:
@@ -66,7 +67,7 @@ class Interval:
             return Interval(self.low * other.low, self.mid * other.mid, self.high * other.high)
         if isinstance(other, (int, float)) and not isinstance(other, bool) and other >= 0:
             return Interval(self.low * other, self.mid * other, self.high * other)
-        raise UnitError(f"cannot multiply {self} by {other!r}; a number from 0 or an interval is needed")
+        raise UnitError(f"cannot multiply {self} by {quoted(other)}; a number from 0 or an interval is needed")
 
     __rmul__ = __mul__
 

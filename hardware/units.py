@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from hardware.text import quoted
+
 _UNITS: dict[str, tuple[str, float]] = {
     "J": ("energy", 1.0),
     "mJ": ("energy", 1e-3),
@@ -45,7 +47,7 @@ class Quantity:
 
     def __post_init__(self) -> None:
         if self.unit not in _UNITS:
-            raise UnitError(f"unknown unit {self.unit!r}; known units: {', '.join(_UNITS)}")
+            raise UnitError(f"unknown unit {quoted(self.unit)}; known units: {', '.join(_UNITS)}")
         if not math.isfinite(self.value):
             raise ValueError(f"a quantity must be finite, got {self.value} {self.unit}")
 
@@ -57,7 +59,7 @@ class Quantity:
     def to(self, unit: str) -> float:
         """The plain number in ``unit``; raises :class:`UnitError` when the dimension differs."""
         if unit not in _UNITS:
-            raise UnitError(f"unknown unit {unit!r}; known units: {', '.join(_UNITS)}")
+            raise UnitError(f"unknown unit {quoted(unit)}; known units: {', '.join(_UNITS)}")
         dimension, scale = _UNITS[unit]
         if dimension != self.dimension:
             raise UnitError(f"{self} is {self.dimension}, not {dimension}; it cannot be read in {unit}")
@@ -82,13 +84,13 @@ class Quantity:
             return Quantity(self.value * _UNITS[self.unit][1] * other.value * _UNITS[other.unit][1], "J")
         if isinstance(other, (int, float)) and not isinstance(other, bool):
             return Quantity(self.value * other, self.unit)
-        raise UnitError(f"cannot multiply {self} by {other!r}; a plain number or a quantity is needed")
+        raise UnitError(f"cannot multiply {self} by {quoted(other)}; a plain number or a quantity is needed")
 
     __rmul__ = __mul__
 
     def _same(self, other: object, verb: str) -> float:
         if not isinstance(other, Quantity):
-            raise UnitError(f"cannot {verb} {self} and {other!r}: the second has no unit")
+            raise UnitError(f"cannot {verb} {self} and {quoted(other)}: the second has no unit")
         if other.dimension != self.dimension:
             raise UnitError(f"cannot {verb} {self} ({self.dimension}) and {other} ({other.dimension})")
         return other.to(self.unit)

@@ -57,7 +57,7 @@ THIRD_PARTIES = {
     "lava": (WORKER,),
 }
 # Read also by Python 3.10 in an environment that has numpy and Lava, and nothing of ours.
-GRAPHS = ("__init__", "files", "kinds", "network", "synapses")
+GRAPHS = ("__init__", "archive", "files", "kinds", "network", "synapses", "text", "values")
 STANDALONE = (*(f"neuro/graph/{name}.py" for name in GRAPHS), WORKER)
 STANDALONE_MAY = {"numpy", "scipy", "lava"}
 # Formats that run code when they are read.

@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from experiments.runs.plain_json import dump_line
 from experiments.views.chip_figure import save_chip_figure
 from hardware.chips.chip import load_chip
 from hardware.datafile import DataFileError
 from hardware.placement import DoesNotFit, LayerDemand, place
-from neuro.graph import FILE_SUFFIX, GraphError, SpikingGraph, load_graph
+from neuro.graph import FILE_SUFFIX, ArchiveError, GraphError, SpikingGraph, load_graph, read_archive
 from neuro.graph.demand import layer_demands
 
 if TYPE_CHECKING:
@@ -98,9 +96,8 @@ def _measure(graph: SpikingGraph, path: Path) -> Activity:
     from neuro.simulators.fixed_point import simulate
 
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, EOFError) as error:
+        arrays = read_archive(path)
+    except ArchiveError as error:
         raise ValueError(f"{path}: not a readable .npz of integer arrays: {error}") from error
     missing = [name for name in graph.inputs if name not in arrays]
     if missing:

@@ -19,6 +19,7 @@ from typing import Any
 
 from hardware.chips.chip import Chip, load_chip
 from hardware.placement import DoesNotFit, LayerDemand, place
+from hardware.text import quoted
 
 GENERATIONS = ("N2A2", "N3B2", "N3B3", "N3C1", "N3D1")
 """Values of LOIHI_GEN that lava-nc 0.10.0 knows."""
@@ -223,7 +224,7 @@ def find_route(env: Mapping[str, str] | None = None) -> Route:
     env = os.environ if env is None else env
     generation = env.get("LOIHI_GEN", "")
     if generation not in GENERATIONS:
-        raise ValueError(f"LOIHI_GEN is {generation!r}; known: {', '.join(GENERATIONS)}")
+        raise ValueError(f"LOIHI_GEN is {quoted(generation)}; known: {', '.join(GENERATIONS)}")
     if _slurm(env).present:
         board = env.get("BOARD") or None
         return Route("slurm", generation, board=board, partition=None if board else env["PARTITION"])
@@ -244,7 +245,7 @@ def _ask(python: Path, env: Mapping[str, str], timeout_s: float) -> dict[str, An
     )
     answer = json.loads(done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "")
     if not isinstance(answer, dict):
-        raise ValueError(f"unexpected answer {answer!r}")
+        raise ValueError(f"unexpected answer {quoted(answer)}")
     return answer
 
 

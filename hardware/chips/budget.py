@@ -21,6 +21,7 @@ from typing import Any
 
 from hardware import datafile
 from hardware.datafile import DataFileError
+from hardware.text import quoted
 
 RULES = ("nengo", "nxtf", "netx")
 RESOURCES = (
@@ -138,8 +139,8 @@ def _value(spot: str, key: str, value: object) -> object:
         return datafile.choice(spot, value, ("dense", "sparse"))
     if key.endswith("_fields"):
         if not isinstance(value, list) or not value or any(not isinstance(n, int) or n < 0 for n in value):
-            raise DataFileError(f"{spot}: expected a list of widths in bits, got {value!r}")
+            raise DataFileError(f"{spot}: expected a list of widths in bits, got {quoted(value)}")
         return tuple(sorted(value))
     if isinstance(value, bool) or not isinstance(value, int) or value < (0 if key in _SETTINGS else 1):
-        raise DataFileError(f"{spot}: expected a whole number above zero, got {value!r}")
+        raise DataFileError(f"{spot}: expected a whole number above zero, got {quoted(value)}")
     return value

@@ -12,6 +12,7 @@ from hardware import datafile
 from hardware.chips.budget import Budget, read_budgets
 from hardware.chips.mesh import Mesh, read_mesh
 from hardware.datafile import DataFileError
+from hardware.text import quoted
 
 METHODS = ("published", "code", "inferred")
 """A paper or brief by the makers; the source code of a public tool; our reading of published tool output."""
@@ -118,10 +119,10 @@ def load_chip(name_or_path: str | Path) -> Chip:
 def _value(spot: str, name: str, value: object) -> int | bool:
     if name == "graded":
         if not isinstance(value, bool):
-            raise DataFileError(f"{spot}: expected true or false, got {value!r}")
+            raise DataFileError(f"{spot}: expected true or false, got {quoted(value)}")
         return value
     if isinstance(value, bool) or not isinstance(value, int):
-        raise DataFileError(f"{spot}: expected a whole number, got {value!r}")
+        raise DataFileError(f"{spot}: expected a whole number, got {quoted(value)}")
     if value < 1 and not name.startswith("weight_exponent"):
         raise DataFileError(f"{spot}: expected a number above zero, got {value}")
     return value

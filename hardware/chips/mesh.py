@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from hardware import datafile
 from hardware.datafile import DataFileError
+from hardware.text import quoted
 
 if TYPE_CHECKING:
     from hardware.placement.report import Flow, Placement
@@ -156,7 +157,7 @@ def read_mesh(where: str, raw: object, methods: Sequence[str]) -> Mesh:
         item = datafile.check_keys(spot, entry[key], ("value", "source", "method", "date"), ("note",))
         value = item["value"]
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise DataFileError(f"{spot}: expected a whole number above zero, got {value!r}")
+            raise DataFileError(f"{spot}: expected a whole number above zero, got {quoted(value)}")
         datafile.choice(f"{spot}: method", item["method"], methods)
         datafile.iso_date(f"{spot}: date", item["date"])
         values.append(value)

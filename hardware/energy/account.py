@@ -19,6 +19,7 @@ from hardware.energy.profile import OFF_CHIP, PLACED_TERMS, STATIC, Coefficient,
 from hardware.energy.report import EnergyLine, EnergyReport
 from hardware.interval import Interval
 from hardware.placement.report import Placement
+from hardware.text import listed, quoted
 from hardware.units import Quantity
 
 __all__ = ["Board", "Counts", "EnergyLine", "EnergyReport", "Profile", "account", "list_profiles", "load_profile"]
@@ -76,7 +77,7 @@ def account(
     spiking = profile.costs == "spiking"
     if host_profile is not None and (host_profile.costs != "dense" or not spiking):
         raise ValueError(
-            f"host profile {host_profile.name!r} with {profile.name!r}: a host is priced by a dense profile, "
+            f"host profile {quoted(host_profile.name)} with {quoted(profile.name)}: a host is priced by a dense profile, "
             "and only beside a chip profile (a dense one prices host layers itself)"
         )
     priced = [item for item in counts if not (spiking and item.host)]
@@ -86,7 +87,8 @@ def account(
             _price(lines, unknown, item.layer, term, count, profile.coefficients[term])
     if not lines:
         raise ValueError(
-            f"profile {profile.name!r} prices nothing here: {len(counts) - len(priced)} of {len(counts)} layers run on "
+            f"profile {quoted(profile.name)} prices nothing here: {len(counts) - len(priced)} of {len(counts)} "
+            "layers run on "
             "the host, and no known coefficient applies to the others; a total would look like 0 J without being it"
         )
     _static(profile, powered, time, _board(board, placement), lines, unknown, missing)
@@ -110,7 +112,7 @@ def _traffic(priced: Sequence[Counts], profile: Profile, placement: Placement) -
     lost = [item.layer for item in priced if item.layer not in placed]
     if lost:
         raise ValueError(
-            f"layer {lost[0]!r} is counted but not in the placement, which holds: {', '.join(sorted(placed))}; "
+            f"layer {quoted(lost[0])} is counted but not in the placement, which holds: {listed(sorted(placed))}; "
             "place what was counted"
         )
     mesh = load_chip(placement.chip).mesh

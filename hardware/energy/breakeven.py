@@ -20,6 +20,7 @@ from hardware.energy.profile import METHODS, Profile
 from hardware.energy.report import Triple
 from hardware.interval import Interval
 from hardware.placement.report import Placement
+from hardware.text import quoted
 
 QUANTITIES: Mapping[str, str] = MappingProxyType(
     {
@@ -130,7 +131,8 @@ def break_even(
         raise ValueError(f"{macs} dense MACs and {synops} synaptic operations on the chip: a density needs both")
     if chip.costs != "spiking" or reference.costs != "dense":
         raise ValueError(
-            f"{chip.name!r} against {reference.name!r}: a chip profile and a dense one are needed, in that order"
+            f"{quoted(chip.name)} against {quoted(reference.name)}: a chip profile and a dense one are needed, in "
+            "that order"
         )
     mac, synop = _per(reference, ("mac", "weight_read")), _per(chip, ("synapse",))
     spent = account(mine, chip, placement=placement).by_group()
@@ -170,7 +172,7 @@ def _per(profile: Profile, terms: tuple[str, ...]) -> Interval:
         own = Interval(cost.low, cost.mid, cost.high)
         found = own if found is None else found + own
     if found is None or found.to("pJ")[0] <= 0:
-        raise ValueError(f"profile {profile.name!r} has no figure above zero for {', '.join(terms)}")
+        raise ValueError(f"profile {quoted(profile.name)} has no figure above zero for {', '.join(terms)}")
     return found
 
 
@@ -225,7 +227,7 @@ def _thresholds() -> dict[str, dict[str, Any]]:
         where = f"{file}.yaml"
         entry = datafile.check_keys(where, datafile.read(datafile.locate(file, "thresholds")), ("schema", "thresholds"))
         if entry["schema"] != 1:
-            raise DataFileError(f"{where}: schema {entry['schema']!r} is not known; this version reads schema 1")
+            raise DataFileError(f"{where}: schema {quoted(entry['schema'])} is not known; this version reads schema 1")
         keys = ("quantity", "low", "value", "high", "unit", "against", "source", "method", "date")
         for name, raw in entry["thresholds"].items():
             spot = f"{where}: {name}"

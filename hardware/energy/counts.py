@@ -7,6 +7,8 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hardware.text import quoted
+
 _COUNT_FIELDS = (
     "tokens",
     "synops",
@@ -58,23 +60,27 @@ class Counts:
 
     def __post_init__(self) -> None:
         if not isinstance(self.layer, str) or not self.layer:
-            raise ValueError(f"Counts: layer must be a name, got {self.layer!r}")
+            raise ValueError(f"Counts: layer must be a name, got {quoted(self.layer)}")
         for field in _COUNT_FIELDS:
             value = getattr(self, field)
             if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"layer {self.layer!r}: {field} is {value}; a count must be finite")
+                raise ValueError(f"layer {quoted(self.layer)}: {field} is {value}; a count must be finite")
             try:
                 whole = operator.index(value)
             except TypeError:
-                raise ValueError(f"layer {self.layer!r}: {field} is {value!r}; a count must be a whole number") from None
+                raise ValueError(
+                    f"layer {quoted(self.layer)}: {field} is {quoted(value)}; a count must be a whole number"
+                ) from None
             if whole < 0:
-                raise ValueError(f"layer {self.layer!r}: {field} is {whole}; a count cannot be negative")
+                raise ValueError(f"layer {quoted(self.layer)}: {field} is {whole}; a count cannot be negative")
             object.__setattr__(self, field, whole)
         if self.time_steps < 1:
-            raise ValueError(f"layer {self.layer!r}: time_steps is {self.time_steps}; a token takes at least one step")
+            raise ValueError(
+                f"layer {quoted(self.layer)}: time_steps is {self.time_steps}; a token takes at least one step"
+            )
         if not self.host and not self.graded and self.payload_bits > 1:
             raise ValueError(
-                f"layer {self.layer!r}: graded is False, but payload_bits is {self.payload_bits}; set graded=True"
+                f"layer {quoted(self.layer)}: graded is False, but payload_bits is {self.payload_bits}; set graded=True"
             )
 
     @property
@@ -96,17 +102,18 @@ def check_counts(counts: Sequence[Counts]) -> None:
     on_chip = [item for item in counts if not item.host]
     for item in counts:
         if item.layer in seen:
-            raise ValueError(f"layer {item.layer!r} appears twice in the counts; it would be paid for twice")
+            raise ValueError(f"layer {quoted(item.layer)} appears twice in the counts; it would be paid for twice")
         seen.add(item.layer)
         if item.tokens == 0:
-            raise ValueError(f"layer {item.layer!r}: tokens is 0; run the layers before asking for their energy")
+            raise ValueError(f"layer {quoted(item.layer)}: tokens is 0; run the layers before asking for their energy")
         if item.tokens != counts[0].tokens:
             raise ValueError(
-                f"layer {item.layer!r} covers {item.tokens} tokens, layer {counts[0].layer!r} {counts[0].tokens}; "
+                f"layer {quoted(item.layer)} covers {item.tokens} tokens, layer {quoted(counts[0].layer)} "
+                f"{counts[0].tokens}; "
                 "reset and count all layers over the same input"
             )
         if not item.host and item.time_steps != on_chip[0].time_steps:
             raise ValueError(
-                f"layer {item.layer!r} takes {item.time_steps} steps a token, layer {on_chip[0].layer!r} "
+                f"layer {quoted(item.layer)} takes {item.time_steps} steps a token, layer {quoted(on_chip[0].layer)} "
                 f"{on_chip[0].time_steps}; layers on one chip run in the same steps"
             )

@@ -19,6 +19,7 @@ from hardware.energy.measured_networks import Network
 from hardware.energy.profile import SPIKING_TERMS, Profile
 from hardware.energy.report import EnergyLine, EnergyReport
 from hardware.interval import Interval
+from hardware.text import quoted
 from hardware.units import Quantity
 
 
@@ -50,7 +51,7 @@ def extrapolate(
         raise ValueError("every layer runs on the host: there is nothing to extrapolate")
     for name in ("static_power", "dynamic_energy"):
         if name not in anchor.measured:
-            raise ValueError(f"anchor {anchor.name!r}: {name} was not measured; take another anchor")
+            raise ValueError(f"anchor {quoted(anchor.name)}: {name} was not measured; take another anchor")
     weights = _weights(mixture)
     whole = {term: _sum(anchor.counts(), SPIKING_TERMS[term].field) for term in SPIKING_TERMS}
     mixed = math.fsum(weights[term] * whole[term] for term in SPIKING_TERMS)
@@ -95,12 +96,16 @@ def _sum(counts: Sequence[Counts], field: str) -> int:
 
 def _weights(mixture: Profile) -> dict[str, float]:
     if mixture.costs != "spiking":
-        raise ValueError(f"profile {mixture.name!r} prices dense MACs; a chip profile is needed to weigh a chip's work")
+        raise ValueError(
+            f"profile {quoted(mixture.name)} prices dense MACs; a chip profile is needed to weigh a chip's work"
+        )
     found = {}
     for term in SPIKING_TERMS:
         middle = mixture.coefficients[term].mid
         if middle is None:
-            raise ValueError(f"profile {mixture.name!r} has no coefficient for {term}; take another to weigh the work")
+            raise ValueError(
+                f"profile {quoted(mixture.name)} has no coefficient for {term}; take another to weigh the work"
+            )
         found[term] = middle.to("pJ")
     return found
 

@@ -15,6 +15,7 @@ from hardware.interval import Interval
 from hardware.placement import place
 from hardware.placement.demand import Connection, Convolution, LayerDemand
 from hardware.placement.report import Placement
+from hardware.text import quoted
 
 METHODS = ("measured", "recomputed", "published")
 MEASURED: Mapping[str, str] = MappingProxyType(
@@ -193,7 +194,7 @@ def load_networks() -> dict[str, Network]:
     for file in datafile.names("networks"):
         for name, network in read_networks(datafile.locate(file, "networks")).items():
             if name in found:
-                raise DataFileError(f"{file}.yaml: network {name!r} stands in another file too")
+                raise DataFileError(f"{file}.yaml: network {quoted(name)} stands in another file too")
             found[name] = network
     return found
 
@@ -202,7 +203,7 @@ def read_networks(path: Path) -> dict[str, Network]:
     """The networks of one file; errors as in :func:`load_networks`."""
     entry = datafile.check_keys(path.name, datafile.read(path), ("schema", "networks"))
     if entry["schema"] != 1:
-        raise DataFileError(f"{path.name}: schema {entry['schema']!r} is not known; this version reads schema 1")
+        raise DataFileError(f"{path.name}: schema {quoted(entry['schema'])} is not known; this version reads schema 1")
     if not isinstance(entry["networks"], dict) or not entry["networks"]:
         raise DataFileError(f"{path.name}: networks: expected networks by name")
     return {str(name): _network(f"{path.name}: {name}", str(name), raw) for name, raw in entry["networks"].items()}
@@ -296,5 +297,5 @@ def _counts(where: str, raw: object) -> tuple[tuple[Layer, ...], dict[str, str]]
 
 def _whole(where: str, value: object, low: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise DataFileError(f"{where}: expected a whole number from {low}, got {value!r}")
+        raise DataFileError(f"{where}: expected a whole number from {low}, got {quoted(value)}")
     return value

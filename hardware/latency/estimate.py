@@ -19,6 +19,7 @@ from hardware.energy.counts import Counts, check_counts
 from hardware.interval import Interval, largest, total
 from hardware.latency.rates import Rates
 from hardware.placement.report import Core, Placement
+from hardware.text import quoted
 
 WORD_BITS = 32
 """A spike message is one word; a graded payload adds words of so many bits."""
@@ -161,10 +162,10 @@ def estimate(
     if not mine:
         raise ValueError("every layer runs on the host: the chip takes no time")
     if placement.chip != rates.chip:
-        raise ValueError(f"rates {rates.name!r} are of {rates.chip}, the placement is on {placement.chip}")
+        raise ValueError(f"rates {quoted(rates.name)} are of {rates.chip}, the placement is on {placement.chip}")
     mesh = load_chip(placement.chip).mesh
     if mesh is None:
-        raise ValueError(f"chip {placement.chip!r} has no mesh: its links are not known")
+        raise ValueError(f"chip {quoted(placement.chip)} has no mesh: its links are not known")
     work = core_work(mine, placement, core_counts)
     per_core = {number: _core_terms(item, rates) for number, item in work.items()}
     terms = {
@@ -211,7 +212,7 @@ def core_work(
     scale: dict[str, float] = {}
     for item in counts:
         if item.layer not in layers:
-            raise ValueError(f"layer {item.layer!r} is counted but not in the placement; place what was counted")
+            raise ValueError(f"layer {quoted(item.layer)} is counted but not in the placement; place what was counted")
         steps, layer = item.tokens * item.time_steps, layers[item.layer]
         scale[item.layer] = item.events / steps / layer.events if layer.events else 0.0
         whole = math.fsum(placement.cores[n].synops_of[item.layer] for n in layer.cores)

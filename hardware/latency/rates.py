@@ -12,6 +12,7 @@ from hardware import datafile
 from hardware.datafile import DataFileError
 from hardware.energy.profile import METHODS
 from hardware.interval import Interval
+from hardware.text import quoted
 
 TERMS: Mapping[str, str] = MappingProxyType(
     {
@@ -126,12 +127,12 @@ def _barrier(where: str, raw: object) -> tuple[Mapping[int, Interval], str]:
     datafile.iso_date(f"{where}: date", entry["date"])
     points = entry["points"]
     if not isinstance(points, dict) or not points:
-        raise DataFileError(f"{where}: points: expected tiles: [low, value, high], got {points!r}")
+        raise DataFileError(f"{where}: points: expected tiles: [low, value, high], got {quoted(points)}")
     found = {}
     for tiles, triple in points.items():
         if isinstance(tiles, bool) or not isinstance(tiles, int) or tiles < 1:
-            raise DataFileError(f"{where}: points: {tiles!r} is no number of tiles")
+            raise DataFileError(f"{where}: points: {quoted(tiles)} is no number of tiles")
         if not isinstance(triple, list) or len(triple) != 3:
-            raise DataFileError(f"{where}: points: {tiles}: expected [low, value, high], got {triple!r}")
+            raise DataFileError(f"{where}: points: {tiles}: expected [low, value, high], got {quoted(triple)}")
         found[tiles] = datafile.interval(f"{where}: points: {tiles}", tuple(triple), str(entry["unit"]), "time")
     return MappingProxyType(found), datafile.text(f"{where}: source", entry["source"])

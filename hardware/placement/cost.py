@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from hardware.chips.budget import RESOURCES, Budget
 from hardware.placement.demand import Connection, Convolution, LayerDemand
+from hardware.text import quoted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,7 +107,7 @@ class TooWide(ValueError):
     """A weight or delay that no synapse of this chip holds, wherever it is put."""
 
     def __init__(self, layer: str, resource: str, used: int, limit: int) -> None:
-        super().__init__(f"layer {layer!r}: {resource} is {used}, a synapse holds at most {limit}")
+        super().__init__(f"layer {quoted(layer)}: {resource} is {used}, a synapse holds at most {limit}")
         self.layer, self.resource, self.used, self.limit = layer, resource, used, limit
 
 

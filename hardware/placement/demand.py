@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hardware.text import listed, quoted
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -22,9 +24,11 @@ def _whole(where: str, value: object, low: int, high: int | None = None) -> int:
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise ValueError(f"{where} is {value!r}; a whole number is needed") from None
+        raise ValueError(f"{where} is {quoted(value)}; a whole number is needed") from None
     if isinstance(value, bool) or number < low or (high is not None and number > high):
-        raise ValueError(f"{where} is {value!r}; {low} or more{'' if high is None else f', at most {high}'} is needed")
+        raise ValueError(
+            f"{where} is {quoted(value)}; {low} or more{'' if high is None else f', at most {high}'} is needed"
+        )
     return number
 
 
@@ -54,13 +58,13 @@ class Connection:
     mask: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        where = f"connection from {self.source!r}"
+        where = f"connection from {quoted(self.source)}"
         object.__setattr__(self, "inputs", _whole(f"{where}: inputs", self.inputs, 1))
         object.__setattr__(self, "weight_bits", _whole(f"{where}: weight_bits", self.weight_bits, 1, 32))
         object.__setattr__(self, "max_delay", _whole(f"{where}: max_delay", self.max_delay, 0))
         object.__setattr__(self, "tag_bits", _whole(f"{where}: tag_bits", self.tag_bits, 0, 9))
         if self.encoding not in (None, *ENCODINGS):
-            raise ValueError(f"{where}: encoding {self.encoding!r} is unknown; known: {', '.join(ENCODINGS)}")
+            raise ValueError(f"{where}: encoding {quoted(self.encoding)} is unknown; known: {', '.join(ENCODINGS)}")
         if self.mask is not None:
             shape, kind = getattr(self.mask, "shape", None), str(getattr(self.mask, "dtype", type(self.mask).__name__))
             if kind != "bool" or shape is None or len(shape) != 2 or shape[1] != self.inputs:
@@ -101,7 +105,7 @@ class Convolution:
     max_delay: int = 0
 
     def __post_init__(self) -> None:
-        where = f"convolution from {self.source!r}"
+        where = f"convolution from {quoted(self.source)}"
         for name, length, low in (
             ("input_shape", 3, 1),
             ("kernel", 2, 1),
@@ -111,7 +115,7 @@ class Convolution:
         ):
             value = getattr(self, name)
             if not isinstance(value, Sequence) or len(value) != length:
-                raise ValueError(f"{where}: {name} is {value!r}; {length} whole numbers are needed")
+                raise ValueError(f"{where}: {name} is {quoted(value)}; {length} whole numbers are needed")
             object.__setattr__(self, name, tuple(_whole(f"{where}: {name}", number, low) for number in value))
         for name, low, high in (("channels", 1, None), ("groups", 1, None), ("weight_bits", 1, 32), ("max_delay", 0, None)):
             object.__setattr__(self, name, _whole(f"{where}: {name}", getattr(self, name), low, high))
@@ -190,8 +194,8 @@ class LayerDemand:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
-            raise ValueError(f"layer name {self.name!r}: a text is needed")
-        where = f"layer {self.name!r}"
+            raise ValueError(f"layer name {quoted(self.name)}: a text is needed")
+        where = f"layer {quoted(self.name)}"
         object.__setattr__(self, "neurons", _whole(f"{where}: neurons", self.neurons, 1))
         object.__setattr__(self, "compartments", _whole(f"{where}: compartments", self.compartments, 1))
         object.__setattr__(self, "payload_bits", _whole(f"{where}: payload_bits", self.payload_bits, 1, 64))
@@ -206,13 +210,13 @@ class LayerDemand:
         for connection in self.connections:
             if isinstance(connection, Convolution) and connection.output_shape != shape:
                 raise ValueError(
-                    f"{where}: the convolution from {connection.source!r} gives {connection.output_shape},"
+                    f"{where}: the convolution from {quoted(connection.source)} gives {connection.output_shape},"
                     f" the layer is {shape}"
                 )
             mask = getattr(connection, "mask", None)
             if mask is not None and mask.shape[0] != self.neurons:
                 raise ValueError(
-                    f"{where}: mask {mask.shape} from {connection.source!r};"
+                    f"{where}: mask {mask.shape} from {quoted(connection.source)};"
                     f" ({self.neurons}, {connection.inputs}) is needed"
                 )
         if not self.on_chip and self.connections:
@@ -246,7 +250,7 @@ def check(demands: Sequence[LayerDemand]) -> dict[str, LayerDemand]:
         if not isinstance(demand, LayerDemand):
             raise ValueError(f"demands hold {type(demand).__name__}; LayerDemand is needed")
         if demand.name in found:
-            raise ValueError(f"two layers are named {demand.name!r}; names must be unique")
+            raise ValueError(f"two layers are named {quoted(demand.name)}; names must be unique")
         found[demand.name] = demand
     if not any(demand.on_chip for demand in found.values()):
         raise ValueError("no layer is on the chip: there is nothing to place")
@@ -255,11 +259,12 @@ def check(demands: Sequence[LayerDemand]) -> dict[str, LayerDemand]:
             source = found.get(connection.source)
             if source is None:
                 raise ValueError(
-                    f"layer {demand.name!r}: source {connection.source!r} does not exist; there are: {', '.join(found)}"
+                    f"layer {quoted(demand.name)}: source {quoted(connection.source)} does not exist; there are: "
+                    f"{listed(found)}"
                 )
             if source.neurons != connection.inputs:
                 raise ValueError(
-                    f"layer {demand.name!r}: {connection.inputs} inputs from {connection.source!r},"
+                    f"layer {quoted(demand.name)}: {connection.inputs} inputs from {quoted(connection.source)},"
                     f" which has {source.neurons} neurons"
                 )
     return found

@@ -16,6 +16,7 @@ from hardware.placement.demand import Connection, Convolution, LayerDemand, chec
 from hardware.placement.layout import Options, lay_out
 from hardware.placement.report import Core, DoesNotFit, LayerPlacement, Limit, Placement, plain_name
 from hardware.placement.split import SPLITS
+from hardware.text import listed, quoted
 
 __all__ = [
     "Connection",
@@ -59,16 +60,18 @@ def place(
     """
     chip = chip if isinstance(chip, Chip) else load_chip(chip)
     if not chip.budgets:
-        raise ValueError(f"chip {chip.name!r} has no budgets: nothing can be placed on it; see hardware/chips/loihi2.yaml")
+        raise ValueError(
+            f"chip {quoted(chip.name)} has no budgets: nothing can be placed on it; see hardware/chips/loihi2.yaml"
+        )
     name = next(iter(chip.budgets)) if budget is None else budget
     if name not in chip.budgets:
-        raise ValueError(f"chip {chip.name!r} has no budget {name!r}; it has: {', '.join(chip.budgets)}")
+        raise ValueError(f"chip {quoted(chip.name)} has no budget {quoted(name)}; it has: {listed(chip.budgets)}")
     if chips is not None and (isinstance(chips, bool) or not isinstance(chips, int) or chips < 1):
-        raise ValueError(f"chips is {chips!r}; a whole number from 1 is needed, or None for as many as it takes")
+        raise ValueError(f"chips is {quoted(chips)}; a whole number from 1 is needed, or None for as many as it takes")
     if split not in SPLITS:
-        raise ValueError(f"split {split!r} is unknown; known: {', '.join(SPLITS)}")
+        raise ValueError(f"split {quoted(split)} is unknown; known: {', '.join(SPLITS)}")
     if encoding not in (None, "dense", "sparse"):
-        raise ValueError(f"encoding {encoding!r} is unknown; known: dense, sparse")
+        raise ValueError(f"encoding {quoted(encoding)} is unknown; known: dense, sparse")
     _speaks(check(demands), chip)
     options = Options(split, encoding, share)
     try:

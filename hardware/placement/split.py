@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from hardware.chips.budget import Budget
 from hardware.placement.cost import Box, Part, Span, over, resources, synops
 from hardware.placement.demand import Convolution, LayerDemand
+from hardware.text import quoted
 
 SPLITS = ("fewest", "compiler")
 Fits = Callable[[Box], bool]
@@ -23,7 +24,7 @@ class CannotSplit(ValueError):
     """No part of this layer, however small, fits one core; or not as many cores as asked for suffice."""
 
     def __init__(self, layer: LayerDemand, taken: tuple[str, int, int], remedy: str, where: str) -> None:
-        super().__init__(f"layer {layer.name!r}: {where}: {taken[0]} {taken[1]:,} of {taken[2]:,}")
+        super().__init__(f"layer {quoted(layer.name)}: {where}: {taken[0]} {taken[1]:,} of {taken[2]:,}")
         self.layer, self.taken, self.remedy, self.where = layer, taken, remedy, where
 
 

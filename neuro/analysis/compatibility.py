@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from hardware.chips.chip import Chip, list_chips, load_chip
+from hardware.text import listed, quoted
 from neuro.analysis.fit import Fit, Fitter
 from neuro.analysis.lookup import Table
 from neuro.analysis.pairs import find_pairs, inside_pairs
@@ -88,7 +89,7 @@ def analyse(
     found = _chip(chip)
     route = route or ("graded" if found.graded else "rate")
     if route not in ROUTES:
-        raise ValueError(f"route {route!r} is unknown; known: {', '.join(ROUTES)}")
+        raise ValueError(f"route {quoted(route)} is unknown; known: {', '.join(ROUTES)}")
     where = Where(found, route, table or Table())
     check_ready(module)
     _refuse_non_finite(module)
@@ -144,7 +145,7 @@ def _chip(chip: str | Path | Chip) -> Chip:
         return _shipped(chip) if chip in list_chips() else load_chip(chip)
     except FileNotFoundError as error:
         raise ValueError(
-            f"chip {str(chip)!r} is unknown; known: {', '.join(list_chips())}, or the path of a chip file"
+            f"chip {quoted(str(chip))} is unknown; known: {', '.join(list_chips())}, or the path of a chip file"
         ) from error
 
 
@@ -155,7 +156,7 @@ def _shipped(name: str) -> Chip:
 
 def _nothing(module: nn.Module, where: Where, operations: list[Operation]) -> str:
     seen = Counter(op.kind for op in operations)
-    kinds = ", ".join(f"{count} x {kind}" for kind, count in seen.items()) or "no operation at all"
+    kinds = listed(f"{count} x {kind}" for kind, count in seen.items()) or "no operation at all"
     limits = dict.fromkeys(f"{op.name}: {op.limit_text}" for op in operations if op.kind == "linear" and op.limit)
     return (
         f"{type(module).__name__} has nothing that the {where.route} route can map to {where.chip.name}. Seen: {kinds}. "
@@ -173,7 +174,7 @@ def _refuse_non_finite(module: nn.Module) -> None:
             bad = int(wrong.sum())
             if bad:
                 raise ValueError(
-                    f"parameter {name!r} holds {bad} NaN or infinite values of {value.numel()}; integers cannot be "
+                    f"parameter {quoted(name)} holds {bad} NaN or infinite values of {value.numel()}; integers cannot be "
                     "made of them. Load an intact checkpoint, or look for a diverged training run."
                 )
 

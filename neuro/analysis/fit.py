@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hardware.chips.chip import Chip
 from hardware.placement import Connection, DoesNotFit, LayerDemand, Placement, place
 from hardware.placement.cost import Part, resources
+from hardware.text import quoted
 
 WEIGHT_BITS = 8
 MESSAGE_BITS = 16  # graded messages, sign included
@@ -58,7 +59,7 @@ class Fitter:
     def linear(self, n_in: int, n_out: int) -> Fit:
         """A dense layer of 8-bit weights."""
         if not self.chip.budgets:
-            raise ValueError(f"chip {self.chip.name!r} has no budgets: nothing can be placed on it; see loihi2.yaml")
+            raise ValueError(f"chip {quoted(self.chip.name)} has no budgets: nothing can be placed on it; see loihi2.yaml")
         key = (n_in, n_out)
         if key not in self._found:
             try:

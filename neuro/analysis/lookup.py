@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hardware.text import quoted
+
 MESSAGE_STEPS = 2**15 - 1
 SAMPLES = 63  # points per entry at which the error is evaluated; odd, so that none lies between two entries
 
@@ -80,7 +82,7 @@ class Table:
         Raises ValueError for a function without an entry in `FUNCTIONS`.
         """
         if function not in FUNCTIONS:
-            raise ValueError(f"no table for {function!r}; there is one for: {', '.join(FUNCTIONS)}")
+            raise ValueError(f"no table for {quoted(function)}; there is one for: {', '.join(FUNCTIONS)}")
         return _error_bound(function, self.entries, self.reach)
 
 

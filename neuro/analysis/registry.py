@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hardware.text import listed, quoted
 from neuro.analysis.tracing import Example, check_ready, evaluating, split_example
 
 VERDICTS = ("native", "after transform", "approximate", "host")
@@ -50,13 +51,13 @@ class LayerRule:
 
     def __post_init__(self) -> None:
         if self.verdict not in VERDICTS:
-            raise ValueError(f"verdict {self.verdict!r} is unknown; known: {', '.join(VERDICTS)}")
+            raise ValueError(f"verdict {quoted(self.verdict)} is unknown; known: {', '.join(VERDICTS)}")
         if not self.reason.strip():
             raise ValueError("a verdict needs its reason, in words")
         if self.verdict == "approximate" and not (self.error_bound is not None and self.error_bound >= 0 and self.bound_of):
             raise ValueError(
                 "an approximate layer needs error_bound, a number, and bound_of, what it measures; "
-                f"got {self.error_bound!r} and {self.bound_of!r}"
+                f"got {quoted(self.error_bound)} and {quoted(self.bound_of)}"
             )
 
 
@@ -101,7 +102,7 @@ def unregister_layer(cls: type | str) -> None:
     """Take a registration back. Raises KeyError where there is none."""
     path = cls if isinstance(cls, str) else class_path(cls)
     if path not in _RULES:
-        raise KeyError(f"{path} is not registered; registered: {', '.join(_RULES)}")
+        raise KeyError(f"{quoted(path)} is not registered; registered: {listed(_RULES)}")
     del _RULES[path]
 
 
@@ -140,7 +141,9 @@ def prepare(module: nn.Module, example_inputs: Example, *, tolerance: float = 1e
         new = _converted(name, layer)
         for args, kwargs, expected in calls[name]:
             with evaluating(new):
-                _same(f"layer {name or '(root)'!r} ({type(layer).__name__})", new(*args, **kwargs), expected, tolerance)
+                _same(
+                    f"layer {quoted(name or '(root)')} ({type(layer).__name__})", new(*args, **kwargs), expected, tolerance
+                )
         move_hooks(layer, new)
         twin = _put(twin, layer, new)
     for part in twin.modules():
@@ -156,7 +159,7 @@ def _converted(name: str, layer: nn.Module) -> nn.Module:
     rule = layer_rule(layer)
     assert rule is not None
     assert rule.to_linear is not None
-    label = f"layer {name or '(root)'!r} ({type(layer).__name__})"
+    label = f"layer {quoted(name or '(root)')} ({type(layer).__name__})"
     try:
         with torch.no_grad():
             new = rule.to_linear(layer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hardware.text import quoted
 from neuro.analysis.registry import VERDICTS
 
 __all__ = ["VERDICTS", "CompatibilityReport", "MlpPair", "NothingToMap", "Operation"]
@@ -103,7 +104,7 @@ class CompatibilityReport:
     def share(self, what: str) -> float:
         """Share on the chip, 0..1, of "macs", "parameters" or "bytes". Raises ValueError for another word."""
         if what not in ("macs", "parameters", "bytes"):
-            raise ValueError(f"share of {what!r} is not kept; ask for 'macs', 'parameters' or 'bytes'")
+            raise ValueError(f"share of {quoted(what)} is not kept; ask for 'macs', 'parameters' or 'bytes'")
         key = "macs_per_token" if what == "macs" else what
         total = sum(getattr(op, key) for op in self.operations)
         return sum(getattr(op, key) for op in self.operations if op.runs_on == "chip") / total if total else 0.0

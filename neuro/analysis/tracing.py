@@ -20,6 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
+from hardware.text import quoted
+
 Example = Tensor | Sequence[Any] | Mapping[str, Any]
 
 
@@ -85,7 +87,7 @@ def check_ready(module: nn.Module) -> None:
     graph (hooks of torch.nn.utils.prune and weight_norm compute it before each call), and compiled modules.
     """
     for path, part in module.named_modules():
-        label = f"module {path or '(root)'!r}"
+        label = f"module {quoted(path or '(root)')}"
         if hasattr(part, "_orig_mod"):
             raise ValueError(
                 f"{label} is compiled (torch.compile), and what was compiled would go on reading the layers that are to be "
@@ -93,13 +95,17 @@ def check_ready(module: nn.Module) -> None:
             )
         for name, value in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
             if is_lazy(value):
-                raise ValueError(f"{label} has no {name!r} yet ({type(part).__name__} is lazy); run it once on real inputs")
+                raise ValueError(
+                    f"{label} has no {quoted(name)} yet ({type(part).__name__} is lazy); run it once on real inputs"
+                )
         for name, held in vars(part).items():
             hooked = part._parameters.keys() & {f"{name}_orig", f"{name}_g"}
             if isinstance(held, Tensor) and held.grad_fn is not None and hooked:
                 raise ValueError(
-                    f"{label} holds {name!r} as the result of a computation with gradients, so it cannot be copied; make "
-                    f"it permanent, for instance torch.nn.utils.prune.remove(layer, {name!r}) or remove_weight_norm(layer)"
+                    f"{label} holds {quoted(name)} as the result of a computation with gradients, so it cannot be "
+                    "copied; make "
+                    f"it permanent, for instance torch.nn.utils.prune.remove(layer, {quoted(name)}) or "
+                    "remove_weight_norm(layer)"
                 )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hardware.text import quoted
 from neuro.analysis.tracing import Example, check_ready, evaluating, split_example
 from neuro.conversion.integers import INT8_MAX
 
@@ -171,7 +172,7 @@ def calibrate(
             lazy, pruned or compiled one (`neuro.analysis.tracing.check_ready`).
     """
     if method not in METHODS:
-        raise ValueError(f"method is {method!r}; it is one of {', '.join(METHODS)}")
+        raise ValueError(f"method is {quoted(method)}; it is one of {', '.join(METHODS)}")
     if not 0 < percentile <= 100:
         raise ValueError(f"percentile is {percentile}; it lies above 0 and up to 100, 99.99 for instance")
     check_ready(module)
@@ -187,11 +188,13 @@ def calibrate(
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             given = args[0] if args else kwargs["input"]
             if output.numel() == 0:
-                raise _Refused(f"calibration batch {current} is empty at layer {name!r} (shape {tuple(output.shape)})")
+                raise _Refused(
+                    f"calibration batch {current} is empty at layer {quoted(name)} (shape {tuple(output.shape)})"
+                )
             for store, values, side in ((inputs, given, "input"), (outputs, output, "output")):
                 if not store[name].add(values):
                     raise _Refused(
-                        f"calibration batch {current}: the {side} of layer {name!r} holds NaN or infinite values. "
+                        f"calibration batch {current}: the {side} of layer {quoted(name)} holds NaN or infinite values. "
                         "Check the batch and the weights before it."
                     )
             rows[name] += output.numel() // output.shape[-1]

@@ -38,6 +38,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import nn
 
+from hardware.text import quoted
 from neuro.analysis.compatibility import CompatibilityReport, MlpPair
 from neuro.conversion.calibration import Calibration, LayerRange
 from neuro.conversion.integers import (
@@ -120,7 +121,7 @@ class GradedConfig:
             ("narrow", self.narrow, NARROW),
         ):
             if word not in known:
-                raise ValueError(f"{name} is {word!r}; it is one of {', '.join(known)}")
+                raise ValueError(f"{name} is {quoted(word)}; it is one of {', '.join(known)}")
 
     def integers(self, name: str, layer: nn.Linear, input_unit: float, groups: int = 0) -> IntegerLayer:
         """A layer's weights in integers, as these settings say."""
@@ -180,7 +181,7 @@ def _notes(segments: Sequence[Segment]) -> Iterator[str]:
         for found in s.headroom:
             if found.static_bits < 0:
                 yield (
-                    f"{s.name}: population {found.population!r} keeps {found.calibrated_bits:.1f} of 23 bits free on "
+                    f"{s.name}: population {quoted(found.population)} keeps {found.calibrated_bits:.1f} of 23 bits free on "
                     f"calibration data, but the worst input would need {-found.static_bits:.1f} more than there "
                     "are; overflows are counted"
                 )
@@ -203,7 +204,7 @@ def _check_sums(layer: IntegerLayer, bound_O: np.ndarray) -> None:
     bound = int(bound_O.max())
     if bound >= 2**SUM_BITS:
         raise ValueError(
-            f"layer {layer.name!r}: its sum can reach {bound}, beyond 32-bit sums; split the layer along its "
+            f"layer {quoted(layer.name)}: its sum can reach {bound}, beyond 32-bit sums; split the layer along its "
             f"{layer.stored_OI.shape[1]} inputs"
         )
 
@@ -302,7 +303,8 @@ def _mlp(module: nn.Module, piece: Piece, pair: MlpPair, calibration: Calibratio
     input_scale = config.input_scale(found1)
     if config.scales == "channel" and not config.channel_groups:
         raise ValueError(
-            f"segment {label!r}: {pair.fc1!r} feeds {pair.fc2!r} on the chip, and scales per channel are not split into "
+            f"segment {quoted(label)}: {quoted(pair.fc1)} feeds {quoted(pair.fc2)} on the chip, and scales per "
+            "channel are not split into "
             "power-of-two groups (channel_groups is 0): Lava's projections have one exponent and its neurons no factor "
             "per channel. Set channel_groups to 1 or more, or scales to 'tensor'"
         )
@@ -423,7 +425,7 @@ def _thresholds(
         gate = module.get_submodule(pair.threshold)
         if not isinstance(gate, EventThreshold) or gate.channels != n_hidden:
             raise ValueError(
-                f"the report has an EventThreshold of {n_hidden} channels at {pair.threshold!r}, and the module "
+                f"the report has an EventThreshold of {n_hidden} channels at {quoted(pair.threshold)}, and the module "
                 f"{gate}; analyse this module again"
             )
         theta_H = gate.theta_C.detach().double().cpu().numpy()

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hardware.text import quoted
+
 INT8_MAX = 127
 WORD_BITS = 23  # u and v: 23 bits and a sign
 WORD_LIMIT = 2**WORD_BITS - 1
@@ -46,7 +48,7 @@ def quantise(value: Tensor, scale: float) -> Tensor:
 def weight_levels(bits: int | str) -> tuple[int, int, int]:
     """(width of a synapse, lowest q, highest q) of weights of 8, 4, 3 or 2 bits, or "ternary". Raises ValueError."""
     if bits not in WEIGHT_BITS or isinstance(bits, bool):
-        raise ValueError(f"weight_bits is {bits!r}; it is one of {', '.join(map(str, WEIGHT_BITS))}")
+        raise ValueError(f"weight_bits is {quoted(bits)}; it is one of {', '.join(map(str, WEIGHT_BITS))}")
     if isinstance(bits, str):
         return 2, -1, 1
     return (bits, -INT8_MAX, INT8_MAX) if bits == 8 else (bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)

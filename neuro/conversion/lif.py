@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hardware.text import quoted
 from neuro.conversion.integers import payload_bits
 from neuro.graph import Population, Projection, SpikingGraph
 
@@ -220,7 +221,9 @@ def _normalised(name: str, linear: nn.Linear, neuron: Any) -> tuple[np.ndarray, 
     }
     for key, (given, needed) in rules.items():
         if given != needed:
-            raise NotConvertible(f"{name}: {key} is {given!r}; the chip's neurons need {needed!r}. Train with that")
+            raise NotConvertible(
+                f"{name}: {key} is {quoted(given)}; the chip's neurons need {quoted(needed)}. Train with that"
+            )
 
     def array(value: Tensor) -> np.ndarray:
         return value.detach().cpu().double().numpy()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from hardware.text import quoted
 from neuro.analysis.compatibility import CompatibilityReport, MlpPair, NothingToMap
 from neuro.conversion.calibration import Calibration, LayerRange
 from neuro.conversion.integers import headroom_bits
@@ -79,13 +80,15 @@ def layer_and_range(module: nn.Module, name: str, calibration: Calibration) -> t
     try:
         layer = module.get_submodule(name)
     except AttributeError as error:
-        raise ValueError(f"the module has no layer {name!r}; was the report made from another module?") from error
+        raise ValueError(f"the module has no layer {quoted(name)}; was the report made from another module?") from error
     if not isinstance(layer, nn.Linear):
         raise ValueError(
-            f"layer {name!r} is {type(layer).__name__}, not nn.Linear; was the report made from another module?"
+            f"layer {quoted(name)} is {type(layer).__name__}, not nn.Linear; was the report made from another module?"
         )
     if name not in calibration.layers:
-        raise ValueError(f"the calibration holds nothing for layer {name!r}: its batches never reached it. Calibrate again")
+        raise ValueError(
+            f"the calibration holds nothing for layer {quoted(name)}: its batches never reached it. Calibrate again"
+        )
     return layer, calibration.layers[name]
 
 

@@ -21,6 +21,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from hardware.text import quoted
 from neuro.conversion.mapped import one_to_one
 from neuro.graph import Population, Projection, SpikingGraph
 from neuro.graph.synapses import weight_step
@@ -85,7 +86,9 @@ def narrow_in_neurons(graph: SpikingGraph) -> SpikingGraph:
                 projections.append(replace(p, source=source))
                 continue
             if p.kind not in ("dense", "sparse"):
-                raise ValueError(f"projection {p.name!r} is {p.kind}; only dense and sparse ones can be shifted in neurons")
+                raise ValueError(
+                    f"projection {quoted(p.name)} is {p.kind}; only dense and sparse ones can be shifted in neurons"
+                )
             name, size, exact = f"{PREFIX}{p.name}", p.ends[0], spacing_bits(p)
             one = np.full((size, 1), 2, dtype=np.int32)
             populations.append(Population(name, "product", size, {"vth": 0, "exp": -p.weight_exp - exact}))

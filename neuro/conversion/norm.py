@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hardware.text import quoted
 from neuro.conversion.integers import PAYLOAD_BITS, constant_lines
 from neuro.graph import Population, Projection, SpikingGraph
 from neuro.simulators.fixed_point import run_pipelined
@@ -224,7 +225,7 @@ def rms_norm_graph(
         absolute_bound=norm_scale * gain + 1.01 * math.sqrt(channels) * gain / (2 * GAIN_STEPS) + 2 * output_scale,
         floor_rms=math.sqrt((root.floor + slack) * step / channels) * input_scale,
         notes=tuple(
-            f"projection {p.name!r}: weight_exp {p.weight_exp} is outside the chip's register of -8..7"
+            f"projection {quoted(p.name)}: weight_exp {p.weight_exp} is outside the chip's register of -8..7"
             for p in graph.projections
             if not -8 <= p.weight_exp <= 7
         ),

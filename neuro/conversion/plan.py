@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from hardware.text import quoted
 from neuro.graph import FILE_SUFFIX, SpikingGraph, load_graph, save_graph
 
 SCHEMA = 1
@@ -189,7 +190,9 @@ def load_plan(folder: str | os.PathLike[str]) -> Plan:
         raise PlanFileError(f"{folder / 'plan.json'} is damaged: {error}") from error
     schema = document.get("schema") if isinstance(document, dict) else None
     if schema != SCHEMA:
-        raise PlanFileError(f"{folder / 'plan.json'} has schema {schema!r}, this version reads {SCHEMA}; convert again")
+        raise PlanFileError(
+            f"{folder / 'plan.json'} has schema {quoted(schema)}, this version reads {SCHEMA}; convert again"
+        )
     try:
         return Plan(
             route=document["route"],
@@ -202,7 +205,7 @@ def load_plan(folder: str | os.PathLike[str]) -> Plan:
     except FileNotFoundError as error:
         raise PlanFileError(f"{folder}: a graph of the plan is missing: {error.filename}") from error
     except (KeyError, TypeError) as error:
-        raise PlanFileError(f"{folder / 'plan.json'} is damaged: {error!r}") from error
+        raise PlanFileError(f"{folder / 'plan.json'} is damaged: {quoted(error)}") from error
 
 
 def _segment(folder: Path, fields: dict[str, Any]) -> Segment:

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from hardware.text import quoted
 from neuro.analysis.compatibility import CompatibilityReport
 from neuro.conversion.calibration import Calibration, LayerRange
 from neuro.conversion.integers import INT8_MAX, payload_bits, scale_for, shift_for
@@ -73,7 +74,7 @@ class RateConfig:
             raise ValueError(f"time_steps is {self.time_steps}; it lies in 1..{MAX_STEPS}")
         for name, known in (("reset", RESETS), ("input_code", INPUT_CODES)):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; known: {', '.join(known)}")
+                raise ValueError(f"{name} is {quoted(getattr(self, name))}; known: {', '.join(known)}")
         for name in ("input_factor", "hidden_factor"):
             if not 0 < getattr(self, name) <= 4:
                 raise ValueError(f"{name} is {getattr(self, name)}; it lies above 0 and up to 4")
@@ -118,7 +119,7 @@ def convert(
         )
     notes += [
         f"{segment.name}: the worst input would need {-r.static_bits:.1f} bits more than the 23 of population "
-        f"{r.population!r}; saturations are counted"
+        f"{quoted(r.population)}; saturations are counted"
         for segment in segments
         for r in segment.headroom
         if r.static_bits < 0 and r.population == "out"
@@ -226,7 +227,7 @@ def _balanced(
     if not config.per_channel:
         return fc1, fc2, threshold, None
     if len(found1.output_channel_max) != fc1.out_features:
-        raise ValueError(f"per_channel: the calibration kept no channels of layer {name!r}; calibrate again")
+        raise ValueError(f"per_channel: the calibration kept no channels of layer {quoted(name)}; calibrate again")
     largest_H = np.minimum(np.asarray(found1.output_channel_max) * config.hidden_factor, threshold)
     share_H = np.where(largest_H > 0, largest_H, threshold) / threshold
     first, second = copy.deepcopy(fc1).double(), copy.deepcopy(fc2).double()

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
+from hardware.text import quoted
 from neuro.analysis.compatibility import CompatibilityReport
 from neuro.conversion.calibration import Calibration, LayerRange
 from neuro.conversion.integers import (
@@ -121,7 +122,8 @@ def convert(
         if lowest < -EXPONENT_REGISTER:
             notes.append(f"{segment.name}: weight_exp {lowest} is outside the chip's register of -8..7")
         notes += [
-            f"{segment.name}: population {r.population!r} keeps {r.calibrated_bits:.1f} of 23 bits free on calibration "
+            f"{segment.name}: population {quoted(r.population)} keeps {r.calibrated_bits:.1f} of 23 bits free on "
+            "calibration "
             f"data, but the worst input would need {-r.static_bits:.1f} more than there are; overflows are counted"
             for r in segment.headroom
             if r.static_bits < 0
@@ -153,7 +155,8 @@ def _with_lines(layer: IntegerLayer, half: int) -> tuple[np.ndarray, tuple[int, 
 def _check(name: str, bound: float, inputs: int) -> None:
     if bound > SUM_LIMIT:
         raise ValueError(
-            f"layer {name!r}: its sum can reach {bound:.0f}, beyond 32-bit sums; split the layer along its {inputs} inputs"
+            f"layer {quoted(name)}: its sum can reach {bound:.0f}, beyond 32-bit sums; split the layer along its "
+            f"{inputs} inputs"
         )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hardware.text import quoted
 from neuro.conversion.integers import INT8_MAX, on_grid, scale_for, squared_error, weight_levels, weight_scales
 from neuro.graph.synapses import weight_step
 
@@ -111,7 +112,7 @@ def integer_layer(
     weight_OI = layer.weight.detach().double().cpu()
     bias_O = None if layer.bias is None else layer.bias.detach().double().cpu().numpy()
     if not bool(torch.isfinite(weight_OI).all()) or (bias_O is not None and not np.isfinite(bias_O).all()):
-        raise ValueError(f"layer {name!r} has NaN or infinite weights; integers cannot be made of them")
+        raise ValueError(f"layer {quoted(name)} has NaN or infinite weights; integers cannot be made of them")
     bits, low, high = weight_levels(weight_bits)
     n_out = len(weight_OI)
     exponent_O = torch.zeros(n_out, dtype=torch.int64)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from hardware.energy.account import Counts
+from hardware.text import quoted
 from neuro.analysis.registry import move_hooks
 from neuro.analysis.tracing import check_ready
 from neuro.conversion.plan import Plan, PlanFileError, Segment, fingerprint, load_plan, save_plan
@@ -60,11 +61,13 @@ def deploy(module: nn.Module, plan: Plan, backend: str = "fixed_point", mode: st
             of the plan that the module lacks, or whose weights are not the plan's.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is unknown; known: {', '.join(BACKENDS)}")
+        raise ValueError(f"backend {quoted(backend)} is unknown; known: {', '.join(BACKENDS)}")
     if mode not in MODES:
-        raise ValueError(f"mode {mode!r} is unknown; known: {', '.join(MODES)}")
+        raise ValueError(f"mode {quoted(mode)} is unknown; known: {', '.join(MODES)}")
     if mode != MODES[0] and backend != "fixed_point":
-        raise ValueError(f"mode {mode!r} is one of the simulator's; backend {backend!r} has no events and no registers")
+        raise ValueError(
+            f"mode {quoted(mode)} is one of the simulator's; backend {quoted(backend)} has no events and no registers"
+        )
     check_ready(module)
     for segment in plan.segments:
         for name, expected in zip(segment.modules, segment.fingerprints, strict=True):
@@ -93,15 +96,15 @@ def _linear(module: nn.Module, name: str) -> nn.Linear:
     try:
         layer = module.get_submodule(name)
     except AttributeError as error:
-        raise ValueError(f"the plan maps layer {name!r}, which {type(module).__name__} does not have") from error
+        raise ValueError(f"the plan maps layer {quoted(name)}, which {type(module).__name__} does not have") from error
     if not isinstance(layer, nn.Linear):
-        raise ValueError(f"the plan maps layer {name!r}, which is {type(layer).__name__} here, not nn.Linear")
+        raise ValueError(f"the plan maps layer {quoted(name)}, which is {type(layer).__name__} here, not nn.Linear")
     return layer
 
 
 def _check_layer(module: nn.Module, name: str, expected: str) -> None:
     if fingerprint(_linear(module, name)) != expected:
-        raise ValueError(f"layer {name!r} holds other weights than the plan was made from; convert this module again")
+        raise ValueError(f"layer {quoted(name)} holds other weights than the plan was made from; convert this module again")
 
 
 def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
@@ -295,11 +298,11 @@ def load_deployed(folder: str | os.PathLike[str], module: nn.Module) -> Deployed
         raise PlanFileError(f"{path} is damaged: {error}") from error
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         found = document.get("schema") if isinstance(document, dict) else None
-        raise PlanFileError(f"{path} has schema {found!r}, this version reads {SCHEMA}; deploy and save again")
+        raise PlanFileError(f"{path} has schema {quoted(found)}, this version reads {SCHEMA}; deploy and save again")
     try:
         backend, mode, wanted = document["backend"], document.get("mode", "lava"), dict(document["host"])
     except (KeyError, TypeError, ValueError) as error:
-        raise PlanFileError(f"{path} is damaged: {error!r}") from error
+        raise PlanFileError(f"{path} is damaged: {quoted(error)}") from error
     deployed = deploy(module, load_plan(folder), backend, mode)
     held = _host_hashes(deployed.module)
     for name in sorted(wanted.keys() | held.keys()):
@@ -311,5 +314,5 @@ def load_deployed(folder: str | os.PathLike[str], module: nn.Module) -> Deployed
                 if name not in wanted
                 else ("has other values than the saved one")
             )
-            raise ValueError(f"host tensor {name!r} {what}; load the checkpoint that was deployed")
+            raise ValueError(f"host tensor {quoted(name)} {what}; load the checkpoint that was deployed")
     return deployed

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hardware.energy.account import Counts
+from hardware.text import quoted, short
 from neuro.conversion.integers import INT8_MAX, PAYLOAD_BITS, payload_bits, quantise
 from neuro.conversion.mapped import is_one_to_one
 from neuro.conversion.narrowing import ONES, PREFIX, total_shift
@@ -205,11 +206,11 @@ class Runner:
         """Output (..., n_out) and, for a pair, the rectified hidden values (..., n_hidden), both in x's dtype."""
         s = self.segment
         if torch.is_grad_enabled() and x.requires_grad:
-            raise RuntimeError(f"segment {s.name!r} is integer arithmetic without gradients; use torch.no_grad()")
+            raise RuntimeError(f"segment {short(s.name)} is integer arithmetic without gradients; use torch.no_grad()")
         if not x.is_floating_point() or x.shape[-1] != s.n_in:
-            raise ValueError(f"segment {s.name!r} takes floats (..., {s.n_in}), not {x.dtype} {tuple(x.shape)}")
+            raise ValueError(f"segment {short(s.name)} takes floats (..., {s.n_in}), not {x.dtype} {tuple(x.shape)}")
         if not bool(torch.isfinite(x).all()):
-            raise ValueError(f"segment {s.name!r} got NaN or infinite inputs, which no integer payload can carry")
+            raise ValueError(f"segment {short(s.name)} got NaN or infinite inputs, which no integer payload can carry")
         rows_NI = x.reshape(-1, s.n_in)
         if not len(rows_NI):
             hidden = x.new_zeros(*x.shape[:-1], s.n_hidden) if s.n_hidden else None
@@ -302,7 +303,7 @@ class Runner:
         if not self._warned and (self._wraps or self._wide or self._overflows):
             self._warned = True
             warnings.warn(
-                f"segment {self.segment.name!r}: {self._wraps} wrapped sums, {self._wide} values beyond 24 bits, "
+                f"segment {quoted(self.segment.name)}: {self._wraps} wrapped sums, {self._wide} values beyond 24 bits, "
                 f"{self._overflows} messages beyond their width; calibrate on more data or convert with fewer bits",
                 RuntimeWarning,
                 stacklevel=4,
@@ -385,4 +386,4 @@ def runner_for(segment: Segment, backend: str, biases: list[Tensor | None], mode
         return DeltaRunner(segment, backend, mode)
     if segment.code == "rate":
         return RateRunner(segment, backend, mode)
-    raise ValueError(f"segment {segment.name!r} has code {segment.code!r}; known: graded, delta, rate")
+    raise ValueError(f"segment {quoted(segment.name)} has code {quoted(segment.code)}; known: graded, delta, rate")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hardware.text import listed, quoted, short
 from neuro.analysis.tracing import Example, evaluating, split_example
 from neuro.conversion.plan import HostWork, Plan, Segment
 from neuro.deployment.deployed import Deployed, deploy
@@ -61,7 +62,7 @@ def part_of(plan: Plan, names: Collection[str]) -> Plan:
     known = [s.name for s in plan.segments]
     missing = [name for name in names if name not in known]
     if missing or not names:
-        raise ValueError(f"the plan has no segment {missing[0] if missing else ''!r}; it has: {', '.join(known)}")
+        raise ValueError(f"the plan has no segment {quoted(missing[0] if missing else '')}; it has: {listed(known)}")
     kept = tuple(s for s in plan.segments if s.name in names)
     stays = tuple(work for s in plan.segments if s.name not in names for work in _host_work(s))
     return replace(plan, segments=kept, host=(*plan.host, *stays))
@@ -136,7 +137,7 @@ def layer_errors(
         for s in plan.segments:
             if len(got[s.name]) != len(wanted[s.name]):
                 raise ValueError(
-                    f"segment {s.name!r}: the deployed model called it {len(got[s.name])} times, the float model "
+                    f"segment {short(s.name)}: the deployed model called it {len(got[s.name])} times, the float model "
                     f"{len(wanted[s.name])} times on batch {seen - 1}"
                 )
             for x, y, z in zip(inputs[s.name], wanted[s.name], got[s.name], strict=True):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from hardware.text import quoted, short
+
 if TYPE_CHECKING:
     from neuro.deployment.segments import AnyRunner
 
@@ -52,7 +54,7 @@ class SingleLinear(nn.Module):
 
     def extra_repr(self) -> str:
         s = self.runner.segment
-        return f"{s.n_in}, {s.n_out}, segment={s.name!r}, backend={self.runner.backend!r}"
+        return f"{s.n_in}, {s.n_out}, segment={short(s.name)}, backend={quoted(self.runner.backend)}"
 
 
 class PairFirst(SingleLinear):
@@ -78,7 +80,8 @@ class PairLast(SingleLinear):
         segment = self.runner.segment
         if pending is None:
             raise RuntimeError(
-                f"segment {segment.name!r}: {segment.modules[1]!r} was called without {segment.modules[0]!r} before it"
+                f"segment {quoted(segment.name)}: {quoted(segment.modules[1])} was called without "
+                f"{quoted(segment.modules[0])} before it"
             )
         expected, out = pending
         tolerance = 1e-5 if hidden.dtype in (torch.float32, torch.float64) else 1e-2
@@ -87,8 +90,9 @@ class PairLast(SingleLinear):
         )
         if not same:
             raise RuntimeError(
-                f"segment {segment.name!r}: something other than {segment.activation} happened between "
-                f"{segment.modules[0]!r} and {segment.modules[1]!r}, so they are no MLP pair; analyse the module again "
+                f"segment {quoted(segment.name)}: something other than {segment.activation} happened between "
+                f"{quoted(segment.modules[0])} and {quoted(segment.modules[1])}, so they are no MLP pair; analyse "
+                "the module again "
                 "with inputs that take this path, or keep one of them on the host with mappable="
             )
         return out

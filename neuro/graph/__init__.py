@@ -4,7 +4,8 @@
 package under Python 3.10 with numpy alone.
 """
 
-from neuro.graph.files import FILE_SUFFIX, HEADER_KEY, GraphFileError, load_graph, save_graph, write_archive
+from neuro.graph.archive import HEADER_KEY, ArchiveError, read_archive, read_with_header, write_archive
+from neuro.graph.files import FILE_SUFFIX, GraphFileError, load_graph, save_graph
 from neuro.graph.kinds import MESSAGE_BITS_RANGE, WEIGHT_EXP_RANGE, WEIGHT_RANGE, GraphError
 from neuro.graph.network import PORTS, Population, SpikingGraph, identical
 from neuro.graph.synapses import Convolution, Projection, truncate_weights, weight_step
@@ -16,6 +17,7 @@ __all__ = [
     "PORTS",
     "WEIGHT_EXP_RANGE",
     "WEIGHT_RANGE",
+    "ArchiveError",
     "Convolution",
     "GraphError",
     "GraphFileError",
@@ -24,6 +26,8 @@ __all__ = [
     "SpikingGraph",
     "identical",
     "load_graph",
+    "read_archive",
+    "read_with_header",
     "save_graph",
     "truncate_weights",
     "weight_step",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hardware.placement import Connection, Convolution, LayerDemand, Placement
+from hardware.text import quoted
 from neuro.graph.kinds import LIF_KINDS
 from neuro.graph.synapses import Projection
 
@@ -88,10 +89,12 @@ def core_map(graph: SpikingGraph, placement: Placement, prefix: str = "") -> dic
         try:
             cores = placement.core_of(prefix + population.name)
         except KeyError:
-            raise ValueError(f"population {population.name!r} is not in the placement; place this graph first") from None
+            raise ValueError(
+                f"population {quoted(population.name)} is not in the placement; place this graph first"
+            ) from None
         if len(cores) != population.size:
             raise ValueError(
-                f"population {population.name!r} has {population.size} neurons, the placement {len(cores)};"
+                f"population {quoted(population.name)} has {population.size} neurons, the placement {len(cores)};"
                 " place this graph"
             )
         found[population.name] = np.asarray(cores, dtype=np.int32)
@@ -124,13 +127,14 @@ def _check(graph: SpikingGraph, activity: Activity) -> None:
     for name, spikes in activity.spikes.items():
         if sizes.get(name) != spikes.shape[-1]:
             raise ValueError(
-                f"activity of {name!r} has {spikes.shape[-1]} neurons, the graph {sizes.get(name, 'no such population')};"
+                f"activity of {quoted(name)} has {spikes.shape[-1]} neurons, the graph "
+                f"{sizes.get(name, 'no such population')};"
                 " run this graph"
             )
     names = {projection.name for projection in graph.projections}
     unknown = sorted(set(activity.projections) - names)
     if unknown:
-        raise ValueError(f"activity counts projection {unknown[0]!r}, which the graph does not have; run this graph")
+        raise ValueError(f"activity counts projection {quoted(unknown[0])}, which the graph does not have; run this graph")
 
 
 def _rate(graph: SpikingGraph, name: str, size: int, activity: Activity | None) -> tuple[float | tuple[float, ...], bool]:

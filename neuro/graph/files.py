@@ -5,24 +5,22 @@ Needs numpy only and runs under Python 3.10 with numpy 1.26 as well as under new
 
 from __future__ import annotations
 
-import json
 import os
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from neuro.graph.archive import ArchiveError, read_with_header, write_archive
 from neuro.graph.kinds import GraphError
 from neuro.graph.network import Population, SpikingGraph
 from neuro.graph.synapses import Convolution, Projection
+from neuro.graph.text import quoted, short
 
 SCHEMA = 2
 READABLE = (1, 2)  # 1 had dense projections and five kinds of population, in the same form
 FILE_SUFFIX = ".graph.npz"
-HEADER_KEY = "header"
 
 
 class GraphFileError(GraphError):
@@ -81,80 +79,60 @@ def save_graph(graph: SpikingGraph, path: str | os.PathLike[str]) -> Path:
     return write_archive(path, header, arrays)
 
 
-def write_archive(path: Path, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Path:
-    """`arrays` and a JSON `header` into one compressed npz, written beside `path` and renamed. Raises OSError."""
-    text = json.dumps(header, allow_nan=False).encode()
-    members: dict[str, Any] = {HEADER_KEY: np.frombuffer(text, dtype=np.uint8), **arrays}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, **members)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
 def load_graph(path: str | os.PathLike[str]) -> SpikingGraph:
     """Read a file written by `save_graph`, with every check that a new graph gets.
 
     Raises:
         FileNotFoundError: no such file.
-        GraphFileError: not a graph file, truncated, holding objects instead of integers, or of another schema.
-        GraphError: a graph that breaks a rule of the arithmetic.
+        GraphFileError: not a graph file, truncated, damaged, larger than its parts can be, holding anything but integers,
+            of another schema, or a graph that breaks a rule of the arithmetic.
     """
     path = Path(path)
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-        header = json.loads(arrays.pop(HEADER_KEY).tobytes().decode())
-        schema = header["schema"]
-    except (FileNotFoundError, PermissionError):
-        raise
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        OSError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise GraphFileError(f"{path}: not a readable graph file (truncated, or something else): {error}") from error
+        header, arrays = read_with_header(path)
+    except ArchiveError as error:
+        raise GraphFileError(f"{path}: not a readable graph file: {error}") from error
+    schema = header.get("schema")
     if schema not in READABLE:
         raise GraphFileError(
-            f"{path}: the file has schema {schema!r}, this version reads schema {' and '.join(map(str, READABLE))};"
+            f"{path}: the file has schema {quoted(schema)}, this version reads schema {' and '.join(map(str, READABLE))};"
             " export it again"
         )
     for key, array in arrays.items():
         if not np.issubdtype(array.dtype, np.integer):
-            raise GraphFileError(f"{path}: array {key!r} is {array.dtype}; only integers belong in a graph file")
+            raise GraphFileError(f"{path}: array {quoted(key)} is {array.dtype}; only integers belong in a graph file")
     try:
-        populations = tuple(
-            Population(
-                entry["name"],
-                entry["kind"],
-                entry["size"],
-                {**entry["params"], **_strip(arrays, f"population.{index}.")},
-            )
-            for index, entry in enumerate(header["populations"])
-        )
-        projections = tuple(
-            _projection(entry, _strip(arrays, f"projection.{index}.")) for index, entry in enumerate(header["projections"])
-        )
-        return SpikingGraph(populations, projections, tuple(header["outputs"]), header["meta"])
+        return _graph(header, arrays)
     except GraphError as error:
-        raise type(error)(f"{path}: {error}") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise GraphFileError(f"{path}: the header and the arrays do not fit together: {error!r}") from error
+        raise GraphFileError(f"{path}: {error}") from error
+    except Exception as error:  # a header of any other form than ours
+        raise GraphFileError(
+            f"{path}: the header and the arrays do not fit together: {type(error).__name__}: {short(str(error))}"
+        ) from error
 
 
-def _projection(entry: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Projection:
+def _graph(header: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> SpikingGraph:
+    """The graph; an array that no record of the header asks for is an error."""
+    left = set(arrays)
+
+    def taken(prefix: str) -> dict[str, np.ndarray]:
+        found = {key: array for key, array in arrays.items() if key.startswith(prefix)}
+        left.difference_update(found)
+        return {key[len(prefix) :]: array for key, array in found.items()}
+
+    populations = tuple(
+        Population(entry["name"], entry["kind"], entry["size"], {**entry["params"], **taken(f"population.{index}.")})
+        for index, entry in enumerate(header["populations"])
+    )
+    projections = tuple(
+        _projection(entry, taken(f"projection.{index}.")) for index, entry in enumerate(header["projections"])
+    )
+    if left:
+        raise GraphFileError(f"array {quoted(min(left))} belongs to no population and no projection")
+    return SpikingGraph(populations, projections, tuple(header["outputs"]), header["meta"])
+
+
+def _projection(entry: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> Projection:
     geometry = entry.get("conv")
-    fields = {**entry, "conv": None if geometry is None else Convolution(**geometry)}
-    return Projection(**fields, weight=arrays["weight"], delays=arrays.get("delays"))
-
-
-def _strip(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {key[len(prefix) :]: array for key, array in arrays.items() if key.startswith(prefix)}
+    fields = {**entry, **arrays, "conv": None if geometry is None else Convolution(**geometry)}
+    return Projection(**fields)

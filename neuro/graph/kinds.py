@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from neuro.graph.text import quoted
+
 
 class GraphError(ValueError):
     """A population, projection or graph that the fixed-point arithmetic is not defined for."""
@@ -149,4 +151,4 @@ REFUSED: dict[str, str] = dict.fromkeys(
 def unknown_kind(kind: object, known: tuple[str, ...]) -> str:
     """Text for a kind that is not in `known`: what it is, why it is refused if that is known, what there is."""
     reason = f" ({REFUSED[kind]})" if isinstance(kind, str) and kind in REFUSED else ""
-    return f"unknown kind {kind!r}{reason}; known: {', '.join(known)}"
+    return f"unknown kind {quoted(kind)}{reason}; known: {', '.join(known)}"

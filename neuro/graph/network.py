@@ -40,12 +40,11 @@ from neuro.graph.kinds import (
     Parameter,
     unknown_kind,
 )
-from neuro.graph.synapses import (
-    Projection,
-    checked_name,
-    frozen,
-    integer,
-)
+from neuro.graph.synapses import Projection
+from neuro.graph.text import listed, quoted
+from neuro.graph.values import checked_name, frozen, integer, integer_array, is_array
+
+MOST_NEURONS = 2**31 - 1  # neurons are numbered in 32 bits
 
 # Input ports of each kind of population.
 PORTS: dict[str, tuple[str, ...]] = {name: kind.ports for name, kind in KINDS.items()}
@@ -60,7 +59,8 @@ class Population:
         kind: one of `neuro.graph.kinds.KINDS`.
         size: number of neurons.
         params: as `KINDS[kind].parameters` lists them. Those that may differ from neuron to neuron may be int or an
-            integer array (size,); they are kept as int or read-only int32.
+            integers (size,), as an array, a CPU tensor, a list, a tuple or a range; they are kept as int or read-only
+            int32.
 
     Raises:
         GraphError: unknown kind, missing or unknown parameter, value out of range.
@@ -73,38 +73,44 @@ class Population:
 
     def __post_init__(self) -> None:
         checked_name(self.name, "population")
-        if self.kind not in KINDS:
-            raise GraphError(f"population {self.name!r}: {unknown_kind(self.kind, tuple(KINDS))}")
-        size = integer(self.size, f"population {self.name!r}: size")
-        if size < 1:
-            raise GraphError(f"population {self.name!r}: size is {size}; at least 1 neuron is needed")
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
+            raise GraphError(f"population {quoted(self.name)}: {unknown_kind(self.kind, tuple(KINDS))}")
+        size = integer(self.size, f"population {quoted(self.name)}: size")
+        if not 1 <= size <= MOST_NEURONS:
+            raise GraphError(
+                f"population {quoted(self.name)}: size is {quoted(size)}; 1 to {MOST_NEURONS:,} neurons are possible"
+            )
         known = KINDS[self.kind].parameters
-        unknown = sorted(set(self.params) - set(known))
+        if not isinstance(self.params, Mapping):
+            raise GraphError(
+                f"population {quoted(self.name)}: params is {quoted(self.params)}; names and integers are needed"
+            )
+        unknown = [key for key in self.params if key not in known]
         if unknown:
             raise GraphError(
-                f"population {self.name!r} ({self.kind}): unknown parameter {unknown[0]!r};"
+                f"population {quoted(self.name)} ({self.kind}): unknown parameter {quoted(unknown[0])};"
                 f" known: {', '.join(known) or 'none'}"
             )
         params: dict[str, int | np.ndarray] = {}
         for key, parameter in known.items():
             if key not in self.params and parameter.default is None:
-                raise GraphError(f"population {self.name!r} ({self.kind}): parameter {key!r} is missing")
+                raise GraphError(f"population {quoted(self.name)} ({self.kind}): parameter {quoted(key)} is missing")
             params[key] = self._parameter(key, self.params.get(key, parameter.default), parameter, size)
         object.__setattr__(self, "size", size)
         object.__setattr__(self, "params", params)
         self._check_together()
 
     def _parameter(self, key: str, value: Any, parameter: Parameter, size: int) -> int | np.ndarray:
-        what, low, high = f"population {self.name!r}: {key}", parameter.low, parameter.high
-        if not isinstance(value, np.ndarray):
-            number = integer(value, what)
-            if not low <= number <= high:
-                raise GraphError(f"{what} is {number}; its register holds {low}..{high}")
-            return number
-        if not np.issubdtype(value.dtype, np.integer):
-            raise GraphError(f"{what} is an array of {value.dtype}; integers are needed")
-        if not parameter.per_neuron:
+        what, low, high = f"population {quoted(self.name)}: {key}", parameter.low, parameter.high
+        if is_array(value) and not parameter.per_neuron:
             raise GraphError(f"{what} is an array; one integer for the whole population is needed")
+        if is_array(value):
+            value = integer_array(value, what)
+        if not isinstance(value, np.ndarray) or not value.ndim:
+            number = integer(value[()] if isinstance(value, np.ndarray) else value, what)
+            if not low <= number <= high:
+                raise GraphError(f"{what} is {quoted(number)}; its register holds {low}..{high}")
+            return number
         if value.shape != (size,):
             raise GraphError(f"{what} has shape {value.shape}; the population has {size} neurons, so ({size},) is needed")
         bad = np.flatnonzero((value < low) | (value > high))
@@ -114,7 +120,7 @@ class Population:
 
     def _check_together(self) -> None:
         """Rules that hold between parameters."""
-        where, params = f"population {self.name!r} ({self.kind})", self.params
+        where, params = f"population {quoted(self.name)} ({self.kind})", self.params
         if self.kind == "ternary_lif" and params["vth_lo"] > params["vth_hi"]:
             raise GraphError(f"{where}: vth_lo is {params['vth_lo']}, above vth_hi, which is {params['vth_hi']}")
         if "spike_exp" not in params:
@@ -160,7 +166,7 @@ class SpikingGraph:
             seen: set[str] = set()
             for item in names:
                 if item.name in seen:
-                    raise GraphError(f"two {what} are named {item.name!r}; names must be unique")
+                    raise GraphError(f"two {what} are named {quoted(item.name)}; names must be unique")
                 seen.add(item.name)
         if not self.populations:
             raise GraphError("the graph has no population")
@@ -173,13 +179,13 @@ class SpikingGraph:
             for port in PORTS[population.kind]:
                 if (population.name, port) not in fed:
                     raise GraphError(
-                        f"population {population.name!r} ({population.kind}): nothing arrives at port {port!r}"
+                        f"population {quoted(population.name)} ({population.kind}): nothing arrives at port {quoted(port)}"
                     )
         if not self.outputs:
             raise GraphError("the graph names no output population")
         for name in self.outputs:
             if name not in sizes:
-                raise GraphError(f"output {name!r} is not a population; there are: {', '.join(sizes)}")
+                raise GraphError(f"output {quoted(name)} is not a population; there are: {listed(sizes)}")
         try:
             json.dumps(self.meta, allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -187,27 +193,28 @@ class SpikingGraph:
 
     @staticmethod
     def _check(projection: Projection, populations: Mapping[str, Population]) -> None:
-        where = f"projection {projection.name!r}"
+        where = f"projection {quoted(projection.name)}"
         for end in (projection.source, projection.target):
             if end not in populations:
-                raise GraphError(f"{where}: population {end!r} does not exist; there are: {', '.join(populations)}")
+                raise GraphError(f"{where}: population {quoted(end)} does not exist; there are: {listed(populations)}")
         source, target = populations[projection.source], populations[projection.target]
         ports = PORTS[target.kind]
         if projection.port not in ports:
             raise GraphError(
-                f"{where}: population {target.name!r} ({target.kind}) has no port {projection.port!r};"
+                f"{where}: population {quoted(target.name)} ({target.kind}) has no port {quoted(projection.port)};"
                 f" it has: {', '.join(ports) or 'none'}"
             )
         outs = KINDS[source.kind].outs
         if projection.source_port not in outs:
             raise GraphError(
-                f"{where}: population {source.name!r} ({source.kind}) has no output port {projection.source_port!r};"
+                f"{where}: population {quoted(source.name)} ({source.kind}) has no output port "
+                f"{quoted(projection.source_port)};"
                 f" it has: {', '.join(outs)}"
             )
         if projection.ends != (target.size, source.size):
             form = f"{projection.weight.shape}" if projection.conv is None else f"{projection.weight.shape} (conv)"
             raise GraphError(
-                f"{where}: weight has shape {form}; {source.name!r} -> {target.name!r} needs"
+                f"{where}: weight has shape {form}; {quoted(source.name)} -> {quoted(target.name)} needs"
                 f" ({target.size}, {source.size}), that is (n_target, n_source), and this is {projection.ends}"
             )
 
@@ -216,7 +223,7 @@ class SpikingGraph:
         for population in self.populations:
             if population.name == name:
                 return population
-        raise GraphError(f"no population {name!r}; there are: {', '.join(p.name for p in self.populations)}")
+        raise GraphError(f"no population {quoted(name)}; there are: {listed(p.name for p in self.populations)}")
 
     def incoming(self, name: str, port: str | None = None) -> tuple[Projection, ...]:
         """Projections that end at a population (and port), in the graph's order."""

@@ -6,9 +6,8 @@ This file needs numpy only and runs under Python 3.10 too.
 
 from __future__ import annotations
 
-import re
+import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -21,16 +20,16 @@ from neuro.graph.kinds import (
     GraphError,
     unknown_kind,
 )
-
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\Z")
+from neuro.graph.text import quoted
+from neuro.graph.values import checked_name, frozen, integer, integer_array, is_array
 
 
 def weight_step(sign_mode: str, num_weight_bits: int) -> int:
     """Spacing of representable weights: 2^(8 - num_weight_bits), doubled for mixed signs (the sign takes one bit)."""
-    if sign_mode not in WEIGHT_RANGE:
-        raise GraphError(f"sign mode {sign_mode!r} is unknown; known: {', '.join(WEIGHT_RANGE)}")
-    if not 1 <= num_weight_bits <= 8:
-        raise GraphError(f"num_weight_bits is {num_weight_bits}; a synapse holds 1 to 8 bits")
+    if not isinstance(sign_mode, str) or sign_mode not in WEIGHT_RANGE:
+        raise GraphError(f"sign mode {quoted(sign_mode)} is unknown; known: {', '.join(WEIGHT_RANGE)}")
+    if not 1 <= integer(num_weight_bits, "num_weight_bits") <= 8:
+        raise GraphError(f"num_weight_bits is {quoted(num_weight_bits)}; a synapse holds 1 to 8 bits")
     return 1 << (8 - num_weight_bits + (1 if sign_mode == "mixed" else 0))
 
 
@@ -38,7 +37,7 @@ def truncate_weights(weight: np.ndarray, sign_mode: str, num_weight_bits: int = 
     """Clip and truncate integer weights as Lava's Dense does at its first step.
 
     Args:
-        weight: integers of any shape.
+        weight: integers of any shape, as an array, a CPU tensor or nested lists.
         sign_mode: "mixed", "excitatory" or "inhibitory".
         num_weight_bits: 1..8.
 
@@ -49,35 +48,13 @@ def truncate_weights(weight: np.ndarray, sign_mode: str, num_weight_bits: int = 
     Raises:
         GraphError: weights that are not integers, unknown sign mode, bits out of 1..8.
     """
-    if not np.issubdtype(np.asarray(weight).dtype, np.integer):
-        raise GraphError(f"weights are {np.asarray(weight).dtype}; give integers")
+    weight = integer_array(weight, "weight")
     step = weight_step(sign_mode, num_weight_bits)
     low, high = WEIGHT_RANGE[sign_mode]
     clipped = np.clip(weight, low, high).astype(np.int32)
     if sign_mode == "inhibitory":
         return -(-clipped // step * step)
     return clipped // step * step
-
-
-def integer(value: Any, what: str) -> int:
-    """`value` as int; GraphError naming `what` if it is no integer."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise GraphError(f"{what} is {value!r} ({type(value).__name__}); an integer is needed")
-    return int(value)
-
-
-def checked_name(value: Any, what: str) -> str:
-    """`value` if it is a usable name; GraphError otherwise."""
-    if not isinstance(value, str) or not _NAME.match(value):
-        raise GraphError(f"{what} name {value!r} is not usable: letters, digits, '_', '.', '-' and no other characters")
-    return value
-
-
-def frozen(array: np.ndarray) -> np.ndarray:
-    """A read-only int32 copy."""
-    array = np.ascontiguousarray(array, dtype=np.int32).copy()
-    array.flags.writeable = False
-    return array
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,9 +76,10 @@ class Convolution:
     def __post_init__(self) -> None:
         for key, count, low in (("input_shape", 3, 1), ("stride", 2, 1), ("padding", 2, 0), ("dilation", 2, 1)):
             value = getattr(self, key)
-            if not isinstance(value, (tuple, list)) or len(value) != count:
-                raise GraphError(f"convolution: {key} is {value!r}; {count} integers are needed")
-            numbers = tuple(integer(v, f"convolution: {key}") for v in value)
+            whole = integer_array(value, f"convolution: {key}") if is_array(value) else np.empty(0)
+            if whole.shape != (count,):
+                raise GraphError(f"convolution: {key} is {quoted(value)}; {count} integers are needed")
+            numbers = tuple(int(v) for v in whole)
             if min(numbers) < low:
                 raise GraphError(f"convolution: {key} is {numbers}; the lowest is {low}")
             object.__setattr__(self, key, numbers)
@@ -167,10 +145,11 @@ class Projection:
         name: unique within the graph.
         source, target: names of populations; they may be the same one (a loop takes one step like any projection).
         port: "a_in", or "a_in1" / "a_in2" of a population with two. Several projections to a port add up.
-        weight: integers, kept as read-only int32. dense, sparse, delay_dense: (n_target, n_source), in the sign mode's
-            range and multiples of `weight_step(sign_mode, num_weight_bits)` (mixed signs with 8 bits: even;
-            `truncate_weights` makes them so). sparse: a synapse exists where the weight is not 0. conv: (channels out,
-            kernel width, kernel height, channels in / groups); Lava's Conv ignores the step, so odd weights are allowed.
+        weight: integers, as an array, a CPU tensor or nested lists; kept as read-only int32. dense, sparse, delay_dense:
+            (n_target, n_source), in the sign mode's range and multiples of `weight_step(sign_mode, num_weight_bits)` (mixed
+            signs with 8 bits: even; `truncate_weights` makes them so). sparse: a synapse exists where the weight is not 0.
+            conv: (channels out, kernel width, kernel height, channels in / groups); Lava's Conv ignores the step, so odd
+            weights are allowed.
         weight_exp: power of two on the sum. Lava's Conv ignores it, and so does the simulator's mode "lava".
         num_weight_bits: bits held per weight, 1..8.
         sign_mode: "mixed", "excitatory" or "inhibitory".
@@ -200,8 +179,8 @@ class Projection:
 
     def __post_init__(self) -> None:
         checked_name(self.name, "projection")
-        where = f"projection {self.name!r}"
-        if self.kind not in PROJECTIONS:
+        where = f"projection {quoted(self.name)}"
+        if not isinstance(self.kind, str) or self.kind not in PROJECTIONS:
             raise GraphError(f"{where}: {unknown_kind(self.kind, tuple(PROJECTIONS))}")
         for key, (low, high) in {
             "weight_exp": WEIGHT_EXP_RANGE,
@@ -210,19 +189,19 @@ class Projection:
         }.items():
             number = integer(getattr(self, key), f"{where}: {key}")
             if not low <= number <= high:
-                raise GraphError(f"{where}: {key} is {number}; allowed are {low}..{high}")
+                raise GraphError(f"{where}: {key} is {quoted(number)}; allowed are {low}..{high}")
             object.__setattr__(self, key, number)
-        if self.sign_mode not in WEIGHT_RANGE:
-            raise GraphError(f"{where}: sign mode {self.sign_mode!r} is unknown; known: {', '.join(WEIGHT_RANGE)}")
+        if not isinstance(self.sign_mode, str) or self.sign_mode not in WEIGHT_RANGE:
+            raise GraphError(f"{where}: sign mode {quoted(self.sign_mode)} is unknown; known: {', '.join(WEIGHT_RANGE)}")
         self._check_weight(where)
         self._check_extras(where)
         object.__setattr__(self, "weight", frozen(self.weight))
 
     def _check_weight(self, where: str) -> None:
-        weight = self.weight
-        if not isinstance(weight, np.ndarray) or not np.issubdtype(weight.dtype, np.integer):
-            kind = weight.dtype if isinstance(weight, np.ndarray) else type(weight).__name__
-            raise GraphError(f"{where}: weights are {kind}; an integer numpy array is needed")
+        if not is_array(self.weight):
+            raise GraphError(f"{where}: weight is {quoted(self.weight)}; an array of integers is needed")
+        weight = integer_array(self.weight, f"{where}: weight")
+        object.__setattr__(self, "weight", weight)
         if weight.ndim != (4 if self.kind == "conv" else 2):
             form = "(out, width, height, in / groups)" if self.kind == "conv" else "(n_target, n_source)"
             raise GraphError(f"{where}: weight has shape {weight.shape}; {form} is needed")
@@ -251,8 +230,9 @@ class Projection:
                 raise GraphError(f"{where}: {error}") from error
         if self.delays is None:
             return
-        if not isinstance(self.delays, np.ndarray) or not np.issubdtype(self.delays.dtype, np.integer):
-            raise GraphError(f"{where}: delays are {type(self.delays).__name__}; an integer numpy array is needed")
+        if not is_array(self.delays):
+            raise GraphError(f"{where}: delays is {quoted(self.delays)}; an array of integers is needed")
+        object.__setattr__(self, "delays", integer_array(self.delays, f"{where}: delays"))
         if self.delays.shape != self.weight.shape:
             raise GraphError(f"{where}: delays have shape {self.delays.shape}, weights {self.weight.shape}")
         bad = np.argwhere((self.delays < 0) | (self.delays > MAX_DELAY))
@@ -268,7 +248,7 @@ class Projection:
         if bad.any():
             place = tuple(int(i) for i in np.argwhere(bad)[0])
             raise GraphError(
-                f"projection {self.name!r}: weight[{', '.join(map(str, place))}] is {int(self.weight[place])}, and"
+                f"projection {quoted(self.name)}: weight[{', '.join(map(str, place))}] is {int(self.weight[place])}, and"
                 f" {int(bad.sum())} of {bad.size} weights break the rule: {rule}"
             )
 
@@ -285,7 +265,7 @@ class Projection:
         """(n_target, n_source): sizes that the two populations must have."""
         if self.conv is None:
             return int(self.weight.shape[0]), int(self.weight.shape[1])
-        return int(np.prod(self.conv.output_shape(self.weight.shape))), int(np.prod(self.conv.input_shape))
+        return math.prod(self.conv.output_shape(self.weight.shape)), math.prod(self.conv.input_shape)
 
     @property
     def max_delay(self) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hardware.text import quoted
 from neuro.language.blocks import GatedMixer, GradedMLP, SpikingMixer, SpikingMLP
 from neuro.language.grid import STREAM_BITS, GridLinear, OnGrid, round_to, use_grid
 
@@ -36,7 +37,7 @@ class LanguageConfig:
 
     def __post_init__(self) -> None:
         if self.neurons not in NEURONS:
-            raise ValueError(f"neurons is {self.neurons!r}; there is: {', '.join(NEURONS)}")
+            raise ValueError(f"neurons is {quoted(self.neurons)}; there is: {', '.join(NEURONS)}")
         for key in ("vocab_size", "width", "layers"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}; at least 1")

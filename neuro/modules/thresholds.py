@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hardware.text import quoted
+
 Step = Callable[[Tensor], Tensor]
 GRADIENTS = ("count", "task", "both", "value")
 
@@ -135,7 +137,7 @@ class EventThreshold(nn.Module):
         if theta_gradient == "value" and (step is not None or count_to_input):
             raise ValueError("theta_gradient 'value' needs the default surrogate and no count_to_input")
         if theta_gradient not in GRADIENTS:
-            raise ValueError(f"theta_gradient is {theta_gradient!r}; one of {', '.join(GRADIENTS)}")
+            raise ValueError(f"theta_gradient is {quoted(theta_gradient)}; one of {', '.join(GRADIENTS)}")
         self.channels = channels
         self.two_sided = two_sided
         self.theta_gradient = theta_gradient

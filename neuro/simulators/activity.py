@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hardware.text import quoted
 from neuro.graph import PORTS, GraphError, Population, SpikingGraph
 from neuro.graph.kinds import KINDS
 
@@ -135,7 +136,7 @@ def recorded(graph: SpikingGraph, record: Iterable[str]) -> dict[str, set[str]]:
         GraphError: an entry that names nothing. A single string is refused, being a common slip for a tuple of one.
     """
     if isinstance(record, str):
-        raise GraphError(f"record is the string {record!r}; give a tuple of names, such as ({record!r},)")
+        raise GraphError(f"record is the string {quoted(record)}; give a tuple of names, such as ({quoted(record)},)")
     entries = set(record)
     known = set(VARIABLES)
     chosen: dict[str, set[str]] = {}
@@ -149,7 +150,7 @@ def recorded(graph: SpikingGraph, record: Iterable[str]) -> dict[str, set[str]]:
                 chosen[population.name].add(variable)
     unknown = sorted(entries - known)
     if unknown:
-        raise GraphError(f"record names {unknown[0]!r}; known are {', '.join(VARIABLES)} and POPULATION.VARIABLE")
+        raise GraphError(f"record names {quoted(unknown[0])}; known are {', '.join(VARIABLES)} and POPULATION.VARIABLE")
     return chosen
 
 
@@ -167,7 +168,7 @@ class Divergence:
 
     def __str__(self) -> str:
         return (
-            f"population {self.population!r}, {self.variable}, sample {self.sample}, step {self.step},"
+            f"population {quoted(self.population)}, {self.variable}, sample {self.sample}, step {self.step},"
             f" neuron {self.neuron}: expected {self.expected}, got {self.got}"
         )
 
@@ -214,7 +215,7 @@ def compare(expected: Activity, got: Activity) -> Comparison:
     for name, variable in common:
         a, b = left[name, variable].cpu(), right[name, variable].cpu()
         if a.shape != b.shape:
-            raise ValueError(f"population {name!r}, {variable}: shapes differ, {tuple(a.shape)} and {tuple(b.shape)}")
+            raise ValueError(f"population {quoted(name)}, {variable}: shapes differ, {tuple(a.shape)} and {tuple(b.shape)}")
         values += a.numel()
         unequal = torch.nonzero((a != b).transpose(0, 1))  # (step, sample, neuron), in that order
         mismatches += len(unequal)

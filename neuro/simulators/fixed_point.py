@@ -23,15 +23,15 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from hardware.text import quoted
 from neuro.graph import PORTS, GraphError, Population, Projection, SpikingGraph
 from neuro.graph.kinds import BINARY_KINDS, KINDS, LIF_KINDS, STATELESS
 from neuro.simulators.activity import Activity, PopulationCounts, ProjectionCounts, recorded
 from neuro.simulators.exact import Arrived, Exact, Synapses, add, join_arrived, magnitude, narrow
-from neuro.simulators.inputs import InputError, checked_inputs
+from neuro.simulators.inputs import InputError, Integers, checked_inputs
 from neuro.simulators.lines import Line, synapses_of
 from neuro.simulators.neurons import REGISTER_LIMIT, Block, Finding, Lif, Other, join
 from neuro.simulators.scan import STATS, State
@@ -60,7 +60,7 @@ class FixedPointOverflow(OverflowError):
 
 def simulate(
     graph: SpikingGraph,
-    inputs: Mapping[str, Tensor | np.ndarray],
+    inputs: Mapping[str, Integers],
     *,
     mode: str = "lava",
     strict: bool = False,
@@ -105,7 +105,7 @@ def simulate(
 
 def run_pipelined(
     graph: SpikingGraph,
-    inputs: Mapping[str, Tensor | np.ndarray],
+    inputs: Mapping[str, Integers],
     *,
     mode: str = "lava",
     strict: bool = False,
@@ -146,15 +146,16 @@ def run_pipelined(
 
 
 def _values(
-    graph: SpikingGraph, inputs: Mapping[str, Tensor | np.ndarray], mode: str, device: torch.device | str | None
+    graph: SpikingGraph, inputs: Mapping[str, Integers], mode: str, device: torch.device | str | None
 ) -> dict[str, Tensor]:
     if mode not in MODES:
-        raise ValueError(f"mode {mode!r} does not exist; there is: {', '.join(MODES)}")
+        raise ValueError(f"mode {quoted(mode)} does not exist; there is: {', '.join(MODES)}")
     for population in graph.populations:
         kind = KINDS[population.kind]
         if mode == "lava" and not kind.lava and not kind.extends:
             raise GraphError(
-                f"population {population.name!r}: Lava 0.10 has no fixed-point model of {population.kind}, so mode 'lava'"
+                f"population {quoted(population.name)}: Lava 0.10 has no fixed-point model of {population.kind}, "
+                "so mode 'lava'"
                 " has nothing to equal; use mode 'chip'"
             )
     return checked_inputs(graph, inputs, device)
@@ -186,7 +187,7 @@ class _Engine:
         kinds = {p.name: p.kind for p in graph.populations}
         self._synapses = {p.name: Synapses(p, device, mode, kinds[p.source] in BINARY_KINDS) for p in graph.projections}
         if isinstance(fused, str) and fused != "torch":
-            raise ValueError(f'fused {fused!r} does not exist; there is: True, False, None, "torch"')
+            raise ValueError(f'fused {quoted(fused)} does not exist; there is: True, False, None, "torch"')
         in_c = False if isinstance(fused, str) else fused
         self._lif = {p.name: Lif(p, batch, device, mode, in_c) for p in graph.populations if p.kind in LIF_KINDS}
         for lif in self._lif.values():
@@ -429,7 +430,7 @@ class _Engine:
         kind = self._graph.population(projection.source).kind
         signed = least == 0 and kind not in ("input", *BINARY_KINDS) and bool((sent < 0).any())
         if bound > most or signed:
-            holder = f"{projection.num_message_bits} message bits of projection {projection.name!r}"
+            holder = f"{projection.num_message_bits} message bits of projection {quoted(projection.name)}"
             wide = (sent < least) | (sent > most)
             counts["payload_overflows"] += int(torch.count_nonzero(wide))
             self._refuse(projection.source, Finding("", wide, sent, "its message", holder), low)
@@ -445,7 +446,7 @@ class _Engine:
             value = int(found.value[row, sample, neuron])
         step = self._start + low + row - self._windows[name][0]
         raise FixedPointOverflow(
-            f"population {name!r}, step {step}, sample {sample}, neuron {neuron}: {found.what} is {value},"
+            f"population {quoted(name)}, step {step}, sample {sample}, neuron {neuron}: {found.what} is {value},"
             f" outside the {found.width}; lower the weights, exponents or payloads that lead here"
         )
 

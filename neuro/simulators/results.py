@@ -6,10 +6,7 @@ beside their place and renamed, so that a reader finds a whole one or none.
 
 from __future__ import annotations
 
-import json
 import os
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from neuro.graph import HEADER_KEY, SpikingGraph, write_archive
+from hardware.text import listed, quoted
+from neuro.graph import ArchiveError, SpikingGraph, read_archive, read_with_header, write_archive
 from neuro.simulators.activity import Activity, CoreCounts, PopulationCounts, ProjectionCounts
 from neuro.simulators.inputs import InputError
 
 SCHEMA = 1
 SUFFIX = ".npz"
-_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class ResultFileError(ValueError):
@@ -42,29 +39,18 @@ def load_inputs(path: str | os.PathLike[str], graph: SpikingGraph) -> dict[str, 
     """
     path = Path(path)
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (FileNotFoundError, PermissionError, IsADirectoryError):
-        raise
-    except _UNREADABLE as error:
-        raise InputError(
-            f"{path}: not a readable .npz of integer arrays (truncated, or something else): {error}"
-        ) from error
+        arrays = read_archive(path)
+    except ArchiveError as error:
+        raise InputError(f"{path}: not a readable .npz of integer arrays: {error}") from error
     for given, needed, word in ((arrays, graph.inputs, "unknown"), (graph.inputs, arrays, "missing")):
         for name in given:
             if name not in needed:
-                raise InputError(f"{path}: array {name!r} is {word}; the graph's inputs are: {', '.join(graph.inputs)}")
+                raise InputError(f"{path}: array {quoted(name)} is {word}; the graph's inputs are: {listed(graph.inputs)}")
     for name, array in arrays.items():
         if not (np.issubdtype(array.dtype, np.integer) or array.dtype == np.bool_):
             raise InputError(
-                f"{path}: array {name!r} is {array.dtype}; messages are integers, so round and convert it first"
+                f"{path}: array {quoted(name)} is {array.dtype}; messages are integers, so round and convert it first"
             )
-        if array.dtype == np.uint64 or array.dtype == np.uint32:
-            if array.size and int(array.max()) > 2**31 - 1:
-                raise InputError(f"{path}: array {name!r} holds {int(array.max())}; a message holds up to {2**31 - 1}")
-            arrays[name] = array.astype(np.int64)
-        elif array.dtype == np.uint16:
-            arrays[name] = array.astype(np.int32)
     return arrays
 
 
@@ -132,7 +118,7 @@ def load_result(path: str | os.PathLike[str]) -> Activity:
             mode=header["mode"],
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ResultFileError(f"{path}: the header and the arrays do not fit together: {error!r}") from error
+        raise ResultFileError(f"{path}: the header and the arrays do not fit together: {quoted(error)}") from error
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -142,14 +128,12 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-        header = json.loads(arrays.pop(HEADER_KEY).tobytes().decode())
-        schema = header["schema"]
-    except (FileNotFoundError, PermissionError):
-        raise
-    except _UNREADABLE as error:
-        raise ResultFileError(f"{path}: not a readable result (truncated, or something else): {error}") from error
+        header, arrays = read_with_header(path)
+    except ArchiveError as error:
+        raise ResultFileError(f"{path}: not a readable result: {error}") from error
+    schema = header.get("schema")
     if schema != SCHEMA:
-        raise ResultFileError(f"{path}: the result has schema {schema!r}, this version reads {SCHEMA}; simulate again")
+        raise ResultFileError(
+            f"{path}: the result has schema {quoted(schema)}, this version reads {SCHEMA}; simulate again"
+        )
     return header, arrays

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hardware.text import listed, quoted
 from neuro.graph import GraphError, SpikingGraph
 
 
@@ -58,7 +59,7 @@ def depths(graph: SpikingGraph) -> dict[str, int]:
     depth: dict[str, int] = {}
     for names, loop in components(graph):
         if loop:
-            raise PipelineError(f"populations {', '.join(names)} form a loop; no fixed latency exists")
+            raise PipelineError(f"populations {listed(names)} form a loop; no fixed latency exists")
         name = names[0]
         if graph.population(name).kind == "input":
             depth[name] = 0
@@ -66,14 +67,14 @@ def depths(graph: SpikingGraph) -> dict[str, int]:
         arrivals = {}
         for p in graph.incoming(name):
             if p.delays is not None and len(set(p.delays[p.weight != 0].tolist())) > 1:
-                raise PipelineError(f"projection {p.name!r} has several delays; a token would meet others on the way")
+                raise PipelineError(f"projection {quoted(p.name)} has several delays; a token would meet others on the way")
             arrivals[depth[p.source] + 1 + p.max_delay] = p
         if not arrivals:
-            raise PipelineError(f"population {name!r} is reached by no input; it has no latency")
+            raise PipelineError(f"population {quoted(name)} is reached by no input; it has no latency")
         if len(arrivals) > 1:
-            ways = ", ".join(f"{steps} by {p.name!r}" for steps, p in sorted(arrivals.items()))
+            ways = listed(f"{steps} by {quoted(p.name)}" for steps, p in sorted(arrivals.items()))
             raise PipelineError(
-                f"population {name!r} is reached by paths of unequal length (steps: {ways}); a token would meet"
+                f"population {quoted(name)} is reached by paths of unequal length (steps: {ways}); a token would meet"
                 " another one. Lengthen the short path with an identity projection and a graded population"
             )
         depth[name] = next(iter(arrivals))

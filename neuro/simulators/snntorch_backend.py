@@ -25,9 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hardware.text import quoted
 from neuro.graph import GraphError, Population, Projection, SpikingGraph
 from neuro.simulators.activity import Activity, recorded
-from neuro.simulators.inputs import checked_inputs
+from neuro.simulators.inputs import Integers, checked_inputs
 
 MODE = "float"
 POPULATIONS = ("input", "lif", "lif_reset")
@@ -67,7 +68,9 @@ def check(graph: SpikingGraph) -> None:
         for item in items:
             if item.kind not in known:
                 reason = NOT_HERE.get(item.kind, "it is not known to this backend")
-                raise NotInSnnTorch(f"{word} {item.name!r} ({item.kind}): {reason}; run this graph on backend fixed_point")
+                raise NotInSnnTorch(
+                    f"{word} {quoted(item.name)} ({item.kind}): {reason}; run this graph on backend fixed_point"
+                )
 
 
 def differences(graph: SpikingGraph) -> tuple[str, ...]:
@@ -102,7 +105,7 @@ def _drops_bits(projection: Projection) -> bool:
 
 def run(
     graph: SpikingGraph,
-    inputs: Mapping[str, Tensor | np.ndarray],
+    inputs: Mapping[str, Integers],
     *,
     record: Iterable[str] = ("spikes",),
     device: torch.device | str | None = None,

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hardware.text import quoted
 from neuro.graph import SpikingGraph
 from neuro.graph.kinds import KINDS, PROJECTIONS, Parameter
 from neuro.simulators.snntorch_backend import MODE as FLOAT
@@ -34,7 +35,7 @@ def refusal(kind: str, backend: str, mode: str, corrected: bool = False) -> str:
     """
     check_mode(backend, mode)
     if kind not in KINDS and kind not in PROJECTIONS:
-        raise ValueError(f"kind {kind!r} does not exist; there is: {', '.join((*KINDS, *PROJECTIONS))}")
+        raise ValueError(f"kind {quoted(kind)} does not exist; there is: {', '.join((*KINDS, *PROJECTIONS))}")
     if backend == "snntorch":
         return NOT_HERE.get(kind, "")
     if mode == "lava" and kind in KINDS and not KINDS[kind].lava:
@@ -49,9 +50,9 @@ def refusal(kind: str, backend: str, mode: str, corrected: bool = False) -> str:
 def check_mode(backend: str, mode: str) -> None:
     """ValueError unless the backend exists and has the mode."""
     if backend not in MODES:
-        raise ValueError(f"backend {backend!r} does not exist; there is: {', '.join(MODES)}")
+        raise ValueError(f"backend {quoted(backend)} does not exist; there is: {', '.join(MODES)}")
     if mode not in MODES[backend]:
-        raise ValueError(f"backend {backend} has no mode {mode!r}; it has: {', '.join(MODES[backend])}")
+        raise ValueError(f"backend {backend} has no mode {quoted(mode)}; it has: {', '.join(MODES[backend])}")
 
 
 def refusals(graph: SpikingGraph, backend: str, mode: str) -> tuple[str, ...]:
@@ -60,11 +61,11 @@ def refusals(graph: SpikingGraph, backend: str, mode: str) -> tuple[str, ...]:
     for population in graph.populations:
         reason = refusal(population.kind, backend, mode, bool(population.params.get("corrected", 0)))
         if reason:
-            found.append(f"population {population.name!r} ({population.kind}): {reason}")
+            found.append(f"population {quoted(population.name)} ({population.kind}): {reason}")
     for projection in graph.projections:
         reason = refusal(projection.kind, backend, mode)
         if reason:
-            found.append(f"projection {projection.name!r} ({projection.kind}): {reason}")
+            found.append(f"projection {quoted(projection.name)} ({projection.kind}): {reason}")
     return tuple(found)
 
 

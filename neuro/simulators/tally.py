@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hardware.text import quoted
 from neuro.graph import GraphError, SpikingGraph
 from neuro.graph.kinds import KINDS
+from neuro.graph.values import integer, integer_array, is_array
 from neuro.simulators.activity import CoreCounts, PopulationCounts, ProjectionCounts
 
-Placement = Mapping[str, "np.ndarray | int"]
+Placement = Mapping[str, "np.ndarray | Sequence[int] | int"]
 
 
 def checked_placement(graph: SpikingGraph, placement: Placement | None) -> dict[str, np.ndarray] | None:
@@ -31,11 +33,12 @@ def checked_placement(graph: SpikingGraph, placement: Placement | None) -> dict[
     found = {}
     for name, given in placement.items():
         size = graph.population(name).size
-        cores = np.asarray(given)
-        if not np.issubdtype(cores.dtype, np.integer) or (cores < 0).any():
-            raise GraphError(f"placement of {name!r}: core numbers are integers from 0")
+        where = f"placement of {quoted(name)}"
+        cores = integer_array(given, where) if is_array(given) else np.array(integer(given, where))
+        if (cores < 0).any():
+            raise GraphError(f"placement of {quoted(name)}: core numbers are integers from 0")
         if cores.ndim and cores.shape != (size,):
-            raise GraphError(f"placement of {name!r} has shape {cores.shape}; the population has {size} neurons")
+            raise GraphError(f"placement of {quoted(name)} has shape {cores.shape}; the population has {size} neurons")
         found[name] = np.broadcast_to(cores.astype(np.int64), (size,))
     return found
 

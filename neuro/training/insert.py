@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hardware.text import listed, quoted
 from neuro.analysis.tracing import Example, evaluating, split_example
 from neuro.modules.thresholds import EventThreshold
 
@@ -106,7 +107,7 @@ def insert_thresholds(
     linears = {name: _linear(module, name) for name in names}
     unknown = [name for name in (*special, *(n for group in share for n in group)) if name not in linears]
     if unknown:
-        raise ValueError(f"{unknown[0]!r} is not among the layers to gate: {', '.join(linears)}")
+        raise ValueError(f"{quoted(unknown[0])} is not among the layers to gate: {listed(linears)}")
     if len({id(layer) for layer in linears.values()}) != len(linears):
         raise ValueError("two of the names are one and the same module; name it once")
     sizes = _input_sizes(module, linears, example)
@@ -116,7 +117,7 @@ def insert_thresholds(
     for name, linear in linears.items():
         lead = first_of.get(name, name)
         if linears[lead].in_features != linear.in_features:
-            raise ValueError(f"{lead!r} and {name!r} have inputs of different widths and cannot share a gate")
+            raise ValueError(f"{quoted(lead)} and {quoted(name)} have inputs of different widths and cannot share a gate")
         if lead not in gates:
             gates[lead] = special.get(lead, default).build(linear.in_features, sizes[lead]).to(linear.weight.device)
             gates[lead].train(module.training)
@@ -142,9 +143,9 @@ def _linear(module: nn.Module, name: str) -> nn.Linear:
     try:
         layer = module.get_submodule(name)
     except AttributeError as error:
-        raise ValueError(f"{type(module).__name__} has no module {name!r}") from error
+        raise ValueError(f"{type(module).__name__} has no module {quoted(name)}") from error
     if not isinstance(layer, nn.Linear) or not name:
-        raise ValueError(f"{name!r} is {type(layer).__name__}; a threshold goes before an nn.Linear inside a module")
+        raise ValueError(f"{quoted(name)} is {type(layer).__name__}; a threshold goes before an nn.Linear inside a module")
     return layer
 
 
@@ -170,5 +171,5 @@ def _input_sizes(module: nn.Module, linears: dict[str, nn.Linear], example: Exam
             handle.remove()
     for name, (total, count) in sums.items():
         if not count or not total:
-            raise ValueError(f"layer {name!r} got no input other than 0 from the example; give inputs that reach it")
+            raise ValueError(f"layer {quoted(name)} got no input other than 0 from the example; give inputs that reach it")
     return {name: (total / count) ** 0.5 for name, (total, count) in sums.items()}

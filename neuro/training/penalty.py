@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hardware.text import quoted
 from neuro.training.insert import Gates
 
 
@@ -69,7 +70,9 @@ class EventBudget:
         synops: Tensor | float = self.extra_macs
         for layer in self.gates.layers:
             if layer.gate.rate_C is None:
-                raise RuntimeError(f"the gate of {layer.name!r} has counted nothing: run a forward pass in training mode")
+                raise RuntimeError(
+                    f"the gate of {quoted(layer.name)} has counted nothing: run a forward pass in training mode"
+                )
             synops = synops + (layer.gate.rate_C * self._fan[layer.name]).sum()
         return torch.as_tensor(synops / self.dense_macs)
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hardware.text import quoted
 from neuro.training.insert import Gates
 
 SCORES = ("magnitude", "value")
@@ -47,7 +48,7 @@ class Pruner:
         self, linears: Mapping[str, nn.Linear], score: str = "value", gates: Gates | None = None, lowest: float = 0.05
     ) -> None:
         if score not in SCORES:
-            raise ValueError(f"score is {score!r}; one of {', '.join(SCORES)}")
+            raise ValueError(f"score is {quoted(score)}; one of {', '.join(SCORES)}")
         if score == "value" and gates is None:
             raise ValueError("score 'value' weighs synapses by their events and needs gates; use 'magnitude' without them")
         if not 0 <= lowest < 1:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hardware.text import quoted
 from neuro.analysis.tracing import Example
 from neuro.conversion.calibration import DEFAULT_PERCENTILE, calibrate
 from neuro.conversion.integers import INT8_MAX, scale_for
@@ -60,7 +61,7 @@ class Quantised:
         scales = {}
         for name in self.linears:
             if name not in found:
-                raise ValueError(f"the calibration batches never reached layer {name!r}")
+                raise ValueError(f"the calibration batches never reached layer {quoted(name)}")
             largest = found[name].input_percentile or found[name].input_max
             scales[name] = scale_for(largest, False)
         for layer in gates.layers if gates is not None else ():

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from hardware.text import quoted
 from neuro.exchange.nir.library import NirFileError
 from neuro.graph import FILE_SUFFIX, HEADER_KEY, GraphError, SpikingGraph, load_graph, save_graph
 
@@ -39,4 +40,4 @@ def restored(carried: Mapping[str, Any], where: str) -> SpikingGraph:
             except GraphError as error:
                 raise NirFileError(f"{where}: {str(error).removeprefix(f'{path}: ')}") from error
     except (KeyError, AttributeError) as error:
-        raise NirFileError(f"{where}: the integers beside the nodes are damaged: {error!r}") from error
+        raise NirFileError(f"{where}: the integers beside the nodes are damaged: {quoted(error)}") from error

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from hardware.text import listed, quoted
 from neuro.exchange.nir.library import DT_S
 
 READERS = ("snntorch", "norse")
@@ -32,23 +33,23 @@ def problems(graph: Any, reader: str) -> tuple[str, ...]:
         reader: one of `READERS`; ValueError otherwise.
     """
     if reader not in READERS:
-        raise ValueError(f"reader {reader!r} is not known here; known: {', '.join(READERS)}")
+        raise ValueError(f"reader {quoted(reader)} is not known here; known: {', '.join(READERS)}")
     found = []
     kinds = {name: type(node).__name__ for name, node in graph.nodes.items()}
     for word in ("Input", "Output"):
         ends = [name for name, kind in kinds.items() if kind == word]
         if len(ends) > 1:
-            found.append(f"{', '.join(map(repr, ends))}: {reader} takes one {word}")
+            found.append(f"{listed(map(quoted, ends))}: {reader} takes one {word}")
     for name, node in graph.nodes.items():
         kind = kinds[name]
-        where = f"node {name!r} ({kind})"
+        where = f"node {quoted(name)} ({kind})"
         if kind not in _TAKES[reader]:
             found.append(f"{where}: {reader} {_WHY.get((reader, kind), 'has no such node')}")
             continue
         if kind == "NIRGraph":
             if reader == "snntorch" and not _after_its_sources(graph, name):
                 found.append(f"{where}: snnTorch stops where it sorts before what leads to it")
-            found += [f"in {name!r}: {problem}" for problem in problems(node, reader) if not _is_loop(node, problem)]
+            found += [f"in {quoted(name)}: {problem}" for problem in problems(node, reader) if not _is_loop(node, problem)]
         if reader == "norse" and len([1 for _, target in graph.edges if target == name]) > 1:
             found.append(f"{where}: norse runs it before all that leads to it has run, where two ways meet")
         if kind in ("LIF", "CubaLIF", "IF"):
@@ -69,7 +70,7 @@ def _is_loop(graph: Any, problem: str) -> bool:
     """Whether two ways meet where a loop enters the neuron that the input enters, which norse runs."""
     kinds = {name: type(node).__name__ for name, node in graph.nodes.items()}
     entries = [target for source, target in graph.edges if kinds[source] == "Input"]
-    return "two ways meet" in problem and any(f"node {name!r}" in problem for name in entries)
+    return "two ways meet" in problem and any(f"node {quoted(name)}" in problem for name in entries)
 
 
 def _neuron(node: Any, kind: str, reader: str) -> list[str]:

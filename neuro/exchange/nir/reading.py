@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hardware.text import listed, quoted
 from neuro.conversion.lif import LifNetwork, convert_lif
 from neuro.exchange.nir.carried import restored
 from neuro.exchange.nir.library import DT_S, NirFileError, NotInNir, nir_library
@@ -87,21 +88,21 @@ def has_integers(graph: Any) -> bool:
 def _difference(first: Any, second: Any) -> str:
     """The first node or edge that differs, in words; "" where none does. Metadata apart."""
     if set(first.nodes) != set(second.nodes):
-        return f"node {min(set(first.nodes) ^ set(second.nodes))!r}"
+        return f"node {quoted(min(set(first.nodes) ^ set(second.nodes)))}"
     if sorted(first.edges) != sorted(second.edges):
-        return f"edge {min(set(first.edges) ^ set(second.edges), default='counted twice')!r}"
+        return f"edge {quoted(min(set(first.edges) ^ set(second.edges), default='counted twice'))}"
     for name, node in first.nodes.items():
         other = second.nodes[name]
         if type(node) is not type(other):
-            return f"node {name!r}"
+            return f"node {quoted(name)}"
         if isinstance(node, type(first)):
             if inner := _difference(node, other):
-                return f"{inner} in {name!r}"
+                return f"{inner} in {quoted(name)}"
             continue
         ours, theirs = node.to_dict(), other.to_dict()
         for key in sorted((set(ours) | set(theirs)) - {"metadata", "type"}):
             if key not in theirs or key not in ours or not np.array_equal(np.asarray(ours[key]), np.asarray(theirs[key])):
-                return f"{key} of node {name!r}"
+                return f"{key} of node {quoted(name)}"
     return ""
 
 
@@ -189,12 +190,14 @@ def chain(graph: Any, dt_s: float) -> list[Stage]:
             waiting.append((name, node))
             continue
         if kind not in ("LIF", "IF", "CubaLIF"):
-            raise NotInNir(f"node {name!r} ({kind}): {_NO_COUNTERPART.get(kind, 'it has no counterpart on the chip')}")
+            raise NotInNir(
+                f"node {quoted(name)} ({kind}): {_NO_COUNTERPART.get(kind, 'it has no counterpart on the chip')}"
+            )
         weight_NF, bias_N, shape = _multiplied(waiting, shape, size)
         stages.append(_neuron(name, node, kind, weight_NF, bias_N, shape, dt_s))
         size, waiting = int(np.prod(shape)), []
     if waiting:
-        names = ", ".join(repr(name) for name, _ in waiting)
+        names = listed(quoted(name) for name, _ in waiting)
         raise NotInNir(
             f"node {names}: weights behind the last neurons; a chip's output is spikes. End the graph with LIF or IF"
         )
@@ -218,19 +221,19 @@ def _in_order(graph: Any) -> list[str]:
     for name, kind in kinds.items():
         if kind == "NIRGraph":
             raise NotInNir(
-                f"node {name!r}: a graph within the graph, mostly a loop; from_nir takes layers one behind the other."
+                f"node {quoted(name)}: a graph within the graph, mostly a loop; from_nir takes layers one behind the other."
                 " Files of ours keep loops in their integers"
             )
     ends = {word: [name for name, kind in kinds.items() if kind == word] for word in ("Input", "Output")}
     for word, names in ends.items():
         if len(names) != 1:
-            raise NotInNir(f"the NIR graph has {len(names)} nodes of type {word} ({', '.join(names)}); one is needed")
+            raise NotInNir(f"the NIR graph has {len(names)} nodes of type {word} ({listed(names)}); one is needed")
     after: dict[str, list[str]] = {name: [] for name in kinds}
     before: dict[str, list[str]] = {name: [] for name in kinds}
     for source, target in graph.edges:
         for end in (source, target):
             if end not in kinds:
-                raise NotInNir(f"the edge {source!r} -> {target!r} names a node that is not there")
+                raise NotInNir(f"the edge {quoted(source)} -> {quoted(target)} names a node that is not there")
         after[source].append(target)
         before[target].append(source)
     order = ends["Input"]
@@ -238,21 +241,21 @@ def _in_order(graph: Any) -> list[str]:
         name = order[-1]
         if len(after[name]) > 1 or len(before[after[name][0]]) > 1:
             raise NotInNir(
-                f"node {name!r} ({kinds[name]}) is at a branch or a loop; from_nir takes layers one behind the other."
+                f"node {quoted(name)} ({kinds[name]}) is at a branch or a loop; from_nir takes layers one behind the other."
                 " Convert the branches apart"
             )
         order = [*order, after[name][0]]
     if order[-1] != ends["Output"][0]:
-        raise NotInNir(f"the way from the input ends at node {order[-1]!r} ({kinds[order[-1]]}), not at the output")
+        raise NotInNir(f"the way from the input ends at node {quoted(order[-1])} ({kinds[order[-1]]}), not at the output")
     if left := [name for name in kinds if name not in order]:
-        raise NotInNir(f"node {left[0]!r} ({kinds[left[0]]}) is not on the way from the input to the output")
+        raise NotInNir(f"node {quoted(left[0])} ({kinds[left[0]]}) is not on the way from the input to the output")
     return order
 
 
 def _values(node: Any, name: str, key: str) -> np.ndarray:
     value = np.asarray(getattr(node, key), dtype=np.float64)
     if not np.isfinite(value).all():
-        raise NotInNir(f"node {name!r} ({type(node).__name__}): {key} holds NaN or infinity")
+        raise NotInNir(f"node {quoted(name)} ({type(node).__name__}): {key} holds NaN or infinity")
     return value
 
 
@@ -260,7 +263,7 @@ def _neuron(
     name: str, node: Any, kind: str, weight_NF: Tensor, bias_N: Tensor, shape: tuple[int, ...], dt_s: float
 ) -> Stage:
     """Euler's rule of one step: gains into W and b."""
-    where = f"node {name!r} ({kind})"
+    where = f"node {quoted(name)} ({kind})"
     size = int(np.prod(shape))
 
     def each(key: str) -> np.ndarray:
@@ -320,11 +323,11 @@ def _multiplied(nodes: list[tuple[str, Any]], shape: tuple[int, ...], size: int)
             x = _through(name, node, x)
         except (RuntimeError, TypeError) as error:
             raise NotInNir(
-                f"node {name!r} ({type(node).__name__}) does not fit what reaches it, {tuple(x.shape[1:])}: {error}"
+                f"node {quoted(name)} ({type(node).__name__}) does not fit what reaches it, {tuple(x.shape[1:])}: {error}"
             ) from error
         if x.numel() > LARGEST_MATRIX:
             raise NotInNir(
-                f"node {name!r}: the layer as a matrix has {x.numel():,} weights; {LARGEST_MATRIX:,} are the limit"
+                f"node {quoted(name)}: the layer as a matrix has {x.numel():,} weights; {LARGEST_MATRIX:,} are the limit"
             )
     flat = x.reshape(size + 1, -1)
     return (flat[:-1] - flat[-1]).T, flat[-1], tuple(x.shape[1:])

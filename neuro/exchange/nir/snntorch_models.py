@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hardware.text import quoted
 from neuro.exchange.nir.library import DT_S, NotInNir, nir_library, numbered
 
 NEURONS = ("Leaky", "Synaptic", "RLeaky", "RSynaptic")
@@ -129,7 +130,7 @@ class _Builder:
             raise NotInNir(f"{where}: takes ({module.in_channels}, H, W), {self._shape} reaches it")
         if module.padding_mode != "zeros" or module.groups != 1:
             raise NotInNir(
-                f"{where}: padding_mode {module.padding_mode!r}, groups {module.groups}; NIR pads zeros, one group"
+                f"{where}: padding_mode {quoted(module.padding_mode)}, groups {module.groups}; NIR pads zeros, one group"
             )
         weight = _array(module.weight, where, "weight")
         bias = np.zeros(module.out_channels) if module.bias is None else _array(module.bias, where, "bias")
@@ -271,12 +272,13 @@ def _check_neurons(where: str, kind: str, module: Any) -> None:
     computed = _RESETS.get(getattr(module.state_function, "__name__", ""), "?")
     if named != computed:
         raise NotInNir(
-            f"{where}: reset_mechanism says {named!r} and the neuron computes {computed!r}; it was changed after the"
+            f"{where}: reset_mechanism says {quoted(named)} and the neuron computes {quoted(computed)}; it was "
+            "changed after the"
             " neuron was made. Make the neuron with the reset it is to have"
         )
     if named != "zero":
         raise NotInNir(
-            f"{where}: reset_mechanism is {named!r}; NIR's neurons go to v_reset. snnTorch's own exporter writes"
+            f"{where}: reset_mechanism is {quoted(named)}; NIR's neurons go to v_reset. snnTorch's own exporter writes"
             " v_reset = 0, which is another network. Train with reset_mechanism='zero'"
         )
     if kind == "RSynaptic":

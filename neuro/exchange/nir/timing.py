@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from hardware.text import quoted
 from neuro.exchange.nir.library import NotInNir
 from neuro.graph import Population, Projection, SpikingGraph
 
@@ -72,7 +73,8 @@ def run_length(graph: SpikingGraph, ahead: Mapping[str, int]) -> int | None:
         interval, first = int(population.params["reset_interval"]), ahead[population.name] + 1
         if (int(population.params["reset_offset"]) - first) % interval:
             raise NotInNir(
-                f"population {population.name!r} (lif_reset) restarts at steps {population.params['reset_offset']} mod"
+                f"population {quoted(population.name)} (lif_reset) restarts at steps "
+                f"{population.params['reset_offset']} mod"
                 f" {interval}, a sample's first step reaches it at step {first}; NIR has no restart within a sample."
                 f" Make reset_offset {first % interval}, or the kind lif"
             )
@@ -96,12 +98,13 @@ def _check_early(graph: SpikingGraph, ahead: Mapping[str, int]) -> None:
             if projection.source in early and not (
                 undone and node_delay(projection, delays_used(projection)[-1], ahead) == 0
             ):
-                raise _early(population, f"messages of {projection.source!r}, which has a bias, reach it")
+                raise _early(population, f"messages of {quoted(projection.source)}, which has a bias, reach it")
 
 
 def _early(population: Population, what: str) -> NotInNir:
     return NotInNir(
-        f"population {population.name!r} ({population.kind}): {what} while the pipeline fills, {population.name!r} being"
+        f"population {quoted(population.name)} ({population.kind}): {what} while the pipeline fills, "
+        f"{quoted(population.name)} being"
         " steps behind its input on the chip and none in NIR. Convert with steps=T (kind lif_reset), or write with"
         " timing='literal', which spells each step out as a Delay node"
     )

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hardware.text import quoted
 from neuro.exchange.nir.carried import members
 from neuro.exchange.nir.library import DT_S, NirFileError, NotInNir, nir_library, numbered
 from neuro.exchange.nir.synapse_nodes import Grid, conv_node, grids, keeps_grid, matrix, node_shape, ours_at
@@ -73,7 +74,7 @@ def to_nir(graph: SpikingGraph, *, timing: str = "portable") -> Any:
         ValueError: an unknown timing.
     """
     if timing not in TIMINGS:
-        raise ValueError(f"timing is {timing!r}; known: {', '.join(TIMINGS)}")
+        raise ValueError(f"timing is {quoted(timing)}; known: {', '.join(TIMINGS)}")
     return _Writer(graph, timing).graph()
 
 
@@ -109,17 +110,17 @@ def refusals(graph: SpikingGraph) -> tuple[str, ...]:
         elif reason is None and p.kind not in _WRITTEN:
             reason = "NIR has no node for it. Keep the graph file"
         if reason:
-            found.append(f"population {p.name!r} ({p.kind}): {reason}")
+            found.append(f"population {quoted(p.name)} ({p.kind}): {reason}")
     for w in graph.projections:
         graded = graph.population(w.source).kind == "graded"
         if graded and w.source == w.target:
             found.append(
-                f"projection {w.name!r}: a graded population that feeds itself has no form that readers agree on."
+                f"projection {quoted(w.name)}: a graded population that feeds itself has no form that readers agree on."
                 " Use kind lif, or keep the graph file"
             )
         if graded and w.num_message_bits == 0:
             found.append(
-                f"projection {w.name!r}: it reads graded messages as 0 or 1, which NIR has no node for."
+                f"projection {quoted(w.name)}: it reads graded messages as 0 or 1, which NIR has no node for."
                 " Give it the message bits of its source"
             )
     return tuple(found)
@@ -248,7 +249,8 @@ class _Writer:
         if np.any(bias_units(p)) and self._carriers[p.name] is None:
             if dv == 0:
                 raise NotInNir(
-                    f"population {p.name!r} ({p.kind}): its bias needs a matrix of weights to ride on, without a delay, and"
+                    f"population {quoted(p.name)} ({p.kind}): its bias needs a matrix of weights to ride on, "
+                    "without a delay, and"
                     " u that forgets at once (du=4095), as NIR's IF has no leak. Give it a dense projection, or dv > 0"
                 )
             leak = self._per_neuron(p, bias_units(p) / VTH_UNIT * 4096 / dv).reshape(shape)

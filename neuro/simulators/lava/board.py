@@ -10,15 +10,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
 from hardware.boards.loihi import find_route, require_board
+from hardware.text import listed
 from neuro.graph import PORTS, SpikingGraph
 from neuro.graph.demand import layer_demands
 from neuro.simulators.activity import Activity, Comparison, compare, recorded
 from neuro.simulators.fixed_point import simulate
-from neuro.simulators.inputs import checked_inputs
+from neuro.simulators.inputs import Integers, checked_inputs
 from neuro.simulators.lava.client import LavaUnsupported, LavaWorker, activity_of, unsupported
 
 BOARD_TIMEOUT_S = 900.0  # a queue for the board and the boot are in it
@@ -45,7 +43,7 @@ class BoardRun:
 
 def run_on_board(
     graph: SpikingGraph,
-    inputs: Mapping[str, Tensor | np.ndarray],
+    inputs: Mapping[str, Integers],
     *,
     record: Iterable[str] = ("spikes",),
     mode: str = "chip",
@@ -88,7 +86,7 @@ def run_on_board(
         if variable in PORTS[graph.population(name).kind] or variable == "spikes2"
     )
     if lacking:
-        raise LavaUnsupported("; ".join(lacking))
+        raise LavaUnsupported(listed(lacking, limit=400, between="; "))
     require_board(env, demands=layer_demands(graph), chip=chip, chips=chips)
     route = find_route(env)
     board = {**asdict(route), "route": route.kind}

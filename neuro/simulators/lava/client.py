@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hardware.text import listed, quoted
 from neuro.graph import SpikingGraph, save_graph
 from neuro.graph.kinds import KINDS
 from neuro.simulators.activity import Activity, Comparison, Divergence, compare, recorded
-from neuro.simulators.inputs import checked_inputs
+from neuro.simulators.inputs import Integers, checked_inputs
 from neuro.simulators.lava.errors import (
     LavaCrash,
     LavaError,
@@ -69,7 +70,7 @@ def find_python() -> Path:
     if named:
         if Path(named).is_file() and os.access(named, os.X_OK):
             return Path(named)
-        raise LavaUnavailable(f"{ENV_PYTHON} is {named!r}, which is no program; {remedy}")
+        raise LavaUnavailable(f"{ENV_PYTHON} is {quoted(named)}, which is no program; {remedy}")
     places = [root / ".venv-lava" / "bin" / "python" for root in (Path.cwd(), Path(__file__).resolve().parents[3])]
     for place in places:
         if place.is_file():
@@ -81,7 +82,7 @@ def unsupported(graph: SpikingGraph) -> tuple[str, ...]:
     """What of a graph Lava 0.10 has no fixed-point model of, one sentence each; empty if it can run all of it."""
     found = []
     for population in graph.populations:
-        where = f"population {population.name!r} ({population.kind})"
+        where = f"population {quoted(population.name)} ({population.kind})"
         kind = KINDS[population.kind]
         if not kind.lava:
             remedy = kind.instead or "the simulator has one in mode 'chip'"
@@ -130,7 +131,7 @@ class LavaWorker:
     def run(
         self,
         graph: SpikingGraph,
-        inputs: Mapping[str, Tensor | np.ndarray],
+        inputs: Mapping[str, Integers],
         *,
         record: Iterable[str] = ("spikes",),
         timeout_s: float | None = None,
@@ -158,7 +159,7 @@ class LavaWorker:
         chosen = {name: sorted(names) for name, names in recorded(graph, record).items() if names}
         lacking = unsupported(graph)
         if lacking:
-            raise LavaUnsupported("; ".join(lacking))
+            raise LavaUnsupported(listed(lacking, limit=400, between="; "))
         fault = os.environ.get(ENV_FAULT, "")
         check_shared_memory(graph, chosen)
         samples, _ = self.exchange(graph, values, chosen, {"fault": fault}, timeout_s)
@@ -212,7 +213,7 @@ class LavaWorker:
 
 def run(
     graph: SpikingGraph,
-    inputs: Mapping[str, Tensor | np.ndarray],
+    inputs: Mapping[str, Integers],
     *,
     python: str | os.PathLike[str] | None = None,
     timeout_s: float = 120.0,

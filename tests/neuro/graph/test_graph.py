@@ -61,7 +61,7 @@ def two(weight: Any = None, **changes: Any) -> SpikingGraph:
         (lambda: two(np.full((3, 2), 2), sign_mode="inhibitory"), r"inhibitory weights hold -255\.\.0"),
         (lambda: two(np.eye(3, 2, dtype=int)), "mixed weights of 8 bits are multiples of 2; truncate_weights"),
         (lambda: two(np.full((3, 2), 6), num_weight_bits=6), "mixed weights of 6 bits are multiples of 8"),
-        (lambda: two(np.zeros((3, 2))), "weights are float64"),
+        (lambda: two(np.zeros((3, 2))), "weight is an array of float64"),
         (lambda: two(np.zeros((2, 3), int)), r"weight has shape \(2, 3\); 'x' -> 'y' needs \(3, 2\)"),
         (lambda: two(np.zeros(6, int)), r"weight has shape \(6,\)"),
         (lambda: two(sign_mode="both"), "sign mode 'both' is unknown"),
