@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hardware.energy.account import Counts
-from hardware.text import quoted, short
+from hardware.text import quoted
 from neuro.conversion.integers import INT8_MAX, PAYLOAD_BITS, payload_bits, quantise
 from neuro.conversion.mapped import is_one_to_one
 from neuro.conversion.narrowing import ONES, PREFIX, total_shift
@@ -206,11 +206,11 @@ class Runner:
         """Output (..., n_out) and, for a pair, the rectified hidden values (..., n_hidden), both in x's dtype."""
         s = self.segment
         if torch.is_grad_enabled() and x.requires_grad:
-            raise RuntimeError(f"segment {short(s.name)} is integer arithmetic without gradients; use torch.no_grad()")
+            raise RuntimeError(f"segment {quoted(s.name)} is integer arithmetic without gradients; use torch.no_grad()")
         if not x.is_floating_point() or x.shape[-1] != s.n_in:
-            raise ValueError(f"segment {short(s.name)} takes floats (..., {s.n_in}), not {x.dtype} {tuple(x.shape)}")
+            raise ValueError(f"segment {quoted(s.name)} takes floats (..., {s.n_in}), not {x.dtype} {tuple(x.shape)}")
         if not bool(torch.isfinite(x).all()):
-            raise ValueError(f"segment {short(s.name)} got NaN or infinite inputs, which no integer payload can carry")
+            raise ValueError(f"segment {quoted(s.name)} got NaN or infinite inputs, which no integer payload can carry")
         rows_NI = x.reshape(-1, s.n_in)
         if not len(rows_NI):
             hidden = x.new_zeros(*x.shape[:-1], s.n_hidden) if s.n_hidden else None

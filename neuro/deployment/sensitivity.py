@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hardware.text import listed, quoted, short
+from hardware.text import listed, quoted
 from neuro.analysis.tracing import Example, evaluating, split_example
 from neuro.conversion.plan import HostWork, Plan, Segment
 from neuro.deployment.deployed import Deployed, deploy
@@ -137,7 +137,7 @@ def layer_errors(
         for s in plan.segments:
             if len(got[s.name]) != len(wanted[s.name]):
                 raise ValueError(
-                    f"segment {short(s.name)}: the deployed model called it {len(got[s.name])} times, the float model "
+                    f"segment {quoted(s.name)}: the deployed model called it {len(got[s.name])} times, the float model "
                     f"{len(wanted[s.name])} times on batch {seen - 1}"
                 )
             for x, y, z in zip(inputs[s.name], wanted[s.name], got[s.name], strict=True):

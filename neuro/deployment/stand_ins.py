@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hardware.text import quoted, short
+from hardware.text import quoted
 
 if TYPE_CHECKING:
     from neuro.deployment.segments import AnyRunner
@@ -54,7 +54,7 @@ class SingleLinear(nn.Module):
 
     def extra_repr(self) -> str:
         s = self.runner.segment
-        return f"{s.n_in}, {s.n_out}, segment={short(s.name)}, backend={quoted(self.runner.backend)}"
+        return f"{s.n_in}, {s.n_out}, segment={quoted(s.name)}, backend={quoted(self.runner.backend)}"
 
 
 class PairFirst(SingleLinear):

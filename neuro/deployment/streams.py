@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hardware.energy.account import Counts
-from hardware.text import quoted, short
+from hardware.text import quoted
 from neuro.conversion.integers import INT8_MAX, payload_bits, quantise
 from neuro.conversion.mapped import is_one_to_one
 from neuro.conversion.plan import Segment
@@ -82,11 +82,11 @@ class StreamRunner:
         """Output (..., n_out) and, for a pair, the rectified hidden values (..., n_hidden), both in x's dtype."""
         s = self.segment
         if torch.is_grad_enabled() and x.requires_grad:
-            raise RuntimeError(f"segment {short(s.name)} is integer arithmetic without gradients; use torch.no_grad()")
+            raise RuntimeError(f"segment {quoted(s.name)} is integer arithmetic without gradients; use torch.no_grad()")
         if not x.is_floating_point() or x.dim() < 1 or x.shape[-1] != s.n_in:
-            raise ValueError(f"segment {short(s.name)} takes floats (..., {s.n_in}), not {x.dtype} {tuple(x.shape)}")
+            raise ValueError(f"segment {quoted(s.name)} takes floats (..., {s.n_in}), not {x.dtype} {tuple(x.shape)}")
         if not bool(torch.isfinite(x).all()):
-            raise ValueError(f"segment {short(s.name)} got NaN or infinite inputs, which no integer payload can carry")
+            raise ValueError(f"segment {quoted(s.name)} got NaN or infinite inputs, which no integer payload can carry")
         if not x.numel():
             hidden = x.new_zeros(*x.shape[:-1], s.n_hidden) if s.n_hidden else None
             return x.new_zeros(*x.shape[:-1], s.n_out), hidden
@@ -214,7 +214,7 @@ class DeltaRunner(StreamRunner):
         dim = s.sequence_dim if x.dim() > 1 else 0
         if x.dim() > 1 and (not -x.dim() <= dim < x.dim() or dim % x.dim() == x.dim() - 1):
             raise ValueError(
-                f"segment {short(s.name)}: sequence_dim {dim} is no token dimension of an input {tuple(x.shape)}; "
+                f"segment {quoted(s.name)}: sequence_dim {dim} is no token dimension of an input {tuple(x.shape)}; "
                 "convert with "
                 "the dimension that holds the tokens of a stream"
             )
@@ -238,7 +238,7 @@ class DeltaRunner(StreamRunner):
         s = self.segment
         if self.keep_state:
             raise RuntimeError(
-                f"segment {short(s.name)} runs in mode 'chip', where each call starts from rest: no keep_state()"
+                f"segment {quoted(s.name)} runs in mode 'chip', where each call starts from rest: no keep_state()"
             )
         inputs, clipped = encode(s, stream_BLI)
         self._clipped += clipped
@@ -253,7 +253,7 @@ class DeltaRunner(StreamRunner):
             return tuple(torch.zeros(batch, n, dtype=torch.int32, device=device) for n in (s.n_in, s.n_hidden))
         if len(self._state[0]) != batch:
             raise ValueError(
-                f"segment {short(s.name)} keeps the state of {len(self._state[0])} streams and got {batch}; call "
+                f"segment {quoted(s.name)} keeps the state of {len(self._state[0])} streams and got {batch}; call "
                 "reset_state() "
                 "before another batch"
             )
@@ -265,7 +265,7 @@ class DeltaRunner(StreamRunner):
         batch, length = q_BLI.shape[:2]
         if self.keep_state and s.rows_per_token > 1:
             raise RuntimeError(
-                f"segment {short(s.name)} is called {s.rows_per_token:g} times per token, so its streams cannot "
+                f"segment {quoted(s.name)} is called {s.rows_per_token:g} times per token, so its streams cannot "
                 "be told apart; "
                 "run whole sequences without keep_state"
             )

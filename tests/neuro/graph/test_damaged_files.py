@@ -101,38 +101,38 @@ WAYS: list[Callable[[bytes, np.random.Generator], bytes]] = [
 ]  # fmt: skip
 
 
-def mutate(folder: Path, golden: Path, count: int, seed: int) -> dict[str, int]:
-    """How many of `count` mutations were refused, and how many still are a graph; anything else fails."""
+def mutate(folder: Path, golden: Path, count: int, seed: int) -> int:
+    """How many of `count` mutations were refused; the others still are a graph. Any other error passes through."""
     rng = np.random.default_rng(seed)
     whole = golden.read_bytes()
     path = folder / "changed.graph.npz"
-    outcome = {"refused": 0, "read": 0}
+    messages = []
     for number in range(count):
         path.write_bytes(WAYS[number % len(WAYS)](whole, rng))
         try:
-            assert isinstance(load_graph(path), SpikingGraph)
-            outcome["read"] += 1
+            graph = load_graph(path)
         except GraphFileError as error:
-            assert len(str(error)) < 600 + len(str(path))
-            outcome["refused"] += 1
-    return outcome
+            messages.append(str(error).removeprefix(str(path)))
+        else:
+            assert isinstance(graph, SpikingGraph)
+    assert max(map(len, messages)) < 600
+    return len(messages)
 
 
 @pytest.mark.parametrize("name", ["all_kinds_33", "mlp_relu"])
-def test_mutated_files_are_a_graph_or_a_graph_file_error(name: str, tmp_path: Path, golden_file: Any) -> None:
+def test_mutated_files_are_a_graph_or_a_graph_file_error(name: str, tmp_path: Path, golden_folder: Path) -> None:
     tracemalloc.start()
-    outcome = mutate(tmp_path, golden_file(f"{name}.graph.npz"), 300, seed=1)
+    refused = mutate(tmp_path, golden_folder / "graphs" / f"{name}.graph.npz", 300, seed=1)
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert outcome["refused"] > 150
+    assert refused > 150
     assert peak_bytes < 50e6
 
 
 @pytest.mark.soak
-def test_many_mutated_files(tmp_path: Path, golden_file: Any) -> None:
+def test_many_mutated_files(tmp_path: Path, golden_folder: Path) -> None:
     for seed, name in enumerate(("all_kinds_6", "all_kinds_121", "lif_loop", "mlp_squared")):
-        outcome = mutate(tmp_path, golden_file(f"{name}.graph.npz"), 5000, seed=100 + seed)
-        assert outcome["refused"] > 2500
+        assert mutate(tmp_path, golden_folder / "graphs" / f"{name}.graph.npz", 5000, seed=100 + seed) > 2500
 
 
 HEAD = array("(3,)", "'|u1'", b"{ }")
@@ -180,14 +180,12 @@ def test_what_a_file_claims_is_held_against_what_it_has(data: bytes, message: st
 
 def test_members_of_one_name_and_more_than_memory_should_hold_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
-    with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("x.npy", HEAD)
-        archive.writestr("x.npy", HEAD)
+    path.write_bytes(packed({"x.npy": HEAD, "y.npy": HEAD}).replace(b"y.npy", b"x.npy"))
     with pytest.raises(ArchiveError, match=r"member 'x\.npy' stands twice"):
         read_archive(path)
     path.write_bytes(bomb())
     assert read_archive(path)["x"].nbytes == 4_000_000
-    with pytest.raises(ArchiveError, match="its arrays take 4,000,256 bytes; 1,000,000 are the limit"):
+    with pytest.raises(ArchiveError, match="its arrays take 4,000,259 bytes; 1,000,000 are the limit"):
         read_archive(path, most_bytes=1_000_000)
 
 
@@ -211,8 +209,8 @@ def test_arrays_come_out_as_numpy_reads_them(tmp_path: Path) -> None:
             assert found[name].dtype == value.dtype.newbyteorder("="), name
 
 
-def test_an_array_that_no_record_asks_for_is_refused(tmp_path: Path, golden_file: Any) -> None:
-    parts = members(golden_file("mlp_relu.graph.npz").read_bytes())
+def test_an_array_that_no_record_asks_for_is_refused(tmp_path: Path, golden_folder: Path) -> None:
+    parts = members((golden_folder / "graphs" / "mlp_relu.graph.npz").read_bytes())
     path = tmp_path / "x.graph.npz"
     path.write_bytes(packed({**parts, "population.99.bias_mant.npy": array("(1,)", data=bytes(2))}))
     with pytest.raises(GraphFileError, match=r"array 'population\.99\.bias_mant' belongs to no population"):
