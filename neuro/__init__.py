@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from neuro.analysis.compatibility import CompatibilityReport, NothingToMap, analyse
-    from neuro.analysis.registry import LayerRule, prepare, register_layer, unregister_layer
+    from neuro.analysis.preparation import prepare
+    from neuro.analysis.registry import LayerRule, register_layer, unregister_layer
     from neuro.conversion.calibration import Calibration, calibrate
     from neuro.conversion.graded import GradedConfig
     from neuro.conversion.norm import rms_norm_graph
@@ -52,7 +53,7 @@ _HOME = {
     "save_graph": "neuro.graph",
     "load_graph": "neuro.graph",
     "LayerRule": "neuro.analysis.registry",
-    "prepare": "neuro.analysis.registry",
+    "prepare": "neuro.analysis.preparation",
     "register_layer": "neuro.analysis.registry",
     "unregister_layer": "neuro.analysis.registry",
     "rms_norm_graph": "neuro.conversion.norm",

@@ -21,12 +21,12 @@ import numpy as np
 
 from experiments.runs.plain_json import dump_line
 from hardware.chips.chip import load_chip
-from hardware.chips.mesh import layer_traffic
 from hardware.energy.account import account, load_profile
 from hardware.energy.counts import Counts
 from hardware.latency.estimate import estimate
 from hardware.latency.rates import load_rates
 from hardware.placement import Placement, place
+from hardware.placement.routing import layer_traffic
 from neuro.graph import Population, Projection, SpikingGraph
 from neuro.graph.demand import layer_demands
 from neuro.simulators.activity import Activity

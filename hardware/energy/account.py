@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hardware.chips.chip import load_chip
-from hardware.chips.mesh import LayerTraffic, layer_traffic
 from hardware.energy.counts import Counts, check_counts
 from hardware.energy.profile import OFF_CHIP, PLACED_TERMS, STATIC, Coefficient, Profile, list_profiles, load_profile
 from hardware.energy.report import EnergyLine, EnergyReport
 from hardware.interval import Interval
 from hardware.placement.report import Placement
+from hardware.placement.routing import LayerTraffic, layer_traffic
 from hardware.text import listed, quoted
 from hardware.units import Quantity
 

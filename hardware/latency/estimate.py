@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from hardware.chips.chip import load_chip
-from hardware.chips.mesh import Mesh, depth, heaviest_link
+from hardware.chips.mesh import Mesh
 from hardware.energy.counts import Counts, check_counts
 from hardware.interval import Interval, largest, total
 from hardware.latency.rates import Rates
 from hardware.placement.report import Core, Placement
+from hardware.placement.routing import depth, heaviest_link
 from hardware.text import quoted
 
 WORD_BITS = 32

@@ -216,13 +216,12 @@ def _by_inputs(
     """Partial sums on cores of their own, added up on another; the cheapest number of input ranges is looked for."""
     units = [connection.units for connection in layer.connections]
     total = sum(units)
-    one: Box = ((0, 1), (0, 1), (0, 1))
-    alone = resources(layer, Part(layer.name, one), budget, encoding)
+    alone = resources(layer, Part(layer.name, _fullest(layer)), budget, encoding)
     taken = over(alone, budget)
     if taken is None:
         name = "neurons" if layer.compartments > 1 else max(alone, key=lambda key: alone[key] / budget.limits[key])
         taken = (name, alone[name], most_neurons or budget.limits[name])
-    where = "one neuron alone is more than a core holds"
+    where = "even one neuron of it"
     if not graded:
         raise CannotSplit(layer, taken, "prune inputs of {name}; partial sums need graded messages (Loihi 2)", where)
     if total < 2 or over({"neurons": alone["neurons"]}, budget) is not None:
@@ -248,6 +247,24 @@ def _by_inputs(
         found += [Part(layer.name, box, "partial", inputs) for inputs in best[2]]
         found.append(Part(layer.name, box, "sum", None, len(best[2])))
     return tuple(found)
+
+
+def _fullest(layer: LayerDemand) -> Box:
+    """The neuron that most inputs reach: of a padded convolution an inner one, not one at the border."""
+    import numpy as np
+
+    reach = np.zeros(layer.box, dtype=np.int64)
+    for connection in layer.connections:
+        if isinstance(connection, Convolution):
+            counts = [
+                np.array([len(connection.taps(axis, at, at + 1)) for at in range(layer.box[axis])]) for axis in (0, 1)
+            ]
+            per_position = connection.input_shape[2] // connection.groups
+            reach += counts[0][:, None, None] * counts[1][None, :, None] * per_position
+        elif connection.mask is not None:
+            reach += connection.mask.sum(axis=1).reshape(layer.box)
+    w, h, c = (int(place) for place in np.unravel_index(int(reach.argmax()), reach.shape))
+    return (w, w + 1), (h, h + 1), (c, c + 1)
 
 
 def _ranges(units: Sequence[int], span: Span) -> tuple[Span, ...]:

@@ -28,8 +28,9 @@ from hardware.text import listed, quoted
 from neuro.analysis.fit import Fit, Fitter
 from neuro.analysis.lookup import Table
 from neuro.analysis.pairs import find_pairs, inside_pairs
+from neuro.analysis.preparation import TransformError, convertible, prepare_named
 from neuro.analysis.registry import layer_rule
-from neuro.analysis.report import VERDICTS, CompatibilityReport, MlpPair, NothingToMap, Operation
+from neuro.analysis.report import VERDICTS, CompatibilityReport, MlpPair, NothingToMap, Operation, Preparation
 from neuro.analysis.rules import LINEARS, ROUTES, Rule, Where, is_matrix, rules_for
 from neuro.analysis.tracing import Example, Trace, TracedOp, check_ready, contracted, strip_calls, trace
 from neuro.modules.thresholds import EventThreshold
@@ -67,6 +68,9 @@ def analyse(
     """Verdict of every operation that one forward pass of `module` on `example_inputs` runs (eval mode, nothing is
     changed).
 
+    Layers that `convert` and `deploy` turn into nn.Linear (see `neuro.analysis.preparation`) stand in the table as they are
+    in the module; its first line and `preparation` say what converting them gains, and hold the report of that module.
+
     Args:
         module: any nn.Module.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; shapes decide the MACs (context
@@ -81,7 +85,7 @@ def analyse(
         strict: False gives the report of a module of which nothing can be mapped, too.
 
     Raises:
-        NothingToMap: strict, and no linear operation can be mapped; the message lists what was seen.
+        NothingToMap: strict, and no linear operation can be mapped, preparing included; the message lists what was seen.
         hardware.placement.DoesNotFit: the mapped layers need more than `chips` chips; names the limit and remedies.
         ValueError: unknown chip or route, NaN or infinite weights (the parameter is named), example inputs that do not
             run or hold nothing; a lazy, pruned or compiled module (`neuro.analysis.tracing.check_ready`).
@@ -93,6 +97,31 @@ def analyse(
     where = Where(found, route, table or Table())
     check_ready(module)
     _refuse_non_finite(module)
+    settings = (example_inputs, where, tokens, mappable, chips)
+    if not convertible(module):
+        return _analysed(module, *settings, strict)
+    try:
+        twin, layers = prepare_named(module, example_inputs)
+    except TransformError as error:
+        return replace(_analysed(module, *settings, strict), preparation=Preparation({}, None, str(error)))
+    if not layers:
+        return _analysed(module, *settings, strict)
+    after = _analysed(twin, *settings, strict)
+    before = _analysed(module, example_inputs, where, tokens, mappable, None, False)
+    return replace(before, preparation=Preparation(layers, after))
+
+
+def _analysed(
+    module: nn.Module,
+    example_inputs: Example,
+    where: Where,
+    tokens: int | None,
+    mappable: Callable[[str, nn.Linear], bool] | None,
+    chips: int | None,
+    strict: bool,
+) -> CompatibilityReport:
+    """The report of the module as it is."""
+    route = where.route
     traced = _grouped(module, trace(module, example_inputs))
     fitter = Fitter(where.chip, graded=ROUTES[route]) if where.takes_route and where.chip.budgets else None
     linears, fits = _linear_calls(module, traced, where, fitter, mappable)

@@ -9,22 +9,17 @@ is named by its path, "transformers.pytorch_utils.Conv1D".
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hardware.text import listed, quoted
-from neuro.analysis.tracing import Example, check_ready, evaluating, split_example
+from neuro.modules.attention import SplitAttention
 
 VERDICTS = ("native", "after transform", "approximate", "host")
-
-
-class TransformError(ValueError):
-    """A converter that failed, or whose result does not compute the same as its layer."""
 
 
 @dataclass(frozen=True)
@@ -116,143 +111,6 @@ def registered() -> Mapping[str, LayerRule]:
     return dict(_RULES)
 
 
-def prepare(module: nn.Module, example_inputs: Example, *, tolerance: float = 1e-4) -> nn.Module:
-    """A copy of `module` in eval mode in which registered layers with a converter are nn.Linear layers.
-
-    Each converted layer is run on the inputs that the original got from the example, and the whole module on the example.
-    Layers that the example does not reach stay as they are. Forward hooks move to the converted layers.
-
-    Args:
-        module: any nn.Module; not changed.
-        example_inputs: what forward takes: a tensor, a tuple of arguments or a dict of keyword arguments.
-        tolerance: largest difference allowed, as a share of the largest magnitude of the output.
-
-    Raises:
-        TransformError: a converter failed or returned no module, or a result differs; names the layer.
-        ValueError: the module does not run on the example; a lazy, pruned or compiled one (`check_ready`).
-    """
-    check_ready(module)
-    twin = copy.deepcopy(module).eval()
-    wanted = {name: layer for name, layer in twin.named_modules() if (rule := layer_rule(layer)) and rule.to_linear}
-    calls, before = _watch(twin, wanted, example_inputs)
-    for name, layer in wanted.items():
-        if not calls[name] or any(name.startswith(f"{outer}.") for outer in wanted if calls[outer]):
-            continue
-        new = _converted(name, layer)
-        for args, kwargs, expected in calls[name]:
-            with evaluating(new):
-                _same(
-                    f"layer {quoted(name or '(root)')} ({type(layer).__name__})", new(*args, **kwargs), expected, tolerance
-                )
-        move_hooks(layer, new)
-        twin = _put(twin, layer, new)
-    for part in twin.modules():
-        if isinstance(part, nn.TransformerEncoder):
-            part.use_nested_tensor = False  # torch's fused path looks for the weights that were converted
-    args, kwargs = split_example(example_inputs)
-    with evaluating(twin):
-        _same(f"{type(module).__name__} after converting its layers", twin(*args, **kwargs), before, tolerance)
-    return twin.eval()
-
-
-def _converted(name: str, layer: nn.Module) -> nn.Module:
-    rule = layer_rule(layer)
-    assert rule is not None
-    assert rule.to_linear is not None
-    label = f"layer {quoted(name or '(root)')} ({type(layer).__name__})"
-    try:
-        with torch.no_grad():
-            new = rule.to_linear(layer)
-    except Exception as error:
-        raise TransformError(f"{label}: its converter failed: {type(error).__name__}: {error}") from error
-    if not isinstance(new, nn.Module):
-        raise TransformError(f"{label}: its converter returned {type(new).__name__}, not an nn.Module")
-    return new.eval()
-
-
-def _watch(
-    twin: nn.Module, wanted: Mapping[str, nn.Module], example: Example
-) -> tuple[dict[str, list[tuple[tuple[Any, ...], dict[str, Any], Any]]], Any]:
-    """What the wanted layers got and gave in one pass over the example, inside their hooks, and what came out."""
-    calls: dict[str, list[tuple[tuple[Any, ...], dict[str, Any], Any]]] = {name: [] for name in wanted}
-
-    def note(name: str):
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            calls[name].append((copy.deepcopy(args), copy.deepcopy(kwargs), copy.deepcopy(output)))
-
-        return hook
-
-    handles = [layer.register_forward_hook(note(name), with_kwargs=True, prepend=True) for name, layer in wanted.items()]
-    args, kwargs = split_example(example)
-    try:
-        with evaluating(twin):
-            output = twin(*args, **kwargs)
-    except Exception as error:
-        raise ValueError(
-            f"the module does not run on the example inputs: {type(error).__name__}: {error}. "
-            "Pass inputs of the shape and dtype its forward takes."
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls, output
-
-
-def move_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Forward hooks and forward pre-hooks of `old`, also those that take keywords, to `new`."""
-    for kind in (
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_forward_hooks_with_kwargs",
-        "_forward_pre_hooks_with_kwargs",
-        "_forward_hooks_always_called",
-    ):
-        getattr(new, kind).update(getattr(old, kind))
-
-
-def _put(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """`new` wherever `old` stands; returns the root, which may itself be replaced."""
-    if root is old:
-        return new
-    for parent in list(root.modules()):
-        for key, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[key] = new
-    return root
-
-
-def _same(label: str, got: Any, wanted: Any, tolerance: float) -> None:
-    pairs = list(zip(_tensors(got), _tensors(wanted), strict=False))
-    if len(list(_tensors(got))) != len(list(_tensors(wanted))):
-        raise TransformError(f"{label}: the converted form returns other things than the original")
-    for after, before in pairs:
-        if after.shape != before.shape:
-            shapes = f"{tuple(after.shape)}, not {tuple(before.shape)}"
-            raise TransformError(f"{label}: the converted form returns shape {shapes}")
-        if not before.numel() or not before.is_floating_point():
-            continue
-        worst = float((after.double() - before.double()).abs().max())
-        size = float(before.double().abs().max())
-        if not worst <= tolerance * size + 1e-12:
-            raise TransformError(
-                f"{label}: the converted form differs by up to {worst:.3g}, {worst / max(size, 1e-30):.2g} of the largest "
-                f"output; allowed is {tolerance:g}"
-            )
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """Tensors inside nested tuples, lists, mappings and dataclasses, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        return [t for item in value.values() for t in _tensors(item)]
-    if isinstance(value, tuple | list):
-        return [t for item in value for t in _tensors(item)]
-    if is_dataclass(value) and not isinstance(value, type):
-        return [t for field in fields(value) for t in _tensors(getattr(value, field.name))]
-    return []
-
-
 def _transposed(layer: Any) -> nn.Linear:
     """Hugging Face's Conv1D holds (in, out): y = x W + b."""
     width_in, width_out = layer.weight.shape
@@ -263,13 +121,7 @@ def _transposed(layer: Any) -> nn.Linear:
     return new
 
 
-def _split(layer: Any) -> nn.Module:
-    from neuro.modules.attention import SplitAttention
-
-    return SplitAttention(layer)
-
-
-_PREPARE = "neuro.prepare(module, example_inputs) does it, and shows that nothing changes"
+_PREPARE = "neuro.convert and neuro.deploy do it on a copy; neuro.prepare(module, example_inputs) gives that copy"
 register_layer(
     "transformers.pytorch_utils.Conv1D",
     kind="linear (transposed)",
@@ -284,7 +136,7 @@ register_layer(
     verdict="after transform",
     reason="four projections in one module; as nn.Linear layers they can leave the host",
     remedy=f"nn.MultiheadAttention becomes separate nn.Linear layers: {_PREPARE}",
-    to_linear=_split,
+    to_linear=SplitAttention,
 )
 register_layer(
     "neuro.modules.thresholds.EventThreshold",

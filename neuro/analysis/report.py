@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hardware.text import quoted
+from neuro.analysis.preparation import counted_kinds
 from neuro.analysis.registry import VERDICTS
 
 __all__ = ["VERDICTS", "CompatibilityReport", "MlpPair", "NothingToMap", "Operation"]
@@ -70,6 +72,19 @@ class MlpPair:
 
 
 @dataclass(frozen=True)
+class Preparation:
+    """What converting layers to nn.Linear gains; `convert` and `deploy` do it on a copy of the module.
+
+    `layers`: path of each layer that is converted -> its kind; `report`: of the module with them converted. Where a
+    converter failed, `layers` is empty, `report` is None and `failure` says why.
+    """
+
+    layers: Mapping[str, str]
+    report: CompatibilityReport | None
+    failure: str = ""
+
+
+@dataclass(frozen=True)
 class CompatibilityReport:
     """What `analyse` found. `tokens`: rows the example holds; all "per token" figures are divided by it.
 
@@ -77,6 +92,7 @@ class CompatibilityReport:
     MLP graph. `traced=False`: only leaf modules were seen, and `note` says why; functional operations then stand in one
     row of `operations`, with their multiply-accumulates. `rows_per_token`: rows each mapped layer computes per token,
     above 1 where a layer is shared by several places. `cores`: of the mapped layers, each on cores of its own.
+    `preparation`: what could be mapped with more layers converted to nn.Linear; None where there are no such layers.
     """
 
     chip: str
@@ -95,6 +111,7 @@ class CompatibilityReport:
     route: str = "graded"
     cores: int = 0
     cores_per_chip: int = 0
+    preparation: Preparation | None = None
 
     @property
     def macs_per_token(self) -> float:
@@ -167,24 +184,50 @@ class CompatibilityReport:
             )
         return lines
 
+    def first_line(self) -> str:
+        """What preparing the module gains, in a sentence; "" where there is nothing to prepare."""
+        found = self.preparation
+        if found is None:
+            return ""
+        if found.report is None:
+            return f"Preparing failed, so these layers stay on the host: {found.failure}"
+        return (
+            f"Preparing gains: with {counted_kinds(found.layers)} as nn.Linear, {found.report.mac_share:.1%} of "
+            "the MACs run on "
+            f"the chip instead of {self.mac_share:.1%}. neuro.convert and neuro.deploy do this by themselves, on a copy."
+        )
+
     def table(self) -> str:
-        """The report as text with aligned columns; bound and limit only where a row has one."""
+        """The report as text with aligned columns; bound and limit only where a row has one.
+
+        The first line says what preparing the module would gain, where it would gain something.
+        """
         rows = [COLUMNS, *self.rows()]
         shown = [i for i in range(len(COLUMNS) - 1) if i < 7 or any(row[i] != "-" for row in rows[1:])]
         widths = {i: max(len(row[i]) for row in rows) for i in shown}
         lines = ["  ".join([*(row[i].ljust(widths[i]) for i in shown), row[-1]]).rstrip() for row in rows]
-        return "\n".join([*lines, *self.notes()])
+        return "\n".join([*filter(None, [self.first_line()]), *lines, *self.notes()])
 
     def markdown(self) -> str:
         """The report as a Markdown table, and the notes as a list."""
         lines = ["| " + " | ".join(row) + " |" for row in (COLUMNS, *self.rows())]
         lines.insert(1, "|---" * len(COLUMNS) + "|")
-        return "\n".join([*lines, "", *(f"- {note}" for note in self.notes())])
+        above = [self.first_line(), ""] if self.preparation else []
+        return "\n".join([*above, *lines, "", *(f"- {note}" for note in self.notes())])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form: every field, the shares and every operation."""
+        found = self.preparation
         return {
-            **asdict(self),
+            **asdict(replace(self, preparation=None)),
+            "preparation": None
+            if found is None
+            else {
+                "layers": dict(found.layers),
+                "failure": found.failure,
+                "mapped": [] if found.report is None else list(found.report.mapped),
+                "macs_share": None if found.report is None else found.report.mac_share,
+            },
             "macs_per_token": self.macs_per_token,
             **{f"{what}_share": self.share(what) for what in ("macs", "parameters", "bytes")},
         }

@@ -17,6 +17,7 @@ from neuro.analysis.fit import MESSAGE_BITS, Fit
 from neuro.analysis.lookup import FUNCTIONS, Table
 from neuro.analysis.registry import VERDICTS, LayerRule
 from neuro.analysis.tracing import TracedOp
+from neuro.conversion.norm import FLOOR_BITS, REACH_BITS, inverse_root
 
 __all__ = ["ROUTES", "VERDICTS", "Rule", "Where", "is_matrix", "linear_macs", "rules_for"]
 
@@ -350,8 +351,6 @@ def _norm(target: str, where: Where) -> Rule:
 
 @lru_cache(maxsize=1)
 def _norm_bound() -> tuple[float, int]:
-    from neuro.conversion.norm import FLOOR_BITS, REACH_BITS, inverse_root
-
     return inverse_root().relative_bound, 2 ** ((REACH_BITS - FLOOR_BITS) // 2)
 
 

@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
 from hardware.text import quoted
+from neuro.analysis.state import state_kept
 
 Example = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -111,18 +112,18 @@ def check_ready(module: nn.Module) -> None:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """`module` in eval mode without gradients and without torch's fused encoder path; training flags are restored."""
-    flags = {m: m.training for m in module.modules()}
+    """`module` in eval mode without gradients and without torch's fused encoder path.
+
+    Training flags, buffers and what the module keeps from call to call are then as before.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
-    module.eval()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad():
+    with state_kept(module), torch.no_grad():
+        module.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
             yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for m, flag in flags.items():
-            m.training = flag
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def trace(module: nn.Module, example: Example) -> Trace:

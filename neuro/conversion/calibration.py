@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hardware.text import quoted
+from neuro.analysis.preparation import convertible, prepared_copy
 from neuro.analysis.tracing import Example, check_ready, evaluating, split_example
 from neuro.conversion.integers import INT8_MAX
 
@@ -160,7 +161,8 @@ def calibrate(
     """Run `module` in eval mode on every batch and keep the ranges at all its nn.Linear layers.
 
     Args:
-        module: any nn.Module; not changed (training flags are put back, hooks are removed).
+        module: any nn.Module; not changed: training flags, buffers and what it keeps from call to call are put back, hooks
+            are removed. Where layers can become nn.Linear (`neuro.analysis.preparation`), a copy with them converted runs.
         batches: what forward takes, each a tensor, a tuple of arguments or a dict of keyword arguments. Training data.
         percentile: which percentile of |x| to keep beside the maximum, above 0 and up to 100.
         method: what `input_clip` and `output_positive_clip` are: "percentile", or "mse": the clip of least squared error
@@ -176,6 +178,8 @@ def calibrate(
     if not 0 < percentile <= 100:
         raise ValueError(f"percentile is {percentile}; it lies above 0 and up to 100, 99.99 for instance")
     check_ready(module)
+    if convertible(module):
+        module = prepared_copy(module)
     linears = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
     if not linears:
         raise ValueError(f"{type(module).__name__} has no nn.Linear, so there is nothing to calibrate")

@@ -6,14 +6,16 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, replace
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from hardware.text import quoted
-from neuro.graph import FILE_SUFFIX, SpikingGraph, load_graph, save_graph
+from neuro.graph import FILE_SUFFIX, GraphError, SpikingGraph, load_graph, save_graph
+from neuro.graph.values import checked_name
 
 SCHEMA = 1
 
@@ -103,7 +105,9 @@ class HostWork:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything `deploy` needs besides the module itself. `notes`: what a reader should know, in sentences."""
+    """Everything `deploy` needs besides the module itself. `notes`: what a reader should know, in sentences; `prepared`:
+    paths of layers that were converted to nn.Linear first, as `deploy` does again.
+    """
 
     route: str
     chip: str
@@ -111,6 +115,7 @@ class Plan:
     segments: tuple[Segment, ...]
     host: tuple[HostWork, ...]
     notes: tuple[str, ...]
+    prepared: tuple[str, ...] = ()
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -118,7 +123,10 @@ class Plan:
         return tuple(name for segment in self.segments for name in segment.modules)
 
     def table(self) -> str:
-        """One line per segment: sizes, shifts, headroom (worst case / calibrated, bits), widest payloads."""
+        """One line per segment: sizes, shifts, headroom (worst case / calibrated, bits), widest payloads.
+
+        The first line says which layers were prepared, where some were, and what that gained.
+        """
         lines = []
         for s in self.segments:
             sizes = "-".join(str(n) for n in (s.n_in, s.n_hidden, s.n_out) if n)
@@ -129,7 +137,8 @@ class Plan:
                 f"{s.name}: {sizes} {s.activation or 'linear'}; shifts {shifts}; headroom bits {room}; "
                 f"payload bits {widths}"
             )
-        return "\n".join([*lines, *self.notes])
+        first = self.notes[:1] if self.prepared else ()
+        return "\n".join([*first, *lines, *self.notes[len(first) :]])
 
 
 def fingerprint(layer: nn.Linear) -> str:
@@ -168,6 +177,7 @@ def save_plan(plan: Plan, folder: str | os.PathLike[str]) -> Path:
         "segments": segments,
         "host": [asdict(work) for work in plan.host],
         "notes": list(plan.notes),
+        "prepared": list(plan.prepared),
     }
     temporary = folder / f".plan.json.{os.getpid()}.tmp"
     temporary.write_text(json.dumps(document, indent=1, allow_nan=False), encoding="utf-8")
@@ -186,7 +196,7 @@ def load_plan(folder: str | os.PathLike[str]) -> Plan:
         document: dict[str, Any] = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise PlanFileError(f"{folder} holds no plan.json; save_plan(plan, folder) writes one") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise PlanFileError(f"{folder / 'plan.json'} is damaged: {error}") from error
     schema = document.get("schema") if isinstance(document, dict) else None
     if schema != SCHEMA:
@@ -201,16 +211,26 @@ def load_plan(folder: str | os.PathLike[str]) -> Plan:
             segments=tuple(_segment(folder, fields) for fields in document["segments"]),
             host=tuple(HostWork(**work) for work in document["host"]),
             notes=tuple(document["notes"]),
+            prepared=tuple(document.get("prepared", ())),
         )
     except FileNotFoundError as error:
         raise PlanFileError(f"{folder}: a graph of the plan is missing: {error.filename}") from error
-    except (KeyError, TypeError) as error:
+    except GraphError:
+        raise
+    except Exception as error:  # a document of any other form than ours
         raise PlanFileError(f"{folder / 'plan.json'} is damaged: {quoted(error)}") from error
 
 
 def _segment(folder: Path, fields: dict[str, Any]) -> Segment:
     known: dict[str, Any] = {key: _tuples(value) for key, value in fields.items()}
     known["headroom"] = tuple(Headroom(**room) for room in fields["headroom"])
+    checked_name(fields["name"], "segment")  # it becomes a file's name
+    kinds = {"int": int, "float": (int, float), "str": str}
+    for field in dataclass_fields(Segment):
+        kind = kinds.get(str(field.type))
+        value = known.get(field.name, field.default)
+        if kind is not None and value is not MISSING and (isinstance(value, bool) or not isinstance(value, kind)):
+            raise TypeError(f"{field.name} of segment {fields['name']} is {quoted(value)}")
     return Segment(graph=load_graph(folder / f"{fields['name']}{FILE_SUFFIX}"), **known)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from neuro.analysis.compatibility import CompatibilityReport
+from neuro.analysis.preparation import counted_kinds, prepared_copy
 from neuro.conversion import graded, rate, sigma_delta
 from neuro.conversion.calibration import Calibration
 from neuro.conversion.graded import GradedConfig
@@ -23,6 +26,9 @@ def convert(
 ) -> Plan:
     """Integer graphs of every mapped segment of `module`, which is not changed.
 
+    Layers that the report says can become nn.Linear are converted first, on a copy; the plan's first note says what that
+    gained.
+
     Args:
         module: the module that `report` and `calibration` were made from.
         calibration: ranges of every mapped layer.
@@ -35,6 +41,15 @@ def convert(
         ValueError: the graded or the sigma-delta route on Loihi 1.
         TypeError: a configuration of another type.
     """
+    if report.preparation is not None and report.preparation.report is not None:
+        layers = report.preparation.layers
+        plan = convert(prepared_copy(module, layers), calibration, report.preparation.report, config)
+        gained = (
+            f"Prepared: {counted_kinds(layers)} became nn.Linear on a copy; "
+            f"{report.preparation.report.mac_share:.1%} of the MACs "
+            f"run on the chip, {report.mac_share:.1%} would without."
+        )
+        return replace(plan, prepared=tuple(layers), notes=(gained, *plan.notes))
     if config is None and report.chip == "loihi1":
         config = RateConfig()
     if isinstance(config, RateConfig):

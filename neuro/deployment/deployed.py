@@ -12,7 +12,6 @@ no training mode, and the model it was made from is not changed.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -20,22 +19,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hardware.energy.account import Counts
 from hardware.text import quoted
-from neuro.analysis.registry import move_hooks
+from neuro.analysis.preparation import move_hooks, prepared_copy, replace_module
+from neuro.analysis.state import detached_copy
 from neuro.analysis.tracing import check_ready
 from neuro.conversion.plan import Plan, PlanFileError, Segment, fingerprint, load_plan, save_plan
-from neuro.deployment.segments import BACKENDS, SegmentHealth, runner_for
+from neuro.deployment.routes import runner_for
+from neuro.deployment.runner import BACKENDS, SegmentHealth, SegmentRunner
 from neuro.deployment.stand_ins import PairFirst, PairLast, SingleLinear
 from neuro.simulators.fixed_point import CHIP_NOTE, MODES
-
-if TYPE_CHECKING:
-    from neuro.deployment.segments import AnyRunner
 
 __all__ = ["BACKENDS", "Deployed", "SegmentHealth", "deploy", "load_deployed", "save_deployed"]
 
@@ -47,7 +45,8 @@ def deploy(module: nn.Module, plan: Plan, backend: str = "fixed_point", mode: st
     """A deep copy of `module` with every mapped layer replaced.
 
     Args:
-        module: the module that `plan` was made from; its weights are compared with the plan's fingerprints.
+        module: the module that `plan` was made from; its weights are compared with the plan's fingerprints. Layers that
+            were converted to nn.Linear for the plan are converted again, in the copy.
         plan: of any route, from its `convert` or `load_plan`.
         backend: "fixed_point": the graphs on the integer simulator. "quantised": the same integer weights, the same
             inputs on their grid and the same hidden grid (rate route: T levels) in dense arithmetic without events: the
@@ -69,10 +68,11 @@ def deploy(module: nn.Module, plan: Plan, backend: str = "fixed_point", mode: st
             f"mode {quoted(mode)} is one of the simulator's; backend {quoted(backend)} has no events and no registers"
         )
     check_ready(module)
+    source = prepared_copy(module, plan.prepared) if plan.prepared else module
     for segment in plan.segments:
         for name, expected in zip(segment.modules, segment.fingerprints, strict=True):
-            _check_layer(module, name, expected)
-    twin = copy.deepcopy(module).requires_grad_(False)
+            _check_layer(source, name, expected)
+    twin = (source if plan.prepared else detached_copy(module)).requires_grad_(False)
     runners = []
     for segment in plan.segments:
         layers = [_linear(twin, name) for name in segment.modules]
@@ -110,13 +110,7 @@ def _check_layer(module: nn.Module, name: str, expected: str) -> None:
 def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     """Put `new` wherever `old` stands, hooks included; returns the root, which may itself be replaced."""
     move_hooks(old, new)
-    if root is old:
-        return new
-    for parent in list(root.modules()):
-        for key, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[key] = new
-    return root
+    return replace_module(root, old, new)
 
 
 @dataclass
@@ -130,7 +124,9 @@ class Deployed(nn.Module):
     `counts()` covers everything since construction or `reset_counts()`.
     """
 
-    def __init__(self, module: nn.Module, plan: Plan, backend: str, runners: list[AnyRunner], mode: str = "lava") -> None:
+    def __init__(
+        self, module: nn.Module, plan: Plan, backend: str, runners: list[SegmentRunner], mode: str = "lava"
+    ) -> None:
         super().__init__()
         self.module = module
         self.plan = plan
@@ -231,22 +227,20 @@ class Deployed(nn.Module):
                 "in mode 'chip' sigma-delta streams start from rest at every call; give whole sequences, as generate(...) "
                 "does there for every token"
             )
-        streams = [runner for runner in self._runners if runner.segment.code != "graded"]
         self.reset_state()
         try:
-            for runner in streams:
-                runner.keep_state = True  # type: ignore[union-attr]
+            for runner in self._runners:
+                runner.keep_state = True
             yield self
         finally:
-            for runner in streams:
-                runner.keep_state = False  # type: ignore[union-attr]
+            for runner in self._runners:
+                runner.keep_state = False
             self.reset_state()
 
     def reset_state(self) -> None:
         """The next call starts every stream from rest, inside `keep_state` too."""
         for runner in self._runners:
-            if runner.segment.code != "graded":
-                runner.reset_state()  # type: ignore[union-attr]
+            runner.reset_state()
 
     def reset_counts(self) -> None:
         """Forget all counts."""
@@ -294,7 +288,7 @@ def load_deployed(folder: str | os.PathLike[str], module: nn.Module) -> Deployed
         document: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise PlanFileError(f"{folder} holds no {RECORD}; save_deployed(deployed, folder) writes one") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise PlanFileError(f"{path} is damaged: {error}") from error
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         found = document.get("schema") if isinstance(document, dict) else None

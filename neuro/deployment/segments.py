@@ -1,56 +1,29 @@
-"""Runners of segments: float in, integers through the graph, float out; and what they counted.
+"""The runner of the graded route: one row a time step, messages that carry payloads.
 
 Shape letters: N rows (tokens), I inputs, H hidden, O outputs.
 """
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hardware.energy.account import Counts
-from hardware.text import quoted
 from neuro.conversion.integers import INT8_MAX, PAYLOAD_BITS, payload_bits, quantise
 from neuro.conversion.mapped import is_one_to_one
 from neuro.conversion.narrowing import ONES, PREFIX, total_shift
 from neuro.conversion.plan import Segment
+from neuro.deployment.runner import SegmentHealth, SegmentRunner
 from neuro.graph import Projection
 from neuro.graph.synapses import weight_step
 from neuro.simulators.activity import Activity
 from neuro.simulators.exact import fitting, float32_products_are_exact
 from neuro.simulators.fixed_point import run_pipelined
 
-if TYPE_CHECKING:
-    from neuro.deployment.spike_counts import RateRunner
-    from neuro.deployment.streams import DeltaRunner
-
-    AnyRunner: TypeAlias = "Runner | DeltaRunner | RateRunner"
-
 PAYLOAD_LIMIT = 2 ** (PAYLOAD_BITS - 1) - 1
-BACKENDS = ("fixed_point", "quantised")
-
-
-@dataclass(frozen=True)
-class SegmentHealth:
-    """What went beyond its range in one segment.
-
-    `clipped_inputs` of `inputs` values were beyond int8; `wraps`: sums or products beyond 32 bits; `wide`: values that
-    a 24-bit register could not hold; `payload_overflows`: messages beyond their projection's width;
-    `max_payload_bits`: widest message per population, sign included.
-    """
-
-    segment: str
-    inputs: int
-    clipped_inputs: int
-    wraps: int
-    wide: int
-    payload_overflows: int
-    max_payload_bits: dict[str, int]
 
 
 def encode(segment: Segment, x_NI: Tensor) -> tuple[dict[str, Tensor], int]:
@@ -162,16 +135,11 @@ class _Traffic:
     max_payload: int = 0
 
 
-class Runner:
-    """One graded segment on one backend, with its counters. Not a module: the modules of a pair share it.
-
-    `mode` of the simulator: "lava" or "chip". `notes`: what it had to say about the graph.
-    """
+class GradedRunner(SegmentRunner):
+    """One graded segment on one backend. `biases`: of its linear layers, in float, for the quantised twin."""
 
     def __init__(self, segment: Segment, backend: str, biases: list[Tensor | None], mode: str = "lava") -> None:
-        self.segment = segment
-        self.backend, self.mode = backend, mode
-        self.notes: tuple[str, ...] = ()
+        super().__init__(segment, backend, mode)
         self._dense = _Dense.of(segment)
         self._biases = _whole_biases(segment, biases)
         self._cast: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
@@ -179,14 +147,10 @@ class Runner:
         self._hidden = [p.name for p in segment.graph.populations if p.name.split(".")[0] == "hidden"]
         self._channels = hidden_channels(segment) if segment.n_hidden else ()
         self.layers = self._layer_names()
-        self._warned = False
-        self.pending: tuple[Tensor, Tensor] | None = None
         self.reset()
 
     def reset(self) -> None:
-        """Forget all counts."""
-        self.rows = 0
-        self._inputs = self._clipped = self._wraps = self._wide = self._overflows = 0
+        super().reset()
         self._payload: dict[str, int] = {}
         self._traffic = {name: _Traffic() for name in self.layers}
 
@@ -202,23 +166,10 @@ class Runner:
         line = {f"{first}:square": squares} if squares else {}
         return {first: (*self._hidden, *narrow), **line, rest[0]: ("out", *late)}
 
-    def run(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Output (..., n_out) and, for a pair, the rectified hidden values (..., n_hidden), both in x's dtype."""
+    def _run(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         s = self.segment
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise RuntimeError(f"segment {quoted(s.name)} is integer arithmetic without gradients; use torch.no_grad()")
-        if not x.is_floating_point() or x.shape[-1] != s.n_in:
-            raise ValueError(f"segment {quoted(s.name)} takes floats (..., {s.n_in}), not {x.dtype} {tuple(x.shape)}")
-        if not bool(torch.isfinite(x).all()):
-            raise ValueError(f"segment {quoted(s.name)} got NaN or infinite inputs, which no integer payload can carry")
-        rows_NI = x.reshape(-1, s.n_in)
-        if not len(rows_NI):
-            hidden = x.new_zeros(*x.shape[:-1], s.n_hidden) if s.n_hidden else None
-            return x.new_zeros(*x.shape[:-1], s.n_out), hidden
-        self.rows += len(rows_NI)
-        self._inputs += rows_NI.numel()
         compute = self._simulate if self.backend == "fixed_point" else self._quantised
-        out_NO, hidden_NH = compute(rows_NI)
+        out_NO, hidden_NH = compute(x.reshape(-1, s.n_in))
         shaped = None if hidden_NH is None else hidden_NH.reshape(*x.shape[:-1], s.n_hidden)
         return out_NO.reshape(*x.shape[:-1], s.n_out), shaped
 
@@ -239,7 +190,6 @@ class Runner:
             sent = activity.projections[projection.name].max_abs_payload
             self._payload[projection.source] = max(self._payload[projection.source], sent)
         self._overflows += sum(p.payload_overflows for p in activity.projections.values())
-        self._warn()
         out = decode(s, activity.spikes["out"][0], x_NI.dtype)
         if not s.n_hidden:
             return out, None
@@ -299,16 +249,6 @@ class Runner:
             self._cast[key] = self._dense.q[position].to(x_NS.device, dtype).T.contiguous()
         return (x_NS.to(dtype) @ self._cast[key]).double()
 
-    def _warn(self) -> None:
-        if not self._warned and (self._wraps or self._wide or self._overflows):
-            self._warned = True
-            warnings.warn(
-                f"segment {quoted(self.segment.name)}: {self._wraps} wrapped sums, {self._wide} values beyond 24 bits, "
-                f"{self._overflows} messages beyond their width; calibrate on more data or convert with fewer bits",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-
     def health(self) -> SegmentHealth:
         """Range violations so far."""
         widths = {name: payload_bits(value) for name, value in self._payload.items()}
@@ -363,27 +303,3 @@ def _whole_biases(segment: Segment, biases: list[Tensor | None]) -> list[Tensor]
         torch.zeros((), dtype=torch.float64) if b is None else torch.round(b.detach().double().cpu() / unit)
         for b, unit in zip(biases, units, strict=False)
     ]
-
-
-def runner_for(segment: Segment, backend: str, biases: list[Tensor | None], mode: str = "lava") -> AnyRunner:
-    """The runner of a segment's code: "graded", "delta" or "rate".
-
-    Args:
-        segment: of a plan.
-        backend: of `BACKENDS`.
-        biases: of its linear layers in float, for the graded route's twin; the other routes' twins use the graph's.
-        mode: of the simulator.
-
-    Raises:
-        ValueError: a code that no runner knows.
-    """
-    from neuro.deployment.spike_counts import RateRunner  # both need `SegmentHealth` of this file
-    from neuro.deployment.streams import DeltaRunner
-
-    if segment.code == "graded":
-        return Runner(segment, backend, biases, mode)
-    if segment.code == "delta":
-        return DeltaRunner(segment, backend, mode)
-    if segment.code == "rate":
-        return RateRunner(segment, backend, mode)
-    raise ValueError(f"segment {quoted(segment.name)} has code {quoted(segment.code)}; known: graded, delta, rate")

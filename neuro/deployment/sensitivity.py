@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hardware.text import listed, quoted
+from neuro.analysis.preparation import prepared_copy
 from neuro.analysis.tracing import Example, evaluating, split_example
 from neuro.conversion.plan import HostWork, Plan, Segment
 from neuro.deployment.deployed import Deployed, deploy
@@ -125,6 +126,7 @@ def layer_errors(
     Raises:
         ValueError: no batch, or a batch that a segment sees in another number of calls than the float layer.
     """
+    module = prepared_copy(module, plan.prepared) if plan.prepared else module
     together, alone = deploy(module, plan, backend), deploy(module, plan, backend)
     sums = {s.name: torch.zeros(3, dtype=torch.float64) for s in plan.segments}
     rows = dict.fromkeys(sums, 0)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from hardware.text import quoted
-
-if TYPE_CHECKING:
-    from neuro.deployment.segments import AnyRunner
+from neuro.deployment.runner import SegmentRunner
 
 
 class SingleLinear(nn.Module):
@@ -21,7 +18,7 @@ class SingleLinear(nn.Module):
     for a dtype: these are the host's float copies. They are no parameters: neither listed, nor saved, nor on the chip.
     """
 
-    def __init__(self, runner: AnyRunner, layer: nn.Linear) -> None:
+    def __init__(self, runner: SegmentRunner, layer: nn.Linear) -> None:
         super().__init__()
         self.runner = runner
         self._original = (layer,)  # inside a tuple, so that it is no part of this module
@@ -92,7 +89,6 @@ class PairLast(SingleLinear):
             raise RuntimeError(
                 f"segment {quoted(segment.name)}: something other than {segment.activation} happened between "
                 f"{quoted(segment.modules[0])} and {quoted(segment.modules[1])}, so they are no MLP pair; analyse "
-                "the module again "
-                "with inputs that take this path, or keep one of them on the host with mappable="
+                "the module again with inputs that take this path, or keep one of them on the host with mappable="
             )
         return out

@@ -10,7 +10,6 @@ Shape letters: B sequences, L tokens of a sequence, I inputs, H hidden, O output
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 
 import numpy as np
@@ -23,7 +22,7 @@ from neuro.conversion.integers import INT8_MAX, payload_bits, quantise
 from neuro.conversion.mapped import is_one_to_one
 from neuro.conversion.plan import Segment
 from neuro.deployment.coding import beyond, changes, encode
-from neuro.deployment.segments import SegmentHealth
+from neuro.deployment.runner import SegmentHealth, SegmentRunner
 from neuro.simulators.activity import Activity
 from neuro.simulators.exact import Matrix, magnitude, outside
 from neuro.simulators.fixed_point import run_pipelined
@@ -31,36 +30,25 @@ from neuro.simulators.fixed_point import run_pipelined
 V_LIMIT = 2**23
 
 
-class StreamRunner:
-    """What both runners share: checks at the door, counts per projection and population, health.
-
-    `mode` of the simulator: "lava" or "chip". `notes`: what it had to say about the graph.
-    """
-
-    layers: dict[str, tuple[str, ...]]
+class StreamRunner(SegmentRunner):
+    """What the runners of both routes over time share: counts per projection and population, health."""
 
     def __init__(self, segment: Segment, backend: str, mode: str = "lava") -> None:
-        self.segment, self.backend, self.mode = segment, backend, mode
-        self.notes: tuple[str, ...] = ()
-        self.keep_state = False
-        self.pending: tuple[Tensor, Tensor] | None = None
+        super().__init__(segment, backend, mode)
         self._projections = {p.name: p for p in segment.graph.projections}
         self._matrices: dict[tuple[str, torch.device], Matrix] = {}
-        self._warned = False
         self.reset()
         self.reset_state()
 
     def reset(self) -> None:
-        """Forget all counts; the state of a stream stays."""
-        self.rows = 0
-        self._inputs = self._clipped = self._wraps = self._wide = self._saturated = self._overflows = 0
+        super().reset()
+        self._saturated = 0
         self._events: Counter[str] = Counter()  # per projection
         self._active: Counter[str] = Counter()  # per population
         self._updates: Counter[str] = Counter()
         self._largest: Counter[str] = Counter()  # per projection
 
     def reset_state(self) -> None:
-        """The next call starts from rest."""
         self._state: tuple[Tensor, ...] | None = None
 
     def _weight(self, name: str, device: torch.device) -> Matrix:
@@ -77,27 +65,6 @@ class StreamRunner:
         """Exact product of integer rows (N, S) with a projection's halved weights: int32, or int64 where it must be."""
         total, exponent = self._weight(name, rows.device).product(rows, bound)
         return total << exponent if exponent else total
-
-    def run(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Output (..., n_out) and, for a pair, the rectified hidden values (..., n_hidden), both in x's dtype."""
-        s = self.segment
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise RuntimeError(f"segment {quoted(s.name)} is integer arithmetic without gradients; use torch.no_grad()")
-        if not x.is_floating_point() or x.dim() < 1 or x.shape[-1] != s.n_in:
-            raise ValueError(f"segment {quoted(s.name)} takes floats (..., {s.n_in}), not {x.dtype} {tuple(x.shape)}")
-        if not bool(torch.isfinite(x).all()):
-            raise ValueError(f"segment {quoted(s.name)} got NaN or infinite inputs, which no integer payload can carry")
-        if not x.numel():
-            hidden = x.new_zeros(*x.shape[:-1], s.n_hidden) if s.n_hidden else None
-            return x.new_zeros(*x.shape[:-1], s.n_out), hidden
-        self.rows += x.numel() // s.n_in
-        self._inputs += x.numel()
-        out, found = self._run(x)
-        self._warn()
-        return out, found
-
-    def _run(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        raise NotImplementedError
 
     def _message(self, projection: str, values: Tensor, repeated: int = 1) -> None:
         """Note messages into a projection; each stands for `repeated` of them."""
@@ -127,16 +94,6 @@ class StreamRunner:
                 self._wide += found.wide_v
             else:
                 self._wide += found.wide_v + found.saturations_v
-
-    def _warn(self) -> None:
-        if not self._warned and (self._wraps or self._wide or self._overflows):
-            self._warned = True
-            warnings.warn(
-                f"segment {quoted(self.segment.name)}: {self._wraps} wrapped sums, {self._wide} values beyond 24 bits, "
-                f"{self._overflows} messages beyond their width; calibrate on more data or convert with fewer bits",
-                RuntimeWarning,
-                stacklevel=4,
-            )
 
     def health(self) -> SegmentHealth:
         """Range violations so far; in mode "lava" 32-bit sums cannot wrap, as conversion refuses layers whose could.
@@ -215,8 +172,7 @@ class DeltaRunner(StreamRunner):
         if x.dim() > 1 and (not -x.dim() <= dim < x.dim() or dim % x.dim() == x.dim() - 1):
             raise ValueError(
                 f"segment {quoted(s.name)}: sequence_dim {dim} is no token dimension of an input {tuple(x.shape)}; "
-                "convert with "
-                "the dimension that holds the tokens of a stream"
+                "convert with the dimension that holds the tokens of a stream"
             )
         ordered = x.movedim(dim, -2) if x.dim() > 1 else x[None]
         stream_BLI = ordered.reshape(-1, *ordered.shape[-2:])
@@ -254,8 +210,7 @@ class DeltaRunner(StreamRunner):
         if len(self._state[0]) != batch:
             raise ValueError(
                 f"segment {quoted(s.name)} keeps the state of {len(self._state[0])} streams and got {batch}; call "
-                "reset_state() "
-                "before another batch"
+                "reset_state() before another batch"
             )
         return self._state
 
@@ -266,8 +221,7 @@ class DeltaRunner(StreamRunner):
         if self.keep_state and s.rows_per_token > 1:
             raise RuntimeError(
                 f"segment {quoted(s.name)} is called {s.rows_per_token:g} times per token, so its streams cannot "
-                "be told apart; "
-                "run whole sequences without keep_state"
+                "be told apart; run whole sequences without keep_state"
             )
         starts = batch if not self.keep_state or self._state is None else 0
         held = self._held(batch, q_BLI.device)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from hardware.placement import Connection, Convolution, LayerDemand, Placement
 from hardware.text import quoted
 from neuro.graph.kinds import LIF_KINDS
+from neuro.graph.network import SpikingGraph
 from neuro.graph.synapses import Projection
-
-if TYPE_CHECKING:
-    from neuro.graph.network import SpikingGraph
-    from neuro.simulators.activity import Activity
+from neuro.simulators.activity import Activity
 
 
 def stored_bits(weight: np.ndarray, sign_mode: str) -> int:

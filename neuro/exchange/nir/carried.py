@@ -39,5 +39,7 @@ def restored(carried: Mapping[str, Any], where: str) -> SpikingGraph:
                 return load_graph(path)
             except GraphError as error:
                 raise NirFileError(f"{where}: {str(error).removeprefix(f'{path}: ')}") from error
-    except (KeyError, AttributeError) as error:
+    except NirFileError:
+        raise
+    except Exception as error:  # metadata of any other form than ours
         raise NirFileError(f"{where}: the integers beside the nodes are damaged: {quoted(error)}") from error

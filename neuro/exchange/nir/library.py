@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from hardware.text import quoted
+from neuro.graph.archive import DEFLATE_RATIO, MOST_BYTES
 
 DT_S = 1e-4  # one step, in seconds: NIR has time constants and no step, and snnTorch's reader knows this one only
 
@@ -28,6 +32,43 @@ def nir_library() -> ModuleType:
     except ImportError as error:
         raise NirUnavailable(f"nir is not installed ({error}); pip install 'spikegate[nir]'") from error
     return nir
+
+
+def check_claims(path: Path) -> None:
+    """Hold an HDF5 file against its length before anything of it is read.
+
+    Raises:
+        NirFileError: values that take more than `MOST_BYTES` or than deflate can hold in the file, or parts that lie in
+            other files.
+        OSError: no HDF5 file.
+    """
+    import h5py  # nir brings it
+
+    length = path.stat().st_size
+    claimed = 0
+
+    def look(name: str, item: Any) -> None:
+        nonlocal claimed
+        if isinstance(item, h5py.Group):
+            for key in item:
+                if isinstance(item.get(key, getlink=True), h5py.ExternalLink):
+                    raise NirFileError(
+                        f"{path}: {quoted(f'{name}/{key}')} points to another file; write the graph as one file"
+                    )
+        elif isinstance(item, h5py.Dataset):
+            if item.external or item.is_virtual:
+                raise NirFileError(f"{path}: the values of {quoted(name)} lie in another file; write the graph as one file")
+            claimed += item.size * item.dtype.itemsize if item.size else 0
+            most = min(MOST_BYTES, length * DEFLATE_RATIO)
+            if claimed > most:
+                raise NirFileError(
+                    f"{path}: with {quoted(name)} its values take {claimed:,} bytes; {most:,} are the limit for a file of"
+                    f" {length:,} bytes"
+                )
+
+    with h5py.File(path, "r") as file:
+        look("", file)
+        file.visititems(look)
 
 
 def in_order(names: Iterable[str], edges: Iterable[tuple[str, str]]) -> list[str]:

@@ -8,7 +8,9 @@ makes the integers of it (`neuro.conversion.lif`).
 
 from __future__ import annotations
 
+import operator
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hardware.text import listed, quoted
+from hardware.text import listed, quoted, short
 from neuro.conversion.lif import LifNetwork, convert_lif
 from neuro.exchange.nir.carried import restored
-from neuro.exchange.nir.library import DT_S, NirFileError, NotInNir, nir_library
+from neuro.exchange.nir.library import DT_S, NirFileError, NotInNir, check_claims, nir_library
 from neuro.exchange.nir.writing import FORM, KEY, to_nir
 from neuro.graph import SpikingGraph
 
@@ -33,16 +35,21 @@ def load_nir(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         FileNotFoundError: no such file.
-        NirFileError: not HDF5, or not NIR.
+        NirFileError: not HDF5, or not NIR; damaged, larger than its bytes can be, or pointing to other files.
         NirUnavailable: nir is not installed.
     """
     library, path = nir_library(), Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
+        check_claims(path)
         made = library.read(str(path), type_check=False)
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
-        raise NirFileError(f"{path}: not a readable NIR file: {type(error).__name__}: {error}") from error
+    except NirFileError:
+        raise
+    except Exception as error:  # h5py and nir raise nearly anything on a damaged file
+        raise NirFileError(
+            f"{path}: not a readable NIR file: {type(error).__name__}: {short(str(error), limit=300)}"
+        ) from error
     if not isinstance(made, library.NIRGraph):
         raise NirFileError(f"{path}: holds a single {type(made).__name__} node; a graph is needed")
     return made
@@ -180,7 +187,7 @@ def chain(graph: Any, dt_s: float) -> list[Stage]:
     order = _in_order(graph)
     stages: list[Stage] = []
     first = graph.nodes[order[0]]
-    shape = tuple(int(n) for n in np.asarray(first.input_type["input"]).reshape(-1))
+    shape = _input_shape(order[0], first)
     size = int(np.prod(shape))
     waiting: list[tuple[str, Any]] = []
     for name in order[1:-1]:
@@ -204,6 +211,20 @@ def chain(graph: Any, dt_s: float) -> list[Stage]:
     if not stages:
         raise NotInNir("the NIR graph has no spiking neurons; from_nir takes layers of LIF, IF or CubaLIF")
     return stages
+
+
+def _input_shape(name: str, node: Any) -> tuple[int, ...]:
+    given = (node.input_type or {}).get("input")
+    try:
+        shape = tuple(operator.index(n) for n in np.asarray(given).reshape(-1).tolist())
+    except TypeError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise NotInNir(
+            f"node {quoted(name)} (Input) has the shape {quoted(given)}; the sizes of the layers follow from it, so give it"
+            " whole numbers from 1"
+        )
+    return shape
 
 
 _NO_COUNTERPART = {
@@ -230,6 +251,13 @@ def _in_order(graph: Any) -> list[str]:
             raise NotInNir(f"the NIR graph has {len(names)} nodes of type {word} ({listed(names)}); one is needed")
     after: dict[str, list[str]] = {name: [] for name in kinds}
     before: dict[str, list[str]] = {name: [] for name in kinds}
+    twice = [edge for edge, count in Counter(map(tuple, graph.edges)).items() if count > 1]
+    if twice:
+        raise NotInNir(
+            f"the edge {quoted(twice[0][0])} -> {quoted(twice[0][1])} stands {graph.edges.count(twice[0])} times, "
+            "and readers"
+            "readers differ on whether it then counts double. Keep one"
+        )
     for source, target in graph.edges:
         for end in (source, target):
             if end not in kinds:

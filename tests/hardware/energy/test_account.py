@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 import hardware
 from hardware import Board, Counts, DataFileError, Interval, Profile, Quantity, UnitError, account, load_profile
-from hardware.chips.mesh import Mesh, depth, heaviest_link, layer_traffic
+from hardware.chips.mesh import Mesh
 from hardware.energy.report import GROUPS
+from hardware.placement.routing import depth, heaviest_link, layer_traffic
 from tests.hardware.toy import HEAD, A, B, toy
 
 PJ = 1e-12

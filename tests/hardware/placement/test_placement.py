@@ -188,6 +188,19 @@ def test_partial_sums_need_graded_messages():
         place(chain(5000, 4), "loihi1")
 
 
+@pytest.mark.parametrize(
+    ("layer", "inputs"),
+    [
+        (LayerDemand("c", 16 * 512, (Convolution("in", (4, 4, 512), 512, (3, 3), padding=(1, 1)),)), 3 * 3 * 512),
+        (LayerDemand("c", 16, (Connection("in", 8192, mask=np.arange(8192) < 300 * np.arange(16)[:, None]),)), 300 * 15),
+    ],
+)
+def test_a_neuron_with_too_many_inputs_is_the_one_that_is_named(layer, inputs):
+    with pytest.raises(DoesNotFit, match=f"even one neuron of it does not fit: axon_in {inputs:,} of 4,096") as caught:
+        place([LayerDemand("in", 8192), layer], "loihi1")
+    assert caught.value.binding.used == inputs
+
+
 def test_a_wide_convolution_is_split_by_input_channels():
     conv = Convolution("in", (3, 3, 3000), 4, (3, 3))
     demands = [LayerDemand("in", 27_000, on_chip=False, shape=(3, 3, 3000)), LayerDemand("c", 4, (conv,))]

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from neuro.analysis.compatibility import CompatibilityReport, analyse
-from neuro.analysis.registry import prepare
+from neuro.analysis.preparation import prepare
 from sparse_update.transformer import ModelConfig, Transformer
 
 transformers = pytest.importorskip("transformers")

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 import neuro
 from neuro.analysis.compatibility import analyse
+from neuro.analysis.preparation import TransformError, prepare
 from neuro.analysis.registry import (
     LayerRule,
-    TransformError,
     layer_rule,
-    prepare,
     register_layer,
     registered,
     unregister_layer,

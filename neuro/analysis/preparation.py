@@ -1,0 +1,234 @@
+"""A copy of a module in which layers that no chip takes as they are have become nn.Linear layers that compute the same.
+
+Two kinds are converted: layers with a converter in the registry (Hugging Face's Conv1D, nn.MultiheadAttention, one's own),
+and nn.Linear layers whose weight a parametrization computes (weight_norm, spectral_norm), which get the finished weight.
+
+`prepare` shows on an example that nothing changes. `analyse` does so too, and says what it gains; `calibrate`, `convert`
+and `deploy` then work on `prepared_copy`, so that the module itself is never changed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from hardware.text import listed, quoted
+from neuro.analysis.registry import layer_rule
+from neuro.analysis.state import detached_copy
+from neuro.analysis.tracing import Example, check_ready, evaluating, split_example
+
+Calls = list[tuple[tuple[Any, ...], dict[str, Any], Any]]
+
+
+class TransformError(ValueError):
+    """A converter that failed, or whose result does not compute the same as its layer."""
+
+
+def prepare(module: nn.Module, example_inputs: Example, *, tolerance: float = 1e-4) -> nn.Module:
+    """A copy of `module` in eval mode in which every layer that can become nn.Linear layers has.
+
+    Each converted layer is run on the inputs that the original got from the example, and the whole module on the example.
+    Layers that the example does not reach stay as they are. Forward hooks move to the converted layers.
+
+    Args:
+        module: any nn.Module; not changed.
+        example_inputs: what forward takes: a tensor, a tuple of arguments or a dict of keyword arguments.
+        tolerance: largest difference allowed, as a share of the largest magnitude of the output.
+
+    Raises:
+        TransformError: a converter failed or returned no module, or a result differs; names the layer.
+        ValueError: the module does not run on the example; a lazy, pruned or compiled one (`check_ready`).
+    """
+    return prepare_named(module, example_inputs, tolerance)[0]
+
+
+def prepare_named(module: nn.Module, example: Example, tolerance: float = 1e-4) -> tuple[nn.Module, dict[str, str]]:
+    """As `prepare`, and the layers it converted: path -> kind. Raises as `prepare`."""
+    check_ready(module)
+    twin = detached_copy(module).eval()
+    wanted = convertible(twin)
+    calls, before = _watch(twin, wanted, example)
+    reached = _outermost([name for name in wanted if calls[name]])
+    kinds = {name: _kind(wanted[name]) for name in reached}
+    twin, news = _converted(twin, {name: wanted[name] for name in reached})
+    for name, new in news.items():
+        for args, kwargs, expected in calls[name]:
+            with evaluating(new):
+                _same(f"layer {quoted(name or '(root)')} ({kinds[name]})", new(*args, **kwargs), expected, tolerance)
+    args, kwargs = split_example(example)
+    with evaluating(twin):
+        _same(f"{type(module).__name__} after converting its layers", twin(*args, **kwargs), before, tolerance)
+    return twin.eval(), kinds
+
+
+def prepared_copy(module: nn.Module, names: Collection[str] | None = None) -> nn.Module:
+    """A copy in eval mode with the layers of these names converted, or all that can be; nothing is run.
+
+    Names of layers that are nn.Linear layers already are passed over. Raises TransformError: a converter failed.
+    """
+    twin = detached_copy(module).eval()
+    wanted = convertible(twin)
+    chosen = _outermost([name for name in wanted if names is None or name in names])
+    return _converted(twin, {name: wanted[name] for name in chosen})[0].eval()
+
+
+def convertible(module: nn.Module) -> dict[str, nn.Module]:
+    """Path -> layer, for those that have a converter or a parametrization to finish."""
+    found = {}
+    for name, layer in module.named_modules():
+        rule = layer_rule(layer)
+        if (rule is not None and rule.to_linear is not None) or _is_parametrised_linear(layer):
+            found[name] = layer
+    return found
+
+
+def counted_kinds(kinds: Mapping[str, str]) -> str:
+    """ "8 x Conv1D, 2 x MultiheadAttention"."""
+    return listed(f"{count} x {kind}" for kind, count in Counter(kinds.values()).items())
+
+
+def move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Forward hooks and forward pre-hooks of `old`, also those that take keywords, to `new`."""
+    for kind in (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+    ):
+        getattr(new, kind).update(getattr(old, kind))
+
+
+def _is_parametrised_linear(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) and is_parametrized(layer) and type(layer).__bases__ == (nn.Linear,)
+
+
+def _kind(layer: nn.Module) -> str:
+    return "parametrised Linear" if _is_parametrised_linear(layer) else type(layer).__name__
+
+
+def _outermost(names: list[str]) -> list[str]:
+    def inside(name: str, outer: str) -> bool:
+        return name != outer and (outer == "" or name.startswith(f"{outer}."))
+
+    return [name for name in names if not any(inside(name, outer) for outer in names)]
+
+
+def _converted(twin: nn.Module, wanted: Mapping[str, nn.Module]) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """The root with the wanted layers replaced, and the new layers."""
+    news = {}
+    for name, layer in wanted.items():
+        news[name] = new = _one(name, layer)
+        move_hooks(layer, new)
+        twin = replace_module(twin, layer, new)
+    for part in twin.modules() if news else ():
+        if isinstance(part, nn.TransformerEncoder):
+            part.use_nested_tensor = False  # torch's fused path looks for the weights that were converted
+    return twin, news
+
+
+def _one(name: str, layer: nn.Module) -> nn.Module:
+    if isinstance(layer, nn.Linear):
+        return _finished(layer)
+    rule = layer_rule(layer)
+    assert rule is not None
+    assert rule.to_linear is not None
+    label = f"layer {quoted(name or '(root)')} ({type(layer).__name__})"
+    try:
+        with torch.no_grad():
+            new = rule.to_linear(layer)
+    except Exception as error:
+        raise TransformError(f"{label}: its converter failed: {type(error).__name__}: {error}") from error
+    if not isinstance(new, nn.Module):
+        raise TransformError(f"{label}: its converter returned {type(new).__name__}, not an nn.Module")
+    return new.eval()
+
+
+def _finished(layer: nn.Linear) -> nn.Linear:
+    """A plain layer with the weight that the parametrization computes.
+
+    torch's remove_parametrizations is of no use on a copy: a deep copy shares its class with the original, and the removal
+    takes the weight's property away from the class.
+    """
+    with torch.no_grad():
+        new = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        new.weight = nn.Parameter(layer.weight.detach().clone(), layer.weight.requires_grad)
+        if layer.bias is not None:
+            new.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
+    return new.eval()
+
+
+def replace_module(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """`new` wherever `old` stands; returns the root, which may itself be replaced."""
+    if root is old:
+        return new
+    for parent in list(root.modules()):
+        for key, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[key] = new
+    return root
+
+
+def _watch(twin: nn.Module, wanted: Mapping[str, nn.Module], example: Example) -> tuple[dict[str, Calls], Any]:
+    """What the wanted layers got and gave in one pass over the example, inside their hooks, and what came out."""
+    calls: dict[str, Calls] = {name: [] for name in wanted}
+
+    def note(name: str):
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            calls[name].append((copy.deepcopy(args), copy.deepcopy(kwargs), copy.deepcopy(output)))
+
+        return hook
+
+    handles = [layer.register_forward_hook(note(name), with_kwargs=True, prepend=True) for name, layer in wanted.items()]
+    args, kwargs = split_example(example)
+    try:
+        with evaluating(twin):
+            output = twin(*args, **kwargs)
+    except Exception as error:
+        raise ValueError(
+            f"the module does not run on the example inputs: {type(error).__name__}: {error}. "
+            "Pass inputs of the shape and dtype its forward takes."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, output
+
+
+def _same(label: str, got: Any, wanted: Any, tolerance: float) -> None:
+    pairs = list(zip(_tensors(got), _tensors(wanted), strict=False))
+    if len(list(_tensors(got))) != len(list(_tensors(wanted))):
+        raise TransformError(f"{label}: the converted form returns other things than the original")
+    for after, before in pairs:
+        if after.shape != before.shape:
+            shapes = f"{tuple(after.shape)}, not {tuple(before.shape)}"
+            raise TransformError(f"{label}: the converted form returns shape {shapes}")
+        if not before.numel() or not before.is_floating_point():
+            continue
+        worst = float((after.double() - before.double()).abs().max())
+        size = float(before.double().abs().max())
+        if not worst <= tolerance * size + 1e-12:
+            raise TransformError(
+                f"{label}: the converted form differs by up to {worst:.3g}, {worst / max(size, 1e-30):.2g} of the largest "
+                f"output; allowed is {tolerance:g}"
+            )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Tensors inside nested tuples, lists, mappings and dataclasses, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [t for item in value.values() for t in _tensors(item)]
+    if isinstance(value, tuple | list):
+        return [t for item in value for t in _tensors(item)]
+    if is_dataclass(value) and not isinstance(value, type):
+        return [t for field in fields(value) for t in _tensors(getattr(value, field.name))]
+    return []
