@@ -91,8 +91,8 @@ def analyse(
             run or hold nothing; a lazy, pruned or compiled module (`neuro.analysis.tracing.check_ready`).
     """
     found = _chip(chip)
-    route = route or ("graded" if found.graded else "rate")
-    if route not in ROUTES:
+    route = ("graded" if found.graded else "rate") if route is None else route
+    if not isinstance(route, str) or route not in ROUTES:
         raise ValueError(f"route {quoted(route)} is unknown; known: {', '.join(ROUTES)}")
     where = Where(found, route, table or Table())
     check_ready(module)

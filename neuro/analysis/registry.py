@@ -94,7 +94,9 @@ def register_layer(cls: type | str, rule: LayerRule | None = None, /, **settings
 
 
 def unregister_layer(cls: type | str) -> None:
-    """Take a registration back. Raises KeyError where there is none."""
+    """Take a registration back. Raises KeyError where there is none, TypeError for what is neither class nor text."""
+    if not isinstance(cls, type | str):
+        raise TypeError(f"a layer is registered by its class or the class's path, not by {quoted(cls)}")
     path = cls if isinstance(cls, str) else class_path(cls)
     if path not in _RULES:
         raise KeyError(f"{quoted(path)} is not registered; registered: {listed(_RULES)}")

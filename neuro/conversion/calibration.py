@@ -21,6 +21,7 @@ from hardware.text import quoted
 from neuro.analysis.preparation import convertible, prepared_copy
 from neuro.analysis.tracing import Example, check_ready, evaluating, split_example
 from neuro.conversion.integers import INT8_MAX
+from neuro.conversion.settings import check_word
 
 BINS_PER_OCTAVE = 64
 OCTAVES = 64
@@ -173,8 +174,7 @@ def calibrate(
             at a layer (the layer is named), a percentile out of range, an unknown method, a module without nn.Linear, or a
             lazy, pruned or compiled one (`neuro.analysis.tracing.check_ready`).
     """
-    if method not in METHODS:
-        raise ValueError(f"method is {quoted(method)}; it is one of {', '.join(METHODS)}")
+    check_word("method", method, METHODS)
     if not 0 < percentile <= 100:
         raise ValueError(f"percentile is {percentile}; it lies above 0 and up to 100, 99.99 for instance")
     check_ready(module)

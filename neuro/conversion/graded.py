@@ -67,6 +67,7 @@ from neuro.conversion.mapped import (
 )
 from neuro.conversion.narrowing import PREFIX, narrow_in_neurons
 from neuro.conversion.plan import Headroom, Plan, Segment
+from neuro.conversion.settings import check_whole, check_word
 from neuro.conversion.weights import SCALES, IntegerLayer, integer_layer, rounded_bias
 from neuro.graph import Population, SpikingGraph
 from neuro.modules.thresholds import EventThreshold
@@ -106,22 +107,17 @@ class GradedConfig:
 
     def __post_init__(self) -> None:
         weight_levels(self.weight_bits)
-        for name, value, low, high in (
-            ("hidden_bits", self.hidden_bits, 4, 15),
-            ("square_bits", self.square_bits, 4, 12),
-            ("drop_input", self.drop_input, 0, INT8_MAX - 1),
-            ("drop_hidden", self.drop_hidden, 0, PAYLOAD_LIMIT - 1),
-            ("channel_groups", self.channel_groups, 0, 16),
-        ):
-            if not low <= value <= high:
-                raise ValueError(f"{name} is {value}; it lies in {low}..{high}")
-        for name, word, known in (
-            ("scales", self.scales, SCALES),
-            ("weight_clip", self.weight_clip, WEIGHT_CLIPS),
-            ("narrow", self.narrow, NARROW),
-        ):
-            if word not in known:
-                raise ValueError(f"{name} is {quoted(word)}; it is one of {', '.join(known)}")
+        check_whole(
+            self,
+            hidden_bits=(4, 15),
+            square_bits=(4, 12),
+            drop_input=(0, INT8_MAX - 1),
+            drop_hidden=(0, PAYLOAD_LIMIT - 1),
+            channel_groups=(0, 16),
+        )
+        check_word("scales", self.scales, SCALES)
+        check_word("weight_clip", self.weight_clip, WEIGHT_CLIPS)
+        check_word("narrow", self.narrow, NARROW)
 
     def integers(self, name: str, layer: nn.Linear, input_unit: float, groups: int = 0) -> IntegerLayer:
         """A layer's weights in integers, as these settings say."""

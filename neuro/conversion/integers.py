@@ -47,7 +47,7 @@ def quantise(value: Tensor, scale: float) -> Tensor:
 
 def weight_levels(bits: int | str) -> tuple[int, int, int]:
     """(width of a synapse, lowest q, highest q) of weights of 8, 4, 3 or 2 bits, or "ternary". Raises ValueError."""
-    if bits not in WEIGHT_BITS or isinstance(bits, bool):
+    if not isinstance(bits, int | str) or isinstance(bits, bool) or bits not in WEIGHT_BITS:
         raise ValueError(f"weight_bits is {quoted(bits)}; it is one of {', '.join(map(str, WEIGHT_BITS))}")
     if isinstance(bits, str):
         return 2, -1, 1

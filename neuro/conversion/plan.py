@@ -225,7 +225,7 @@ def _segment(folder: Path, fields: dict[str, Any]) -> Segment:
     known: dict[str, Any] = {key: _tuples(value) for key, value in fields.items()}
     known["headroom"] = tuple(Headroom(**room) for room in fields["headroom"])
     checked_name(fields["name"], "segment")  # it becomes a file's name
-    kinds = {"int": int, "float": (int, float), "str": str}
+    kinds: dict[str, Any] = {"int": int, "float": (int, float), "str": str}
     for field in dataclass_fields(Segment):
         kind = kinds.get(str(field.type))
         value = known.get(field.name, field.default)

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ from neuro.conversion.calibration import Calibration, LayerRange
 from neuro.conversion.integers import INT8_MAX, payload_bits, scale_for, shift_for
 from neuro.conversion.mapped import Piece, common_notes, dense, host_work, layer_and_range, one_to_one, pieces, room
 from neuro.conversion.plan import Plan, Segment
+from neuro.conversion.settings import check_factor, check_whole, check_word
 from neuro.conversion.weights import IntegerLayer, integer_layer
 from neuro.graph import Population, Projection, SpikingGraph
 
@@ -70,14 +72,15 @@ class RateConfig:
     hidden_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.time_steps <= MAX_STEPS:
-            raise ValueError(f"time_steps is {self.time_steps}; it lies in 1..{MAX_STEPS}")
-        for name, known in (("reset", RESETS), ("input_code", INPUT_CODES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {quoted(getattr(self, name))}; known: {', '.join(known)}")
-        for name in ("input_factor", "hidden_factor"):
-            if not 0 < getattr(self, name) <= 4:
-                raise ValueError(f"{name} is {getattr(self, name)}; it lies above 0 and up to 4")
+        check_whole(self, time_steps=(1, MAX_STEPS))
+        check_word("reset", self.reset, RESETS)
+        check_word("input_code", self.input_code, INPUT_CODES)
+        check_factor(self, "input_factor", "hidden_factor", most=4)
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The fields of a `Segment` that follow from the settings alone."""
+        return {"code": "rate", "time_steps": self.time_steps, "reset": self.reset, "input_code": self.input_code}
 
 
 def convert(
@@ -211,10 +214,7 @@ def _linear(module: nn.Module, piece: Piece, calibration: Calibration, config: R
         output_scale=scale,
         headroom=(headroom,),
         payload_bits={"x": 1 if spikes else 8},
-        code="rate",
-        time_steps=steps,
-        reset=config.reset,
-        input_code=config.input_code,
+        **config.described,
     )
 
 
@@ -301,9 +301,6 @@ def _mlp(module: nn.Module, piece: Piece, calibration: Calibration, config: Rate
         headroom=(room("hidden", 64 * (worst * 2.0**-shift1 * steps), 64 * seen), headroom),
         payload_bits={"x": 1 if spikes else 9, "hidden": 1}
         | ({} if spikes else {"current": payload_bits(seen / steps * 2.0**shift1)}),
-        code="rate",
-        time_steps=steps,
         channel_scales=channels,
-        reset=config.reset,
-        input_code=config.input_code,
+        **config.described,
     )

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -51,6 +52,7 @@ from neuro.conversion.mapped import (
     room,
 )
 from neuro.conversion.plan import Plan, Segment
+from neuro.conversion.settings import check_whole
 from neuro.conversion.weights import IntegerLayer, integer_layer
 from neuro.graph import Population, Projection, SpikingGraph
 
@@ -81,16 +83,21 @@ class SigmaDeltaConfig:
     sequence_dim: int = -2
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("input_threshold", 0, INT8_MAX),
-            ("hidden_threshold", 0, INT8_MAX),
-            ("hidden_bits", 4, 15),
-            ("square_hidden_bits", 4, 15),
-        ):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} is {getattr(self, name)}; it lies in {low}..{high}")
+        check_whole(
+            self,
+            input_threshold=(0, INT8_MAX),
+            hidden_threshold=(0, INT8_MAX),
+            hidden_bits=(4, 15),
+            square_hidden_bits=(4, 15),
+            sequence_dim=(-64, 63),
+        )
         if self.sequence_dim == -1:
             raise ValueError("sequence_dim is -1, which holds the features; the tokens of a stream are in another, -2 say")
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The fields of a `Segment` that follow from the settings alone."""
+        return {"code": "delta", "input_threshold": self.input_threshold, "sequence_dim": self.sequence_dim}
 
 
 def convert(
@@ -187,9 +194,7 @@ def _linear(module: nn.Module, piece: Piece, calibration: Calibration, config: S
         constant_lines=payloads,
         headroom=(room("out", bound, seen),),
         payload_bits={"x": DELTA_BITS, "out": payload_bits(seen)},
-        code="delta",
-        input_threshold=config.input_threshold,
-        sequence_dim=config.sequence_dim,
+        **config.described,
     )
 
 
@@ -268,10 +273,8 @@ def _mlp(module: nn.Module, piece: Piece, calibration: Calibration, config: Sigm
         payload_bits={"x": DELTA_BITS, "current": payload_bits(seen1), "hidden": payload_bits(level),
                       **({"square": payload_bits(hidden)} if square else {}), "delta": payload_bits(hidden),
                       "out": payload_bits(seen2)},
-        code="delta",
-        input_threshold=config.input_threshold,
         hidden_threshold=config.hidden_threshold,
-        sequence_dim=config.sequence_dim,
+        **config.described,
     )  # fmt: skip
 
 

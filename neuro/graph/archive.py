@@ -85,7 +85,7 @@ def read_with_header(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]
     arrays = read_archive(path)
     raw = arrays.pop(HEADER_KEY, None)
     if raw is None:
-        raise ArchiveError(f"it holds no array {HEADER_KEY!r}")
+        raise ArchiveError(f"it holds no array {quoted(HEADER_KEY)}")
     if raw.dtype != np.uint8 or raw.ndim != 1 or raw.size > HEADER_BYTES:
         raise ArchiveError(f"its header is {raw.dtype} {raw.shape}; at most {HEADER_BYTES:,} bytes of text are needed")
     try:

@@ -15,6 +15,7 @@ from neuro.graph.kinds import KINDS
 from neuro.graph.values import integer, integer_array, is_array
 from neuro.simulators.activity import CoreCounts, PopulationCounts, ProjectionCounts
 
+MOST_CORES = 2**31 - 1
 Placement = Mapping[str, "np.ndarray | Sequence[int] | int"]
 
 
@@ -34,12 +35,13 @@ def checked_placement(graph: SpikingGraph, placement: Placement | None) -> dict[
     for name, given in placement.items():
         size = graph.population(name).size
         where = f"placement of {quoted(name)}"
-        cores = integer_array(given, where) if is_array(given) else np.array(integer(given, where))
-        if (cores < 0).any():
-            raise GraphError(f"placement of {quoted(name)}: core numbers are integers from 0")
-        if cores.ndim and cores.shape != (size,):
-            raise GraphError(f"placement of {quoted(name)} has shape {cores.shape}; the population has {size} neurons")
-        found[name] = np.broadcast_to(cores.astype(np.int64), (size,))
+        cores = integer_array(given if is_array(given) else [integer(given, where)] * size, where)
+        bad = np.flatnonzero((cores < 0) | (cores > MOST_CORES))
+        if bad.size:
+            raise GraphError(f"{where} is {int(cores.flat[bad[0]])}; core numbers are integers in 0..{MOST_CORES}")
+        if cores.shape != (size,):
+            raise GraphError(f"{where} has shape {cores.shape}; the population has {size} neurons")
+        found[name] = cores.astype(np.int64)
     return found
 
 

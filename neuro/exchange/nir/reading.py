@@ -255,8 +255,7 @@ def _in_order(graph: Any) -> list[str]:
     if twice:
         raise NotInNir(
             f"the edge {quoted(twice[0][0])} -> {quoted(twice[0][1])} stands {graph.edges.count(twice[0])} times, "
-            "and readers"
-            "readers differ on whether it then counts double. Keep one"
+            "and readers differ on whether it then counts double. Keep one"
         )
     for source, target in graph.edges:
         for end in (source, target):

@@ -264,8 +264,8 @@ def test_the_loihi_1_route() -> None:
 def test_what_is_refused() -> None:
     for wrong, message in (
         ({"time_steps": 0}, r"time_steps is 0; it lies in 1\.\.1024"),
-        ({"reset": "none"}, "reset is 'none'; known: soft, hard"),
-        ({"input_code": "ttfs"}, "input_code is 'ttfs'; known: spikes, analogue"),
+        ({"reset": "none"}, "reset is 'none'; it is one of soft, hard"),
+        ({"input_code": "ttfs"}, "input_code is 'ttfs'; it is one of spikes, analogue"),
         ({"hidden_factor": 0.0}, "hidden_factor is 0.0"),
     ):
         with pytest.raises(ValueError, match=message):
