@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -57,11 +57,13 @@ def prepare_named(module: nn.Module, example: Example, tolerance: float = 1e-4) 
     calls, before = _watch(twin, wanted, example)
     reached = _outermost([name for name in wanted if calls[name]])
     kinds = {name: _kind(wanted[name]) for name in reached}
-    twin, news = _converted(twin, {name: wanted[name] for name in reached})
-    for name, new in news.items():
+
+    def check(name: str, new: nn.Module) -> None:
         for args, kwargs, expected in calls[name]:
             with evaluating(new):
                 _same(f"layer {quoted(name or '(root)')} ({kinds[name]})", new(*args, **kwargs), expected, tolerance)
+
+    twin = _converted(twin, {name: wanted[name] for name in reached}, check)
     args, kwargs = split_example(example)
     with evaluating(twin):
         _same(f"{type(module).__name__} after converting its layers", twin(*args, **kwargs), before, tolerance)
@@ -76,7 +78,7 @@ def prepared_copy(module: nn.Module, names: Collection[str] | None = None) -> nn
     twin = detached_copy(module).eval()
     wanted = convertible(twin)
     chosen = _outermost([name for name in wanted if names is None or name in names])
-    return _converted(twin, {name: wanted[name] for name in chosen})[0].eval()
+    return _converted(twin, {name: wanted[name] for name in chosen}).eval()
 
 
 def convertible(module: nn.Module) -> dict[str, nn.Module]:
@@ -121,17 +123,20 @@ def _outermost(names: list[str]) -> list[str]:
     return [name for name in names if not any(inside(name, outer) for outer in names)]
 
 
-def _converted(twin: nn.Module, wanted: Mapping[str, nn.Module]) -> tuple[nn.Module, dict[str, nn.Module]]:
-    """The root with the wanted layers replaced, and the new layers."""
-    news = {}
+def _converted(
+    twin: nn.Module, wanted: Mapping[str, nn.Module], check: Callable[[str, nn.Module], None] | None = None
+) -> nn.Module:
+    """The root with the wanted layers replaced; each is checked before the old one's hooks move to it."""
     for name, layer in wanted.items():
-        news[name] = new = _one(name, layer)
+        new = _one(name, layer)
+        if check is not None:
+            check(name, new)
         move_hooks(layer, new)
         twin = replace_module(twin, layer, new)
-    for part in twin.modules() if news else ():
+    for part in twin.modules() if wanted else ():
         if isinstance(part, nn.TransformerEncoder):
             part.use_nested_tensor = False  # torch's fused path looks for the weights that were converted
-    return twin, news
+    return twin
 
 
 def _one(name: str, layer: nn.Module) -> nn.Module:

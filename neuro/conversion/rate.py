@@ -77,10 +77,9 @@ class RateConfig:
         check_word("input_code", self.input_code, INPUT_CODES)
         check_factor(self, "input_factor", "hidden_factor", most=4)
 
-    @property
-    def described(self) -> dict[str, Any]:
-        """The fields of a `Segment` that follow from the settings alone."""
-        return {"code": "rate", "time_steps": self.time_steps, "reset": self.reset, "input_code": self.input_code}
+    def described(self, time_steps: int) -> dict[str, Any]:
+        """The fields of a `Segment` that follow from the settings and its steps a token (a linear layer may take one)."""
+        return {"code": "rate", "time_steps": time_steps, "reset": self.reset, "input_code": self.input_code}
 
 
 def convert(
@@ -214,7 +213,7 @@ def _linear(module: nn.Module, piece: Piece, calibration: Calibration, config: R
         output_scale=scale,
         headroom=(headroom,),
         payload_bits={"x": 1 if spikes else 8},
-        **config.described,
+        **config.described(steps),
     )
 
 
@@ -302,5 +301,5 @@ def _mlp(module: nn.Module, piece: Piece, calibration: Calibration, config: Rate
         payload_bits={"x": 1 if spikes else 9, "hidden": 1}
         | ({} if spikes else {"current": payload_bits(seen / steps * 2.0**shift1)}),
         channel_scales=channels,
-        **config.described,
+        **config.described(steps),
     )
