@@ -33,17 +33,11 @@ from sparse_update.data.records import Corpus, CorpusError
 from sparse_update.data.regimes import held_out, held_out_starts, make_stream
 from sparse_update.data.stream import document_at
 from sparse_update.gates.config import GateConfig
+from sparse_update.loop.assembly import Arm, Place, Prices, Text, make_trainer
 from sparse_update.loop.checkpoint import CheckpointError, load_checkpoint
-from sparse_update.loop.evaluation import by_difficulty, by_document, surprise_of, token_losses
-from sparse_update.loop.trainer import (
-    RunResult,
-    StepReport,
-    Trainer,
-    TrainerConfig,
-    TrainingDiverged,
-    compiling,
-    start_from,
-)
+from sparse_update.loop.evaluation import by_difficulty, by_document, start_from, surprise_of, token_losses
+from sparse_update.loop.recorder import Listeners
+from sparse_update.loop.records import RunResult, StepReport, TrainerConfig, TrainingDiverged, compiling
 from sparse_update.signals import SignalError
 from sparse_update.transformer import ModelConfig, Transformer
 from sparse_update.weights.lowrank import FACTOR, PeersError
@@ -299,9 +293,9 @@ def _run(
     with Tracker(folder, resume_step=int(resumed.meta["step"]) if resumed else None) as tracker, _bar(cfg) as bar:
 
         def on_report(report: StepReport) -> None:
-            updates.note(report.step, trainer.subset.active)
+            updates.note(report.step, trainer.updates.subset.active)
             tracker.log(report.step, _scalars(report, cfg) | savings.scalars())
-            bar.update(max(0.0, min(1.0, trainer.progress) * bar.total - bar.n))
+            bar.update(max(0.0, min(1.0, trainer.budget.progress) * bar.total - bar.n))
             bar.set_postfix_str(
                 f"loss {report.loss_nats:.3f}, kept {report.keep_fraction:.0%}, "
                 f"{report.tokens / max(report.wall_s, 1e-9):,.0f} tokens/s"
@@ -315,26 +309,19 @@ def _run(
             if trainer.gate.last_score_N is not None:
                 tracker.histogram("gate/surprise_nats", trainer.gate.last_score_N, report.step)
                 tracker.figure("surprise", surprise_figure(trainer.gate.last_score_N), report.step)
-            updates.note(report.step, trainer.subset.active)
+            updates.note(report.step, trainer.updates.subset.active)
             if cfg.subset.kind != "all":
                 tracker.figure("blocks updated", updates.figure(), report.step)
 
-        trainer = Trainer(
+        trainer = make_trainer(
             model,
-            cfg.gate,
-            cfg.subset,
-            cfg.optim,
+            Arm(cfg.gate, cfg.subset, cfg.optim),
             cfg.trainer,
-            stream,
-            times,
-            windows,
-            folder,
+            Text(stream, windows, corpus.known_tokens),
+            Prices(times, lambda table, steps, components: _extend(cfg, device, table, steps, components)),
+            Place(folder, meta),
             cfg.seed,
-            meta,
-            {"known_tokens": getattr(corpus, "known_tokens", None)},
-            lambda table, steps, components: _extend(cfg, device, table, steps, components),
-            on_report,
-            on_evaluation,
+            Listeners(on_report, on_evaluation),
         )
         savings, updates = Savings(trainer), BlockUpdates(model)
         if resumed is not None:

@@ -27,17 +27,17 @@ class Savings:
     choosing included. Negative where the gate costs more than it drops."""
 
     def __init__(self, trainer: Trainer) -> None:
-        windows = trainer.cfg.batch_windows
+        windows = trainer.budget.windows
         self._trainer = trainer
-        self._window_flops = plan_flops(trainer.model.cfg, windows, PLAIN).total / windows
-        self._window_s = trainer.times.dense_ms / 1000 / windows
+        self._window_flops = plan_flops(trainer.updates.model.cfg, windows, PLAIN).total / windows
+        self._window_s = trainer.budget.clock.times.dense_ms / 1000 / windows
 
     def windows(self) -> float:
         """Offered windows whose fate is settled: as large a share of all offered as was trained on of those kept, so that
         what waits in a pool, or was handed out when the budget ended, saves nothing yet."""
         trainer = self._trainer
-        context = trainer.model.cfg.context
-        offered, trained = trainer.offered_tokens / context, trainer.tokens / context
+        context = trainer.budget.context
+        offered, trained = trainer.budget.offered_tokens / context, trainer.updates.tally.tokens / context
         repeats = trainer.gate.cfg.repeats if trainer.gate.cfg.unit == "repeats" else 1
         kept = repeats * float(trainer.gate.kept_by_source.sum())
         return offered * trained / kept if kept else offered
@@ -46,8 +46,8 @@ class Savings:
         """Totals since the start, and the shares of dense training that they are."""
         dense_flops = self.windows() * self._window_flops
         dense_s = self.windows() * self._window_s
-        saved_flops = dense_flops - self._trainer.total_flops()
-        saved_s = dense_s - self._trainer.reference_s
+        saved_flops = dense_flops - self._trainer.records.total_flops
+        saved_s = dense_s - self._trainer.budget.reference_s
         return {
             "saved/flops": saved_flops,
             "saved/flops_share": saved_flops / dense_flops if dense_flops else 0.0,

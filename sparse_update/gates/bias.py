@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 
 import torch
@@ -25,9 +26,9 @@ def cosines(
 ) -> dict[str, float]:
     """Cosine between the gradient by `plan` and the exact one of the same batch, over the active weights: by layer
     ("blocks.0", ..., "embed", "norm", "head") and over "all". A layer without a gradient in the sparse step counts 0.
-    Moves no state of the gate.
+    Moves no state of the gate: neither its draws nor what it has counted and learnt.
     """
-    before = gate.generator.get_state()
+    before, shown = copy.deepcopy(gate.state_dict()), gate.last_score_N
     generator = torch.Generator(device=x_BT.device).manual_seed(seed)
     sparse = stepper.step(
         x_BT,
@@ -40,7 +41,8 @@ def cosines(
         generator=generator,
     ).gradients
     exact = stepper.step(x_BT, y_BT, PLAIN, active).gradients
-    gate.generator.set_state(before)
+    gate.load_state_dict(before)
+    gate.last_score_N = shown
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
     for name, strips in exact.items():
         parts = name.split(".")

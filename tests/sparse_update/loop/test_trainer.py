@@ -19,8 +19,12 @@ from sparse_update.data.stream import WindowStream
 from sparse_update.gates.auto import OBSERVE
 from sparse_update.gates.config import GateConfig
 from sparse_update.gates.controller import AutoConfig, Controller
+from sparse_update.loop.assembly import Arm, Place, Prices, Text, make_trainer
 from sparse_update.loop.checkpoint import load_checkpoint
-from sparse_update.loop.trainer import WATCHED, Trainer, TrainerConfig, TrainingDiverged, compiling, evaluate, start_from
+from sparse_update.loop.evaluation import evaluate, start_from
+from sparse_update.loop.recorder import Listeners
+from sparse_update.loop.records import TrainerConfig, TrainingDiverged, compiling
+from sparse_update.objectives.likelihood import WATCHED
 from sparse_update.transformer import ModelConfig, Transformer
 from sparse_update.weights.settings import OptimConfig, schedule
 from sparse_update.weights.subset import SubsetConfig
@@ -67,21 +71,15 @@ def build(corpus, folder, arm="dense", steps=20, optim=None, times=None, held_ou
         **{"budget_reference_s": steps * 0.010 + 1e-6, "batch_windows": 4, "log_every_steps": 1, "evaluations": 2, **kw}
     )
     reports, losses = [], []
-    trainer = Trainer(
+    trainer = make_trainer(
         model,
-        gate,
-        subset,
-        optim or OptimConfig(),
+        Arm(gate, subset, optim or OptimConfig()),
         cfg,
-        stream,
-        times or table(),
-        held_out or {"val": val_windows(corpus, 16, 512)},
-        folder,
-        seed=0,
-        meta={"config": {"arm": str(arm)}},
-        measure=measure,
-        on_report=reports.append,
-        on_evaluation=lambda report, found: losses.append(found["val"]),
+        Text(stream, held_out or {"val": val_windows(corpus, 16, 512)}),
+        Prices(times or table(), measure),
+        Place(folder, {"config": {"arm": str(arm)}}),
+        0,
+        Listeners(reports.append, lambda report, found: losses.append(found["val"])),
     )
     return trainer, reports, losses
 
@@ -126,10 +124,10 @@ def test_gate_dense_is_bit_equal_to_plain_training(corpus, tmp_path):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * schedule(step * 0.010 / trainer.cfg.budget_reference_s, cfg)
+            group["lr"] = cfg.lr * schedule(step * 0.010 / trainer.budget.cfg.budget_reference_s, cfg)
         optimizer.step()
         assert reports[step].loss_nats == pytest.approx(float(loss.detach()), abs=1e-6)
-    for (name, ours), plain in zip(trainer.model.named_parameters(), model.parameters(), strict=True):
+    for (name, ours), plain in zip(trainer.updates.model.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, plain), name
 
 
@@ -139,7 +137,7 @@ def test_an_interrupted_run_resumes_exactly(corpus, tmp_path, arm):
     expected = whole.run()
 
     first, first_reports, first_losses = build(corpus, tmp_path / "cut", arm)
-    first.on_report = lambda report: (
+    first.records.listeners.on_report = lambda report: (
         first_reports.append(report),
         os.kill(os.getpid(), signal.SIGINT) if report.step == 7 else None,
     )
@@ -156,7 +154,7 @@ def test_an_interrupted_run_resumes_exactly(corpus, tmp_path, arm):
         assert getattr(found, name) == getattr(expected, name), name
     assert [r.loss_nats for r in first_reports + second_reports] == [r.loss_nats for r in whole_reports]
     assert first_losses + second_losses == whole_losses
-    for (name, a), b in zip(second.model.named_parameters(), whole.model.parameters(), strict=True):
+    for (name, a), b in zip(second.updates.model.named_parameters(), whole.updates.model.parameters(), strict=True):
         assert torch.equal(a, b), name
 
 
@@ -173,7 +171,7 @@ def test_the_clock_is_components_times_uses(corpus, tmp_path):
     result = trainer.run()
     assert result.gate_reference_s == pytest.approx(result.windows_scored * 0.5e-3)
     assert result.reference_s == pytest.approx(result.step * 0.010 + result.gate_reference_s)
-    assert result.reference_s <= trainer.cfg.budget_reference_s + 16 * 0.5e-3
+    assert result.reference_s <= trainer.budget.cfg.budget_reference_s + 16 * 0.5e-3
     assert result.step < 30  # scoring is paid for in steps
     assert result.tokens == result.step * 4 * 16
     assert reports[-1].keep_fraction == pytest.approx(0.75)
@@ -181,21 +179,21 @@ def test_the_clock_is_components_times_uses(corpus, tmp_path):
 
 def test_a_loss_that_is_not_finite_is_skipped_counted_and_then_stops_the_run(corpus, tmp_path):
     trainer, _, _ = build(corpus, tmp_path, steps=20, stop_after_skipped=3)
-    before = trainer.model.blocks[0].mlp.fc1.weight.detach().clone()
-    trainer.model.head.weight.data.fill_(float("nan"))
+    before = trainer.updates.model.blocks[0].mlp.fc1.weight.detach().clone()
+    trainer.updates.model.head.weight.data.fill_(float("nan"))
     with pytest.raises(TrainingDiverged, match="3 steps in a row"):
         trainer.run()
-    assert trainer.skipped == 3
-    assert torch.equal(trainer.model.blocks[0].mlp.fc1.weight, before)
+    assert trainer.updates.tally.skipped == 3
+    assert torch.equal(trainer.updates.model.blocks[0].mlp.fc1.weight, before)
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing(corpus, tmp_path):
     trainer, _, _ = build(corpus, tmp_path, steps=20, stop_after_skipped=3)
-    before = trainer.model.head.weight.detach().clone()
-    trainer.model.blocks[0].mlp.fc1.weight.register_hook(lambda g: g * float("nan"))
+    before = trainer.updates.model.head.weight.detach().clone()
+    trainer.updates.model.blocks[0].mlp.fc1.weight.register_hook(lambda g: g * float("nan"))
     with pytest.raises(TrainingDiverged, match="the gradient was not finite for 3 steps"):
         trainer.run()
-    assert torch.equal(trainer.model.head.weight, before)
+    assert torch.equal(trainer.updates.model.head.weight, before)
 
 
 def test_the_last_good_checkpoint_outlives_a_divergence(corpus, tmp_path):
@@ -204,11 +202,11 @@ def test_the_last_good_checkpoint_outlives_a_divergence(corpus, tmp_path):
     def spoil(report):
         reports.append(report)
         if report.step == 5:
-            trainer.model.head.weight.data.fill_(float("nan"))
+            trainer.updates.model.head.weight.data.fill_(float("nan"))
 
-    trainer.on_report = spoil
-    trainer.cfg.checkpoint_every_s = 1e9
-    trainer.save()
+    trainer.records.listeners.on_report = spoil
+    trainer.budget.cfg.checkpoint_every_s = 1e9
+    trainer.checkpoints.save()
     with pytest.raises(TrainingDiverged):
         trainer.run()
     found = load_checkpoint(tmp_path / "checkpoint")
@@ -220,7 +218,7 @@ def test_checkpoint_holds_gate_sampler_and_generator_state(corpus, tmp_path):
     trainer.run()
     found = load_checkpoint(tmp_path / "checkpoint")
     assert found.meta["config"] == {"arm": "sequence"}
-    assert found.meta["step"] == trainer.step
+    assert found.meta["step"] == trainer.updates.tally.step
     assert {"stream", "generator", "signal", "policy", "rate", "queue"} <= set(found.state["gate"])
     assert {"rng", "generator", "optimizer", "subset", "counters"} <= set(found.state)
 
@@ -229,10 +227,10 @@ def test_a_step_that_was_not_timed_is_measured_or_refused(corpus, tmp_path):
     with pytest.raises(ComponentTimesError, match=r"no entry 'step\[rows=8"):
         build(corpus, tmp_path, "tokens", measure=None)
     trainer, _, _ = build(corpus, tmp_path, "tokens", times=table(), batch_windows=8)
-    assert set(trainer.times.extensions) == {"step[rows=8|all|b=8|t=16]"}
+    assert set(trainer.budget.clock.times.extensions) == {"step[rows=8|all|b=8|t=16]"}
     plain, _, _ = build(corpus, tmp_path, "dense", batch_windows=8)
-    assert set(plain.times.extensions) == {"step[plain|all|b=8|t=16]"}
-    assert plain.times.sha256 == table().sha256  # the clock of what was there has not moved
+    assert set(plain.budget.clock.times.extensions) == {"step[plain|all|b=8|t=16]"}
+    assert plain.budget.clock.times.sha256 == table().sha256  # the clock of what was there has not moved
 
 
 def test_length_warm_up_cuts_windows_and_keeps_the_tokens_of_a_step(corpus, tmp_path):
@@ -240,7 +238,7 @@ def test_length_warm_up_cuts_windows_and_keeps_the_tokens_of_a_step(corpus, tmp_
     result = trainer.run()
     assert result.tokens == result.step * 4 * 16
     assert result.step == 20
-    assert dict(trainer.uses) == {
+    assert dict(trainer.budget.clock.uses) == {
         "step[plain|all|b=16|t=4]": 7, "step[plain|all|b=8|t=8]": 6, "dense": 7,
     }  # fmt: skip
     with pytest.raises(ValueError, match="does not divide the model's context 16"):
@@ -257,8 +255,8 @@ def test_training_starts_from_another_runs_weights(corpus, tmp_path):
     first, _, _ = build(corpus, tmp_path / "first")
     first.run()
     second, _, _ = build(corpus, tmp_path / "second")
-    start_from(second.model, tmp_path / "first")
-    for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
+    start_from(second.updates.model, tmp_path / "first")
+    for a, b in zip(first.updates.model.parameters(), second.updates.model.parameters(), strict=True):
         assert torch.equal(a, b)
     other = Transformer(ModelConfig(**{**MODEL, "vocab_size": 300}))
     with pytest.raises(ValueError, match=r"another vocabulary"):
@@ -271,12 +269,12 @@ def test_several_held_out_sets_are_evaluated_apart(corpus, tmp_path):
     result = trainer.run()
     assert set(result.held_out) == {"val", "known"}
     assert result.val_loss_nats == result.held_out["val"] == losses[-1]
-    assert result.held_out["known"] == evaluate(trainer.model, windows[:5])
+    assert result.held_out["known"] == evaluate(trainer.updates.model, windows[:5])
 
 
 def test_a_prequential_loss_is_taken_before_training_and_off_the_clock(corpus, tmp_path):
     trainer, _, _ = build(corpus, tmp_path, prequential_every=16, prequential_windows=4)
-    untrained = evaluate(trainer.model, trainer.stream.read(0, 16).tokens[torch.arange(4) * 4])
+    untrained = evaluate(trainer.updates.model, trainer.budget.stream.read(0, 16).tokens[torch.arange(4) * 4])
     result = trainer.run()
     assert result.prequential[0][:2] == (0, untrained)
     assert [tokens // 16 for tokens, _, _ in result.prequential] == list(range(0, 81, 16))
@@ -295,7 +293,7 @@ def test_a_budget_of_offered_tokens_ends_the_run(corpus, tmp_path):
 def test_bytes_of_gradients_and_optimizer_are_those_of_allocated_tensors(corpus, tmp_path):
     dense, _, _ = build(corpus, tmp_path / "dense")
     result = dense.run()
-    size = sum(p.numel() * 4 for p in dense.model.parameters())
+    size = sum(p.numel() * 4 for p in dense.updates.model.parameters())
     assert result.gradient_bytes == size
     assert 2 * size <= result.optimizer_bytes <= 2 * size + 200
     assert result.update_bytes == result.gradient_bytes + result.optimizer_bytes
@@ -303,18 +301,21 @@ def test_bytes_of_gradients_and_optimizer_are_those_of_allocated_tensors(corpus,
     assert blocks.run().update_bytes < 0.9 * result.update_bytes
 
 
-def test_the_bias_of_compacted_rows_is_logged_and_moves_nothing(corpus, tmp_path):
+@pytest.mark.parametrize("arm", ["tokens", "random tokens"])
+def test_the_bias_of_compacted_rows_is_logged_and_moves_nothing(corpus, tmp_path, arm):
     seen = []
-    trainer, _, _ = build(corpus, tmp_path / "a", "random tokens", measure_bias=True)
-    trainer.on_evaluation = lambda report, losses: seen.append(report.notes)
-    trainer.run()
+    trainer, _, _ = build(corpus, tmp_path / "a", arm, measure_bias=True)
+    trainer.records.listeners.on_evaluation = lambda report, losses: seen.append(report.notes)
+    found = trainer.run()
     for notes in seen:
         assert {"bias/all", "bias/blocks.0", "bias/blocks.1", "bias/head", "bias/embed", "bias/norm"} <= set(notes)
         assert all(-1 <= value <= 1 + 1e-9 for key, value in notes.items() if key.startswith("bias"))
     assert seen[0]["bias/all"] < 0.999
-    without, _, _ = build(corpus, tmp_path / "b", "random tokens")
-    without.run()
-    for a, b in zip(trainer.model.parameters(), without.model.parameters(), strict=True):
+    without, _, _ = build(corpus, tmp_path / "b", arm)
+    expected = without.run()
+    for name in ("step", "flops", "windows_scored", "reference_s", "val_loss_nats"):
+        assert getattr(found, name) == getattr(expected, name), name
+    for a, b in zip(trainer.updates.model.parameters(), without.updates.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -328,11 +329,11 @@ def test_every_report_says_what_each_source_lost(corpus, tmp_path):
 def test_evaluation_is_the_mean_over_all_tokens_and_changes_nothing(corpus, tmp_path):
     trainer, _, _ = build(corpus, tmp_path)
     windows = val_windows(corpus, 16, 512)
-    trainer.model.train()
-    found = evaluate(trainer.model, windows, batch=7)
-    expected = F.cross_entropy(trainer.model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
+    trainer.updates.model.train()
+    found = evaluate(trainer.updates.model, windows, batch=7)
+    expected = F.cross_entropy(trainer.updates.model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
     assert found == pytest.approx(float(expected.detach()), rel=1e-6)
-    assert trainer.model.training
+    assert trainer.updates.model.training
 
 
 @pytest.mark.parametrize(
@@ -374,7 +375,7 @@ def test_a_compiled_step_trains_like_the_plain_one(corpus, tmp_path):
     plain, reports, _ = build(corpus, tmp_path / "plain", steps=8)
     plain.run()
     compiled, compiled_reports, _ = build(corpus, tmp_path / "compiled", steps=8)
-    compiled.forward = torch.compile(compiled.model)
+    compiled.updates.objective.forward = torch.compile(compiled.updates.model)
     result = compiled.run()
     assert result.compile_s > 0
     for a, b in zip(reports, compiled_reports, strict=True):
@@ -389,14 +390,14 @@ def test_observed_steps_train_like_plain_ones_and_are_charged_as_they_run(corpus
 
     arm = (GateConfig(name="auto", unit="auto", pool_windows=8, ngram_bits=12), SubsetConfig())
     trainer, reports, _ = build(corpus, tmp_path / "auto", arm, 60, times=table(variant), measure=timed)
-    trainer.forward = trainer.model  # whatever compiles is not what is asked here
+    trainer.updates.objective.forward = trainer.updates.model  # whatever compiles is not what is asked here
     trainer.gate.controller = Controller(AutoConfig(strata=4, quotas=(0.2, 0.3, 0.4, 0.5), sigma=1e6))
     trainer.run()
     plain, expected, _ = build(corpus, tmp_path / "plain", steps=60)
     plain.run()
     seen = trainer.gate.controller.observed
     assert seen > 10
-    assert trainer.uses[WATCHED] == (seen if variant == "autograd_compiled" else 0)
+    assert trainer.budget.clock.uses[WATCHED] == (seen if variant == "autograd_compiled" else 0)
     assert trainer.gate.uses[OBSERVE] == 4 * seen
     assert len(reports) == 60
     for ours, dense in zip(reports, expected, strict=True):

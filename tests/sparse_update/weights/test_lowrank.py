@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparse_update.clock.cost import Step
 from sparse_update.clock.timing import Setting, step_probe
 from sparse_update.gates.config import GateConfig
-from sparse_update.loop.trainer import check_adapter
+from sparse_update.loop.assembly import check_adapter
 from sparse_update.nested import pack, unpack
 from sparse_update.step.flops import plan_flops
 from sparse_update.step.plan import PLAIN

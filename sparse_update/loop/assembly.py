@@ -1,0 +1,165 @@
+"""Puts a trainer together from the settings of an arm: every part is made here, and the loop is given it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_update.clock.cost import ComponentTimes, ComponentTimesError
+from sparse_update.clock.running import Measure, RunClock
+from sparse_update.clock.timing import Component
+from sparse_update.gates.choice import make_gate
+from sparse_update.gates.config import GateConfig
+from sparse_update.gates.gate import GateContext
+from sparse_update.loop.budget import Budget
+from sparse_update.loop.checkpoint import checkpoint_of
+from sparse_update.loop.checkpoints import Checkpoints
+from sparse_update.loop.recorder import Listeners, Recorder
+from sparse_update.loop.records import TrainerConfig
+from sparse_update.loop.tally import Tally
+from sparse_update.loop.trainer import Trainer
+from sparse_update.loop.updates import Updates
+from sparse_update.objectives.likelihood import Likelihood
+from sparse_update.objectives.objective import Given, Objective
+from sparse_update.parallel.mesh import Mesh
+from sparse_update.parallel.single import ALONE
+from sparse_update.step.backward import Stepper
+from sparse_update.transformer import Transformer
+from sparse_update.weights.lowrank import adapt
+from sparse_update.weights.optimizer import Optimizer
+from sparse_update.weights.settings import OptimConfig
+from sparse_update.weights.subset import Subset, SubsetConfig
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What tells the arms of a comparison apart."""
+
+    gate: GateConfig = field(default_factory=GateConfig)
+    subset: SubsetConfig = field(default_factory=SubsetConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """What is read. `stream`: source of windows; `held_out`: windows by name, int64 (N, T + 1), on the CPU, "val" is the
+    headline; `known_tokens`: text that the model knows already, int64 (tokens,), for signals of novelty."""
+
+    stream: Any
+    held_out: Mapping[str, Tensor]
+    known_tokens: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Prices:
+    """What a step costs: a table of component times, its `precision` is used; and what extends it by steps and components
+    that it lacks (without it, a missing entry is an error)."""
+
+    times: ComponentTimes
+    measure: Measure | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is kept: checkpoints go to `folder/checkpoint`, with `meta` in them (config, tokenizer, ...)."""
+
+    folder: Path
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+def make_trainer(
+    model: Transformer,
+    arm: Arm,
+    cfg: TrainerConfig,
+    text: Text,
+    prices: Prices,
+    place: Place,
+    seed: int,
+    listeners: Listeners | None = None,
+    *,
+    objective: Callable[[Given], Objective] = Likelihood,
+    mesh: Mesh = ALONE,
+) -> Trainer:
+    """A trainer of `model`, which is on its device already, with `cfg.attention` resolved.
+
+    Args:
+        objective: makes what is minimised, from the parts that were made before it.
+        mesh: the processes that train together; each of them assembles a trainer of its own, with its own stream.
+
+    Raises:
+        ComponentTimesError: for a table of another model or kind of step, or one that lacks what the run may use.
+        ValueError: for settings that do not fit one another.
+    """
+    times, device = prices.times, model.embed.weight.device
+    _check_table(times, model, arm.optim, cfg)
+    adapted = arm.subset.kind == "lora"
+    if adapted:
+        check_adapter(arm.gate)
+        adapt(model, arm.subset, seed)
+    if mesh.size > 1 and arm.subset.inactive == "sign8":
+        raise ValueError(
+            f"subset.inactive = sign8 with {mesh.size} processes: signs have no mean over processes. Use sign or frozen"
+        )
+    stepper = Stepper(model, torch.bfloat16 if times.precision == "bf16" else None, times.compiled)
+    subset = Subset(model, arm.subset, seed)
+    optimizer = Optimizer(model, subset.active, arm.optim)
+    every_weight = arm.subset.kind == "all"
+    clock = RunClock(times, arm.optim, lambda: None if every_weight else subset.active, cfg.batch_windows, prices.measure)
+    vocabulary = int(getattr(getattr(text.stream, "corpus", None), "vocab_size", model.cfg.vocab_size))
+    context = GateContext(
+        vocabulary,
+        model.cfg.context,
+        seed,
+        model=model,
+        device=device,
+        stepper=stepper,
+        active=lambda: subset.active,
+        step_key=lambda plan, batch, length: clock.key(clock.step(plan, batch, length)),
+        reference=str(checkpoint_of(arm.gate.reference)) if arm.gate.reference else "",
+        known_tokens=text.known_tokens,
+    )
+    gate = make_gate(arm.gate, text.stream, context)
+    budget = Budget(cfg, model.cfg.context, clock, gate, text.stream, mesh)
+    given = Given(model, gate, subset, clock, stepper, seed, adapted, cfg.measure_bias)
+    minimised = objective(given)
+    clock.add(gate.components, gate)
+    clock.add(lambda: _looking(text.stream, cfg.batch_windows), text.stream)
+    clock.add(minimised.components)
+    clock.require(budget.planned(), clock.components())
+    tally = Tally()
+    updates = Updates(
+        model, minimised, optimizer, subset, clock, tally, mesh, cfg.stop_after_skipped, place.folder / "checkpoint"
+    )
+    records = Recorder(cfg, text.held_out, tally, budget, updates, listeners or Listeners(), mesh)
+    checkpoints = Checkpoints(place.folder, place.meta, cfg, updates, gate, adapted, mesh)
+    return Trainer(gate, budget, updates, records, checkpoints, mesh)
+
+
+def check_adapter(gate: GateConfig) -> None:
+    """Raise ValueError for a gate that looks into the model or changes its step, beside LoRA's factors."""
+    if not gate.only_tokens:
+        raise ValueError(
+            f"subset.kind = lora with gate.unit = {gate.unit!r}, gate.signal = {gate.signal!r}: LoRA runs by autograd, "
+            "so gate=dense, or unit sequence by a signal that is asked before the forward (random, ngram, ...)"
+        )
+
+
+def _check_table(times: ComponentTimes, model: Transformer, optim: OptimConfig, cfg: TrainerConfig) -> None:
+    times.check(model.cfg, optim)
+    on = times.variant.endswith("compiled") or times.compiled
+    if cfg.compile != "auto" and (cfg.compile == "on") != on:
+        raise ComponentTimesError(
+            f"trainer.compile = {cfg.compile}, but the table of component times was measured "
+            f"{'with' if on else 'without'} torch.compile: measure again, or leave trainer.compile at auto"
+        )
+
+
+def _looking(stream: Any, windows: int) -> dict[str, Component]:
+    """The component of a stream that looks at its windows."""
+    key = getattr(stream, "cost_key", "")
+    return {key: (windows, lambda: stream.probe(windows))} if key else {}

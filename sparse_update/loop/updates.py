@@ -1,0 +1,113 @@
+"""One step: the objective's gradient, its mean over the processes, the optimizer's update of the active weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparse_update.clock.cost import Step
+from sparse_update.clock.running import RunClock
+from sparse_update.gates.gate import GatedBatch
+from sparse_update.loop.records import TrainingDiverged
+from sparse_update.loop.tally import Tally
+from sparse_update.objectives.objective import Objective
+from sparse_update.parallel.mesh import Mesh
+from sparse_update.step.plan import SparseStep
+from sparse_update.transformer import Transformer
+from sparse_update.weights.optimizer import Optimizer
+from sparse_update.weights.subset import Subset
+
+
+class Updates:
+    """Takes steps, and moves on to other weights where it is their turn.
+
+    Args:
+        model: what is trained.
+        objective: takes the gradients.
+        optimizer, subset: which weights are updated, and how.
+        clock, tally: charged with each step.
+        mesh: gradients and losses are means over its ranks.
+        stop_after_skipped: steps in a row without a finite loss and gradient before the run gives up.
+        kept: where the last good state would be found; for the message.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        objective: Objective,
+        optimizer: Optimizer,
+        subset: Subset,
+        clock: RunClock,
+        tally: Tally,
+        mesh: Mesh,
+        stop_after_skipped: int,
+        kept: Path,
+    ) -> None:
+        self.model, self.objective, self.optimizer, self.subset = model, objective, optimizer, subset
+        self.clock, self.tally, self.mesh = clock, tally, mesh
+        self.stop_after_skipped, self.kept = stop_after_skipped, kept
+
+    def take(self, batch: GatedBatch, step: Step, progress: float) -> SparseStep:
+        """Take and charge one step at `progress` of the budget; what comes back has the losses by window.
+
+        Raises TrainingDiverged where too many steps in a row had a loss or gradient that is not finite.
+        """
+        found = self.objective.gradients(batch, step)
+        self.mesh.average_(self._gradients(found))
+        if found.gradients:
+            self.optimizer.set_gradients(found.gradients)
+        self._update(self.mesh.mean(float(found.loss_BT.mean())), found, progress)
+        self.clock.charge(self.objective.component(step, self.clock.key(step)))
+        self.tally.step += 1
+        self.tally.tokens += int(self.mesh.sum(step.batch * step.length))
+        self.tally.flops += int(self.mesh.sum(self.objective.flops(step)))
+        if len(found.loss_BT) != len(batch.tokens):  # the gate thinks in windows
+            found = replace(found, loss_BT=found.loss_BT.reshape(len(batch.tokens), -1))
+        return found
+
+    def turn(self, progress: float) -> None:
+        """Move on to the next choice of weights where it is due."""
+        if self.subset.due(self.tally.step, progress):
+            self.optimizer.activate(self.subset.advance(None))
+
+    def _gradients(self, found: SparseStep) -> Iterator[Tensor]:
+        if found.gradients:
+            yield from (strip for strips in found.gradients.values() for strip in strips)
+        else:
+            yield from (leaf.grad for leaf in self._leaves() if leaf.grad is not None)
+
+    def _leaves(self) -> Iterator[Tensor]:
+        yield from self.optimizer.leaves.values()
+        yield from self.optimizer.signed.values()
+
+    def _update(self, loss: float, found: SparseStep, progress: float) -> None:
+        tally = self.tally
+        if math.isfinite(loss) and self.mesh.all(self._finite()):
+            tally.note_bytes(self.optimizer.gradient_bytes(), self.optimizer.state_bytes())
+            self.subset.observe(found.gradients, loss)
+            norm = self.optimizer.step(progress)
+            if math.isfinite(norm):
+                tally.gradient_norm = norm
+                tally.losses.append(loss)
+                tally.skipped_in_a_row = 0
+                tally.note_bytes(0, self.optimizer.state_bytes())
+                return
+        self.optimizer.clear()
+        tally.skipped += 1
+        tally.skipped_in_a_row += 1
+        if tally.skipped_in_a_row >= self.stop_after_skipped:
+            what = f"the loss was {loss}" if not math.isfinite(loss) else "the gradient was not finite"
+            raise TrainingDiverged(
+                f"step {tally.step}: {what} for {tally.skipped_in_a_row} steps in a row. Lower optim.lr (now "
+                f"{self.optimizer.cfg.lr}) or look at the data; {self.kept} holds the last good state, if any"
+            )
+
+    def _finite(self) -> bool:
+        """Whether every gradient is; moments that met one that is not would never recover."""
+        sums = [leaf.grad.sum() for leaf in self._leaves() if leaf.grad is not None]
+        return not sums or bool(torch.stack(sums).isfinite().all())

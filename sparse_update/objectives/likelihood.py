@@ -1,0 +1,145 @@
+"""Next-token likelihood: a batch is scored by the cross-entropy of its tokens, in nats.
+
+The gradient comes from autograd or from the sparse step (`step/backward.py`), whichever the table of component times found
+faster for a plain step; a step that leaves something out always takes the sparse one.
+
+Shape letters: B sequences of a step, T predicted tokens of a sequence, R tokens through the middle layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_update.clock.cost import Step
+from sparse_update.clock.timing import Component, Setting, step_probe
+from sparse_update.gates.bias import cosines
+from sparse_update.gates.gate import GatedBatch
+from sparse_update.loop.evaluation import evaluate
+from sparse_update.objectives.objective import Given, Objective, by_autograd
+from sparse_update.step.backward import Stepper
+from sparse_update.step.flops import plan_flops
+from sparse_update.step.plan import PLAIN, SparseStep
+from sparse_update.transformer import token_loss
+from sparse_update.weights.subset import Active
+
+WATCHED = "plain_step_watched"
+"""Component key of a plain step that the engine takes for a gate to observe, where others go by compiled autograd."""
+
+
+class Likelihood(Objective):
+    """Mean cross-entropy of the next token, over the tokens that the gate lets through and weighed as it says."""
+
+    def __init__(self, given: Given) -> None:
+        self.given, self.model, self.gate = given, given.model, given.gate
+        self.times = times = given.clock.times
+        self.bf16 = times.precision == "bf16"
+        self.stepper = self.engine = given.stepper
+        if (times.variant == "engine_compiled") != times.compiled:
+            dtype = torch.bfloat16 if self.bf16 else None
+            self.engine = Stepper(self.model, dtype, times.variant == "engine_compiled")
+        compiled = times.variant == "autograd_compiled" or (given.adapted and times.compiled)
+        self.forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if compiled else self.model
+        self.generator = torch.Generator(device=given.device).manual_seed(given.seed + 3)
+        self._last: tuple[Tensor, Tensor, Step, Tensor | None] | None = None
+
+    @property
+    def compiles(self) -> bool:  # type: ignore[override]
+        return self.times.compiled or self.forward is not self.model
+
+    def gradients(self, batch: GatedBatch, step: Step) -> SparseStep:
+        tokens_BT1 = batch.tokens.to(self.given.device)
+        x_BT = tokens_BT1[:, :-1].reshape(step.batch, step.length)
+        y_BT = tokens_BT1[:, 1:].reshape(step.batch, step.length)
+        weight_B = batch.weight_B
+        if weight_B is not None:
+            weight_B = weight_B.repeat_interleave(len(x_BT) // len(weight_B)).to(self.given.device)
+        if self._by_autograd(step):
+            self._last = (x_BT, y_BT, step, None)
+            return self._autograd(x_BT, y_BT, weight_B)
+        places_BR = self.gate.bypass(batch, step.plan)
+        if places_BR is not None:
+            places_BR = places_BR.reshape(len(x_BT), -1).to(self.given.device)
+        self._last = (x_BT, y_BT, step, places_BR)
+        stepper = self.engine if _takes_all(step) else self.stepper
+        return stepper.step(
+            x_BT,
+            y_BT,
+            step.plan,
+            self._active,
+            choose=self.gate.choose if step.plan.sequences or step.plan.rows else None,
+            bypass_BR=places_BR,
+            skip=self.gate.skip(step.plan),
+            weight_B=weight_B,
+            generator=self.generator,
+            watched=self.gate.watched if self.gate.observing else frozenset(),
+        )
+
+    def _by_autograd(self, step: Step) -> bool:
+        """Whether autograd takes the step. A gate that observes needs hooks, which compiled autograd has not: there the
+        engine hands the factors over."""
+        variant = self.times.variant
+        hooked = variant == "autograd" or not self.gate.observing
+        return self.given.adapted or (_takes_all(step) and variant.startswith("autograd") and hooked)
+
+    def _autograd(self, x_BT: Tensor, y_BT: Tensor, weight_B: Tensor | None) -> SparseStep:
+        run = self.model if self.gate.observing else self.forward
+        cast = torch.autocast(self.given.device.type, torch.bfloat16, enabled=self.bf16)
+        with self.gate.tap(self.model), cast:
+            loss_BT = token_loss(run(x_BT), y_BT)
+            loss = loss_BT.mean() if weight_B is None else (loss_BT * weight_B[:, None]).mean()
+            loss.backward()
+        return by_autograd(loss_BT)
+
+    @property
+    def _active(self) -> Active:
+        return self.given.subset.active
+
+    def held_out(self, windows_NT1: Tensor) -> float:
+        """Mean loss per token, nats."""
+        return evaluate(self.model, windows_NT1)
+
+    def flops(self, step: Step) -> int:
+        return plan_flops(self.model.cfg, step.batch, step.plan, step.active, step.length).total
+
+    def component(self, step: Step, key: str) -> str:
+        by_engine = self.gate.observing and _takes_all(step) and self.times.variant == "autograd_compiled"
+        return WATCHED if by_engine else key
+
+    def components(self) -> Mapping[str, Component]:
+        needed = self.gate.cfg.unit == "auto" and self.times.variant == "autograd_compiled"
+        return {WATCHED: (1, self._watched_step)} if needed else {}
+
+    def _watched_step(self) -> Callable[[], None]:
+        """A plain step as one that is observed runs: by the engine, which has what is watched at hand."""
+        times, clock = self.times, self.given.clock
+        variant = "engine_compiled" if times.compiled else "engine"
+        setting = Setting(self.model.cfg, clock.optim, self.given.device, times.attention, times.precision, variant=variant)
+        probe = step_probe(setting, Step(PLAIN, None, clock.batch_windows, self.model.cfg.context), WATCHED)
+
+        def use() -> None:
+            probe()
+
+        return use
+
+    def notes(self) -> Mapping[str, float]:
+        """Bias by layer of the last step, where it left something out and `trainer.measure_bias` asks for it."""
+        if not self.given.measure_bias or self._last is None or self._last[2].plan.plain:
+            return {}
+        x_BT, y_BT, step, places_BR = self._last
+        found = cosines(self.stepper, x_BT, y_BT, step.plan, self._active, self.gate, places_BR, self.given.seed)
+        return {f"bias/{name}": value for name, value in found.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
+
+
+def _takes_all(step: Step) -> bool:
+    """Whether a step leaves nothing out, looks for nothing and updates every weight."""
+    return step.plan == PLAIN and step.active is None

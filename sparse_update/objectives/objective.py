@@ -1,0 +1,103 @@
+"""What the loop asks of an objective. An objective is a part that the loop is given: it scores a batch, takes the gradient,
+says what that cost, and judges the model on held-out windows.
+
+Shape letters: B sequences of a step, T predicted tokens of a sequence, N held-out windows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_update.clock.cost import Step
+from sparse_update.clock.running import RunClock
+from sparse_update.clock.timing import Component
+from sparse_update.gates.gate import Gate, GatedBatch
+from sparse_update.step.backward import Stepper
+from sparse_update.step.plan import Chosen, SparseStep, View
+from sparse_update.transformer import Transformer
+from sparse_update.weights.subset import Subset
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What an objective may work with; made by the loop's assembly before the objective is."""
+
+    model: Transformer
+    gate: Gate
+    subset: Subset
+    clock: RunClock
+    stepper: Stepper
+    """sparse steps of the model, which the gate scores with too"""
+    seed: int
+    adapted: bool
+    """The model holds LoRA's factors, which the sparse step does not know."""
+    measure_bias: bool
+    """`trainer.measure_bias`"""
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed.weight.device
+
+
+class Objective(ABC):
+    """What a run minimises. A subclass gives `gradients`, `held_out` and `flops`; the other methods have defaults."""
+
+    compiles = False
+    """Whether the first step compiles, so that its wall time is reported apart."""
+
+    @abstractmethod
+    def gradients(self, batch: GatedBatch, step: Step) -> SparseStep:
+        """Score a batch and take the gradient of its mean loss; nothing is updated.
+
+        `step` has the plan, the number and length of the sequences that the windows are cut into, and the weights that are
+        updated. The gradients are either in `.grad` of the parameters, then `SparseStep.gradients` is empty, or in
+        `SparseStep.gradients`, by parameter and active strip. `SparseStep.loss_BT` is the loss per token that is reported
+        and that signals learn from, (B, T), without a graph.
+        """
+
+    @abstractmethod
+    def held_out(self, windows_NT1: Tensor) -> float:
+        """What the model is judged by on held-out windows, int64 (N, T + 1); smaller is better. Changes nothing."""
+
+    @abstractmethod
+    def flops(self, step: Step) -> int:
+        """Counted FLOPs of a step, its forwards and its backward."""
+
+    def component(self, step: Step, key: str) -> str:
+        """The component-time key that the step just taken is charged under; `key` is that of the plan."""
+        return key
+
+    def components(self) -> Mapping[str, Component]:
+        """Components that `component` may name beside the steps, to be timed."""
+        return {}
+
+    def notes(self) -> Mapping[str, float]:
+        """Its own numbers at an evaluation, for the log."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What its next step depends on beside the weights. The names lie beside those of the loop's other parts in a
+        checkpoint and must differ from them."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave; called with a mapping that may hold other names too.
+
+        Raises NotImplementedError for a subclass that gives a state and does not take it back.
+        """
+        if kept := self.state_dict():
+            raise NotImplementedError(
+                f"{type(self).__name__}.load_state_dict: it keeps {', '.join(kept)}, so it must load it"
+            )
+
+
+def by_autograd(loss_BT: Tensor) -> SparseStep:
+    """A step whose gradients are in `.grad` of the parameters, by its losses per token (B, T)."""
+    loss_BT = loss_BT.detach()
+    return SparseStep(loss_BT, {}, Chosen(), View(loss_BT))
