@@ -121,7 +121,8 @@ def parameter_groups(model: nn.Module, gates: Gates, settings: TrainSettings) ->
 
 
 def rate_at(progress: float, settings: TrainSettings) -> float:
-    """Factor on every learning rate: linear warm-up, then a cosine to `final_lr`."""
+    """Factor on every learning rate: linear warm-up, then a cosine to `final_lr`. The rule of
+    `sparse_update.weights.settings.schedule`; a test holds the two together."""
     if progress < settings.warmup:
         return progress / settings.warmup
     done = (progress - settings.warmup) / max(1e-9, 1 - settings.warmup)

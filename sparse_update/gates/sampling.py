@@ -203,7 +203,7 @@ def _up(rate: float) -> float:
 def _distance(a: Gradients, b: Gradients) -> float:
     """Squared distance; a parameter without an entry has gradient 0."""
     total = 0.0
-    for name in a.keys() | b.keys():
+    for name in dict.fromkeys((*a, *b)):  # in one order: a set's differs between processes, and so would the last bit
         one, other = a.get(name), b.get(name)
         for i in range(len(one or other or ())):
             left = one[i].double() if one is not None else 0.0

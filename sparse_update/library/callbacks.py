@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparse_update.library.attach import AttachConfig, Gate, attach, plain_loss
+from sparse_update.library.attach import Gate, attach
 from sparse_update.library.linear import GateError
+from sparse_update.library.rowloss import plain_loss
+from sparse_update.library.settings import AttachConfig
 
 INSTALL = {"lightning": "pip install 'spikegate[lightning]'", "transformers": "pip install 'spikegate[hub]'"}
 
@@ -130,8 +132,8 @@ def trainer_callback(config: AttachConfig | Mapping[str, Any]) -> Any:
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             # The trainer clips model.parameters(), which strips are not: they are clipped by a norm of their own.
             gate = self.holder.gate
-            if gate is not None and gate.strips.leaves and args.max_grad_norm and args.max_grad_norm > 0:
-                nn.utils.clip_grad_norm_(gate.strips.leaves.values(), args.max_grad_norm)
+            if gate is not None and gate.turns.strips.leaves and args.max_grad_norm and args.max_grad_norm > 0:
+                nn.utils.clip_grad_norm_(gate.turns.strips.leaves.values(), args.max_grad_norm)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             self.holder.stepped([self._optimizer], "Trainer(..., compute_loss_func=callback.loss)")

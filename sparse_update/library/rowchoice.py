@@ -129,7 +129,6 @@ class RowChoice:
                 index_S = self._check(pick.index, kept_count(batch, cfg.keep_fraction), batch)
                 flat = (index_S[:, None] * length + torch.arange(length, device=index_S.device)).flatten()
                 weight = None if pick.weight is None else pick.weight[:, None].expand(-1, length).flatten()
-                offered = batch
             else:
                 if score.shape != loss_BT.shape:
                     raise SignalError(
@@ -140,7 +139,6 @@ class RowChoice:
                         f"backward.keep_fraction = {cfg.keep_fraction} of {length} tokens is less than one row"
                     )
                 flat, weight = self._tokens(score, valid_BT)
-                offered = length
             weight_K = torch.ones_like(flat, dtype=torch.float32) if weight is None else weight.to(flat.device)
             valid_K = valid_BT.flatten()[flat]
             weight_K = (weight_K * valid_K).to(loss_BT.dtype if loss_BT.dtype == torch.float64 else torch.float32)
@@ -148,7 +146,6 @@ class RowChoice:
             unweighted = valid_K.sum()
             normaliser = unweighted if weight is None else total
             share = unweighted / total.clamp(min=1) if weight is None else torch.ones_like(unweighted, dtype=torch.float32)
-            del offered
             return Kept(flat, weight_K, normaliser.clamp(min=1), share)
 
     def _tokens(self, score: Tensor, valid_BT: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -14,14 +14,14 @@ from torch import Tensor
 from sparse_update.data.records import Batch
 from sparse_update.signals.base import Signal, SignalContext, SignalError, register_signal
 from sparse_update.signals.proxies import Ngram
-from sparse_update.surprise import NgramTable, mix
+from sparse_update.surprise import mix
 
 _EMPTY = (1 << 62) - 1
 """A signature's bin without a shingle."""
 
 
 @register_signal("novelty")
-class Novelty(Signal):
+class Novelty(Ngram):
     """Surprise under an n-gram table of what is known, nats per token: fitted on `known_tokens` where there are any
     (`known`), and learning only what the model was trained on (`learnt`); what is merely offered leaves no trace."""
 
@@ -34,13 +34,12 @@ class Novelty(Signal):
         bits: int = 21,
         strength: float = 0.3,
     ) -> None:
-        super().__init__(context)
+        super().__init__(context, orders, bits, strength)
         if not known and not learnt:
             raise SignalError("signal 'novelty': known = false and learnt = false leave nothing to be new against")
         if known and not learnt:
             self._require(known_tokens=context.known_tokens)
         self.learnt = learnt
-        self.table = NgramTable(context.vocab_size, tuple(orders), bits, strength, context.device)
         if known and context.known_tokens is not None:
             for part in context.known_tokens.long().to(context.device).split(1 << 18):
                 if len(part) > 1:
@@ -52,15 +51,6 @@ class Novelty(Signal):
     def observe(self, batch: Batch, loss_BT: Tensor, progress: float) -> None:
         if self.learnt:
             self.table.update(batch.tokens.to(self.context.device))
-
-    def flops(self, windows: int) -> int:
-        return windows * self.context.context * (4 * len(self.table.orders) + 1)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.table.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.table.load_state_dict(dict(state))
 
 
 def shingle_hashes(tokens_NT1: Tensor, shingle: int) -> Tensor:

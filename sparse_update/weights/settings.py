@@ -55,7 +55,11 @@ class OptimConfig:
 
 
 def schedule(progress: float, cfg: OptimConfig) -> float:
-    """Factor on the learning rate at `progress` in [0, 1] of the budget: linear warm-up, then cosine."""
+    """Factor on the learning rate at `progress` in [0, 1] of the budget: linear warm-up, then cosine.
+
+    torch's schedulers count steps, whose number a budget of seconds does not know. `neuro.training.loop.rate_at` is the
+    same rule over steps: the two packages may not import each other, and a test holds the two together.
+    """
     if progress < cfg.warmup_fraction:
         return progress / cfg.warmup_fraction
     done = min(1.0, (progress - cfg.warmup_fraction) / (1 - cfg.warmup_fraction))

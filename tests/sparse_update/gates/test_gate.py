@@ -14,6 +14,7 @@ from sparse_update.gates.choice import make_gate
 from sparse_update.gates.config import GateConfig
 from sparse_update.gates.gate import Gate, GateContext
 from sparse_update.gates.rates import Rate
+from sparse_update.gates.sampling import _distance
 from sparse_update.step.plan import SparseStep, StepPlan, View
 from sparse_update.transformer import ModelConfig, Transformer
 
@@ -339,3 +340,18 @@ def test_a_gate_of_ones_own_needs_only_what_differs(corpus):
     gate = Halving(GateConfig(), WindowStream(corpus, 32, seed=0), GateContext(256, 32, 0))
     assert gate.next(4).tokens.shape == (4, 33)
     assert gate.plan(0.0, 4, 32).rows == 16
+
+
+def test_a_distance_of_gradients_is_summed_in_their_own_order():
+    """In the order of a set, which Python draws anew in every process, a run would not resume to the same bits."""
+    names = [f"blocks.{i}.attn.q.weight" for i in range(40)]
+    values = torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).exp() * 10.0 ** torch.arange(
+        40
+    )
+    gradients = {name: (value[None],) for name, value in zip(names, values, strict=True)}
+    expected = 0.0
+    for value in values:
+        expected += float(value.square())
+    assert _distance(gradients, {}) == _distance({}, gradients) == expected
+    missing = dict(list(gradients.items())[:30])
+    assert _distance(missing, gradients) == sum(float(value.square()) for value in values[30:])

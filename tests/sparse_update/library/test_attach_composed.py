@@ -266,7 +266,7 @@ def test_own_signal_and_rule_by_name():
     back = {"unit": "token", "keep_fraction": 0.25, "signal": "late", "signal_options": {"slope": 2.0}}
     cfg = {"backward": back, "weights": {"kind": "blocks", "active_fraction": 0.25, "policy": "last_places"}}
     gate = attach(model, cfg)
-    assert gate.strips.layers["blocks.1.mlp.fc1.weight"][0].strips[0].start == 48
+    assert gate.turns.strips.layers["blocks.1.mlp.fc1.weight"][0].strips[0].start == 48
     torch.testing.assert_close(gate.loss(model(x), y), token_losses(model, x, y)[:, -3:].mean())
     gate.detach()
     gate = attach(model, {"backward": {**back, "signal": "peeks", "signal_options": {}}})

@@ -61,8 +61,8 @@ def test_strips_save_flops_gradient_and_optimizer_bytes(model):
     gate.detach()
     model.zero_grad()
     gate = attach(model, {"weights": {"kind": "blocks", "active_fraction": 0.25, "block_rows": 4}})
-    strips = gate.strips.leaves
-    inactive = sum(gate.names[n].numel() - leaf.numel() for (n, _), leaf in strips.items())
+    strips = gate.turns.strips.leaves
+    inactive = sum(gate.turns.names[n].numel() - leaf.numel() for (n, _), leaf in strips.items())
     sparse = spent(gate)
     assert len(strips) >= 4
     assert dense[0] - sparse[0] == 2 * B * T * inactive
@@ -86,22 +86,22 @@ def test_strip_gradients_are_slices_of_the_dense_ones(model, kind, policy, strip
     }
     gate = attach(model, {"weights": cfg})
     optimizer = torch.optim.SGD(gate.parameters(), lr=0.0)
-    reached = {name: torch.zeros(gate.names[name].shape, dtype=torch.bool) for name in gate.strips.layers}
+    reached = {name: torch.zeros(gate.turns.names[name].shape, dtype=torch.bool) for name in gate.turns.strips.layers}
     for _ in range(4):
         gate.loss(logits_of(model, x), y).backward()
-        for (name, number), leaf in gate.strips.leaves.items():
-            strip = gate.strips.layers[name][0].strips[number]
+        for (name, number), leaf in gate.turns.strips.leaves.items():
+            strip = gate.turns.strips.layers[name][0].strips[number]
             where = (slice(None),) * strip.dim + (slice(strip.start, strip.start + strip.size),)
             torch.testing.assert_close(leaf.grad, expected[name][where], rtol=1e-9, atol=1e-13)
-            assert gate.names[name].grad is None
+            assert gate.turns.names[name].grad is None
             reached[name][where] = True
-        for name, p in gate.names.items():
-            if name not in gate.strips.layers:
+        for name, p in gate.turns.names.items():
+            if name not in gate.turns.strips.layers:
                 torch.testing.assert_close(p.grad, expected[name], rtol=1e-9, atol=1e-13)
         optimizer.step()
         gate.step(optimizer)
         optimizer.zero_grad()
-        for p in gate.names.values():
+        for p in gate.turns.names.values():
             p.grad = None
     if policy == "rotate":
         assert all(mask.all() for mask in reached.values())
@@ -118,7 +118,7 @@ def test_scored_policies_follow_the_gradient_and_need_it():
     optimizer = torch.optim.SGD(gate.parameters(), lr=0.0)
     starts = []
     for _ in range(8):
-        starts.append(gate.strips.layers["1.weight"][0].strips[0].start)
+        starts.append(gate.turns.strips.layers["1.weight"][0].strips[0].start)
         gate.loss(model(x), y).backward()
         optimizer.step()
         gate.step(optimizer)
@@ -211,5 +211,5 @@ def test_any_optimizer_trains_and_strips_keep_their_group():
             gate.step(optimizer)
         there = [id(p) for g in optimizer.param_groups for p in g["params"]]
         assert len(there) == len(set(there)) == len(list(model.parameters()))
-        assert optimizer.param_groups[1]["params"] == [gate.strips.leaves.get((last, 0), gate.names[last])]
+        assert optimizer.param_groups[1]["params"] == [gate.turns.strips.leaves.get((last, 0), gate.turns.names[last])]
         assert gate.loss(model(x), y).item() < first - 0.02, name

@@ -86,7 +86,7 @@ def test_hugging_face_trainer_trains_strips_and_resumes(tmp_path):
     start, step = callback.holder.start, callback.holder.stepped
     callback.holder.start = lambda *a: (start(*a), seen.append(callback.holder.gate))[0]
     callback.holder.stepped = lambda o, how: (
-        seen.append({(n, i): leaf.shape for (n, i), leaf in callback.holder.gate.strips.leaves.items()}),
+        seen.append({(n, i): leaf.shape for (n, i), leaf in callback.holder.gate.turns.strips.leaves.items()}),
         step(o, how),
     )[1]
     _, before = gpt2()
@@ -94,7 +94,7 @@ def test_hugging_face_trainer_trains_strips_and_resumes(tmp_path):
     gate = seen[0]
     assert gate.steps == 6
     assert gate.losses == 6
-    assert gate.subset.turn == 3
+    assert gate.turns.subset.turn == 3
     assert len(seen) == 7
     assert all(shapes for shapes in seen[1:])
     assert not any("forward" in vars(m) for m in model.modules())  # detached
@@ -113,7 +113,7 @@ def test_strips_are_clipped_by_the_trainers_limit(tmp_path):
     norms, step = [], callback.holder.stepped
 
     def look(optimizers, how):
-        leaves = callback.holder.gate.strips.leaves.values()
+        leaves = callback.holder.gate.turns.strips.leaves.values()
         norms.append(torch.stack([leaf.grad.norm() for leaf in leaves]).norm().item())
         step(optimizers, how)
 

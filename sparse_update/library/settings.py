@@ -1,0 +1,63 @@
+"""The settings of an attached gate, from a dataclass or from nested plain dicts as read from YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparse_update.library.pool import PoolConfig
+from sparse_update.library.rowchoice import BackwardConfig
+from sparse_update.weights.subset import SubsetConfig
+
+
+@dataclass
+class AttachConfig:
+    """All of a gate: sequences before the forward, rows of the backward, weights. `from_dict` takes nested plain dicts."""
+
+    before: PoolConfig = field(default_factory=PoolConfig)
+    backward: BackwardConfig = field(default_factory=BackwardConfig)
+    weights: SubsetConfig = field(default_factory=SubsetConfig)
+    """kinds all, blocks and block_columns (strips of every gated matrix but embeddings, tied weights and the head), layers;
+    every policy of `SubsetConfig`, and those given to `register_subset_policy`"""
+    exclude: tuple[str, ...] = ()
+    """Names of modules that stay as they are; shell patterns, such as "encoder.*"."""
+    batch_first: bool = True
+    """Activations are (B, T, ...); matters only where B equals T and shapes do not tell."""
+    vocab_size: int = 0
+    """For signals; 0 takes that of the model's first embedding."""
+    seed: int = 0
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> AttachConfig:
+        """From nested dicts, as read from YAML. Raises ValueError for an unknown key, with the known ones."""
+        return _from_dict(cls, given, "")
+
+
+def _from_dict(cls: Any, given: Any, at: str) -> Any:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{at or 'the gate config'} = {given!r}: must be a mapping of names to values")
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    if unknown := [key for key in given if key not in known]:
+        raise ValueError(f"{at}{unknown[0]} is no setting of the gate; {at or 'the top level'} has {', '.join(known)}")
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        make = known[key].default_factory
+        if isinstance(make, type) and dataclasses.is_dataclass(make) and not dataclasses.is_dataclass(value):
+            value = _from_dict(make, value, f"{at}{key}.")
+        elif key == "exclude":
+            if isinstance(value, str):
+                raise ValueError(f"exclude = {value!r}: a list of module names, such as [{value!r}]")
+            value = tuple(value)
+        else:
+            _check_type(f"{at}{key}", value, known[key])
+        values[key] = value
+    return cls(**values)
+
+
+def _check_type(name: str, value: Any, f: dataclasses.Field[Any]) -> None:
+    kinds: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}
+    kind = kinds.get(str(f.type))
+    if kind is not None and (not isinstance(value, kind) or (isinstance(value, bool) and f.type != "bool")):
+        raise ValueError(f"{name} = {value!r}: must be of type {f.type}")

@@ -1,0 +1,210 @@
+"""Which weights of a user's model are updated, turn by turn, and their exchange in the user's optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sparse_update.library.layers import Found
+from sparse_update.library.linear import GateError, Layer
+from sparse_update.library.strips import Strips, layer_stack, subset_names, subset_of
+from sparse_update.weights.subset import Subset, SubsetConfig
+
+
+class Turns:
+    """The active weights of a model: all, whole layers, or strips of its gated matrices.
+
+    Args:
+        cfg: which, how many, for how long.
+        model: whose parameters are frozen and freed.
+        found: its gated layers.
+        seed: of the choices.
+
+    Raises GateError where the model has no weights of the kind that is asked for.
+    """
+
+    def __init__(self, cfg: SubsetConfig, model: nn.Module, found: Found, seed: int) -> None:
+        self.cfg, self.model = cfg, model
+        self.names = dict(model.named_parameters())
+        self.requires_grad = {name: p.requires_grad for name, p in self.names.items()}
+        """As it was before the gate."""
+        self.strips = Strips(self._gated(found))
+        self.subset_names = subset_names(model, set(self.strips.layers))
+        self.world = 1
+        """Processes that share the gradients of strips."""
+        self.subset = self._choose(seed)
+
+    def _gated(self, found: Found) -> dict[str, list[Layer]]:
+        """Weights that strips may be taken of: not tied to an embedding, not stored both ways, not the head."""
+        if self.cfg.kind not in ("blocks", "block_columns"):
+            return {}
+        by_name: dict[str, list[Layer]] = {}
+        name_of = {id(p): name for name, p in self.names.items()}
+        for layer in found.layers:
+            if id(layer.weight) in name_of and id(layer.weight) not in found.embedded and layer.weight.requires_grad:
+                by_name.setdefault(name_of[id(layer.weight)], []).append(layer)
+        head = found.head_weight(self.model)
+        return {
+            name: layers
+            for name, layers in by_name.items()
+            if len({layer.turned for layer in layers}) == 1 and layers[0].weight is not head
+        }
+
+    def _choose(self, seed: int) -> Subset | None:
+        if self.cfg.kind == "all":
+            return None
+        if self.cfg.kind == "layers":
+            layer_stack(self.model)
+            if world_size() > 1:
+                raise GateError(
+                    "weights.kind = 'layers' with several processes: DistributedDataParallel waits for gradients of the "
+                    "layers that were active when it was made. Use weights.kind = 'blocks'"
+                )
+        elif not self.strips.layers:
+            raise GateError(
+                f"weights.kind = {self.cfg.kind!r}: every matrix of this model is an embedding, tied, the head or excluded"
+            )
+        return subset_of(self.subset_names, self.names, set(self.strips.layers), self.cfg, seed)
+
+    # what is updated now
+
+    def activate(self) -> None:
+        """Give the chosen weights their gradients, freeze the others."""
+        if self.subset is None:
+            return
+        chosen = self.subset.active.parts
+        for name, p in self.names.items():
+            p.requires_grad_(self.requires_grad[name] and self.subset_names[name] in chosen)
+            if not p.requires_grad:
+                p.grad = None
+        if self.cfg.kind == "layers":
+            return
+        for layers in self.strips.layers.values():
+            layers[0].weight.requires_grad_(False)
+        self.strips.activate({name: chosen.get(self.subset_names[name], ()) for name in self.strips.layers})
+        self._share_gradients()
+
+    def _share_gradients(self) -> None:
+        """Between processes: strips are no parameters of the module, so DistributedDataParallel does not see them."""
+        self.world = world = world_size()
+        if world == 1:
+            return
+
+        def mean(leaf: Tensor) -> None:
+            assert leaf.grad is not None
+            dist.all_reduce(leaf.grad)
+            leaf.grad /= world
+
+        for leaf in self.strips.leaves.values():
+            leaf.register_post_accumulate_grad_hook(mean)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Active strips, under their weight's name, and the other parameters that ask for a gradient."""
+        yield from ((name, leaf) for (name, _), leaf in self.strips.leaves.items())
+        yield from ((name, p) for name, p in self.names.items() if p.requires_grad)
+
+    def restore(self) -> None:
+        """Every parameter asks for gradients as it did before the gate."""
+        for name, p in self.names.items():
+            if not p.requires_grad:
+                p.grad = None
+            p.requires_grad_(self.requires_grad[name])
+
+    # between two steps
+
+    def check(self) -> None:
+        """Raise GateError where the weights were moved, or processes were joined, after the strips were taken."""
+        self.strips.check()
+        if self.strips.leaves and self.world != world_size():
+            raise GateError(
+                "the process group was made after attach, so strips are not shared: call init_process_group first"
+            )
+
+    def step(self, optimizers: tuple[Any, ...], steps: int, progress: float, loss_BT: Tensor | None) -> None:
+        """After the `steps`-th optimizer step: scored policies learn, and other weights become active when it is their
+        turn."""
+        if self.subset is None:
+            return
+        self._check_optimizers([_inner(o) for o in optimizers])
+        if self.cfg.scored:
+            self._observe(self.subset, loss_BT)
+        for leaf in self.strips.leaves.values():
+            leaf.grad = None  # model.zero_grad() does not know them
+        if self.subset.due(steps, progress):
+            old = dict(self.strips.leaves)
+            self.subset.advance()
+            self.activate()
+            self.exchange(optimizers, old)
+
+    def seek(self, steps: int) -> None:
+        """The weights of the turn after so many steps become active."""
+        if self.subset is not None and self.subset.due(steps):
+            self.subset.advance()
+            self.activate()
+
+    def _observe(self, subset: Subset, loss_BT: Tensor | None) -> None:
+        # the loss is not the same in every process, and choices must be
+        loss = 0.0 if self.world > 1 or loss_BT is None else float(loss_BT.mean())
+        gradients: dict[str, Any] = {}
+        for (name, _), leaf in self.strips.leaves.items():
+            if leaf.grad is not None:
+                gradients.setdefault(self.subset_names[name], []).append(leaf.grad)
+        if not self.strips.leaves:
+            gradients = {
+                self.subset_names[n]: (p.grad,) for n, p in self.names.items() if p.requires_grad and p.grad is not None
+            }
+        if not gradients:
+            raise GateError(
+                f"weights.policy = {self.cfg.policy!r} reads gradients and there are none at gate.step: call "
+                "optimizer.zero_grad() after gate.step(optimizer), not before"
+            )
+        subset.observe({n: tuple(g) for n, g in gradients.items()}, loss)
+
+    # optimizers
+
+    def exchange(self, optimizers: tuple[Any, ...], old: Mapping[tuple[str, int], nn.Parameter]) -> None:
+        """Put what is active now into the optimizers, in the place of the `old` strips or of the weights themselves."""
+        inner = [_inner(o) for o in optimizers]
+        if self.cfg.kind == "layers":
+            for number, optimizer in enumerate(inner):
+                self._exchange_layers(number, optimizer)
+        else:
+            self.strips.adopt(inner, {name: self.names[name] for name in self.strips.layers}, old)
+        self._check_optimizers(inner)
+
+    def _exchange_layers(self, number: int, optimizer: Any) -> None:
+        """A frozen parameter leaves, with its moments; what is not the model's own stays."""
+        self.strips.note_groups(number, optimizer, self.names.items())
+        frozen = {id(p) for n, p in self.names.items() if not p.requires_grad and self.requires_grad[n]}
+        there = set()
+        for group in optimizer.param_groups:
+            for p in [p for p in group["params"] if id(p) in frozen]:
+                optimizer.state.pop(p, None)
+            group["params"] = [p for p in group["params"] if id(p) not in frozen]
+            there |= {id(p) for p in group["params"]}
+        back = [(n, p) for n, p in self.names.items() if p.requires_grad and id(p) not in there]
+        self.strips.place(number, optimizer, back)
+
+    def _check_optimizers(self, optimizers: Iterable[Any]) -> None:
+        there = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        wanted = list(self.named_parameters())
+        if self.strips.leaves:
+            wanted = wanted[: len(self.strips.leaves)]
+        if missing := [name for name, leaf in wanted if id(leaf) not in there]:
+            raise GateError(
+                f"the active part of {missing[0]} (and {len(missing) - 1} more) is in no optimizer and would never be "
+                "updated: make the optimizer of gate.parameters(), or call gate.adopt(optimizer) once"
+            )
+
+
+def _inner(optimizer: Any) -> Any:
+    """The optimizer inside a wrapper (accelerate's)."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def world_size() -> int:
+    """Processes of the default group; 1 where there is none."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
