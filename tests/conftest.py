@@ -44,6 +44,12 @@ def pytest_runtest_call(item: pytest.Item) -> None:
     seed(item.nodeid)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that processes which share the work end at about the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_deselected(items: list[pytest.Item]) -> None:
     soak = [item for item in items if item.get_closest_marker("soak")]
     if soak:
