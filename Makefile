@@ -45,7 +45,7 @@ test: lint lava-if-possible ## lint and all tests; Lava's are skipped where no P
 soak: lint lava-if-possible ## only what `make test` leaves out: long generated sweeps, whole demonstrations
 	$(PYTEST) -m soak $(ARGS)
 
-coverage: $(INSTALLED_DEV) lava-if-possible ## all tests with line coverage: the total and the ten least covered files
+coverage: $(INSTALLED_DEV) lava-if-possible ## the tests with line coverage, in twice the time: the total and the ten least covered files
 	$(PYTEST) --cov --cov-report= $(ARGS)
 	@$(PY) -m coverage report --sort=cover | sed -n '1,12p;$$p'
 

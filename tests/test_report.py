@@ -58,4 +58,5 @@ def test_the_end_of_a_run_names_what_was_left_out(workers: list[str], tmp_path: 
         "warned    1  UserWarning: an old key  [test_it.py]",
         "left out  4  marked soak; `make soak` runs them",
     ]
-    assert "4 passed" in run("-m", "soak")[-1]
+    if not workers:
+        assert "4 passed" in run("-m", "soak")[-1]
