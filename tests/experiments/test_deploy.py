@@ -19,8 +19,8 @@ from experiments import bench, deploy
 from experiments.comparison.accounts import layer_energies
 from experiments.comparison.overview import rows
 from experiments.comparison.record import Deployment, Stream
+from experiments.runs import placed
 from experiments.runs.deployment import HeldOut, evenly, held_out_loss
-from experiments.runs.folder import placed
 from experiments.runs.plain_json import write_json
 from hardware.placement.report import DoesNotFit, Limit
 from sparse_update.data.corpus import DataConfig, load_corpus
