@@ -46,7 +46,7 @@ class Written(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         holder = nodes.container()
         lines = self.markdown().splitlines()
-        self.state.nested_parse(StringList(lines, source=self.env.docname), self.content_offset, holder)
+        self.state.nested_parse(StringList(lines, source=self.env.docname), self.content_offset, holder, match_titles=True)
         return holder.children
 
     def markdown(self) -> str:
