@@ -14,9 +14,11 @@ from typing import Any
 
 from experiments.comparison.settings import differing
 from experiments.comparison.statistics import Interval, interval
+from hardware.text import short
 
 SCHEMA = 1
 EQUAL_BUDGET = 0.02  # arms whose reference seconds differ by more than this share were not given the same budget
+MOST_SETTINGS = 5  # named in a note
 ARM_ORDER = ("dense", "random", "surprise")
 
 
@@ -255,7 +257,22 @@ def notes_on(arms: Mapping[str, Arm]) -> list[str]:
     for arm in arms.values():
         if keys := differing(run.settings for run in arm.runs):
             notes.append(f"the runs of {arm.name} differ in more than their seed: {', '.join(keys)}")
-    return [*notes, *_remarks(arms)]
+    return [*notes, *_other_settings(arms), *_remarks(arms)]
+
+
+def _other_settings(arms: Mapping[str, Arm]) -> list[str]:
+    """Settings beside gate and subset in which arms differ: a rate tuned for each arm, or something forgotten."""
+    known = {arm.name: arm.runs[0].settings for arm in arms.values() if arm.runs[0].settings}
+    keys = [key for key in differing(known.values()) if not key.startswith(("gate.", "subset."))]
+    said = []
+    for key in keys[:MOST_SETTINGS]:
+        by_value: dict[str, list[str]] = {}
+        for name, settings in known.items():
+            by_value.setdefault(short(settings.get(key, "not set")), []).append(name)
+        values = "; ".join(f"{value}: {', '.join(names)}" for value, names in by_value.items())
+        said.append(f"{key} ({values})")
+    rest = [f"{len(keys) - MOST_SETTINGS} more"] if len(keys) > MOST_SETTINGS else []
+    return [f"the arms differ in more than gate and subset: {', '.join([*said, *rest])}"] if said else []
 
 
 def _remarks(arms: Mapping[str, Arm]) -> list[str]:

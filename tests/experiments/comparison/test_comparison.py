@@ -156,7 +156,7 @@ def test_a_gate_stands_against_random_at_its_own_rate_and_all_cheap_controls(tmp
     rates = {"dense": 1.0, "dense_near": 1.0, "random_50": 0.5, "random_25": 0.25, "a_50": 0.51, "b_33": 0.33}
     for arm, rate in rates.items():
         for seed in range(2):
-            make_run(arm, 1.8 + 0.01 * seed + 0.001 * rate, seed=seed, result={"keep_fraction": rate})
+            make_run(arm, 1.8 + 0.01 * seed + 0.001 * rate * (1 + seed), seed=seed, result={"keep_fraction": rate})
     against = [sentence.split(";")[0].split(": ", 1)[1] for sentence in verdicts(collect([tmp_path]))]
     tested = {tuple(part.split(":")[0].split(" beats ")) for part in against}
     assert tested == {
@@ -220,6 +220,14 @@ def test_runs_of_one_name_say_in_which_settings_they_differ(tmp_path: Path, make
     )
     assert reasons["again"].endswith("the earlier one counts"), "where a run is written is no setting"
     assert "the runs of dense differ in more than their seed: optim.lr" in comparison.streams["clean"].notes
+
+
+def test_arms_that_differ_in_more_than_their_gate_are_said_to(tmp_path: Path, make_run: RunMaker) -> None:
+    rates = {"dense": 0.03, "random": 0.03, "surprise": 0.04}
+    for arm, lr in rates.items():
+        make_run(arm, 1.7, settings={"gate": {"signal": arm}, "optim": {"muon_lr": lr}, "model": {"width": 64}, "run": arm})
+    (note,) = collect([tmp_path]).streams["clean"].notes
+    assert note == "the arms differ in more than gate and subset: optim.muon_lr (0.03: dense, random; 0.04: surprise)"
 
 
 def test_what_a_run_says_of_itself_stands_under_its_table(tmp_path: Path, make_run: RunMaker) -> None:
