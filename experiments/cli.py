@@ -1,4 +1,4 @@
-"""`spikegate COMMAND ...`: train, deploy and compare go to Hydra, the rest is argparse."""
+"""`spikegate COMMAND ...`: finds the command and hands the words on. What a command needs is imported when it is called."""
 
 from __future__ import annotations
 
@@ -6,92 +6,86 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from experiments import demo
-from experiments.commands import compat, export, importing, place, simulate, verify
+from experiments.commands import completion
+from experiments.runs.folder import versions
+from experiments.runs.output import entry
 
+EXIT_INTERRUPTED = 130
 HYDRA = {
     "train": "train one arm",
     "deploy": "put a trained run on the simulated chip",
     "compare": "one table over runs",
 }
-
+"""Commands whose settings are Hydra's: `experiments.NAME`, with `main(argv) -> exit code`."""
 
 HANDED_ON = {
     "sweep": "arms x seeds x budgets of one regime, resumable",
-    "bench": "measurements: bench gate, bench simulator, bench conversion, bench account",
+    "bench": "measurements beside a named baseline: bench gate, bench simulator, ...",
+    "study": "experiments of their own: study activity, study spiking_lm, ...",
 }
+"""Commands that read their words themselves, in the same place."""
+
+OWN = {
+    "demo": "experiments.demo",
+    "verify": "experiments.commands.verify",
+    "simulate": "experiments.commands.simulate",
+    "place": "experiments.commands.place",
+    "compat": "experiments.commands.compat",
+    "export": "experiments.commands.export",
+    "import": "experiments.commands.importing",
+    "rerun": "experiments.rerun",
+    "doctor": "experiments.commands.doctor",
+    "completion": "experiments.commands.completion",
+}
+"""Commands with a module that has HELP, `add_arguments(parser)` and `run(args) -> exit code`."""
 
 
+@entry
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the console script. Exit codes: 0 done; 1 the job failed; 2 the command or configuration is wrong."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    """Entry point of the console script.
+
+    Exit codes: 0 done; 1 the job failed; 2 the command or configuration is wrong; 130 interrupted.
+    """
+    words = list(argv or ())
+    if completion.wanted():
+        completion.answer(parser())
     if words and words[0] in (*HYDRA, *HANDED_ON):
-        return importlib.import_module(f"experiments.{words[0]}").main(words[1:])
-    args = _parser().parse_args(words)
-    return args.run(args)
+        return int(importlib.import_module(f"experiments.{words[0]}").main(words[1:]))
+    whole = parser(words[0] if words and words[0] in OWN else None)
+    if not words:
+        whole.print_help()
+        return 0
+    args = whole.parse_args(words)
+    try:
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        print(f"{words[0]}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The command line; with `only` the arguments of that command alone, so that no other module is imported."""
+    made = argparse.ArgumentParser(
         prog="spikegate",
         description="Surprise-gated training, a spiking backend, and an honest account of both.",
+        epilog="spikegate COMMAND --help says more. Every command takes --json. Tab completion: spikegate completion -h.",
     )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    made.add_argument("--version", action="version", version=f"spikegate {versions()['spikegate'] or '(not installed)'}")
+    commands = made.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, text in HYDRA.items():
-        commands.add_parser(name, help=f"{text} (Hydra: KEY=VALUE ...)", add_help=False)
+        completion.take_settings(commands.add_parser(name, help=f"{text} (Hydra: KEY=VALUE ...)", add_help=False), name)
     for name, text in HANDED_ON.items():
-        commands.add_parser(name, help=text, add_help=False)
-    rerun = commands.add_parser("rerun", help="repeat a run from its folder")
-    rerun.add_argument("folder", type=Path, help="folder of a training run or a deployment")
-    rerun.add_argument("--out", type=Path, default=None, help="folder of the repetition (default: FOLDER-rerun)")
-    rerun.set_defaults(run=_rerun)
-    own_parsers = {
-        "demo": demo,
-        "verify": verify,
-        "simulate": simulate,
-        "place": place,
-        "compat": compat,
-        "export": export,
-        "import": importing,
-    }
-    for name, module in own_parsers.items():
-        own = commands.add_parser(name, help=module.HELP)
+        completion.take_names(commands.add_parser(name, help=text, add_help=False), name)
+    for name, place in OWN.items():
+        if only not in (None, name):
+            commands.add_parser(name, add_help=False)
+            continue
+        module = importlib.import_module(place)
+        own = commands.add_parser(name, help=module.HELP, description=module.HELP)
         module.add_arguments(own)
         own.set_defaults(run=module.run)
-    doctor = commands.add_parser("doctor", help="what stands between this machine and a Loihi board")
-    doctor.add_argument("graph", type=Path, nargs="?", default=None, help="a NAME.graph.npz: does it fit the board too?")
-    doctor.add_argument("--chip", default="loihi2", help="chip of the board (default: loihi2)")
-    doctor.add_argument("--chips", type=int, default=None, help="chips of the board")
-    doctor.set_defaults(run=_doctor)
-    return parser
-
-
-def _rerun(args: argparse.Namespace) -> int:
-    from experiments.rerun import rerun
-
-    return rerun(args.folder, args.out)
-
-
-def _doctor(args: argparse.Namespace) -> int:
-    from experiments.runs.plain_json import dump_line
-    from hardware.boards.loihi import probe
-
-    demands = None
-    if args.graph is not None:
-        from neuro.graph import GraphError, load_graph
-        from neuro.graph.demand import layer_demands
-
-        try:
-            demands = layer_demands(load_graph(args.graph))
-        except (GraphError, OSError) as error:
-            print(f"doctor: {error}", file=sys.stderr)
-            return 2
-    report = probe(demands=demands, chip=args.chip, chips=args.chips)
-    print(report)
-    print(dump_line(report.to_dict()))
-    return 0
+    return made
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from experiments.comparison.collection import collect
 from experiments.comparison.document import to_json
 from experiments.comparison.record import Comparison
 from experiments.runs.hydra_app import ConfigError, run_app
+from experiments.runs.output import finish
 from experiments.runs.plain_json import plain, write_json
 from experiments.views.figures import figure
 from experiments.views.layer_figure import layer_figure
@@ -49,7 +50,8 @@ class CompareConfig:
 
 
 def compare(cfg: CompareConfig) -> dict[str, Any]:
-    """Read the runs, print table and verdicts, write the files, and return what `comparison.json` holds."""
+    """Read the runs, print table and verdicts, write the files, and return what `comparison.json` holds, with the
+    `folder` of these files."""
     comparison = collect([*([cfg.folder] if cfg.folder else []), *cfg.runs])
     if not comparison.streams:
         reasons = "".join(f"\n  {item.folder}: {item.reason}" for item in comparison.excluded)
@@ -68,7 +70,7 @@ def compare(cfg: CompareConfig) -> dict[str, Any]:
         print(f"look at it: tensorboard --logdir {cfg.folder if within else board}")
         if within and beside + len(boards(board)) > MOST_SELECTED:
             print(f"(TensorBoard ticks no run where there are more than {MOST_SELECTED}; {board} has the arms alone)")
-    return document
+    return {"folder": str(out), **document}
 
 
 def write(comparison: Comparison, out: Path, *, tensorboard: bool = True, beside: int = 0) -> dict[str, Any]:
@@ -118,13 +120,29 @@ def layer_pictures(comparison: Comparison) -> dict[str, Figure]:
     return found
 
 
+def headline_record(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a comparison what fits a line: each arm's held-out loss and seeds by stream, the verdicts, what was left out."""
+    streams = {
+        stream: {arm: {key: record.get(key) for key in HEADLINE if key in record} for arm, record in arms.items()}
+        for stream, arms in document["streams"].items()
+    }
+    return {"folder": document["folder"], "streams": streams, **{key: document[key] for key in ("verdicts", "excluded")}}
+
+
+HEADLINE = ("loss_nats", "n", "reference_s", "keep_fraction", "loss_float_nats", "loss_simulated_nats", "mapped_mac_share")
+
+
+def _tell(document: Mapping[str, Any]) -> None:
+    finish(headline_record(document), "compare", file=Path(document["folder"]) / "comparison.json")
+
+
 class NothingToCompare(ValueError):
     """No finished run in the folders given; the message lists what was found and why it was left out."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `spikegate compare`; see `run_app` for exit codes."""
-    return run_app("compare", CompareConfig, compare, argv, expected=(NothingToCompare, FileNotFoundError))
+    return run_app("compare", CompareConfig, compare, argv, expected=(NothingToCompare, FileNotFoundError), tell=_tell)
 
 
 if __name__ == "__main__":

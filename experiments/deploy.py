@@ -8,9 +8,9 @@ over windows, of differences paired.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from experiments.runs.claim import exclusive
+from experiments.runs.deploy_config import DeployConfig
 from experiments.runs.deployment import (
     Advance,
     HeldOut,
@@ -35,187 +37,75 @@ from experiments.runs.deployment import (
     sample,
     samples_markdown,
 )
-from experiments.runs.folder import RunError, new_record, read_json
-from experiments.runs.gated import restore
+from experiments.runs.folder import new_record
 from experiments.runs.hydra_app import ConfigError, run_app
+from experiments.runs.output import finish
 from experiments.runs.placed import extrapolated, host_energy, price, put_on_cores, thresholds, with_time_steps
 from experiments.runs.plain_json import write_json
+from experiments.runs.progress import Bar
+from experiments.runs.trained import EXPECTED, calibration_windows, converted, load_run
 from experiments.views.chip_figure import chip_figure
 from experiments.views.rasters import raster_figure
 from experiments.views.tracking import Tracker
-from hardware.datafile import DataFileError
 from hardware.energy.account import load_profile
 from hardware.meters.meter import Meter, total
-from hardware.placement import DoesNotFit
-from neuro.analysis.compatibility import CompatibilityReport, NothingToMap, analyse
-from neuro.conversion.calibration import DEFAULT_PERCENTILE, METHODS, calibrate
-from neuro.conversion.graded import GradedConfig
+from neuro.analysis.compatibility import CompatibilityReport
 from neuro.conversion.plan import Plan, save_plan
-from neuro.conversion.rate import RateConfig
-from neuro.conversion.routes import ROUTES, convert
-from neuro.conversion.sigma_delta import SigmaDeltaConfig
 from neuro.deployment.deployed import deploy as deployed_model
-from sparse_update.data.corpus import DataConfig, load_corpus
-from sparse_update.data.records import Corpus, CorpusError
+from sparse_update.data.records import Corpus
 from sparse_update.data.regimes import held_out as held_out_sets
-from sparse_update.data.regimes import make_stream
-from sparse_update.data.stream import WindowStream
-from sparse_update.loop.checkpoint import CheckpointError, load_checkpoint
-from sparse_update.transformer import ModelConfig, Transformer
+from sparse_update.transformer import Transformer
 
-__all__ = ["DeployConfig", "deploy", "layer_record", "load_run", "main"]
+__all__ = ["EXPECTED", "DeployConfig", "calibration_windows", "converted", "deploy", "layer_record", "load_run", "main"]
 
-EXPECTED = (RunError, CorpusError, CheckpointError, NothingToMap, DoesNotFit, DataFileError)
 PLACING_TOKENS = 256  # held-out tokens whose messages are measured neuron by neuron
-CHIP_PROFILES = ["loihi1_davies2018", "loihi1_sanafe"]
-DIGITAL_PROFILES = ["digital45_int8_sram", "digital45_int8_dram", "digital45_fp32_sram"]
-
-
-@dataclass
-class DeployConfig:
-    """One deployment of one trained run."""
-
-    run: str = "???"
-    """Folder of the training run."""
-    out: str = ""
-    """Folder of the deployment; empty: RUN/deploy."""
-    chip: str = "loihi2"
-    chips: int = 0
-    """Chips there are; 0: as many as it takes."""
-    route: str = "graded"
-    """graded | sigma_delta | rate"""
-    conversion: GradedConfig = field(default_factory=GradedConfig)
-    """Settings of the graded route."""
-    sigma_delta: SigmaDeltaConfig = field(default_factory=SigmaDeltaConfig)
-    rate: RateConfig = field(default_factory=RateConfig)
-    calibration_tokens: int = 8192
-    """Training tokens that set the ranges."""
-    calibration_method: str = "percentile"
-    """percentile | mse: how inputs are clipped."""
-    percentile: float = DEFAULT_PERCENTILE
-    eval_tokens: int = 32768
-    """Held-out tokens for the three losses and the counts; the same ones for all."""
-    layer_tokens: int = 2048
-    """Of these, tokens for the error of every layer; 0: none."""
-    mode_chip_tokens: int = 4096
-    """Of these, tokens for the loss in the simulator's mode "chip", after published emulators; 0: none."""
-    sensitivity: bool = False
-    """Also the loss with one layer at a time converted."""
-    sensitivity_tokens: int = 8192
-    generate: str = ""
-    """A prompt: the float and the deployed model continue it."""
-    generate_tokens: int = 100
-    temperature: float = 0.0
-    """Of the text; 0 takes the likeliest token."""
-    profiles: list[str] = field(default_factory=lambda: [*CHIP_PROFILES, *DIGITAL_PROFILES])
-    """Names of energy profiles, or paths of profile files."""
-    threads: int = 0
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("calibration_tokens", "eval_tokens", "sensitivity_tokens", "generate_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("chips", "layer_tokens", "mode_chip_tokens", "threads", "temperature"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
-        if self.route not in ROUTES:
-            raise ValueError(f"route is {self.route!r}; it is one of {', '.join(ROUTES)}")
-        if self.calibration_method not in METHODS:
-            raise ValueError(f"calibration_method is {self.calibration_method!r}; it is one of {', '.join(METHODS)}")
-        if not 0 < self.percentile <= 100:
-            raise ValueError(f"percentile is {self.percentile}; it lies above 0 and up to 100")
-
-    @property
-    def settings(self) -> GradedConfig | SigmaDeltaConfig | RateConfig:
-        """The chosen route's."""
-        if self.route == "rate":
-            return self.rate
-        return self.sigma_delta if self.route == "sigma_delta" else self.conversion
-
-
-def load_run(folder: Path) -> tuple[Transformer, Corpus, DataConfig, dict[str, Any]]:
-    """(model in eval mode, its corpus, what was trained on, run.json) of a finished training run.
-
-    A point of the activity study is one too: the corpus and the record of its run, the arm's name and the seed its own.
-    Raises RunError for a folder that is no finished run, or whose corpus has changed since.
-    """
-    if (folder / "point.json").exists():
-        return load_point(folder)
-    record = read_json(folder / "run.json")
-    if record.get("kind") != "train":
-        raise RunError(f"{folder} is a {record.get('kind')} run: name the folder of a training run")
-    if record.get("status") != "finished":
-        raise RunError(f"{folder}: the run is {record.get('status')}, not finished: resume it first (resume=true)")
-    checkpoint = load_checkpoint(folder / "checkpoint")
-    data = DataConfig(**checkpoint.meta["config"]["data"])
-    corpus = load_corpus(data)
-    if corpus.sha256 != checkpoint.meta["corpus_sha256"]:
-        raise RunError(
-            f"{folder}: its corpus had sha256 {checkpoint.meta['corpus_sha256']}, the one read now has {corpus.sha256}: "
-            "held-out loss would not be comparable"
-        )
-    model = Transformer(ModelConfig(**checkpoint.meta["model"]))
-    model.load_state_dict(checkpoint.model)
-    return model.eval(), corpus, data, record
-
-
-def load_point(folder: Path) -> tuple[Transformer, Corpus, DataConfig, dict[str, Any]]:
-    """`load_run` of a point of `experiments.studies.activity`: its model with the gates that it was trained with.
-
-    Raises RunError where the point is not finished or its run is gone.
-    """
-    record = read_json(folder / "point.json")
-    run = Path(record["settings"]["run"])
-    if not (run / "run.json").exists():
-        raise RunError(f"{folder} is a point of the run {run}, which is not there: call from the folder it was made from")
-    model, corpus, data, trained = load_run(run)
-    restore(model, folder / "checkpoint")
-    return model.eval(), corpus, data, trained | {"arm": record["name"], "seed": record["seed"]}
-
-
-def calibration_windows(cfg: DeployConfig, corpus: Corpus, data: DataConfig, context: int, seed: int) -> Tensor:
-    """Inputs of the first training windows of a seed, int64 (N, T)."""
-    stream = WindowStream(corpus, context, seed) if data.regime == "plain" else make_stream(corpus, data, context, seed)
-    return stream.take(max(1, cfg.calibration_tokens // context)).tokens[:, :-1]
-
-
-def converted(cfg: DeployConfig, model: Transformer, training_NT: Tensor) -> tuple[CompatibilityReport, Plan]:
-    """Verdicts and integer graphs of a model, its ranges from training windows int64 (N, T).
-
-    Raises RunError, with what `neuro` says, for a model or text that cannot be converted; NothingToMap; DoesNotFit.
-    """
-    try:
-        report = analyse(model, training_NT[:1], cfg.chip, route=cfg.route, chips=cfg.chips or None)
-        ranges = calibrate(model, training_NT.split(16), percentile=cfg.percentile, method=cfg.calibration_method)
-        return report, convert(model, ranges, report, cfg.settings)
-    except EXPECTED:
-        raise
-    except ValueError as error:
-        raise RunError(f"{cfg.run} cannot be converted: {error}") from error
+HEADLINE = ["folder", "run", "stream", "arm", "seed", "chip", "route", "ran_on", "loss_float_nats", "loss_quantised_nats"]
+HEADLINE += ["loss_simulated_nats", "delta_simulated", "val_tokens", "mapped_mac_share", "macs_per_token"]
+HEADLINE += ["mapped_macs_per_token", "events_per_token", "synops_per_token", "synops_fraction", "max_payload_bits"]
+HEADLINE += ["saturations", "wraps", "energy"]
 
 
 def deploy(cfg: DeployConfig) -> dict[str, Any]:
     """Convert, simulate, count and price one run; returns its record, the content of `deploy.json`."""
     run = Path(cfg.run)
     out = Path(cfg.out) if cfg.out else run / "deploy"
-    if (out / "run.json").exists():
-        raise ConfigError(f"{out} already holds a deployment: choose another folder with out=FOLDER")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     for name in cfg.profiles:  # a wrong name is said before the work, not after
         load_profile(name)
+    _refuse(out)
     model, corpus, data, trained = load_run(run)
-    context = model.cfg.context
-    record = new_record("deploy", stream=trained["stream"], arm=trained["arm"], seed=trained["seed"], run=str(run))
-
     say(f"calibrating on {cfg.calibration_tokens:,} training tokens; {cfg.route} route")
-    report, plan = converted(cfg, model, calibration_windows(cfg, corpus, data, context, trained["seed"]))
+    training = calibration_windows(cfg, corpus, data, model.cfg.context, trained["seed"])
+    report, plan = converted(cfg, model, training)
+    held_out = held_out_sets(corpus, data, model.cfg.context, cfg.eval_tokens)["val"]  # the set that the run was judged by
+    with exclusive(out, "deploying"):
+        _refuse(out)
+        return _deploy(cfg, run, out, model, corpus, trained, report, plan, held_out)
+
+
+def _refuse(out: Path) -> None:
+    if (out / "run.json").exists():
+        raise ConfigError(f"{out} already holds a deployment: choose another folder with out=FOLDER")
+
+
+def _deploy(
+    cfg: DeployConfig,
+    run: Path,
+    out: Path,
+    model: Transformer,
+    corpus: Corpus,
+    trained: dict[str, Any],
+    report: CompatibilityReport,
+    plan: Plan,
+    held_out: Tensor,
+) -> dict[str, Any]:
+    """Measure the converted model in `out`, which is held for it. `held_out`: int64 (N, T + 1)."""
+    record = new_record("deploy", stream=trained["stream"], arm=trained["arm"], seed=trained["seed"], run=str(run))
     write_json(out / "run.json", record)
     (out / "config.yaml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False))
     save_plan(plan, out / "plan")
 
-    held_out = held_out_sets(corpus, data, context, cfg.eval_tokens)["val"]  # the set that the run was judged by
     tokens = held_out[:, 1:].numel()
     with Meter() as meter:
         plain = measured(cfg, "float", model, held_out)
@@ -350,19 +240,21 @@ def written(cfg: DeployConfig, name: str, model: nn.Module, corpus: Corpus) -> S
 @contextmanager
 def bar(cfg: DeployConfig, name: str, tokens: int) -> Iterator[Advance]:
     """A progress bar on stderr over so many tokens."""
-    from tqdm import tqdm
-
-    with tqdm(total=tokens, desc=name, unit=" tokens", unit_scale=True, mininterval=2.0, disable=not cfg.progress) as shown:
-        yield shown.update
+    with Bar(name, tokens, "tokens", cfg.progress) as shown:
+        yield shown.advance
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _tell(document: Mapping[str, Any]) -> None:
+    finish(document, "deploy", file=Path(document["folder"]) / "deploy.json", headline=HEADLINE)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `spikegate deploy`; see `run_app` for exit codes."""
-    return run_app("deploy", DeployConfig, deploy, argv, expected=EXPECTED)
+    return run_app("deploy", DeployConfig, deploy, argv, expected=EXPECTED, tell=_tell)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,28 @@ import yaml
 
 from experiments.runs.folder import RunError, git_state, read_json, versions
 from experiments.runs.hydra_app import ConfigError, to_dataclass
-from experiments.runs.plain_json import dump_line
+from experiments.runs.output import add_json_argument, finish
+from experiments.runs.plain_json import write_json
 
 COMPARED = {
     "train": ("loss_nats", "bits_per_byte", "tokens", "steps", "flops", "reference_s"),
     "deploy": ("loss_float_nats", "loss_quantised_nats", "loss_simulated_nats", "synops_per_token", "events_per_token"),
 }
+
+
+HELP = "repeat a run from its folder"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("folder", type=Path, help="folder of a training run or a deployment")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the repetition (default: FOLDER-rerun)")
+    add_json_argument(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command: see `rerun`."""
+    return rerun(args.folder, args.out)
 
 
 def rerun(folder: Path, out: Path | None = None) -> int:
@@ -32,7 +49,7 @@ def rerun(folder: Path, out: Path | None = None) -> int:
         print(f"{name}: {before} then, {now} now{'' if before == now else '  DIFFERENT'}")
     for what in document["changed_since"]:
         print(f"changed since: {what}")
-    print(dump_line(document))
+    finish(document, "rerun", file=write_json(Path(document["run"]) / "rerun.json", document))
     return 0
 
 

@@ -7,7 +7,6 @@ calibration: the energy of the anchor says nothing about the error of what is sc
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.runs.output import add_json_argument, entry, finish
 from hardware.datafile import DataFileError
 from hardware.energy.account import Board, account
 from hardware.energy.breakeven import break_even, standings
@@ -166,20 +166,22 @@ def report(networks: Mapping[str, Network]) -> tuple[dict[str, Entry], list[str]
         rows |= {f"{name}.step": pair for pair in step_entries(network).values()}
         others = {"bounds": bounds_entry(network), "static": static_entry(network)}
         rows |= {f"{name}.{key}": pair for key, pair in others.items() if pair is not None}
-        for key, (entry, text) in rows.items():
-            document[key] = entry
-            error = "" if entry["relative_error"] is None else f"{100 * entry['relative_error']:+.0f} %, "
-            inside = {None: "", True: "inside", False: "OUTSIDE"}[entry["inside_interval"]]
-            lines.append(f"{key:<24} {network.chip:<7} {entry['status']:<19} {error + inside:<17} {text}")
+        for key, (found, text) in rows.items():
+            document[key] = found
+            error = "" if found["relative_error"] is None else f"{100 * found['relative_error']:+.0f} %, "
+            inside = {None: "", True: "inside", False: "OUTSIDE"}[found["inside_interval"]]
+            lines.append(f"{key:<24} {network.chip:<7} {found['status']:<19} {error + inside:<17} {text}")
     return document, lines
 
 
+@entry
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table and the JSON line. Exit code 0; 1 when the recount differs; 2 for a file that cannot be read."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.bench account", description=str(__doc__).split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="spikegate bench account", description=str(__doc__).split("\n\n")[0])
     parser.add_argument(
         "--golden", type=Path, default=None, help="folder of golden spikes: count the anchor's activity again"
     )
+    add_json_argument(parser)
     args = parser.parse_args(argv)
     try:
         networks = load_networks()
@@ -202,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, DataFileError) as error:
         print(f"bench account: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(document))
+    finish(document, "bench-account")
     return 0
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from experiments.deploy import DeployConfig, calibration_windows, converted, load_run
 from experiments.runs.deployment import held_out_loss
 from experiments.runs.folder import RunError, read_json
-from experiments.runs.plain_json import dump_line
+from experiments.runs.output import add_json_argument, entry, finish
 from experiments.studies.activity import qualifying, summary
 from experiments.studies.frontier import Frontier, Points
 from hardware.placement import DoesNotFit
@@ -180,9 +180,7 @@ def print_table(found: dict[str, Any]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m experiments.bench conversion", description="a model on the simulated chip"
-    )
+    made = argparse.ArgumentParser(prog="spikegate bench conversion", description="a model on the simulated chip")
     made.add_argument("--run", type=Path, default=None, help="folder of a finished training run (default: train one)")
     made.add_argument("--folder", type=Path, default=FOLDER, help=f"where the own run goes (default: {FOLDER})")
     made.add_argument("--tokens", type=positive, default=1_500_000, help="of the own run (default: 1500000)")
@@ -198,6 +196,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--rounds", type=positive, default=5, help="timed rounds (default: 5)")
     made.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
+    add_json_argument(made)
     return made
 
 
@@ -216,6 +215,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+@entry
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; see the module for exit codes."""
     args = parser().parse_args(argv)
@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bench conversion: {error}", file=sys.stderr)
         return 1
     print_table(found)
-    print(dump_line(found))
+    finish(found, "bench-conversion")
     return 0
 
 

@@ -25,7 +25,7 @@ import yaml
 from torch import Tensor
 
 from experiments.benches.nanogpt import PlainGPT
-from experiments.runs.plain_json import dump_line
+from experiments.runs.output import add_json_argument, entry, finish
 from sparse_update.step.backward import Stepper
 from sparse_update.step.flops import plan_flops
 from sparse_update.step.kernels import can_compile
@@ -55,7 +55,7 @@ class Arm:
 
 
 def arguments_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m experiments.bench gate", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="spikegate bench gate", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--model", default="small", help="a name from configs/model (default: small)")
     parser.add_argument("--batch", type=int, default=16, help="windows of a dense step (default: 16)")
     parser.add_argument(
@@ -71,13 +71,15 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser.add_argument("--kinds", default=",".join(KINDS), help=f"any of {', '.join(KINDS + EXTRA)}; or all")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     parser.add_argument("--block-rows", type=int, default=128, help="granularity of weight blocks (default: 128)")
+    add_json_argument(parser)
     return parser
 
 
-def main(arguments: Sequence[str]) -> int:
+@entry
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table and the JSON line. Exit code 0, 2 for bad arguments, 130 when interrupted (what is there is
     printed)."""
-    options = arguments_parser().parse_args(list(arguments))
+    options = arguments_parser().parse_args(argv)
     try:
         bench = Bench(options)
     except ValueError as error:
@@ -90,7 +92,7 @@ def main(arguments: Sequence[str]) -> int:
         print("interrupted: what was measured so far follows", file=sys.stderr)
     document = bench.document()
     print_table(document)
-    print(dump_line(document), flush=True)
+    finish(document, "bench-gate")
     return 130 if bench.interrupted else 0
 
 

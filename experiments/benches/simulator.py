@@ -13,7 +13,6 @@ that batch, f the share of the speed of the products alone at batch 256.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import resource
@@ -28,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from experiments.runs.output import add_json_argument, entry, finish
 from neuro.graph import Population, Projection, SpikingGraph, save_graph
 from neuro.simulators.activity import Activity
 from neuro.simulators.exact import Matrix
@@ -177,14 +177,14 @@ def peak_mib() -> float:
     return peak / 2**20 if platform.system() == "Darwin" else peak / 2**10
 
 
+@entry
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a table and the JSON line. Exit code 0 when it ran, whatever the numbers; 1 without Lava."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.bench simulator", description=str(__doc__).split("\n\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="spikegate bench simulator", description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of ours (default: torch's)")
     parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS), help="n (default: 256 1024)")
     parser.add_argument("--lava-steps", type=int, default=200, help="steps of one timed Lava run (default: 200)")
+    add_json_argument(parser)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     load = os.getloadavg()[0]
@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"n={n}: the products alone ({how}) {alone * 1e6:.2f} us; ours runs at {fraction:.2f} of that speed")
                 found["gemm_fraction"] = round(fraction, 3)
         document[f"n{n}"] = found
-    print(json.dumps(document))
+    finish(document, "bench-simulator")
     return 0
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.runs.plain_json import dump_line
+from experiments.commands.refusal import refuse
+from experiments.runs.output import add_json_argument, entry, finish
 from experiments.views.tracking import Tracker
 from hardware.datafile import DataFileError
 from hardware.placement import DoesNotFit
@@ -34,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="also write the table there, as text for TensorBoard",
     )
-    parser.add_argument("--json", action="store_true", help="print the JSON line alone")
+    add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,18 +59,12 @@ def run(args: argparse.Namespace) -> int:
             with Tracker(args.tensorboard) as tracker:
                 tracker.text("compatibility", report.markdown())
     except DoesNotFit as failure:
-        print(f"compat: {failure}", file=sys.stderr)
-        if not args.json:
-            print(failure)
-        limit = {"resource": failure.binding.resource, "need": failure.binding.used, "have": failure.binding.limit}
-        print(dump_line({"fits": False, "what": failure.what, "limit": limit, "remedies": list(failure.remedies)}))
-        return 1
+        return refuse("compat", failure)
     except (OSError, CheckpointError, DataFileError, ValueError) as error:
         print(f"compat: {error}", file=sys.stderr)
         return 2
-    if not args.json:
-        print(report.table())
-    print(dump_line({"fits": True, "checkpoint": str(args.checkpoint), "context": context, **report.to_dict()}))
+    print(report.table())
+    finish({"fits": True, "checkpoint": str(args.checkpoint), "context": context, **report.to_dict()}, "compat")
     return 0 if report.mapped else 1
 
 
@@ -93,7 +89,13 @@ def load_model(folder: Path) -> Transformer:
     return model.eval()
 
 
-if __name__ == "__main__":
+@entry
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m experiments.commands.compat`."""
     own = argparse.ArgumentParser(prog="spikegate compat", description=HELP)
     add_arguments(own)
-    sys.exit(run(own.parse_args()))
+    return run(own.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

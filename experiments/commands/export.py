@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.runs.plain_json import dump_line, plain
+from experiments.runs.output import add_json_argument, entry, finish
+from experiments.runs.plain_json import plain
 from neuro.exchange.nir.library import NirFileError, NirUnavailable, NotInNir
 from neuro.graph import FILE_SUFFIX, GraphError, SpikingGraph, load_graph
 
@@ -51,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration-tokens", type=int, default=8192, help="training run: tokens that set ranges (default: 8192)"
     )
+    add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{path}")
     for name, reason in refused.items():
         print(f"  not written: {name}: {reason}")
-    print(dump_line({"written": written, "refused": refused, "timing": args.timing}))
+    finish({"written": written, "refused": refused, "timing": args.timing}, "export")
     return 0
 
 
@@ -177,7 +180,13 @@ def _converted_run(args: argparse.Namespace) -> Any:
         raise UsageError(f"{args.source}: {error}") from error
 
 
-if __name__ == "__main__":
+@entry
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m experiments.commands.export`."""
     own = argparse.ArgumentParser(prog="spikegate export", description=HELP)
     add_arguments(own)
-    sys.exit(run(own.parse_args()))
+    return run(own.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.runs.plain_json import dump_line
+from experiments.runs.output import add_json_argument, entry, finish
 from neuro.exchange.nir.library import NirFileError, NirUnavailable, NotInNir
 from neuro.graph import FILE_SUFFIX, GraphError, save_graph
 
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input-range", type=int, nargs=2, default=(0, 1), metavar=("LOW", "HIGH"), help="nodes: of inputs (default: 0 1)"
     )
+    add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,11 +57,18 @@ def run(args: argparse.Namespace) -> int:
         print(table)
     sizes = ", ".join(f"{p.name} {p.kind} {p.size}" for p in graph.populations)
     print(f"{out}: from its {how}: {sizes}")
-    print(dump_line({"out": out, "from": how, "populations": len(graph.populations), "outputs": list(graph.outputs)}))
+    document = {"out": out, "from": how, "populations": len(graph.populations), "outputs": list(graph.outputs)}
+    finish(document, "import")
     return 0
 
 
-if __name__ == "__main__":
+@entry
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m experiments.commands.importing`."""
     own = argparse.ArgumentParser(prog="spikegate import", description=HELP)
     add_arguments(own)
-    sys.exit(run(own.parse_args()))
+    return run(own.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.runs.plain_json import dump_line
+from experiments.commands.refusal import refuse
+from experiments.runs.output import add_json_argument, entry, finish
 from experiments.views.chip_figure import save_chip_figure
 from hardware.chips.chip import load_chip
 from hardware.datafile import DataFileError
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input", type=Path, default=None, help="NAME.npz, one array (batch, steps, size) per input: measure the traffic"
     )
-    parser.add_argument("--json", action="store_true", help="print the JSON line alone")
+    add_json_argument(parser)
     parser.add_argument("--figure", type=Path, default=None, help="write a picture of the chips (.png, .svg, .pdf)")
 
 
@@ -55,26 +56,19 @@ def run(args: argparse.Namespace) -> int:
             share=args.share,
         )
     except DoesNotFit as failure:
-        print(f"place: {failure}", file=sys.stderr)
-        if not args.json:
-            print(failure)
-        binding = {"resource": failure.binding.resource, "used": failure.binding.used, "limit": failure.binding.limit}
-        print(dump_line({"fits": False, "what": failure.what, "binding": binding, "remedies": list(failure.remedies)}))
-        return 1
+        return refuse("place", failure)
     except (OSError, DataFileError, GraphError, ValueError) as error:
         print(f"place: {error}", file=sys.stderr)
         return 2
-    if not args.json:
-        print(result)
+    print(result)
     if args.figure is not None:
         try:
             save_chip_figure(result, args.figure)
         except (OSError, ValueError) as error:
             print(f"place: {args.figure}: {error}", file=sys.stderr)
             return 2
-        if not args.json:
-            print(f"figure: {args.figure}")
-    print(dump_line({"fits": True, **result.to_dict()}))
+        print(f"figure: {args.figure}")
+    finish({"fits": True, **result.to_dict()}, "place")
     return 0
 
 
@@ -105,7 +99,13 @@ def _measure(graph: SpikingGraph, path: Path) -> Activity:
     return simulate(graph, {name: arrays[name] for name in graph.inputs}, record=("spikes",))
 
 
-if __name__ == "__main__":
+@entry
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m experiments.commands.place`."""
     own = argparse.ArgumentParser(prog="spikegate place", description=HELP)
     add_arguments(own)
-    sys.exit(run(own.parse_args()))
+    return run(own.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,12 +10,13 @@ import argparse
 import hashlib
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.runs.plain_json import dump_line
+from experiments.runs.output import add_json_argument, entry, finish
 from neuro.graph import FILE_SUFFIX, GraphError, SpikingGraph, load_graph
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--timeout", type=float, default=None, metavar="S", help=f"lava: limit in seconds (default: {LAVA_TIMEOUT_S:g})"
     )
     parser.add_argument("--device", default=None, help="fixed_point, snntorch: cpu or cuda (default: cpu)")
+    add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -100,20 +102,19 @@ def run(args: argparse.Namespace) -> int:
         print(f"  {name}: {count} values left their register (wrapped, clipped or passed on; --strict stops at the first)")
     for note in activity.notes:
         print(f"  note: {note}")
-    print(
-        dump_line(
-            {
-                "out": args.out,
-                "backend": args.backend,
-                "ran_on": activity.ran_on,
-                "mode": activity.mode,
-                "batch": activity.batch,
-                "steps": activity.steps,
-                "messages": sent,
-                "left_registers": left,
-                "seconds": seconds,
-            }
-        )
+    finish(
+        {
+            "out": args.out,
+            "backend": args.backend,
+            "ran_on": activity.ran_on,
+            "mode": activity.mode,
+            "batch": activity.batch,
+            "steps": activity.steps,
+            "messages": sent,
+            "left_registers": left,
+            "seconds": seconds,
+        },
+        "simulate",
     )
     return 0
 
@@ -188,7 +189,13 @@ def _simulate(args: argparse.Namespace, graph: SpikingGraph, inputs: dict[str, n
     return fixed_point.simulate(graph, inputs, mode=mode, strict=args.strict, record=record, device=args.device)
 
 
-if __name__ == "__main__":
+@entry
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m experiments.commands.simulate`."""
     own = argparse.ArgumentParser(prog="spikegate simulate", description=HELP)
     add_arguments(own)
-    sys.exit(run(own.parse_args()))
+    return run(own.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.runs.plain_json import dump_line
+from experiments.runs.output import add_json_argument, entry, finish
 from neuro.graph import FILE_SUFFIX, GraphError, SpikingGraph, load_graph
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--timeout", type=float, default=TIMEOUT_S, metavar="S", help=f"limit per graph in seconds (default: {TIMEOUT_S:g})"
     )
     parser.add_argument("--board", action="store_true", help="on the Loihi board that the environment names (see doctor)")
+    add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -111,7 +113,7 @@ def verify(
     total = sum(each["values"] for each in graphs.values())
     if len(graphs) > 1:
         print(f"{len(graphs)} graphs: {f'equal over {total} values' if equal else 'not equal'}")
-    print(dump_line({"equal": equal, "values": total, "steps": steps, "graphs": graphs}))
+    finish({"equal": equal, "values": total, "steps": steps, "graphs": graphs}, "verify")
     return 0 if equal else 1
 
 
@@ -175,7 +177,13 @@ def random_inputs(graph: SpikingGraph, steps: int, seed: int) -> dict[str, torch
     return found
 
 
-if __name__ == "__main__":
+@entry
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m experiments.commands.verify`."""
     own = argparse.ArgumentParser(prog="spikegate verify", description=HELP)
     add_arguments(own)
-    sys.exit(run(own.parse_args()))
+    return run(own.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,1 +1,1 @@
-"""What a run is: its folder, its settings, its deployment, and JSON that every reader accepts."""
+"""What a run is: its folder, its settings, how it starts, goes on and ends, and what a command prints last."""

@@ -11,7 +11,8 @@
 
 `configs/compare.yaml` opens with `defaults: [compare_schema, _self_]`; groups are folders beside it and fill the fields
 of the same name. The function gets a plain instance of the dataclass, so its `__post_init__` has checked the ranges.
-What it returns is printed as one line of JSON, the last on stdout; a multirun prints one such line per job.
+What it returns is printed as one line of JSON, the last on stdout (`experiments.runs.output`); a multirun prints one such
+line per job.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from experiments.runs.plain_json import dump_line
+from experiments.runs.output import entry, finish
+from hardware.text import short
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
@@ -55,15 +57,28 @@ def run_app(
     argv: Sequence[str] | None = None,
     *,
     expected: tuple[type[Exception], ...] = (),
+    tell: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> int:
     """Run `function` on the configuration Hydra composes from `configs/NAME.yaml` and `argv`; return the exit code.
 
     `schema` is the dataclass every key must be a field of; `argv` is what follows the command's name (None: what
     sys.argv holds); `expected` are the errors whose message says all (a missing corpus, say): no traceback for them.
-    Exit codes: 0; 1 the job failed; 2 the configuration is wrong; 130 interrupted. SPIKEGATE_TRACEBACK=1 shows
-    tracebacks for all.
+    `tell` prints the document's line, with `experiments.runs.output.finish`, where not all of it matters alike.
+    Exit codes: 0; 1 the job failed; 2 the configuration is wrong; 130 interrupted, by Ctrl-C or by a job that says so
+    itself (`status` is "interrupted"). SPIKEGATE_TRACEBACK=1 shows tracebacks for all.
     Raises whatever `function` raises beyond that.
     """
+    return entry(lambda words: _run(name, schema, function, words or (), expected, tell))(argv)
+
+
+def _run(
+    name: str,
+    schema: type,
+    function: Callable[[Any], Mapping[str, Any]],
+    words: Sequence[str],
+    expected: tuple[type[Exception], ...],
+    tell: Callable[[Mapping[str, Any]], None] | None,
+) -> int:
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
@@ -72,7 +87,7 @@ def run_app(
     from omegaconf.errors import OmegaConfBaseException
 
     register(name, schema)
-    given = [_settable(word, _free(schema)) for word in (sys.argv[1:] if argv is None else argv)]
+    given = [_settable(word, _free(schema)) for word in words]
 
     shown: tuple[type[Exception], ...] = (ConfigError, *expected)
     held: list[Exception] = []
@@ -85,8 +100,12 @@ def run_app(
                 raise
             held.append(error)
             return
-        sys.stdout.flush()
-        print(dump_line(document), flush=True)
+        if tell is None:
+            finish(document, name)
+        else:
+            tell(document)
+        if document.get("status") == "interrupted":  # what is done is saved: no further job, and the exit code says so
+            raise KeyboardInterrupt
 
     verbose = os.environ.get("SPIKEGATE_TRACEBACK") == "1"
     try:
@@ -110,6 +129,20 @@ def run_app(
         print(f"{name}: {error}", file=sys.stderr)
         return EXIT_FAILED
     return 0
+
+
+def quoted(value: object) -> str:
+    """`value` as Hydra's command line reads it back: in quotes where it has characters that Hydra takes for its own."""
+    text = str(value)
+    return text if _BARE.fullmatch(text) else "'" + text.replace("'", "\\'") + "'"
+
+
+def setting(key: str, value: object) -> str:
+    """The word KEY=VALUE for an application's command line, its value quoted where that is needed."""
+    return f"{key}={quoted(value)}"
+
+
+_BARE = re.compile(r"[\w./+-]+")
 
 
 def register(name: str, schema: type) -> None:
@@ -143,10 +176,12 @@ def to_dataclass(cfg: Any, schema: type) -> Any:
 
 def explain(error: BaseException, schema: type) -> str:
     """What is wrong and what to do, in one or two lines: close matches for an unknown key, the reason for the rest."""
-    from hydra.errors import MissingConfigException
+    from hydra.errors import MissingConfigException, OverrideParseException
 
     if isinstance(error, ConfigError):
         return str(error)
+    if isinstance(error, OverrideParseException):
+        return _unreadable(str(error.override), str(error))
     cause = _deepest(error)
     unknown = _unknown_key(error, cause)
     if unknown is not None:
@@ -160,6 +195,26 @@ def explain(error: BaseException, schema: type) -> str:
     if type(cause).__name__ == "MissingMandatoryValue":
         return f"configuration key {key!r} has no value; give it one on the command line: {key}=..."
     return f"configuration key {key!r}: {reason}" if key else reason
+
+
+def _unreadable(word: str, said: str) -> str:
+    """What to do about an override that Hydra's grammar cannot read: which key it is, and how its value is quoted."""
+    key, equals, value = word.partition("=")
+    reason = said.splitlines()[0] if said else "not readable"
+    if not equals or not key or not value:
+        return f"{short(word)}: a setting is written KEY=VALUE ({reason})"
+    listed = value[0] == "[" and value[-1] == "]"
+    if any(mark in value for mark in "'\"$`\\"):
+        cure = "put the value in quotes of Hydra's, a quote inside it after a backslash, and the whole word in the shell's"
+    elif listed:
+        items = ",".join(item if item.strip().isalnum() else f"'{item.strip()}'" for item in value[1:-1].split(","))
+        cure = f'write "{key}=[{items}]"'
+    else:
+        cure = f"write \"{key}='{value}'\""
+    return (
+        f"configuration key {key!r}: the value {short(value)} holds a character that Hydra reads as its own (such as = , "
+        f": [ {{ or a space), so it needs quotes inside those of the shell: {cure} ({reason})"
+    )
 
 
 def known_keys(schema: type) -> list[str]:

@@ -22,7 +22,8 @@ import torch
 
 from experiments.comparison.statistics import interval
 from experiments.runs.folder import RunError
-from experiments.runs.plain_json import dump_line, write_json
+from experiments.runs.output import add_json_argument, entry, finish
+from experiments.runs.plain_json import write_json
 from experiments.studies.frontier import OPTIMIZERS, PRUNING, TEACHERS, Frontier, Points
 from sparse_update.data.records import CorpusError
 
@@ -115,7 +116,7 @@ def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog="python -m experiments.studies.activity", description="loss over operations")
+    made = argparse.ArgumentParser(prog="spikegate study activity", description="loss over operations")
     made.add_argument("run", help="folder of a finished training run")
     made.add_argument("--out", default="", help="folder of the points (default: RUN/activity)")
     made.add_argument("--targets", type=numbers, default=Frontier.targets, help="shares of dense operations, by comma")
@@ -143,6 +144,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--eval-tokens", type=int, default=Frontier.eval_tokens, help="held-out tokens (default: 32768)")
     made.add_argument("--calibration-tokens", type=int, default=Frontier.calibration_tokens, help="(default: 8192)")
     made.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
+    add_json_argument(made)
     return made
 
 
@@ -161,6 +163,7 @@ def integers(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in text.split(","))
 
 
+@entry
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: 0 done, 2 settings or folders that cannot be used."""
     args = vars(parser().parse_args(argv))
@@ -185,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_json(cfg.folder / "frontier.json", document | {"points": points})
     picture(rows, cfg.folder / "frontier.png")
     print(table(rows))
-    print(dump_line(document))
+    finish(document, "activity", file=cfg.folder / "frontier.json")
     return 0
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.runs.plain_json import dump_line
+from experiments.runs.output import add_json_argument, entry, finish
 from neuro.conversion.lif import LifNetwork, convert_lif
 from neuro.graph import save_graph
 from neuro.modules.spiking import SpikingClassifier, count_loss, current_code, predicted, rate_code
@@ -109,9 +109,10 @@ def _accuracy(spikes_BTC: Tensor, classes_B: Tensor) -> float:
     return float((predicted(spikes_BTC) == classes_B).double().mean())
 
 
+@entry
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.studies.digits", description="a spiking classifier")
+    parser = argparse.ArgumentParser(prog="spikegate study digits", description="a spiking classifier")
     parser.add_argument("--code", choices=("current", "rate"), default="current", help="input code (default: current)")
     parser.add_argument("--steps", type=int, default=16, help="steps per image (default: 16)")
     parser.add_argument("--hidden", type=int, default=128, help="hidden neurons (default: 128)")
@@ -122,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds that Lava may take (default: 120)")
     parser.add_argument("--graph", type=Path, default=None, help="write the integer network there (NAME.graph.npz)")
+    add_json_argument(parser)
     args = parser.parse_args(argv)
     for key, low in (("steps", 1), ("hidden", 1), ("epochs", 1), ("lava_samples", 0)):
         if getattr(args, key) < low:
@@ -179,7 +181,7 @@ def _run(args: argparse.Namespace) -> int:
         "seed": args.seed,
         "train_s": seconds,
     }
-    print(dump_line(document))
+    finish(document, "digits")
     return 0 if holds else 1
 
 

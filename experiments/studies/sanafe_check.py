@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.runs.plain_json import dump_line
+from experiments.runs.output import add_json_argument, entry, finish
 from hardware.chips.chip import load_chip
 from hardware.energy.account import account, load_profile
 from hardware.energy.counts import Counts
@@ -188,13 +188,13 @@ def _on_the_mesh(counts: Sequence[Counts], placement: Placement) -> dict[str, in
     return {"messages": messages, "hops": round(sum(events * (flow.hops_ew + flow.hops_ns) for events, flow in sent))}
 
 
+@entry
 def main(argv: Sequence[str] | None = None) -> int:
     """Print both sides and the JSON line. Exit code 0 when the counts are equal, 1 when not, 3 without SANA-FE."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.studies.sanafe_check", description=str(__doc__).split("\n\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="spikegate study sanafe_check", description=str(__doc__).split("\n\n")[0])
     for name, default in (("inputs", 64), ("width", 128), ("steps", 100), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    add_json_argument(parser)
     args = parser.parse_args(argv)
     try:
         found = check(args.inputs, args.width, args.steps, args.seed)
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{key:<16} {mid:>11.4g} uJ ({low:.4g} to {high:.4g}) {1e6 * value['sanafe_j']:>11.4g} uJ")
     low, mid, high = (1e6 * seconds for seconds in found["time"]["ours_s"])
     print(f"{'time':<16} {mid:>11.4g} us ({low:.4g} to {high:.4g}) {1e6 * found['time']['sanafe_s']:>11.4g} us")
-    print(dump_line(found))
+    finish(found, "sanafe_check")
     return 0 if found["counts_equal"] else 1
 
 

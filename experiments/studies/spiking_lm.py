@@ -28,7 +28,9 @@ from torch import Tensor, nn
 
 from experiments.comparison.statistics import Interval, interval
 from experiments.runs.folder import read_json
-from experiments.runs.plain_json import dump_line, plain, write_json
+from experiments.runs.output import add_json_argument, entry, finish
+from experiments.runs.plain_json import plain, write_json
+from experiments.runs.progress import Bar, counted
 from hardware.placement import DoesNotFit, place
 from neuro.graph import save_graph
 from neuro.graph.demand import layer_demands
@@ -78,8 +80,6 @@ def train(arm: str, seed: int, args: argparse.Namespace, corpus: Corpus, folder:
 
     Raises ValueError for a checkpoint that was made with other settings.
     """
-    from tqdm import tqdm
-
     settings = {"arm": arm, "seed": seed, "tokens": args.tokens, "batch": args.batch, "lr": args.lr}
     settings |= {"width": args.width, "layers": args.layers, "heads": args.heads, "context": args.context}
     settings |= {"event_threshold": args.event_threshold, "grid_share": args.grid_share, "corpus": corpus.sha256}
@@ -110,9 +110,7 @@ def train(arm: str, seed: int, args: argparse.Namespace, corpus: Corpus, folder:
 
     begin = last = time.perf_counter()
     step = done
-    with tqdm(
-        total=steps, initial=done, desc=f"{arm} seed {seed}", unit="step", disable=args.quiet, mininterval=2.0
-    ) as bar:
+    with Bar(f"{arm} seed {seed}", steps, "steps", not args.quiet) as bar:
         while step < steps:
             if isinstance(model, SpikingLanguageModel):
                 model.on_chip_grid(step >= on_grid_from)
@@ -125,8 +123,7 @@ def train(arm: str, seed: int, args: argparse.Namespace, corpus: Corpus, folder:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             step += 1
-            bar.update()
-            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+            bar.to(step, f"loss {loss.item():.3f}")
             if time.perf_counter() - last > SAVE_EVERY_S or step == steps:
                 save()
                 last = time.perf_counter()
@@ -138,9 +135,8 @@ def train(arm: str, seed: int, args: argparse.Namespace, corpus: Corpus, folder:
 @torch.no_grad()
 def window_losses(model: nn.Module, windows_NT1: Tensor, desc: str = "", quiet: bool = True) -> Tensor:
     """Mean loss in nats of each held-out window, float64 (N,)."""
-    from tqdm import tqdm
-
-    parts = tqdm(windows_NT1.split(EVAL_BATCH), desc=desc, disable=quiet, leave=False)
+    batches = windows_NT1.split(EVAL_BATCH)
+    parts = counted(batches, desc, len(batches), "batches", not quiet)
     return torch.cat([token_loss(model(part[:, :-1]), part[:, 1:]).double().mean(dim=1) for part in parts])
 
 
@@ -292,9 +288,7 @@ def holds(document: dict[str, Any]) -> bool:
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    out = argparse.ArgumentParser(
-        prog="python -m experiments.studies.spiking_lm", description="a language model on the chip"
-    )
+    out = argparse.ArgumentParser(prog="spikegate study spiking_lm", description="a language model on the chip")
     out.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="what to train (default: all)")
     out.add_argument("--seeds", nargs="+", type=int, default=[0], help="of weights and order (default: 0)")
     out.add_argument("--tokens", type=float, default=1e6, help="to train on, each arm (default: 1e6)")
@@ -313,9 +307,11 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--text", type=Path, default=None, help="a file or folder in place of the plays")
     out.add_argument("--out", type=Path, default=Path("runs/spiking_lm"), help="folder of the runs")
     out.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_json_argument(out)
     return out
 
 
+@entry
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     own = parser()
@@ -340,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     document["holds"] = holds(document)
     print(table(document))
-    print(dump_line(document))
+    finish(document, "spiking_lm", file=write_json(args.out / "result.json", document))
     return 0 if document["holds"] else 1
 
 

@@ -126,6 +126,11 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     return Checkpoint(tensors[MODEL], unpack(meta["state"], tensors[STATE]), own, place)
 
 
+def has_checkpoint(folder: str | Path) -> bool:
+    """Whether there is a whole checkpoint to read, counting one that an interrupted save left beside its place."""
+    return any((place / META).is_file() for place in _places(folder))
+
+
 def checkpoint_of(folder: str | Path) -> Path:
     """The checkpoint that is meant by a run's folder, or by the checkpoint's own."""
     place = Path(folder)

@@ -67,7 +67,7 @@ def run(make_run: Callable[..., Path]) -> Path:
 def deployed(run: Path, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[dict[str, Any], str]:
     assert deploy.main([f"run={run}", *WORDS, *words]) == 0
     out = capsys.readouterr().out
-    return json.loads(out.splitlines()[-1]), out
+    return json.loads(Path(json.loads(out.splitlines()[-1])["file"]).read_text()), out
 
 
 ROUTES = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from experiments.commands.compat import add_arguments, run
+from experiments.commands.compat import main
 from sparse_update.loop.checkpoint import save_checkpoint
 from sparse_update.transformer import ModelConfig, Transformer
 
@@ -27,9 +26,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(*words: object) -> int:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return run(parser.parse_args([str(word) for word in words]))
+    return main([str(word) for word in words])
 
 
 def last(capsys: pytest.CaptureFixture) -> dict:

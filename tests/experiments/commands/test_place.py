@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 
 import numpy as np
 import pytest
 
-from experiments.commands.place import add_arguments, run
+from experiments.commands.place import main
 from experiments.views.chip_figure import chip_figure
 from hardware.placement import Connection, LayerDemand, place
 from neuro.graph import Population, SpikingGraph, save_graph
@@ -31,9 +30,7 @@ def graph(tmp_path):
 
 
 def command(*words: object) -> int:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return run(parser.parse_args([str(word) for word in words]))
+    return main([str(word) for word in words])
 
 
 def last(capsys) -> dict:
@@ -88,7 +85,7 @@ def test_it_does_not_fit(tmp_path, capsys):
     assert command(path, "--chip", "loihi1") == 1
     document = last(capsys)
     assert document["fits"] is False
-    assert document["binding"] == {"resource": "payload_bits", "used": 16, "limit": 1}
+    assert document["limit"] == {"resource": "payload_bits", "need": 16, "have": 1}  # the shape of compat's refusal
     assert "a chip with graded messages: loihi2" in document["remedies"]
 
 

@@ -111,7 +111,9 @@ def test_a_sweep_goes_on_after_a_failed_job(capsys: pytest.CaptureFixture[str]) 
         ),
         (["lever.keep=1.5"], "lever.keep = 1.5: must lie in (0, 1]"),
         (["must=???"], "configuration key 'must' has no value; give it one on the command line: must=..."),
-        (["seed==["], "Error parsing override 'seed==['"),
+        (["seed==["], "configuration key 'seed': the value =[ holds a character that Hydra reads as its own"),
+        (["must=runs/lr=0.3"], "write \"must='runs/lr=0.3'\""),
+        (["must=[a=1,b]"], "write \"must=['a=1',b]\""),
     ],
 )
 def test_wrong_configurations_say_what_to_do(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,101 @@
+"""Sweep files: found by the name they are shipped under or by path, read and checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiments.runs.sweeps.plan import Sweep, SweepArm
+from experiments.runs.sweeps.shipped import SUFFIXES, shipped, shipped_file
+from hardware.text import short
+
+KEYS = ("folder", "settings", "budget_reference_s", "budget_tokens", "seeds", "base", "arms", "tuning_seed")
+ARM_KEYS = ("set", "budgets", "grid", "tuned_as", "seeds")
+
+
+class SweepError(ValueError):
+    """A sweep file that cannot be run as written; the message names the key and what it takes."""
+
+
+def find_sweep(word: str) -> Traversable:
+    """The sweep file at a path, or the shipped one of that name.
+
+    Raises:
+        SweepError: there is neither; the message lists the shipped names.
+    """
+    path = Path(word)
+    is_path = path.suffix in SUFFIXES or os.sep in word or "/" in word
+    if not is_path and word in shipped():
+        return shipped_file(word)
+    if path.is_file():
+        return path
+    if path.stem in shipped():
+        raise SweepError(f"{short(word)}: no such file here; the shipped one: spikegate sweep {path.stem}")
+    what = "file" if is_path else "sweep"
+    raise SweepError(f"{short(word)}: there is no such {what}; shipped sweeps go by name: {', '.join(shipped())}")
+
+
+def read_sweep(path: Traversable) -> Sweep:
+    """Read and check a sweep file. Raises SweepError naming file, key and remedy."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SweepError(f"{path}: not readable ({error})") from None
+    except yaml.YAMLError as error:
+        raise SweepError(f"{path}: not readable as YAML ({error})") from None
+    if not isinstance(raw, dict) or not isinstance(raw.get("arms"), dict) or not raw["arms"]:
+        raise SweepError(f"{path}: a sweep file is a mapping with at least `arms: {{NAME: {{set: [...]}}}}`")
+    _only(path, "", raw, KEYS)
+    for key in ("folder", "seeds"):
+        if key not in raw:
+            raise SweepError(f"{path}: `{key}` is missing")
+    budgets = [raw[key] for key in ("budget_tokens", "budget_reference_s") if key in raw]
+    if len(budgets) != 1 or not float(budgets[0]) > 0 or not raw["seeds"]:
+        raise SweepError(f"{path}: give budget_tokens or budget_reference_s, one of them and positive, and seeds")
+    arms = tuple(_read_arm(path, name, body or {}) for name, body in raw["arms"].items())
+    for arm in arms:
+        if arm.tuned_as and arm.tuned_as not in raw["arms"]:
+            raise SweepError(
+                f"{path}: arms.{arm.name}.tuned_as = {arm.tuned_as!r} is no arm here: {', '.join(raw['arms'])}"
+            )
+        if arm.tuned_as and raw["arms"][arm.tuned_as].get("tuned_as"):
+            raise SweepError(f"{path}: arms.{arm.name}.tuned_as = {arm.tuned_as}, which is tuned as another: name that one")
+    return Sweep(
+        folder=Path(raw["folder"]),
+        settings=tuple(map(str, raw.get("settings", ()))),
+        budget_reference_s=float(raw.get("budget_reference_s", 0.0)),
+        budget_tokens=int(raw.get("budget_tokens", 0)),
+        seeds=tuple(map(int, raw["seeds"])),
+        arms=arms,
+        base=tuple(map(str, raw.get("base", ()))),
+        tuning_seed=int(raw.get("tuning_seed", 1000)),
+    )
+
+
+def _read_arm(path: Traversable, name: str, body: Any) -> SweepArm:
+    if not isinstance(body, dict):
+        raise SweepError(f"{path}: arms.{name} must be a mapping of {', '.join(ARM_KEYS)}")
+    _only(path, f"arms.{name}.", body, ARM_KEYS)
+    budgets = tuple(map(float, body.get("budgets", (1.0,))))
+    if not budgets or min(budgets) <= 0:
+        raise SweepError(f"{path}: arms.{name}.budgets = {list(budgets)}: shares of the dense budget, above 0")
+    grid = body.get("grid", {})
+    if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
+        raise SweepError(f"{path}: arms.{name}.grid must map a setting to a list of values")
+    if grid and body.get("tuned_as"):
+        raise SweepError(f"{path}: arms.{name} has a grid and tuned_as: give one of them")
+    return SweepArm(
+        name, tuple(map(str, body.get("set", ()))), budgets, grid, str(body.get("tuned_as", "")),
+        tuple(map(int, body.get("seeds", ()))),
+    )  # fmt: skip
+
+
+def _only(path: Traversable, where: str, found: Mapping[str, Any], known: Sequence[str]) -> None:
+    unknown = [str(key) for key in found if key not in known]
+    if unknown:
+        raise SweepError(f"{path}: unknown key {where}{unknown[0]}; known: {', '.join(known)}")

@@ -1,0 +1,132 @@
+"""The processes of a sweep: so many at a time, stopped cleanly, what is finished skipped, what failed named."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.runs.folder import read_json
+from experiments.runs.hydra_app import setting
+from experiments.runs.progress import Jobs
+from experiments.runs.sweeps.plan import Job, finished
+from hardware.text import short
+
+CHECKPOINT_WAIT_S = 120.0
+POLL_S = 0.2
+LOG_TAIL = 12
+TRAIN = (sys.executable, "-m", "experiments.train")
+
+
+class Runner:
+    """Runs jobs in up to `jobs` processes of `threads` threads each. Stops cleanly on Ctrl-C and SIGTERM.
+
+    `command` is what takes a job's words; `resume=auto` is among them, so that what failed or broke off is taken up again.
+    `failed` maps a run's name to the reason, in a line.
+    """
+
+    def __init__(self, folder: Path, jobs: int, threads: int, command: Sequence[str] = TRAIN) -> None:
+        self.command = tuple(command)
+        self.folder, self.jobs, self.threads = folder, jobs, threads
+        self.stopped = False
+        self.failed: dict[str, str] = {}
+        self._running: dict[str, tuple[Job, subprocess.Popen[bytes], float]] = {}
+
+    def run(self, jobs: Sequence[Job], title: str) -> bool:
+        """All of `jobs`, finished ones skipped; False when stopped. A failed run is named and does not stop the others."""
+        waiting = [job for job in jobs if not finished(job.folder(self.folder))]
+        if len(waiting) < len(jobs):
+            say(f"{title}: {len(jobs) - len(waiting)} of {len(jobs)} are there already")
+        with Jobs(title, len(waiting)) as shown:
+            self._run(waiting, title, shown)
+        if self.stopped:
+            self._wait()
+        return not self.stopped
+
+    def _run(self, waiting: list[Job], title: str, shown: Jobs) -> None:
+        done, start = 0, time.perf_counter()
+        total = len(waiting)
+        while (waiting or self._running) and not self.stopped:
+            # the first run measures the shared table, with the machine to itself
+            limit = self.jobs if (self.folder / "component_times.json").exists() else 1
+            while waiting and len(self._running) < limit:
+                self._start(waiting.pop(0))
+            shown.at(done, self._running)
+            time.sleep(POLL_S)
+            for name, (job, process, since) in list(self._running.items()):
+                code = process.poll()
+                if code is None:
+                    continue
+                del self._running[name]
+                if self.stopped:
+                    break
+                done += 1
+                spent = time.perf_counter() - start
+                left = spent / done * (total - done)
+                self._report(job, code, time.perf_counter() - since, f"[{title} {done}/{total}, {left / 60:.0f} min to go]")
+        shown.at(done, self._running)
+
+    def stop(self, number: int, frame: object) -> None:
+        """Signal handler: pass the interruption on; the runs write their checkpoints."""
+        self.stopped = True
+        for _, process, _ in self._running.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+
+    def _start(self, job: Job) -> None:
+        run = job.folder(self.folder)
+        words = [*job.words, setting("run", run)]
+        words += [setting("trainer.component_times", self.folder / "component_times.json")]
+        words += [f"trainer.threads={self.threads}", "progress=false", "resume=auto"]
+        log = self.folder / "logs" / f"{job.name.replace('/', '-')}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
+        with log.open("ab") as out:
+            process = subprocess.Popen(
+                [*self.command, *words],
+                stdout=subprocess.DEVNULL,
+                stderr=out,
+                env=environment,
+                start_new_session=True,  # a terminal's Ctrl-C reaches the sweep alone, which passes it on once
+            )
+        self._running[job.name] = (job, process, time.perf_counter())
+
+    def _report(self, job: Job, code: int, seconds: float, head: str) -> None:
+        run = job.folder(self.folder)
+        if code == 0 and finished(run):
+            result = read_json(run / "result.json")
+            loss, reference = float(result["loss_nats"]), float(result["reference_s"])
+            say(f"{head} {job.name}: {loss:.4f} nats, {reference:.1f} reference s, {seconds:.0f} s wall")
+            return
+        log = self.folder / "logs" / f"{job.name.replace('/', '-')}.log"
+        tail = log.read_text(errors="replace").splitlines()[-LOG_TAIL:]
+        self.failed[job.name] = f"failed with exit code {code}: {_reason(run, tail)}"
+        say(f"{head} {job.name} FAILED with exit code {code}; the end of {log}:")
+        for line in tail:
+            say(f"    {line}")
+
+    def _wait(self) -> None:
+        deadline = time.perf_counter() + CHECKPOINT_WAIT_S
+        for name, (_, process, _) in self._running.items():
+            try:
+                process.wait(max(0.1, deadline - time.perf_counter()))
+            except subprocess.TimeoutExpired:
+                say(f"{name} did not stop within {CHECKPOINT_WAIT_S:.0f} s: ending it; it goes on from its last checkpoint")
+                process.kill()
+                process.wait()
+        self._running.clear()
+
+
+def _reason(run: Path, tail: Sequence[str]) -> str:
+    """Why a run failed, in a line: what its record says, or else the last words of its log."""
+    note = run / "run.json"
+    said = read_json(note).get("error") if note.exists() else None
+    return short(said or next((line for line in reversed(tail) if line.strip()), "it said nothing"))
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,116 @@
+"""One run, from a folder of its own to its record: model, stream, tracker, loop."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from experiments.comparison.settings import experiment_settings
+from experiments.runs.progress import Bar
+from experiments.runs.training.component_times import extended
+from experiments.runs.training.config import TrainConfig
+from experiments.runs.training.record import document, scalars, split
+from experiments.views.hparam_rows import run_row
+from experiments.views.live import BlockUpdates, Savings
+from experiments.views.rasters import surprise_figure
+from experiments.views.tracking import Tracker, hparam_metrics, training_energy_markdown
+from hardware.meters.meter import Meter, measure_idle
+from hardware.meters.zeus import ZeusCheck, compare_all
+from sparse_update.clock.cost import ComponentTimes
+from sparse_update.data.records import Corpus
+from sparse_update.data.regimes import held_out, make_stream
+from sparse_update.loop.assembly import Arm, Place, Prices, Text, make_trainer
+from sparse_update.loop.checkpoint import load_checkpoint
+from sparse_update.loop.evaluation import start_from
+from sparse_update.loop.recorder import Listeners
+from sparse_update.loop.records import StepReport
+from sparse_update.transformer import Transformer
+
+
+def run_arm(
+    cfg: TrainConfig, corpus: Corpus, times: ComponentTimes, device: torch.device, folder: Path, goes_on: bool
+) -> dict[str, Any]:
+    """Train until the budget is spent or Ctrl-C, and return the run's record; its `status` says which of them it was.
+
+    `goes_on`: from the checkpoint in `folder`, instead of from the beginning.
+    """
+    torch.manual_seed(cfg.seed)
+    resolved = asdict(cfg)
+    cfg.model.attention = times.attention if cfg.model.attention == "auto" else cfg.model.attention
+    model = Transformer(cfg.model).to(device)
+    if cfg.trainer.init_from and not goes_on:
+        start_from(model, cfg.trainer.init_from)
+    stream = make_stream(corpus, cfg.data, cfg.model.context, cfg.seed)
+    windows = held_out(corpus, cfg.data, cfg.model.context, cfg.trainer.eval_tokens or None)
+    meta = {
+        "config": resolved,
+        "model": asdict(cfg.model),
+        "tokenizer": corpus.tokenizer.record(),
+        "corpus_sha256": corpus.sha256,
+    }
+    bits_per_nat = {
+        name: part[:, 1:].numel() / corpus.count_bytes(part[:, 1:]) / math.log(2) for name, part in windows.items()
+    }
+    resumed = load_checkpoint(folder / "checkpoint") if goes_on else None
+    with Tracker(folder, resume_step=int(resumed.meta["step"]) if resumed else None) as tracker, bar(cfg) as shown:
+
+        def on_report(report: StepReport) -> None:
+            updates.note(report.step, trainer.updates.subset.active)
+            tracker.log(report.step, scalars(report, cfg) | savings.scalars())
+            shown.to(
+                trainer.budget.progress * shown.total,
+                f"loss {report.loss_nats:.3f}, kept {report.keep_fraction:.0%}, "
+                f"{report.tokens / max(report.wall_s, 1e-9):,.0f} tokens/s",
+            )
+
+        def on_evaluation(report: StepReport, losses: dict[str, float]) -> None:
+            line = scalars(report, cfg) | savings.scalars()
+            line |= {"val_loss_nats": losses["val"], "val_bits_per_byte": losses["val"] * bits_per_nat["val"]}
+            line |= {f"held_out/{name}": loss for name, loss in losses.items() if name != "val"}
+            tracker.log(report.step, line)
+            if trainer.gate.last_score_N is not None:
+                tracker.histogram("gate/surprise_nats", trainer.gate.last_score_N, report.step)
+                tracker.figure("surprise", surprise_figure(trainer.gate.last_score_N), report.step)
+            updates.note(report.step, trainer.updates.subset.active)
+            if cfg.subset.kind != "all":
+                tracker.figure("blocks updated", updates.figure(), report.step)
+
+        trainer = make_trainer(
+            model,
+            Arm(cfg.gate, cfg.subset, cfg.optim),
+            cfg.trainer,
+            Text(stream, windows, corpus.known_tokens),
+            Prices(times, lambda table, steps, components: extended(cfg, device, table, steps, components)),
+            Place(folder, meta),
+            cfg.seed,
+            Listeners(on_report, on_evaluation),
+        )
+        savings, updates = Savings(trainer), BlockUpdates(model)
+        if resumed is not None:
+            trainer.resume(resumed)
+        else:
+            tracker.text("config", f"```\n{yaml.safe_dump(resolved, sort_keys=False)}```")
+        idle = measure_idle(cfg.idle_s) if cfg.idle_s else ()
+        with Meter(idle=idle) as meter, ZeusCheck() if cfg.zeus else nullcontext() as check:
+            result = trainer.run()
+        found = document(cfg, corpus, model, result, meter.readings, device, windows, bits_per_nat, goes_on)
+        found["energy_check"] = [] if check is None else compare_all(meter.readings, check.readings)
+        if result.finished:
+            found["val_split"] = split(cfg, corpus, model, windows["val"])
+            tracker.text("energy", training_energy_markdown(found))
+            row = run_row(cfg.stream_name, cfg.arm_name, cfg.seed, str(cfg.folder), experiment_settings(resolved))
+            tracker.hparams(row, hparam_metrics(found))
+    return found
+
+
+def bar(cfg: TrainConfig) -> Bar:
+    """What of the budget is spent: reference seconds, or tokens where those are the budget."""
+    tokens, seconds = cfg.trainer.budget_offered_tokens, cfg.trainer.budget_reference_s
+    title = f"{cfg.stream_name} {cfg.arm_name}"
+    return Bar(title, tokens or round(seconds, 1), "tokens" if tokens else "ref s", cfg.progress)

@@ -1,0 +1,116 @@
+"""The settings of one training run; what Hydra composes from `configs/train.yaml`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from experiments.runs.claim import RESUME
+from experiments.runs.hydra_app import ConfigError
+from hardware.text import short
+from sparse_update.data.corpus import DataConfig
+from sparse_update.data.records import Corpus
+from sparse_update.gates.config import GateConfig
+from sparse_update.loop.records import TrainerConfig
+from sparse_update.transformer import ModelConfig
+from sparse_update.weights.settings import OptimConfig
+from sparse_update.weights.subset import SubsetConfig
+
+
+@dataclass
+class TrainConfig:
+    """One training run."""
+
+    run: str = ""
+    """Folder of the run; empty: runs/train/STREAM-ARM-MODEL-sSEED."""
+    arm: str = ""
+    """Name of the arm in tables; empty: the gate's, with the subset's after a plus where there is one."""
+    stream: str = ""
+    """Name of the data stream in tables; empty: "clean", or "noisy" with garbage in it."""
+    seed: int = 0
+    """Weights, order of the data and random choices."""
+    resume: bool | str = False
+    """What a run in the folder means: false refuses it; true goes on from its checkpoint, or begins where nothing was saved
+    yet; auto does so too, and begins an unfinished run anew whose settings have changed since."""
+    progress: bool = True
+    """A progress bar on standard error."""
+    idle_s: float = 0.0
+    """Seconds of idle power measured before training, where there is a meter; shown beside the joules, 0 measures none."""
+    zeus: bool = False
+    """Zeus beside our meters, as a second opinion (pip install 'spikegate[energy-check]')."""
+    init: str = ""
+    """Short for trainer.init_from: run folder or checkpoint whose weights the run starts from."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    subset: SubsetConfig = field(default_factory=SubsetConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    def __post_init__(self) -> None:
+        if self.resume not in RESUME:
+            raise ValueError(f"resume is {short(self.resume)}; it is false, true or auto")
+        if not 0 <= self.idle_s < math.inf:
+            raise ValueError(f"idle_s is {self.idle_s}; a window is finite and not negative")
+        if self.init and self.trainer.init_from not in ("", self.init):
+            raise ValueError(f"init = {self.init} and trainer.init_from = {self.trainer.init_from}: give one of them")
+        self.trainer.init_from = self.init = self.init or self.trainer.init_from
+
+    @property
+    def stream_name(self) -> str:
+        return self.stream or ("noisy" if self.data.garbage_fraction > 0 else "clean")
+
+    @property
+    def arm_name(self) -> str:
+        if self.arm:
+            return self.arm
+        return self.gate.name if self.subset.kind == "all" else f"{self.gate.name}+{self.subset.name}"
+
+    @property
+    def folder(self) -> Path:
+        name = f"{self.stream_name}-{self.arm_name}-{self.model.name}-s{self.seed}"
+        return Path(self.run) if self.run else Path("runs/train") / name
+
+
+MAY_DIFFER = {"run", "resume", "progress", "idle_s", "zeus", "model.vocab_size", "trainer.component_times"}
+MAY_DIFFER |= {"trainer.checkpoint_every_s"}
+"""Settings that do not make another run: a resumed one may have others."""
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is CUDA where there is one. Raises ConfigError for CUDA where there is none."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"trainer.device = {name}, but torch {torch.__version__} sees no CUDA device: use cpu or auto")
+    return device
+
+
+def check_vocabulary(cfg: TrainConfig, corpus: Corpus) -> int:
+    """The model's vocabulary, which must hold the corpus's."""
+    wanted = cfg.model.vocab_size or corpus.vocab_size
+    if wanted < corpus.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size = {wanted} cannot hold the {corpus.vocab_size} tokens of corpus {corpus.name}: leave it at 0"
+        )
+    return wanted
+
+
+def check_size(cfg: TrainConfig, corpus: Corpus) -> None:
+    for length, _ in cfg.trainer.lengths():
+        if cfg.model.context % length:
+            raise ConfigError(
+                f"trainer.length_schedule: {length} does not divide the model's context {cfg.model.context}: windows are "
+                "cut into equal parts"
+            )
+    windows = (len(corpus.train_tokens) - 1) // cfg.model.context
+    if windows < cfg.trainer.batch_windows:
+        raise ConfigError(
+            f"corpus {corpus.name} has {len(corpus.train_tokens)} training tokens, {windows} windows of model.context = "
+            f"{cfg.model.context}, fewer than one batch (trainer.batch_windows = {cfg.trainer.batch_windows}): "
+            "lower one of them, or give more text"
+        )

@@ -1,0 +1,27 @@
+"""`spikegate study NAME [...]`: experiments of their own; each prints a table, and one JSON document as its last line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from experiments.runs.hand_on import hand_on
+from experiments.runs.output import entry
+
+STUDIES = {
+    "activity": "fewer synaptic operations of a trained model against its loss, with controls",
+    "spiking_lm": "a language model wholly on the chip beside a Transformer",
+    "digits": "a spiking classifier, trained on snnTorch, converted, run on three simulators",
+    "sanafe_check": "counts, energy and time beside SANA-FE's (make energy-check)",
+}
+"""Name -> what it asks; each lives in `experiments.studies.NAME`, with `main(argv) -> exit code`."""
+
+
+@entry
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one study and return its exit code; 2 for an unknown name."""
+    return hand_on("study", "experiments.studies", STUDIES, list(argv or ()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
