@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +15,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.runs.claim import exclusive
 from experiments.runs.folder import RunError, read_json
+from experiments.runs.hydra_app import ConfigError, setting
+from experiments.runs.output import FLAG, add_json_argument, asked, entry
 from experiments.runs.plain_json import write_json
 
 HELP = "the main job: train, deploy and compare on two streams"
@@ -31,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where the runs go (default: runs/demo)")
     parser.add_argument("--seeds", type=int, default=1, help="seeds per arm (default: 1)")
     parser.add_argument("--budget-reference-s", type=float, default=None, help="reference seconds per arm")
+    add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     return demo(args.folder, seeds=args.seeds, budget_reference_s=args.budget_reference_s)
 
 
+@entry
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m experiments.demo`."""
     parser = argparse.ArgumentParser(prog="spikegate demo", description=HELP)
@@ -51,6 +55,15 @@ def demo(folder: Path, seeds: int = 1, budget_reference_s: float | None = None) 
     Returns the exit code: 0, 130 when interrupted, or that of the command that failed.
     """
     budget = BUDGET_REFERENCE_S if budget_reference_s is None else budget_reference_s
+    try:
+        with exclusive(folder, "demo"):
+            return _demo(folder, seeds, budget)
+    except ConfigError as error:  # another one is in progress there
+        _say(str(error))
+        return 2
+
+
+def _demo(folder: Path, seeds: int, budget: float) -> int:
     start = time.perf_counter()
     try:
         _settle(folder, {"seeds": seeds, "budget_reference_s": budget})
@@ -62,7 +75,7 @@ def demo(folder: Path, seeds: int = 1, budget_reference_s: float | None = None) 
         for seed in range(seeds):
             for stream in STREAMS:
                 _deploy(folder, stream, seed)
-        _call(["experiments.compare", f"folder={folder}"], show=True)
+        _call(["experiments.compare", setting("folder", folder), *([FLAG] if asked() else [])], show=True)
     except subprocess.CalledProcessError as failed:
         _say("stopped; the same command goes on from here" if failed.returncode in (130, -2) else f"{failed.cmd[2]} failed")
         return abs(failed.returncode) if failed.returncode != -2 else 130
@@ -90,13 +103,9 @@ def _train(folder: Path, stream: str, arm: str, seed: int, budget: float) -> Non
     if _finished(run):
         _say("  is there already")
         return
-    words = ["experiments.train", f"experiment={stream}", f"gate={arm}", f"seed={seed}", f"run={run}"]
-    words += [f"trainer.budget_reference_s={budget}", f"trainer.component_times={folder / 'component_times.json'}"]
-    if (run / "checkpoint").exists():
-        words.append("resume=true")
-    elif (run / "run.json").exists():
-        _say("  broke off before its first checkpoint: starting it again")
-        shutil.rmtree(run)
+    words = ["experiments.train", f"experiment={stream}", f"gate={arm}", f"seed={seed}", setting("run", run)]
+    words += [f"trainer.budget_reference_s={budget}", "resume=auto"]
+    words += [setting("trainer.component_times", folder / "component_times.json")]
     _call(words)
     if not _finished(run):
         raise KeyboardInterrupt
@@ -111,7 +120,7 @@ def _deploy(folder: Path, stream: str, seed: int) -> None:
     if _finished(run / "deploy"):
         _say("  is there already")
         return
-    _call(["experiments.deploy", f"run={run}"])
+    _call(["experiments.deploy", setting("run", run)])
 
 
 def _finished(run: Path) -> bool:

@@ -7,6 +7,7 @@ over windows, of differences paired.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from experiments.runs.claim import exclusive
+from experiments.runs.claim import clear, exclusive
 from experiments.runs.deploy_config import DeployConfig
 from experiments.runs.deployment import (
     Advance,
@@ -37,7 +38,7 @@ from experiments.runs.deployment import (
     sample,
     samples_markdown,
 )
-from experiments.runs.folder import new_record
+from experiments.runs.folder import new_record, read_json
 from experiments.runs.hydra_app import ConfigError, run_app
 from experiments.runs.output import finish
 from experiments.runs.placed import extrapolated, host_energy, price, put_on_cores, thresholds, with_time_steps
@@ -81,12 +82,16 @@ def deploy(cfg: DeployConfig) -> dict[str, Any]:
     held_out = held_out_sets(corpus, data, model.cfg.context, cfg.eval_tokens)["val"]  # the set that the run was judged by
     with exclusive(out, "deploying"):
         _refuse(out)
+        clear(out)
         return _deploy(cfg, run, out, model, corpus, trained, report, plan, held_out)
 
 
 def _refuse(out: Path) -> None:
-    if (out / "run.json").exists():
-        raise ConfigError(f"{out} already holds a deployment: choose another folder with out=FOLDER")
+    """Raise ConfigError for a folder with a finished deployment or another run; one that broke off is made anew."""
+    record = read_json(out / "run.json") if (out / "run.json").exists() else {"kind": "deploy"}
+    if record.get("kind") != "deploy" or record.get("status") == "finished":
+        what = "deployment" if record.get("kind") == "deploy" else f"{record.get('kind')} run"
+        raise ConfigError(f"{out} already holds a {what}: choose another folder with out=FOLDER")
 
 
 def _deploy(
@@ -104,6 +109,7 @@ def _deploy(
     record = new_record("deploy", stream=trained["stream"], arm=trained["arm"], seed=trained["seed"], run=str(run))
     write_json(out / "run.json", record)
     (out / "config.yaml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False))
+    shutil.rmtree(out / "plan", ignore_errors=True)  # of a deployment that broke off
     save_plan(plan, out / "plan")
 
     tokens = held_out[:, 1:].numel()

@@ -21,7 +21,7 @@ from hardware.text import short
 from sparse_update.loop.checkpoint import has_checkpoint
 
 LOCK = ".lock"
-RECORDS = ("run.json", "config.yaml", "component_times.json", "metrics.jsonl", "result.json")
+RECORDS = ("run.json", "config.yaml", "component_times.json", "metrics.jsonl", "result.json", "deploy.json")
 EVENTS = "events.out.tfevents.*"
 RESUME = (False, True, "auto")
 
@@ -101,9 +101,14 @@ def begin(folder: Path, settings: Any, resume: bool | str, may_differ: Collectio
         aside = _set_aside(folder)
         print(f"{folder} had other settings ({'; '.join(differ)}): what it had is now in {aside}", file=sys.stderr)
     else:
-        for path in [folder / name for name in RECORDS] + list(folder.glob(EVENTS)):
-            path.unlink(missing_ok=True)
+        clear(folder)
     return Start.NEW
+
+
+def clear(folder: Path) -> None:
+    """Take away the records that a run left in its folder, and nothing else."""
+    for path in [*(folder / name for name in RECORDS), *folder.glob(EVENTS)]:
+        path.unlink(missing_ok=True)
 
 
 def _differences(folder: Path, settings: Any, may_differ: Collection[str], required: bool) -> list[str]:

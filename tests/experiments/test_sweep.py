@@ -15,7 +15,11 @@ import pytest
 import yaml
 
 from experiments.runs.folder import RunError
-from experiments.sweep import Job, Runner, SweepError, main, read_sweep, settle
+from experiments.runs.sweeps.plan import Job, settle
+from experiments.runs.sweeps.reading import SweepError, find_sweep, read_sweep
+from experiments.runs.sweeps.runner import Runner
+from experiments.runs.sweeps.shipped import shipped
+from experiments.sweep import main, sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +30,8 @@ from pathlib import Path
 words = dict(word.split("=", 1) for word in sys.argv[1:])
 run = Path(words["run"]); run.mkdir(parents=True, exist_ok=True)
 starts = run / "starts"
-starts.write_text((starts.read_text() if starts.exists() else "") + words.get("resume", "new") + " ")
+goes_on = words["resume"] == "auto" and (run / "checkpoint").exists()
+starts.write_text((starts.read_text() if starts.exists() else "") + ("on " if goes_on else "new "))
 (run / "run.json").write_text(json.dumps({"status": "running"}))
 Path(words["trainer.component_times"]).touch()
 (run / "threads").write_text(os.environ["OMP_NUM_THREADS"] + words["trainer.threads"])
@@ -34,7 +39,7 @@ if words.get("fail"): print("no such gate", file=sys.stderr); sys.exit(3)
 stopped = []
 signal.signal(signal.SIGINT, lambda *a: stopped.append(1))
 (run / "ready").touch()
-end = time.time() + (float(words.get("wait", 0)) if "resume" not in words else 0)
+end = time.time() + (float(words.get("wait", 0)) if not goes_on else 0)
 while time.time() < end and not stopped: time.sleep(0.01)
 if stopped:
     (run / "checkpoint").mkdir(); (run / "run.json").write_text(json.dumps({"status": "interrupted"})); sys.exit(0)
@@ -111,7 +116,8 @@ def test_files_that_cannot_be_run_are_refused(
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/sweep").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_files_are_read_and_open_with_their_command(path: Path) -> None:
     plan = read_sweep(path)
-    assert path.read_text().startswith(f"# python -m experiments.sweep configs/sweep/{path.name}")
+    assert find_sweep(path.stem).read_text() == find_sweep(str(path)).read_text() == path.read_text()
+    assert path.read_text().startswith(f"# spikegate sweep {path.stem}")
     assert "dense" in {arm.name for arm in plan.arms}
     gated = any(word.startswith("gate=") for arm in plan.arms for word in arm.settings)
     control = "random" if gated else "dense_small_lr"  # where only weights are chosen: does a small rate forget less?
@@ -125,7 +131,7 @@ def test_finished_runs_are_skipped_and_failures_do_not_stop_the_rest(
     jobs = [Job(f"a-{i}", (f"seed={i}", "trainer.budget_reference_s=4", *(["fail=1"] if i == 1 else []))) for i in range(3)]
     first = Runner(out, 2, 1, fake)
     assert first.run(jobs, "runs")
-    assert first.failed == ["a-1"]
+    assert first.failed == {"a-1": "failed with exit code 3: no such gate"}
     printed = capsys.readouterr().err
     assert "a-1 FAILED with exit code 3" in printed
     assert "no such gate" in printed
@@ -137,14 +143,55 @@ def test_finished_runs_are_skipped_and_failures_do_not_stop_the_rest(
     assert "2 of 2 are there already" in capsys.readouterr().err
 
 
-def test_what_broke_off_before_its_checkpoint_starts_anew(tmp_path: Path, fake: tuple[str, ...]) -> None:
-    torn = tmp_path / "out" / "a"
-    torn.mkdir(parents=True)
-    (torn / "run.json").write_text('{"status": "running"}')
-    (torn / "rest").touch()
-    assert Runner(tmp_path / "out", 1, 1, fake).run([Job("a", ("seed=0", "trainer.budget_reference_s=1"))], "runs")
-    assert not (torn / "rest").exists()
-    assert (torn / "starts").read_text() == "new "
+def test_names_that_are_no_sweep_list_those_that_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for word in ("noisi", "sweeps/mine.yaml"):
+        with pytest.raises(SweepError) as caught:
+            find_sweep(word)
+        assert ", ".join(shipped()) in str(caught.value)
+    with pytest.raises(SweepError, match="the shipped one: spikegate sweep noisy"):
+        find_sweep("configs/sweep/noisy.yaml")
+    (tmp_path / "mine.yml").write_text("arms: {}")
+    assert find_sweep("mine.yml").name == "mine.yml"
+
+
+def test_a_failed_arm_is_named_and_the_rest_compared_until_it_is_mended(
+    tmp_path: Path, fake: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One arm fails, one cannot be tuned: what is finished is compared; mended, the same command makes the rest."""
+    compared: list[list[str]] = []
+
+    def compare(cfg: Any) -> dict[str, Any]:
+        compared.append([Path(run).name for run in cfg.runs])
+        return {"folder": cfg.out, "streams": {"s": {}}, "verdicts": [], "excluded": []}
+
+    monkeypatch.setattr("experiments.sweep.compare_runs", compare)
+    broken = {"dense": {}, "bad": {"set": ["fail=1"]}, "lost": {"set": ["fail=1"], "grid": {"lr": [0.1, 0.3]}}}
+    assert sweep(read_sweep(write(tmp_path, arms=broken, seeds=[0])), 2, 1, command=fake) == 1
+    assert compared == [["dense-b1-s0"]]
+    shown = capsys.readouterr()
+    assert "missing: bad-b1-s0: failed with exit code 3: no such gate" in shown.out
+    document = json.loads(shown.out.splitlines()[-1])
+    assert set(document["missing"]) == {"bad-b1-s0", "tuning/lost-0", "tuning/lost-1", "arm lost"}
+    assert json.loads(Path(document["file"]).read_text())["missing"] == document["missing"]
+    assert "the same command tries them again" in shown.err
+
+    mended = {"dense": {}, "bad": {"set": ["lr=0.5"]}, "lost": {"grid": {"lr": [0.1, 0.3]}}}
+    assert sweep(read_sweep(write(tmp_path, arms=mended, seeds=[0])), 2, 1, command=fake) == 0
+    assert compared[-1] == ["bad-b1-s0", "dense-b1-s0", "lost-b1-s0"]
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (document["missing"], document["tuned"]) == ({}, {"lost": ["lr=0.3"]})
+    assert (tmp_path / "out" / "dense-b1-s0" / "starts").read_text() == "new "  # a finished arm is left alone
+    changed = {"dense": {"set": ["lr=0.7"]}}
+    with pytest.raises(RunError, match=r"dense-b1-s0 is finished and was made with other settings \(lr=0\.7\)"):
+        sweep(read_sweep(write(tmp_path, arms=changed, seeds=[0])), 2, 1, command=fake)
+
+
+def test_one_failed_point_of_a_grid_leaves_the_others_to_choose_from(tmp_path: Path, fake: tuple[str, ...]) -> None:
+    arms = {"dense": {"grid": {"fail": ["1", ""]}}}
+    assert sweep(read_sweep(write(tmp_path, arms=arms, seeds=[0])), 1, 1, compare=False, command=fake) == 1
+    assert json.loads((tmp_path / "out/outcome.json").read_text())["tuned"] == {"dense": ["fail="]}
+    assert (tmp_path / "out/dense-b1-s0/result.json").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -153,7 +200,8 @@ def test_a_signal_is_passed_on_and_the_sweep_goes_on_from_there(
 ) -> None:
     plan = write(tmp_path, arms={"dense": {"set": ["wait=60"]}})
     script = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from experiments.sweep import *; "
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from experiments.sweep import sweep; "
+        "from experiments.runs.sweeps.reading import read_sweep; "
         f"sys.exit(sweep(read_sweep(Path({str(plan)!r})), 2, 1, compare=False, command={fake!r}))"
     )
     out = tmp_path / "out"
@@ -170,19 +218,20 @@ def test_a_signal_is_passed_on_and_the_sweep_goes_on_from_there(
     assert len(list(out.glob("*/checkpoint"))) == 2
     done = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert [path.read_text() for path in sorted(out.glob("dense*/starts"))] == ["new true "] * 2
+    assert [path.read_text() for path in sorted(out.glob("dense*/starts"))] == ["new on "] * 2
     assert (out / "dense-b1-s1" / "result.json").exists()
 
 
-def test_runs_of_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
+def test_finished_runs_of_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
     job, other = Job("a", ("lr=1", "seed=0")), Job("a", ("lr=2", "seed=0"))
     settle(tmp_path, [job])
     settle(tmp_path, [other])  # nothing was run yet
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "run.json").write_text("{}")
-    settle(tmp_path, [other])
+    (tmp_path / "a" / "run.json").write_text('{"status": "failed"}')
+    settle(tmp_path, [job])  # what failed is no obstacle
+    (tmp_path / "a" / "run.json").write_text('{"status": "finished"}')
     with pytest.raises(RunError, match=r"other settings \(lr=1, lr=2\)"):
-        settle(tmp_path, [job])
+        settle(tmp_path, [other])
 
 
 def test_dry_run_lists_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
