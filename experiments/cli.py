@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(argv or ())
     if completion.wanted():
-        completion.answer(parser())
+        completion.answer(parser(completion.command()))
     if words and words[0] in (*HYDRA, *HANDED_ON):
         return int(importlib.import_module(f"experiments.{words[0]}").main(words[1:]))
     whole = parser(words[0] if words and words[0] in OWN else None)
@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser(only: str | None = None) -> argparse.ArgumentParser:
-    """The command line; with `only` the arguments of that command alone, so that no other module is imported."""
+    """The command line; with `only` the arguments of that command alone ("" for none), so that no other module is
+    imported."""
     made = argparse.ArgumentParser(
         prog="spikegate",
         description="Surprise-gated training, a spiking backend, and an honest account of both.",

@@ -59,9 +59,10 @@ def test_the_wheel_holds_all_code_and_data_and_no_tests(installed):
         path.relative_to(ROOT).as_posix()
         for top in TOPS
         for path in (ROOT / top).rglob("*")
-        if path.suffix in {".py", ".yaml", ".md", ".c"} and "__pycache__" not in path.parts
+        if (path.suffix in {".py", ".yaml", ".md", ".c"} or path.name == "py.typed") and "__pycache__" not in path.parts
     }
     assert code == expected
+    assert {f"{top}/py.typed" for top in TOPS} <= code  # our annotations count for those who check their own code
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any("test" in name for name in code)
     assert {name.split("/")[0] for name in code} == set(TOPS)
@@ -82,6 +83,17 @@ def test_the_wheel_works_from_another_folder(installed, tmp_path):
     done = run(sys.executable, site / "bin" / "spikegate", "train", "--cfg", "job", cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     assert "garbage_fraction" in done.stdout
+    words = ("train", "experiment=noisy", "gate=infobatch", "subset=badam", "--cfg", "job")
+    done = run(sys.executable, site / "bin" / "spikegate", *words, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "stream: noisy" in done.stdout
+    assert "name: infobatch" in done.stdout
+    done = run(sys.executable, site / "bin" / "spikegate", "sweep", "noisy", "--dry-run", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "experiment=noisy" in done.stdout
+    done = run(sys.executable, site / "bin" / "spikegate", "sweep", "configs/sweep/noisy.yaml", cwd=tmp_path, env=env)
+    assert done.returncode == 2
+    assert "spikegate sweep noisy" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

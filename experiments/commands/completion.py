@@ -49,6 +49,12 @@ def wanted() -> bool:
     return "_ARGCOMPLETE" in os.environ
 
 
+def command() -> str:
+    """The command that stands in the line so far, "" where there is none yet."""
+    words = os.environ.get("COMP_LINE", "").split()
+    return words[1] if len(words) > 1 else ""
+
+
 def answer(parser: argparse.ArgumentParser) -> None:
     """Answer the shell, and exit."""
     import argcomplete

@@ -20,7 +20,7 @@ from sparse_update.weights.places import POLICIES, Grid, explored, gaps, registe
 from sparse_update.weights.subset import Active, Part, Subset, SubsetConfig, choose
 
 NAME = "blocks.1.mlp.fc1.weight"
-NAMED = sorted((Path(configs.__file__).parent / "subset").glob("*.yaml"))
+NAMED = sorted(Path(configs.__file__).parent.rglob("subset/*.yaml"), key=lambda path: path.stem)
 
 
 def build():

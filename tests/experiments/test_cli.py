@@ -1,0 +1,104 @@
+"""The front door: help without words, the version, names under a command, completion as a shell asks for it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from experiments.bench import BENCHES
+from experiments.cli import HANDED_ON, HYDRA, OWN, main
+from experiments.study import STUDIES
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_without_words_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    for name in (*HYDRA, *HANDED_ON, *OWN):
+        assert f"\n    {name} " in shown or f"\n    {name}\n" in shown, name
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"spikegate {version('spikegate')}\n"
+
+
+@pytest.mark.parametrize("command", list(OWN))
+def test_every_command_explains_itself_and_takes_json(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: spikegate {command} ")
+    assert "--json" in shown or command == "completion"
+
+
+@pytest.mark.parametrize(("command", "known"), [("bench", BENCHES), ("study", STUDIES)])
+def test_names_under_a_command(command: str, known: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command]) == 2
+    error = capsys.readouterr().err
+    assert all(name in error for name in known)
+    assert main([command, "--help"]) == 0
+    listed = capsys.readouterr().out
+    for name in known:
+        assert name in listed
+        with pytest.raises(SystemExit) as stop:
+            main([command, name, "--help"])
+        assert stop.value.code == 0
+        shown = capsys.readouterr().out
+        assert shown.startswith(f"usage: spikegate {command} {name} ")
+        assert "--json" in shown
+    assert main([command, "x" * 500]) == 2
+    assert f"there is no {command} 'xxx" in (error := capsys.readouterr().err)
+    assert max(map(len, error.splitlines())) < 160
+
+
+def test_every_module_with_a_main_is_in_the_lists() -> None:
+    for folder, known in (("benches", BENCHES), ("studies", STUDIES)):
+        with_main = {p.stem for p in (ROOT / "experiments" / folder).glob("*.py") if "\ndef main(" in p.read_text()}
+        assert with_main - {"sanafe_worker"} == set(known)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_the_shells_code_is_read_by_the_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    code = capsys.readouterr().out
+    assert "spikegate" in code
+    if (found := shutil.which(shell)) is not None:
+        done = subprocess.run([found, "-n"], input=code, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("spikegate com", {"compare", "compat", "completion"}),
+        ("spikegate train gate=info", {"gate=infobatch"}),
+        ("spikegate train subset=l", {"subset=layers", "subset=lisa", "subset=lora"}),
+        ("spikegate sweep clean", {"clean", "clean_bpe"}),
+        ("spikegate study d", {"digits"}),
+        ("spikegate place --enc", {"--encoding"}),
+    ],
+)
+def test_what_the_shell_is_offered(line: str, offered: set[str], tmp_path: Path) -> None:
+    """The protocol of argcomplete: the line in variables, the answer on file descriptor 8 or in a file."""
+    answer = tmp_path / "answer"
+    asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_STDOUT_FILENAME": str(answer)}
+    asked |= {
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+        "_ARGCOMPLETE_COMP_WORDBREAKS": "",
+        "_ARGCOMPLETE_SHELL": "zsh",
+    }
+    command = [sys.executable, "-m", "experiments.cli"]
+    subprocess.run(command, env={**os.environ, **asked}, capture_output=True, check=True)
+    assert {text.split(":")[0].strip() for text in answer.read_text().split("\n") if text} == offered
