@@ -15,9 +15,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.runs.claim import exclusive
 from experiments.runs.folder import RunError, read_json
 from experiments.runs.hydra_app import ConfigError, setting
+from experiments.runs.lock import exclusive
 from experiments.runs.output import FLAG, add_json_argument, asked, entry
 from experiments.runs.plain_json import write_json
 

@@ -19,7 +19,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from experiments.runs.claim import clear, exclusive
+from experiments.runs.claim import clear
 from experiments.runs.deploy_config import DeployConfig
 from experiments.runs.deployment import (
     Advance,
@@ -40,6 +40,7 @@ from experiments.runs.deployment import (
 )
 from experiments.runs.folder import new_record, read_json
 from experiments.runs.hydra_app import ConfigError, run_app
+from experiments.runs.lock import exclusive
 from experiments.runs.output import finish
 from experiments.runs.placed import extrapolated, host_energy, price, put_on_cores, thresholds, with_time_steps
 from experiments.runs.plain_json import write_json

@@ -18,11 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments.compare import CompareConfig, NothingToCompare, headline_record
-from experiments.compare import compare as compare_runs
-from experiments.runs.claim import exclusive
 from experiments.runs.folder import RunError
 from experiments.runs.hydra_app import EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED, ConfigError
+from experiments.runs.lock import exclusive
 from experiments.runs.output import add_json_argument, entry, finish
 from experiments.runs.plain_json import write_json
 from experiments.runs.sweeps.plan import Job, Sweep, finished, settle
@@ -75,6 +73,8 @@ def _run(plan: Sweep, runner: Runner) -> tuple[Sweep, list[Job], dict[str, str]]
 
 def _conclude(plan: Sweep, wanted: Sequence[Job], missing: dict[str, str], compare: bool) -> int:
     """Compare what is finished, say what is missing, write `outcome.json`; return the exit code."""
+    from experiments import compare as comparing  # brings torch and matplotlib, which nothing before the end needs
+
     folder = plan.folder
     untuned = plan.untuned()
     tuned = {arm.name: list(plan.chosen(arm)) for arm in plan.arms if arm.name not in untuned and plan.chosen(arm)}
@@ -85,9 +85,10 @@ def _conclude(plan: Sweep, wanted: Sequence[Job], missing: dict[str, str], compa
     shown = dict(document)
     if compare and runs:
         try:
-            document = compare_runs(CompareConfig(runs=runs, out=str(folder / "comparison"), tensorboard=False))
-            shown = headline_record(document)
-        except NothingToCompare as error:
+            settings = comparing.CompareConfig(runs=runs, out=str(folder / "comparison"), tensorboard=False)
+            document = comparing.compare(settings)
+            shown = comparing.headline_record(document)
+        except comparing.NothingToCompare as error:
             missing["comparison"] = str(error)
     for name, reason in missing.items():
         print(f"missing: {name}: {reason}")

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import yaml
 
-from experiments.runs.claim import Start, begin, exclusive
+from experiments.runs.claim import Start, begin
 from experiments.runs.folder import RunError, new_record, read_json
 from experiments.runs.hydra_app import run_app
+from experiments.runs.lock import exclusive
 from experiments.runs.output import finish
 from experiments.runs.plain_json import write_json
 from experiments.runs.training.arm import run_arm

@@ -1,12 +1,9 @@
-"""Who may write into a folder, and whether a run in it begins, goes on, or is finished already."""
+"""Whether a run in a folder begins, goes on, or is finished already."""
 
 from __future__ import annotations
 
-import fcntl
-import os
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -16,11 +13,11 @@ import yaml
 
 from experiments.runs.folder import read_json
 from experiments.runs.hydra_app import ConfigError
+from experiments.runs.lock import LOCK
 from experiments.runs.plain_json import plain
 from hardware.text import short
 from sparse_update.loop.checkpoint import has_checkpoint
 
-LOCK = ".lock"
 RECORDS = ("run.json", "config.yaml", "component_times.json", "metrics.jsonl", "result.json", "deploy.json")
 EVENTS = "events.out.tfevents.*"
 RESUME = (False, True, "auto")
@@ -32,35 +29,6 @@ class Start(Enum):
     NEW = "from the beginning"
     GO_ON = "from its checkpoint"
     FINISHED = "it is finished"
-
-
-@contextmanager
-def exclusive(folder: Path, doing: str) -> Iterator[None]:
-    """Hold `folder` (made where it is not there) for this process alone, until the block or the process ends.
-
-    The lock is the operating system's (`flock` on a file in the folder), so that nothing is left to clean up after a
-    process that was killed.
-
-    Raises:
-        ConfigError: another process holds it; the message names that process.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+", encoding="utf-8") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            holder = handle.read().strip() or "another process"
-            raise ConfigError(
-                f"{folder} already holds a run that is in progress ({short(holder)}): wait for it, stop it, or take "
-                "another folder"
-            ) from None
-        except OSError as error:  # a file system without locks
-            print(f"{folder} cannot be locked ({error}): see to it that nothing else writes there", file=sys.stderr)
-        handle.truncate(0)
-        handle.write(f"{doing}, process {os.getpid()}")
-        handle.flush()
-        yield
 
 
 def begin(folder: Path, settings: Any, resume: bool | str, may_differ: Collection[str]) -> Start:

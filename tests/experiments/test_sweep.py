@@ -165,7 +165,7 @@ def test_a_failed_arm_is_named_and_the_rest_compared_until_it_is_mended(
         compared.append([Path(run).name for run in cfg.runs])
         return {"folder": cfg.out, "streams": {"s": {}}, "verdicts": [], "excluded": []}
 
-    monkeypatch.setattr("experiments.sweep.compare_runs", compare)
+    monkeypatch.setattr("experiments.compare.compare", compare)
     broken = {"dense": {}, "bad": {"set": ["fail=1"]}, "lost": {"set": ["fail=1"], "grid": {"lr": [0.1, 0.3]}}}
     assert sweep(read_sweep(write(tmp_path, arms=broken, seeds=[0])), 2, 1, command=fake) == 1
     assert compared == [["dense-b1-s0"]]

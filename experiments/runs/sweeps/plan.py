@@ -29,7 +29,6 @@ from typing import Any
 from experiments.runs.folder import RunError, read_json
 from experiments.runs.hydra_app import quoted
 from experiments.runs.plain_json import write_json
-from sparse_update.clock.cost import ComponentTimes
 
 
 @dataclass(frozen=True)
@@ -94,6 +93,8 @@ class Sweep:
         """This sweep with its budget in reference seconds. Raises RunError while there is no table."""
         if not self.budget_tokens:
             return self
+        from sparse_update.clock.cost import ComponentTimes  # brings torch, which nothing else here needs
+
         if not self.table.exists():
             raise RunError(f"{self.table}: no table of component times, so {self.budget_tokens} tokens have no price yet")
         times = ComponentTimes.load(self.table)

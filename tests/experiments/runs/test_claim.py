@@ -14,8 +14,9 @@ import pytest
 import torch
 import yaml
 
-from experiments.runs.claim import LOCK, Start, begin, exclusive
+from experiments.runs.claim import Start, begin
 from experiments.runs.hydra_app import ConfigError
+from experiments.runs.lock import LOCK, exclusive
 from experiments.runs.plain_json import write_json
 from sparse_update.loop.checkpoint import save_checkpoint
 
@@ -135,7 +136,7 @@ def test_what_is_no_training_run_is_left_alone(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from experiments.runs.claim import exclusive
+from experiments.runs.lock import exclusive
 with exclusive(Path(sys.argv[1]), "holding"):
     print("held", flush=True)
     time.sleep(60)
