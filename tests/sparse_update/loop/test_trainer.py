@@ -51,9 +51,9 @@ def corpus(tmp_path_factory):
     return load_corpus(DataConfig(name="files", path=str(folder)))
 
 
-def table(variant="autograd", **ms):
+def table(variant="autograd", shape=MODEL, **ms):
     own = {"forward": 4.0, "backward_dx": 3.0, "backward_dw": 2.0, "optimizer": 1.0, **ms}
-    model = identity(ModelConfig(**MODEL), OptimConfig())
+    model = identity(ModelConfig(**shape), OptimConfig())
     return ComponentTimes(own, {}, "explicit", "fp32", variant, False, 4, model, {})
 
 
@@ -62,10 +62,12 @@ def measured(times, steps, components):
     return times.extended({**{step.key: 10.0 for step in steps}, **dict.fromkeys(components, 0.0)}, 10.0)
 
 
-def build(corpus, folder, arm="dense", steps=20, optim=None, times=None, held_out=None, measure=measured, **kw):
+def build(
+    corpus, folder, arm="dense", steps=20, optim=None, times=None, held_out=None, measure=measured, shape=MODEL, **kw
+):
     gate, subset = ARMS[arm] if isinstance(arm, str) else arm
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**MODEL))
+    model = Transformer(ModelConfig(**shape))
     stream = WindowStream(corpus, 16, seed=0, garbage_fraction=0.3)
     cfg = TrainerConfig(
         **{"budget_reference_s": steps * 0.010 + 1e-6, "batch_windows": 4, "log_every_steps": 1, "evaluations": 2, **kw}
@@ -76,7 +78,7 @@ def build(corpus, folder, arm="dense", steps=20, optim=None, times=None, held_ou
         Arm(gate, subset, optim or OptimConfig()),
         cfg,
         Text(stream, held_out or {"val": val_windows(corpus, 16, 512)}),
-        Prices(times or table(), measure),
+        Prices(times or table(shape=shape), measure),
         Place(folder, {"config": {"arm": str(arm)}}),
         0,
         Listeners(reports.append, lambda report, found: losses.append(found["val"])),
@@ -156,6 +158,19 @@ def test_an_interrupted_run_resumes_exactly(corpus, tmp_path, arm):
     assert first_losses + second_losses == whole_losses
     for (name, a), b in zip(second.updates.model.named_parameters(), whole.updates.model.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_a_checkpoint_of_version_0_1_is_read_and_goes_on_as_it_did_there(corpus, tmp_path):
+    """Written by that version's trainer after 7 of 20 steps; what it went on to lose was recorded there."""
+    folder = Path(__file__).parent
+    golden = json.loads((folder / "golden_resumed.json").read_text())
+    arm = (ARMS["random"][0], ARMS["blocks"][1])
+    trainer, reports, _ = build(corpus, tmp_path, arm, shape={**MODEL, "width": 8, "layers": 1})
+    trainer.resume(folder / "checkpoint_0_1")
+    result = trainer.run()
+    assert [r.loss_nats for r in reports] == pytest.approx(golden["losses"], abs=2e-5)
+    assert result.val_loss_nats == pytest.approx(golden["val"], abs=2e-5)
+    assert (result.tokens, result.flops) == (golden["tokens"], golden["flops"])
 
 
 def test_a_checkpoint_timed_by_another_table_is_refused(corpus, tmp_path):
