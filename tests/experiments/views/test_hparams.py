@@ -14,11 +14,10 @@ from tensorboard.context import RequestContext
 from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
 
-from experiments.compare import write
 from experiments.comparison.collection import collect
 from experiments.comparison.settings import experiment_settings
 from experiments.views.hparam_rows import run_row
-from experiments.views.tracking import Tracker, hparam_metrics
+from experiments.views.tracking import Tracker, hparam_metrics, write_comparison
 from tests.experiments.comparison.records import arm_record, deployed_record
 
 NAMED = {"run": "somewhere", "stream": "noisy", "progress": True, "data": {"garbage_fraction": 0.3}}
@@ -73,7 +72,7 @@ def test_every_thing_has_one_row_named_by_stream_arm_and_seed(tmp_path: Path) ->
     train(tmp_path, "dense", 0, 1.75)
     train(tmp_path, "surprise", 0, 1.70, lr=0.004, signal="ngram", keep_fraction=0.7, noise_cut=0.2)
     deploy(tmp_path)
-    write(collect([tmp_path]), tmp_path / "comparison", beside=2)
+    write_comparison(tmp_path / "comparison" / "tensorboard", collect([tmp_path]), {}, {}, beside=2)
     names = {
         f"noisy dense s0 [{tmp_path}/dense-0]",
         f"noisy surprise s0 [{tmp_path}/surprise-0]",
@@ -103,7 +102,7 @@ def test_a_mean_over_seeds_is_a_row_of_its_own_with_what_the_seeds_share(tmp_pat
     for seed in (0, 1):
         train(tmp_path, "dense", seed, 1.75 + 0.1 * seed, lr=0.008 / (1 + seed))
     out = tmp_path / "comparison"
-    write(collect([tmp_path]), out)
+    write_comparison(out / "tensorboard", collect([tmp_path]), {}, {})
     _, _, settings, values = hparams_table(tmp_path)
     mean = f"noisy dense mean of s0 to s1 [{out}]"
     assert set(settings) == {mean, *(f"noisy dense s{s} [{tmp_path}/dense-{s}]" for s in (0, 1))}
