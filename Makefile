@@ -31,7 +31,7 @@ INSTALLED_READERS := $(READERS_VENV)/.spikegate-$(call key,constraints-readers.t
 INSTALLED_NEUROBENCH := $(NEUROBENCH_VENV)/.spikegate-$(call key,constraints-neurobench.txt)
 INSTALLED_ENERGY := $(ENERGY_VENV)/.spikegate-$(call key,constraints-energy.txt)
 
-.PHONY: help demo test soak coverage lint docs lava lava-if-possible readers neurobench energy-check install clean distclean
+.PHONY: help demo test soak coverage lint docs notebooks findings lava lava-if-possible readers neurobench energy-check install clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -57,6 +57,26 @@ lint: $(INSTALLED_DEV) ## ruff and mypy
 docs: $(INSTALLED_DEV) ## the documentation as a site in site/; a broken link or a warning fails
 	$(PY) -m sphinx -q -W --keep-going -E -b html docs site
 	@echo "Documentation: site/index.html"
+
+notebooks: $(INSTALLED_DEV) ## the examples as executed notebooks and as pages in build/notebooks/
+	@mkdir -p build/notebooks
+	@for script in examples/*.py; do \
+		notebook=build/notebooks/$$(basename "$$script" .py).ipynb; \
+		$(PY) -m jupytext --quiet --to ipynb --output "$$notebook" "$$script"; \
+		SPIKEGATE_EXAMPLES="$$PWD/build/notebooks/files" $(PY) -m nbconvert --log-level WARN --to notebook --execute --inplace "$$notebook"; \
+		$(PY) -m nbconvert --log-level WARN --to html "$$notebook"; \
+		echo "$$notebook, $${notebook%.ipynb}.html"; \
+	done
+
+findings: ## what libraries of this field do that one would guess wrong, in environments of their own: half an hour
+	@changed=(); skipped=(); \
+	for script in findings/*.sh; do \
+		printf '\n%s\n' "$$script"; code=0; "./$$script" || code=$$?; \
+		case $$code in 0) ;; 77) skipped+=("$$script");; *) changed+=("$$script (exit code $$code)");; esac; \
+	done; \
+	printf '\nas described: all but these\n'; \
+	printf '    skipped: %s\n' "$${skipped[@]:-none}"; printf '    changed: %s\n' "$${changed[@]:-none}"; \
+	(( $${#changed[@]} == 0 ))
 
 lava: $(INSTALLED_LAVA) ## the Lava worker's own environment, Python 3.10
 	@echo "Lava worker: $(LAVA_VENV)/bin/python"
