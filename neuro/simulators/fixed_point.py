@@ -29,16 +29,18 @@ from torch import Tensor
 from hardware.text import quoted
 from neuro.graph import PORTS, GraphError, Population, Projection, SpikingGraph
 from neuro.graph.kinds import BINARY_KINDS, KINDS, LIF_KINDS, STATELESS
-from neuro.simulators.activity import Activity, PopulationCounts, ProjectionCounts, recorded
-from neuro.simulators.exact import Arrived, Exact, Synapses, add, join_arrived, magnitude, narrow
+from neuro.simulators.activity import Activity, recorded
+from neuro.simulators.exact import Arrived, Synapses, add, join_arrived, magnitude, narrow
 from neuro.simulators.inputs import InputError, Integers, checked_inputs
-from neuro.simulators.lines import Line, synapses_of
-from neuro.simulators.neurons import REGISTER_LIMIT, Block, Finding, Lif, Other, join
-from neuro.simulators.scan import STATS, State
+from neuro.simulators.ledger import CHIP_NOTE, FixedPointOverflow, Ledger
+from neuro.simulators.lines import Line
+from neuro.simulators.neurons import Block, Lif, Other, join
+from neuro.simulators.scan import STATS
 from neuro.simulators.schedule import PipelineError, components, depths, latency
 from neuro.simulators.tally import Placement, Tally, checked_placement
 
 __all__ = [
+    "CHIP_NOTE",
     "FixedPointOverflow",
     "InputError",
     "PipelineError",
@@ -51,11 +53,6 @@ __all__ = [
 MODES = ("lava", "chip")
 Fused = bool | Literal["torch"] | None
 CHUNK_VALUES = 2**23  # messages of all populations together held at a time, unless a single step has more
-CHIP_NOTE = "mode chip follows published emulators of the chip; it was not compared with silicon"
-
-
-class FixedPointOverflow(OverflowError):
-    """In strict mode: a value left its register, which would wrap, be clipped, or pass in silence."""
 
 
 def simulate(
@@ -166,7 +163,7 @@ def _device(values: Mapping[str, Tensor]) -> torch.device:
 
 
 class _Engine:
-    """One run: weights on the device, the state that is carried from chunk to chunk, counts and records."""
+    """One run: weights on the device and the state that is carried from chunk to chunk; a ledger counts and records."""
 
     def __init__(
         self,
@@ -181,8 +178,8 @@ class _Engine:
         tally: Tally,
         fused: Fused,
     ) -> None:
-        self._graph, self._batch, self._device, self._mode, self._strict = graph, batch, device, mode, strict
-        self._keep, self._windows, self._delayed, self._tally = keep, windows, delayed, tally
+        self._graph, self._batch, self._device, self._strict = graph, batch, device, strict
+        self._keep, self._windows, self._delayed = keep, windows, delayed
         self._components = components(graph)
         kinds = {p.name: p.kind for p in graph.populations}
         self._synapses = {p.name: Synapses(p, device, mode, kinds[p.source] in BINARY_KINDS) for p in graph.projections}
@@ -204,7 +201,7 @@ class _Engine:
         }
         self._start = 0
         self._input_bounds: dict[str, int] = {}
-        self._kept: dict[str, dict[str, Tensor]] = {name: {} for name in keep}
+        self._ledger = Ledger(graph, batch, device, mode, strict, keep, windows, delayed, tally, self._lines)
 
     def run(self, inputs: Mapping[str, Tensor], steps: int) -> None:
         """Take the graph through `steps` steps; inputs (batch, any steps, size) are silent after their end."""
@@ -213,7 +210,7 @@ class _Engine:
         self._input_bounds = {name: magnitude(value) for name, value in inputs.items()}
         for start in range(0, steps, chunk):
             count = min(chunk, steps - start)
-            self._start = start
+            self._start = self._ledger.start = start
             for names, loop in self._components:
                 population = self._graph.population(names[0])
                 if loop:
@@ -224,13 +221,13 @@ class _Engine:
                     arrived = self._arrived(population, "a_in", slice(0, count), ())
                     messages = self._lines[population.name, "s_out"].begin(count)
                     states = self._advance_lif(population, arrived, messages, 0)
-                    self._send(population, {"s_out": messages}, {"a_in": arrived}, states, None)
+                    self._ledger.send(population, {"s_out": messages}, {"a_in": arrived}, states, None)
                 else:
                     ports = PORTS[population.kind]
                     parts = {port: self._arrived(population, port, slice(0, count), ()) for port in ports}
                     block = self._other[population.name].advance(parts)
                     self._put(population.name, block.messages)
-                    self._send(population, block.messages, parts, block.states, block)
+                    self._ledger.send(population, block.messages, parts, block.states, block)
 
     def _input(self, population: Population, value: Tensor, start: int, count: int) -> None:
         part = value[:, start : start + count].transpose(0, 1)
@@ -239,7 +236,7 @@ class _Engine:
         part = part.to(narrow(bound))
         part = torch.cat([part, part.new_zeros(rest, *part.shape[1:])]) if rest else part.contiguous()
         self._lines[population.name, "s_out"].put(part, bound, 1.0)
-        self._send(population, {"s_out": part}, {}, {}, None)
+        self._ledger.send(population, {"s_out": part}, {}, {}, None)
 
     def _put(self, name: str, messages: Mapping[str, Tensor]) -> None:
         for port, value in messages.items():
@@ -269,51 +266,17 @@ class _Engine:
         kept: list[dict[str, Tensor]] = []
         for low, high in pairwise(edges):
             part, rows = arrived.at(slice(low, high)), messages[low:high]
-            each = self._tally.wants_each(name) and first <= at + low < end
+            each = self._ledger.tally.wants_each(name) and first <= at + low < end
             fired = torch.zeros(rows[0].numel(), dtype=torch.int32, device=self._device) if each else None
             before = lif.state.copy() if self._strict else None
             states, numbers = lif.advance(part, rows, at + low, keep, fired)
             kept.append(states)
             if first <= at + low < end:
                 stat = dict(zip(STATS, numbers, strict=True))
-                self._count_lif(population, stat, fired, part, high - low)
+                self._ledger.count_lif(population, stat, fired, part, high - low)
                 if before is not None:
-                    self._refuse_lif(population, part, rows, at + low, before, stat, row + low)
+                    self._ledger.refuse_lif(population, lif, part, rows, at + low, before, stat, row + low)
         return {key: torch.cat([states[key] for states in kept]) for key in kept[0]}
-
-    def _count_lif(
-        self, population: Population, stat: dict[str, int], fired_M: Tensor | None, arrived: Arrived, steps: int
-    ) -> None:
-        name, events = population.name, stat["fired"]
-        each = None if fired_M is None else fired_M.view(self._batch, population.size).sum(dim=0)
-        self._tally.sent(name, "s_out", events, each)
-        self._tally.updated(name, steps * self._batch, events)
-        counts = self._tally.populations[name]
-        for key in ("wide_a", "wraps_u", "saturations_v"):
-            counts[key] += stat[key]
-        self._tally.raise_to(name, "max_abs_u", stat["max_abs_u"])
-        self._tally.raise_to(name, "max_abs_v", min(stat["max_abs_v"], REGISTER_LIMIT - 1))
-        self._tally.raise_to(name, "max_abs_payload", int(events > 0))
-        if arrived.wrapped is not None:
-            counts["wraps_sum"] += int(torch.count_nonzero(arrived.wrapped))
-        self._lines[name, "s_out"].share = events / max(1, steps * self._batch * population.size)
-
-    def _refuse_lif(
-        self,
-        population: Population,
-        arrived: Arrived,
-        messages: Tensor,
-        step: int,
-        before: State,
-        stat: dict[str, int],
-        row: int,
-    ) -> None:
-        if arrived.wrapped is not None:
-            self._refuse(population.name, _beyond_32(arrived.wrapped), row)
-        watched = ("wraps_u", "saturations_v") if self._mode == "lava" else ("wide_a", "wraps_u", "saturations_v")
-        if any(stat[key] for key in watched):
-            for found in self._lif[population.name].explain(arrived, messages, step, before):
-                self._refuse(population.name, found, row)
 
     def _loop(self, names: tuple[str, ...], count: int) -> None:
         """Populations on a loop, step by step; what comes from outside the loop is computed for all steps at once."""
@@ -350,7 +313,7 @@ class _Engine:
             found = states[member.name]
             kept = {key: torch.cat([part[key] for part in found]) for key in found[0]} if found else {}
             joined = join(blocks[member.name]) if blocks[member.name] else None
-            self._send(member, messages, whole, joined.states if joined is not None else kept, joined)
+            self._ledger.send(member, messages, whole, joined.states if joined is not None else kept, joined)
 
     def _room(self, population: Population, port: str, count: int) -> Tensor:
         line = self._lines[population.name, port]
@@ -359,147 +322,7 @@ class _Engine:
         line.share = 1.0
         return line.begin(count)
 
-    # Counting, recording, refusing: over the steps of the population's window that lie in this chunk.
-
-    def _send(
-        self,
-        population: Population,
-        messages: Mapping[str, Tensor],
-        arrived: Mapping[str, Arrived],
-        states: Mapping[str, Tensor],
-        block: Block | None,
-    ) -> None:
-        name = population.name
-        first, end = self._windows[name]
-        steps = len(next(iter(messages.values())))
-        rows = slice(max(first - self._start, 0), min(end - self._start, steps))
-        if rows.start >= rows.stop:
-            return
-        if population.kind not in LIF_KINDS:
-            self._count_other(population, messages, block, rows)
-        for projection in self._graph.outgoing(name):
-            line = self._lines[name, projection.source_port]
-            self._count_payload(projection, messages[projection.source_port][rows], line.bound, rows.start)
-        self._record(name, "spikes", messages["s_out"], rows)
-        if "s2_out" in messages:
-            self._record(name, "spikes2", messages["s2_out"], rows)
-        for variable, value in states.items():
-            self._record(name, variable, value, rows)
-        for port, part in arrived.items():
-            if port in self._keep[name]:
-                self._record(name, port, part.settled(), rows)
-
-    def _count_other(
-        self, population: Population, messages: Mapping[str, Tensor], block: Block | None, rows: slice
-    ) -> None:
-        name = population.name
-        events = 0
-        for port, value in messages.items():
-            sent = value[rows]
-            each = torch.count_nonzero(sent, dim=(0, 1)) if self._tally.wants_each(name, port) else None
-            number = int(torch.count_nonzero(sent) if each is None else each.sum())
-            self._tally.sent(name, port, number, each)
-            line = self._lines[name, port]
-            line.share = number / max(1, sent.numel())
-            events = number if port == "s_out" else events
-            self._tally.raise_to(name, "max_abs_payload", magnitude(sent) if block is not None else 0)
-        if block is None:  # an input computes nothing
-            return
-        self._tally.updated(name, (rows.stop - rows.start) * self._batch, events)
-        self._tally.raise_to(name, "max_abs_v", magnitude(block.v[rows]))
-        for found in block.findings:
-            mask = found.mask[rows]
-            self._tally.populations[name][found.counter] += int(torch.count_nonzero(mask))
-            held = None if found.value is None else found.value[rows]
-            self._refuse(name, Finding(found.counter, mask, held, found.what, found.width), rows.start)
-
-    def _record(self, name: str, variable: str, value_TBN: Tensor, rows: slice) -> None:
-        if variable not in self._keep[name]:
-            return
-        first, end = self._windows[name]
-        if variable not in self._kept[name]:
-            shape = (self._batch, end - first, value_TBN.shape[2])
-            self._kept[name][variable] = torch.empty(shape, dtype=torch.int32, device=self._device)
-        at = self._start + rows.start - first
-        self._kept[name][variable][:, at : at + rows.stop - rows.start] = value_TBN[rows].transpose(0, 1)
-
-    def _count_payload(self, projection: Projection, sent: Tensor, bound: int, low: int) -> None:
-        counts = self._tally.projections[projection.name]
-        counts["max_abs_payload"] = max(counts["max_abs_payload"], bound)
-        least, most = projection.payload_range
-        kind = self._graph.population(projection.source).kind
-        signed = least == 0 and kind not in ("input", *BINARY_KINDS) and bool((sent < 0).any())
-        if bound > most or signed:
-            holder = f"{projection.num_message_bits} message bits of projection {quoted(projection.name)}"
-            wide = (sent < least) | (sent > most)
-            counts["payload_overflows"] += int(torch.count_nonzero(wide))
-            self._refuse(projection.source, Finding("", wide, sent, "its message", holder), low)
-
-    def _refuse(self, name: str, found: Finding, low: int) -> None:
-        """In strict mode the first value that left its register is an error; `low`: row of the chunk where masks begin."""
-        if not self._strict or not bool(found.mask.any()):
-            return
-        row, sample, neuron = torch.nonzero(found.mask)[0].tolist()
-        if found.value is None:
-            value = self._unbounded(name, low + row, sample, neuron)
-        else:
-            value = int(found.value[row, sample, neuron])
-        step = self._start + low + row - self._windows[name][0]
-        raise FixedPointOverflow(
-            f"population {quoted(name)}, step {step}, sample {sample}, neuron {neuron}: {found.what} is {value},"
-            f" outside the {found.width}; lower the weights, exponents or payloads that lead here"
-        )
-
-    def _unbounded(self, name: str, row: int, sample: int, neuron: int) -> int:
-        """The largest number on the way to one neuron's sums, in Python's integers."""
-        sums, seen = [], [0]
-        population = self._graph.population(name)
-        for port in PORTS[population.kind]:
-            total = 0
-            for projection in self._graph.incoming(name, port):
-                line, at = self._lines[projection.source, projection.source_port], slice(row, row + 1)
-                dot = 0
-                for weight, delay, source in synapses_of(projection, neuron):
-                    message = line.read(delay, at) if self._delayed else Exact(line.now().value[at], 0)
-                    payload = int(message.value[0, sample, source])
-                    dot += weight * (int(payload != 0) if projection.num_message_bits == 0 else payload)
-                e = 0 if projection.kind == "conv" and self._mode == "lava" else projection.weight_exp
-                shifted = dot << e if e > 0 else dot >> -e
-                total += shifted
-                seen += [dot, shifted, total]
-            sums.append(total)
-        if len(sums) == 2:
-            seen.append(sums[0] * sums[1])
-        return max(seen, key=abs)
-
     def activity(self, batch: int, steps: int) -> Activity:
         """The frozen result."""
-        cores = self._tally.finish()
         notes = [note for synapses in self._synapses.values() for note in synapses.notes]
-        variants = {
-            p.name: f"{p.kind} ({'corrected' if p.params['corrected'] else 'residue'})"
-            for p in self._graph.populations
-            if "corrected" in p.params
-        }
-        notes += [f"{name}: the corrected model is not in Lava 0.10" for name, model in variants.items() if "cor" in model]
-        return Activity(
-            spikes={name: kept["spikes"] for name, kept in self._kept.items() if "spikes" in kept},
-            states={
-                name: {variable: value for variable, value in kept.items() if variable != "spikes"}
-                for name, kept in self._kept.items()
-                if set(kept) - {"spikes"}
-            },
-            batch=batch,
-            steps=steps,
-            ran_on=f"simulated (ours, {self._mode})",
-            projections={name: ProjectionCounts(**counts) for name, counts in self._tally.projections.items()},
-            populations={name: PopulationCounts(**counts) for name, counts in self._tally.populations.items()},
-            cores=cores,
-            models=variants,
-            notes=tuple(notes) + ((CHIP_NOTE,) if self._mode == "chip" else ()),
-            mode=self._mode,
-        )
-
-
-def _beyond_32(mask: Tensor) -> Finding:
-    return Finding("wraps_sum", mask, None, "a sum", "32 bits of numpy's int32")
+        return self._ledger.activity(batch, steps, notes)

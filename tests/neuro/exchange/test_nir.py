@@ -13,14 +13,12 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from neuro.conversion.lif import NotConvertible, convert_lif
-from neuro.exchange.nir import NirFileError, NotInNir, from_nir, load_nir, nir_from_snntorch, read_nir, to_nir, write_nir
+from neuro.exchange.nir import NirFileError, NotInNir, load_nir, read_nir, to_nir, write_nir
 from neuro.exchange.nir.reading import carried_graph, chain
 from neuro.exchange.nir.synapse_nodes import grids, ours_at
 from neuro.exchange.nir.writing import _WRITTEN, REFUSED, refusals
 from neuro.graph import Convolution, Population, Projection, SpikingGraph, identical
 from neuro.graph.kinds import KINDS
-from neuro.modules.spiking import SpikingLayer
 from neuro.simulators import snntorch_backend
 from neuro.simulators.fixed_point import simulate
 
@@ -348,120 +346,3 @@ def test_what_is_no_file_of_ours_says_so(tmp_path):
     record(made)["form"] = 99
     with pytest.raises(NirFileError, match="has form 99"):
         carried_graph(made)
-
-
-# Graphs of other tools
-
-
-def foreign(*nodes, shape=(3,)):
-    return nir.NIRGraph.from_list(nir.Input({"input": np.array(shape)}), *nodes, type_check=False)
-
-
-def lif(n: int, tau=4 * DT_S, r: float = 1.0, v_threshold: float = 1.0, v_leak: float = 0.0, v_reset: float = 0.0):
-    each = [np.full(n, float(value)) for value in (tau, r, v_leak, v_threshold, v_reset)]
-    return nir.LIF(tau=each[0], r=each[1], v_leak=each[2], v_threshold=each[3], v_reset=each[4])
-
-
-def grid_weights(rng, *shape):
-    return rng.integers(-5, 11, shape) / 16
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_a_foreign_chain_spikes_alike_on_the_chip(seed):
-    rng = np.random.default_rng(seed)
-    first, second = rng.normal(0.3, 0.5, (7, 4)), rng.normal(0.5, 0.5, (3, 7))  # no sum meets a threshold exactly
-    made = foreign(nir.Linear(weight=2 * first), lif(7, 2 * DT_S), nir.Linear(weight=second * 4), lif(3, r=1.0), shape=(4,))
-    network = from_nir(made)
-    x = (rng.random((20, 10, 4)) < 0.5).astype(np.float32)
-    out = network.collect(simulate(network.graph, network.present(torch.from_numpy(x)), mode="chip").spikes["layer2"])
-    theirs = np.stack([next(iter(reference.run(made, sample).values())) for sample in x])
-    assert theirs.sum() > 20
-    assert (out.numpy() != theirs).mean() < 0.03  # 8-bit weights; one flipped spike flips others
-
-
-def test_through_nir_or_not_the_integers_are_the_same():
-    torch.manual_seed(1)
-    layers = [SpikingLayer(5, 9, beta=0.875), SpikingLayer(9, 4, beta=0.75, threshold=0.5)]
-    made = nir_from_snntorch([module for layer in layers for module in (layer.linear, layer.neuron)], (5,))
-    direct = convert_lif([(layer.linear, layer.neuron) for layer in layers], steps=10).graph
-    assert identical(from_nir(made, steps=10).graph, direct)
-
-
-def test_convolutions_and_pools_become_one_matrix():
-    rng = np.random.default_rng(0)
-    conv = nir.Conv2d((6, 5), grid_weights(rng, 3, 2, 3, 3), 1, (1, 0), 1, 1, np.zeros(3))
-    pool = nir.AvgPool2d(np.array([2, 1]), np.array([2, 1]), np.array([0, 0]))
-    flat = nir.Flatten({"input": np.array([3, 3, 3])}, start_dim=0, end_dim=-1)
-    made = foreign(conv, pool, flat, nir.Affine(grid_weights(rng, 5, 27), grid_weights(rng, 5)), lif(5), shape=(2, 6, 5))
-    (stage,) = chain(made, DT_S)
-    x = rng.random((2, 6, 5))
-    hidden = torch.nn.functional.conv2d(torch.from_numpy(x)[None], torch.from_numpy(conv.weight), padding=(1, 0))
-    hidden = torch.nn.functional.avg_pool2d(hidden, (2, 1)).reshape(-1).numpy()
-    affine = made.nodes["affine"]
-    expected = (affine.weight @ hidden + affine.bias) / 4
-    np.testing.assert_allclose(stage.weight.numpy() @ x.reshape(-1) + stage.bias.numpy(), expected, atol=1e-12)
-    np.testing.assert_allclose(stage.beta.numpy(), 0.75)
-
-
-def test_if_needs_the_length_of_a_sample():
-    fire = nir.IF(r=np.ones(2), v_threshold=np.ones(2), v_reset=np.zeros(2))
-    made = foreign(nir.Linear(weight=np.full((2, 3), 0.25)), fire)
-    with pytest.raises(NotConvertible, match="give steps"):
-        from_nir(made)
-    network = from_nir(made, steps=12)
-    x = torch.ones(1, 12, 3)
-    spikes = network.collect(simulate(network.graph, network.present(x), mode="chip").spikes["layer1"])
-    assert spikes[0].T.tolist() == [[0, 1] * 6] * 2  # 0.75, 1.5: over 1 at each second step
-
-
-REFUSED_NODES = {
-    "v_reset": (lambda: foreign(nir.Linear(np.ones((2, 3))), lif(2, v_reset=-1.0)), "v_reset is -1"),
-    "dt": (lambda: foreign(nir.Linear(np.ones((2, 3))), lif(2, tau=1e-5)), "shorter than the step"),
-    "IF r": (
-        lambda: foreign(nir.Linear(np.ones((2, 3))), nir.IF(np.full(2, 7.0), np.ones(2), np.zeros(2))),
-        "r is 7",
-    ),
-    "CubaLIF": (lambda: foreign(nir.Linear(np.ones((2, 3))), _cuba(2)), "synaptic current keeps 0.75"),
-    "LI": (
-        lambda: foreign(nir.Linear(np.ones((2, 3))), nir.LI(np.full(2, DT_S), np.ones(2), np.zeros(2))),
-        r"'li' \(LI\): a readout",
-    ),
-    "Delay": (lambda: foreign(nir.Delay(np.full(3, DT_S)), nir.Linear(np.ones((2, 3))), lif(2)), "'delay'"),
-    "tail": (lambda: foreign(lif(3), nir.Linear(np.ones((2, 3)))), "'linear': weights behind the last"),
-    "size": (lambda: foreign(nir.Linear(np.ones((2, 5))), lif(2)), "'linear' .* does not fit"),
-    "NaN": (lambda: foreign(nir.Linear(np.full((2, 3), np.nan)), lif(2)), "weight holds NaN"),
-    "branch": (lambda: _branch(), "branch or a loop"),
-    "loop": (lambda: load_loop(), "a graph within the graph"),
-    "nothing": (lambda: foreign(), "no spiking neurons"),
-}
-
-
-def _cuba(n: int):
-    full = [np.full(n, value) for value in (4 * DT_S, 4 * DT_S, 4.0, 0.0, 1.0, 0.0, 4.0)]
-    names = ("tau_syn", "tau_mem", "r", "v_leak", "v_threshold", "v_reset", "w_in")
-    return nir.CubaLIF(**dict(zip(names, full, strict=True)))
-
-
-def _branch():
-    nodes = {"input": nir.Input({"input": np.array([3])}), "a": lif(3), "b": lif(3), "c": lif(3)}
-    nodes["output"] = nir.Output({"output": np.array([3])})
-    return nir.NIRGraph(nodes, [("input", "a"), ("input", "b"), ("a", "c"), ("b", "c"), ("c", "output")])
-
-
-def load_loop():
-    graph = wired(**LIF)
-    loop = Projection("loop", "n", "n", "a_in", np.array([[2]]))
-    return to_nir(SpikingGraph(graph.populations, (*graph.projections, loop), graph.outputs))
-
-
-@pytest.mark.parametrize("case", REFUSED_NODES)
-def test_a_foreign_node_without_a_counterpart_is_named(case):
-    make, message = REFUSED_NODES[case]
-    with pytest.raises(NotInNir, match=message):
-        from_nir(make())
-
-
-def test_tau_in_another_step_is_another_network():
-    made = foreign(nir.Linear(np.ones((2, 3))), lif(2, tau=4e-3, r=4.0))
-    assert chain(made, 1e-3)[0].beta.tolist() == pytest.approx([0.75, 0.75])
-    assert chain(made, 1e-4)[0].beta.tolist() == pytest.approx([0.975, 0.975])
