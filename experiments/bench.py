@@ -12,6 +12,8 @@ BENCHES = {
     "gate": "step times and FLOPs of every kind of sparse step against the fastest dense step",
     "simulator": "spikes per second of the fixed-point simulator",
     "conversion": "loss, operations and speed of a trained model on the simulated chip",
+    "clock": "CPU seconds of every kind of step and of scoring, for a shipped table of component times",
+    "clock_fit": "the shipped table out of what `clock` measured, and how well it predicts",
     "account": "modelled joules and time of published networks against what was measured",
 }
 """Name -> what it measures; each lives in `experiments.benches.NAME`, with `main(arguments) -> exit code`."""

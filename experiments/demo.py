@@ -1,8 +1,8 @@
 """The main job on real text: three arms on two streams, the best of each put on the simulated chip, one comparison.
 
-Each arm trains in a process of its own, one after the other, on one table of component times. A second start with the
-same settings goes on where the first one stopped.
-"""
+Each arm trains in a process of its own, one after the other. Budgets are reference seconds of the shipped table of
+component times, so every machine trains the same steps. A second start with the same settings goes on where the first one
+stopped."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from experiments.runs.hydra_app import ConfigError, setting
 from experiments.runs.lock import exclusive
 from experiments.runs.output import FLAG, add_json_argument, asked, entry
 from experiments.runs.plain_json import write_json
+from sparse_update.clock.shipped import shipped_table
 
 HELP = "the main job: train, deploy and compare on two streams"
 STREAMS = ("clean", "noisy")
 ARMS = ("dense", "random", "surprise")
-BUDGET_REFERENCE_S = 40.0
+BUDGET_REFERENCE_S = 80.0
 CHECKPOINT_WAIT_S = 60.0
 
 
@@ -66,7 +67,8 @@ def demo(folder: Path, seeds: int = 1, budget_reference_s: float | None = None) 
 def _demo(folder: Path, seeds: int, budget: float) -> int:
     start = time.perf_counter()
     try:
-        _settle(folder, {"seeds": seeds, "budget_reference_s": budget})
+        clock = f"shipped table {shipped_table().name} {shipped_table().sha256[:12]}"
+        _settle(folder, {"seeds": seeds, "budget_reference_s": budget, "component_times": clock})
         jobs = [(stream, arm, seed) for seed in range(seeds) for stream in STREAMS for arm in ARMS]
         for number, (stream, arm, seed) in enumerate(jobs, start=1):
             _say(f"[{number}/{len(jobs)}] {stream}: {arm}, seed {seed}")
@@ -90,7 +92,7 @@ def _demo(folder: Path, seeds: int, budget: float) -> int:
     return 0
 
 
-def _settle(folder: Path, settings: dict[str, float]) -> None:
+def _settle(folder: Path, settings: dict[str, float | str]) -> None:
     """Remember the settings; refuse to mix runs of different ones."""
     note = folder / "demo.json"
     if note.exists() and (before := read_json(note)) != settings:
@@ -105,7 +107,6 @@ def _train(folder: Path, stream: str, arm: str, seed: int, budget: float) -> Non
         return
     words = ["experiments.train", f"experiment={stream}", f"gate={arm}", f"seed={seed}", setting("run", run)]
     words += [f"trainer.budget_reference_s={budget}", "resume=auto"]
-    words += [setting("trainer.component_times", folder / "component_times.json")]
     _call(words)
     if not _finished(run):
         raise KeyboardInterrupt

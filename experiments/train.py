@@ -63,7 +63,7 @@ def _train(cfg: TrainConfig, folder: Path, device: torch.device, goes_on: bool) 
     check_size(cfg, corpus)
     cfg.model.vocab_size = check_vocabulary(cfg, corpus)
     times = component_times(cfg, device, goes_on)
-    record |= {"component_times_sha256": times.sha256, "corpus_sha256": corpus.sha256}
+    record |= {"component_times_sha256": times.sha256, "component_times": times.source, "corpus_sha256": corpus.sha256}
     (folder / "config.yaml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False))
     write_json(folder / "run.json", record)
     times.save(folder / "component_times.json")

@@ -67,7 +67,6 @@ def own_run(folder: Path, tokens: int) -> Path:
         f"trainer.budget_offered_tokens={tokens}",
     ]
     words.append(f"trainer.batch_windows={OWN_BATCH}")
-    words.append(f"trainer.component_times={folder / 'component_times.json'}")
     done = subprocess.run([sys.executable, "-m", "experiments.train", *words], stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
         raise RunError(f"training into {run} failed with exit code {done.returncode}")

@@ -1,12 +1,15 @@
-"""The clock of every arm: reference seconds, from one table of measured component times.
+"""The clock of every arm: reference seconds, from one table of component times.
 
-A reference second is (times a component was used) x (its measured milliseconds): arms of one comparison share the table,
-so a busy machine cannot favour one of them. The plain step at the table's own batch is "forward", "backward_dx",
-"backward_dw" and "optimizer"; every other step is one entry, optimizer included, under the key of its plan, its active
-weights,
-its batch and its length. What an arm needs beyond the table is measured later, beside the plain step, and scaled by it.
+A run's reference seconds are (times a component was used) x (its milliseconds), summed over the components. The arms of
+a comparison share the table, so a busy machine cannot favour one of them. The plain step at the table's own batch is
+"forward", "backward_dx", "backward_dw" and "optimizer". Every other step is one entry, optimizer included, under the key
+of its plan, its active weights, its batch and its length.
 
-FLOPs are counted in `flops.py`, times are measured in `timing.py`.
+A table has one of two sources. The shipped one (`shipped.py`, the default) prices counted work and is the same on every
+machine. One's own (`timing.py`, `trainer.component_times=measured` or a file) is measured on the machine of the run; what
+an arm needs beyond it is measured later, beside the plain step, and scaled by it.
+
+FLOPs are counted in `step/flops.py`, other work in `work.py`.
 """
 
 from __future__ import annotations
@@ -29,6 +32,9 @@ from sparse_update.weights.subset import Active
 SCHEMA = 2
 STEADY = 0.35
 """Interquartile range over median up to which a machine counts as idle enough to time on (0.04 to 0.3 were seen on one)."""
+CALIBRATED = 0.85
+"""Smallest ratio of the best to the median plain step, and smallest share of the time on a processor, of an idle
+machine."""
 DENSE = ("forward", "backward_dx", "backward_dw", "optimizer")
 DENSE_KEY = "dense"
 VARIANTS = ("autograd", "autograd_compiled", "engine", "engine_compiled")
@@ -89,6 +95,9 @@ class ComponentTimes:
     machine: Mapping[str, Any]
     extensions: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Entries measured after the table: key to {"measured_ms", "dense_ms" measured beside it, "scaled_by"}."""
+    shipped: str = ""
+    """Name of the shipped table (`shipped.py`) that the entries are priced by; "" where they were measured."""
+    shipped_sha256: str = ""
 
     @property
     def dense_ms(self) -> float:
@@ -122,11 +131,63 @@ class ComponentTimes:
         """Reference seconds of so many uses of each component."""
         return sum(count * self.ms_of(key) for key, count in uses.items() if count) / 1000
 
+    def priced(self, entries: Mapping[str, float]) -> ComponentTimes:
+        """With more entries of the same shipped table, milliseconds each."""
+        return replace(self, ms={**{k: v for k, v in entries.items() if not self.has(k)}, **self.ms})
+
+    @property
+    def measured_here(self) -> list[str]:
+        """Entries that a shipped table has no price for and that were measured on this machine instead."""
+        return sorted(self.extensions) if self.shipped else []
+
+    @property
+    def source(self) -> str:
+        """Where the times come from, in words."""
+        return f"shipped table {self.shipped}" if self.shipped else "measured on the run's machine"
+
     @property
     def unsteady(self) -> float | None:
         """The largest spread of the plain step's components where it exceeds `STEADY`: the machine was busy."""
         worst = max((self.spread.get(name, 0.0) for name in DENSE), default=0.0)
         return worst if worst > STEADY else None
+
+    @property
+    def busy(self) -> str:
+        """What says that the machine was busy while this table was measured, as a sentence; "" for an idle machine, for a
+        shipped table, and for tables of versions that did not look."""
+        if self.shipped:
+            return ""
+        machine, signs = self.machine, []
+        if (load := float(machine.get("load_average", 0.0))) > int(machine.get("processors", 1)) + 0.5:
+            signs.append(f"load average {load:.1f} on {machine['processors']} processors")
+        if (share := float(machine.get("best_over_median", 1.0))) < CALIBRATED:
+            signs.append(f"the best plain step took {share:.2f} of the median one")
+        if (share := float(machine.get("on_processor", 1.0))) < CALIBRATED:
+            signs.append(f"the process had a processor for {share:.0%} of the time")
+        if self.unsteady:
+            signs.append(f"component times spread by {self.unsteady:.0%}")
+        if not signs:
+            return ""
+        return (
+            f"the table of component times was measured on a busy machine ({'; '.join(signs)}): arms that share it still "
+            "compare, but its reference second is not that of an idle machine, and the budget bought other steps than there"
+        )
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader of the run's numbers must know about its clock, in sentences."""
+        found = [self.busy] if self.busy else []
+        if self.measured_here:
+            found.append(
+                f"the shipped table has no price for {', '.join(self.measured_here)}: measured on this machine beside the "
+                "plain step, so this run's budget is not the same on another machine"
+            )
+        if self.shipped and self.machine.get("device") != "cpu":
+            found.append(
+                f"the shipped table was measured on a CPU and the run is on {self.machine.get('device')}: gated steps may "
+                "be dearer there, against plain ones, than this clock says; trainer.component_times=measured times them"
+            )
+        return found
 
     def extended(self, measured: Mapping[str, float], dense_ms: float) -> ComponentTimes:
         """With more entries, milliseconds each, scaled by the plain step's time then (`dense_ms`) against the table's."""
@@ -147,10 +208,14 @@ class ComponentTimes:
 
     @property
     def sha256(self) -> str:
-        """Of the table as it was first measured: extensions do not move the clock of what was there."""
+        """Of the table as it was first measured: extensions do not move the clock of what was there. A shipped table's own
+        hash where it priced the entries: all models and batches are on its one clock."""
+        if self.shipped:
+            return self.shipped_sha256
         base = {key: value for key, value in self.ms.items() if key not in self.extensions}
-        document = json.dumps({**asdict(replace(self, ms=base, extensions={})), "schema": SCHEMA}, sort_keys=True)
-        return hashlib.sha256(document.encode()).hexdigest()
+        content = {**asdict(replace(self, ms=base, extensions={})), "schema": SCHEMA}
+        content = {key: value for key, value in content.items() if not key.startswith("shipped")}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def save(self, path: Path) -> None:
         """Write beside and rename."""

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from sparse_update.clock.component import Component
 from sparse_update.clock.cost import ComponentTimes, Step, optimizer_tag
-from sparse_update.clock.timing import Component
 from sparse_update.step.plan import StepPlan
 from sparse_update.weights.settings import OptimConfig
 from sparse_update.weights.subset import Active

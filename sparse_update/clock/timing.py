@@ -3,6 +3,7 @@ depend on them. The first two rounds, compilation included, are thrown away."""
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import time
@@ -12,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
+from sparse_update.clock.component import Component
 from sparse_update.clock.cost import DENSE_KEY, ComponentTimes, Step, identity, tagged_optimizer
 from sparse_update.gates.policies import band
 from sparse_update.step.backward import Stepper
@@ -24,9 +26,10 @@ from sparse_update.weights.subset import Active
 
 Probe = Callable[[], dict[str, float]]
 """One use of some components: name -> seconds."""
-Component = tuple[int, Callable[[], Callable[[], None]]]
-"""Uses per call, and a maker of the call."""
 Say = Callable[[str], None]
+WARM_UP = 2
+"""Rounds that are thrown away."""
+CALIBRATION = "calibration"
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Setting:
 
 
 def interleaved(
-    probes: Sequence[Probe], rounds: int, device: torch.device, warm_up: int = 2
+    probes: Sequence[Probe], rounds: int, device: torch.device, warm_up: int = WARM_UP
 ) -> tuple[dict[str, float], dict[str, float]]:
     """(median milliseconds, interquartile range over median) of every name that the probes report."""
     found: dict[str, list[float]] = {}
@@ -98,7 +101,13 @@ def measure(
     )
     progress(f"plain steps by {variant}; {rounds} rounds")
     chosen = Setting(cfg, optim, device, attention, precision, compiled, variant)
-    ms, spread = interleaved(_split_probes(chosen, batch), rounds, device)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    steps_ms: list[float] = []
+    wall, processor = time.perf_counter(), time.thread_time()
+    ms, spread = interleaved([*_split_probes(chosen, batch), _calibration(chosen, batch, steps_ms)], rounds, device)
+    ms.pop(CALIBRATION), spread.pop(CALIBRATION)
+    share = (time.thread_time() - processor) / (time.perf_counter() - wall)
+    steps_ms = steps_ms[WARM_UP:]
     backward = ms.pop("backward")  # whole, and without weight gradients: the difference is their share
     ms["backward_dx"] = min(ms["backward_dx"], backward)
     ms["backward_dw"] = backward - ms["backward_dx"]
@@ -111,6 +120,11 @@ def measure(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "rounds": rounds,
+        "load_average": round(load, 2),
+        "processors": os.cpu_count() or 1,
+        "best_over_median": round(min(steps_ms) / statistics.median(steps_ms), 3),
+        "on_processor": round(min(1.0, share), 3),
     }
     return ComponentTimes(ms, spread, attention, precision, variant, compiled, batch, identity(cfg, optim), machine)
 
@@ -206,13 +220,12 @@ def _decomposition(optimizer: Optimizer, device: torch.device) -> float:
 
 
 def _component_probe(key: str, component: Component, device: torch.device) -> Probe:
-    count, make = component
-    use = make()
+    use = component.make()
 
     def probe() -> dict[str, float]:
         start = clock(device)
         use()
-        return {key: (clock(device) - start) / count}
+        return {key: (clock(device) - start) / component.uses}
 
     return probe
 
@@ -224,6 +237,19 @@ def _setup(setting: Setting, batch: int, length: int) -> tuple[Transformer, Tens
         model = Transformer(ModelConfig(**{**asdict(cfg), "attention": setting.attention})).to(setting.device)
         tokens = torch.randint(0, cfg.vocab_size, (batch, length + 1)).to(setting.device)
     return model, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def _calibration(setting: Setting, batch: int, steps_ms: list[float]) -> Probe:
+    """The whole plain step once more; its milliseconds are kept one by one, since their best over their median tells
+    load."""
+    probe = step_probe(setting, Step(StepPlan(), None, batch, setting.cfg.context), CALIBRATION)
+
+    def kept() -> dict[str, float]:
+        found = probe()
+        steps_ms.append(1000 * found[CALIBRATION])
+        return found
+
+    return kept
 
 
 def _split_probes(setting: Setting, batch: int) -> list[Probe]:

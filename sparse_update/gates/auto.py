@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_update.clock.component import Component
 from sparse_update.data.records import Batch
 from sparse_update.gates.config import GateConfig
 from sparse_update.gates.controller import AutoConfig, Controller
@@ -179,15 +180,21 @@ class AutoGate(Gate):
 
     # what the clock and the records ask
 
-    def components(self) -> dict[str, tuple[int, Callable[[], Callable[[], None]]]]:
+    def components(self) -> dict[str, Component]:
         assert self.signal is not None
+        assert self.context.model is not None
 
         def scoring() -> Callable[[], None]:
             fresh = self.context.signal(self.cfg)
             assert fresh is not None
             return fresh.probe(self.cfg.pool_windows)
 
-        return {self.signal.cost_key: (self.cfg.pool_windows, scoring), OBSERVE: (OBSERVED_TOGETHER, self._observe_probe)}
+        pool, length = self.cfg.pool_windows, self.context.context
+        weights = sum(layer.weight.numel() for layer in observed_layers(self.context.model).values())
+        return {
+            self.signal.cost_key: Component(pool, scoring, self.signal.flops(pool)),
+            OBSERVE: Component(OBSERVED_TOGETHER, self._observe_probe, 2 * OBSERVED_TOGETHER * length * weights),
+        }
 
     def _observe_probe(self, windows: int = OBSERVED_TOGETHER) -> Callable[[], None]:
         assert self.context.model is not None

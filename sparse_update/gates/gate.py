@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_update.clock.component import Component
 from sparse_update.data.records import Batch
 from sparse_update.data.stream import SOURCES
 from sparse_update.gates.config import BEFORE, GateConfig
@@ -152,8 +153,8 @@ class Gate:
         """Every plan that `plan` may give, so that each is timed beforehand."""
         return [StepPlan()]
 
-    def components(self) -> dict[str, tuple[int, Callable[[], Callable[[], None]]]]:
-        """Components beside the steps that `uses` may count: key -> (uses per call, maker of a call), to be timed."""
+    def components(self) -> dict[str, Component]:
+        """Components beside the steps that `uses` may count, by key."""
         signal = self.signal
         if signal is None or not signal.cost_key:
             return {}
@@ -164,7 +165,7 @@ class Gate:
             assert fresh is not None
             return fresh.probe(windows)
 
-        return {signal.cost_key: (windows, make)}
+        return {signal.cost_key: Component(windows, make, signal.flops(windows))}
 
     @property
     def flops(self) -> int:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_update.clock.component import SCORING_FORWARD as FORWARD
+from sparse_update.clock.component import Component
 from sparse_update.data.records import Batch
 from sparse_update.gates.config import GateConfig
 from sparse_update.gates.gate import Gate, GateContext, GatedBatch, join, part
@@ -20,9 +22,6 @@ from sparse_update.gates.policies import Selection, kept_count
 from sparse_update.step.plan import SparseStep, StepPlan, View
 from sparse_update.transformer import token_loss
 
-Component = tuple[int, Callable[[], Callable[[], None]]]
-FORWARD = "scoring_forward"
-"""Component key of a forward of one window that only scores."""
 SCORING_WINDOWS = 64
 
 
@@ -130,7 +129,7 @@ class WindowGate(Gate):
         return _cut(chosen, torch.cat(orders))
 
     def components(self) -> dict[str, Component]:
-        own: dict[str, Component] = {FORWARD: (SCORING_WINDOWS, self._forward_probe)} if self.own_forward else {}
+        own: dict[str, Component] = {FORWARD: Component(SCORING_WINDOWS, self._forward_probe)} if self.own_forward else {}
         return {**super().components(), **own}
 
     def _forward_probe(self) -> Callable[[], None]:

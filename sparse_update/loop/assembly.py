@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_update.clock.component import Component
 from sparse_update.clock.cost import ComponentTimes, ComponentTimesError
 from sparse_update.clock.running import Measure, RunClock
-from sparse_update.clock.timing import Component
 from sparse_update.gates.choice import make_gate
 from sparse_update.gates.config import GateConfig
 from sparse_update.gates.gate import GateContext
@@ -162,4 +162,4 @@ def _check_table(times: ComponentTimes, model: Transformer, optim: OptimConfig, 
 def _looking(stream: Any, windows: int) -> dict[str, Component]:
     """The component of a stream that looks at its windows."""
     key = getattr(stream, "cost_key", "")
-    return {key: (windows, lambda: stream.probe(windows))} if key else {}
+    return {key: Component(windows, lambda: stream.probe(windows), int(stream.flops(windows)))} if key else {}

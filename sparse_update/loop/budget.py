@@ -78,8 +78,7 @@ class Budget:
         if self.by_time and self.clock.seconds(first) > self.cfg.budget_reference_s:
             raise ComponentTimesError(
                 f"trainer.budget_reference_s = {self.cfg.budget_reference_s:g} buys not one step: {self.clock.key(first)} "
-                f"takes {self.clock.seconds(first):.3g} reference seconds. Raise the budget, or measure again while the "
-                "machine is idle"
+                f"takes {self.clock.seconds(first):.3g} reference seconds. Raise the budget"
             )
 
     def text_is_spent(self) -> bool:

@@ -21,8 +21,9 @@ COMPILE_REPAID_S = 30.0
 class TrainerConfig:
     """Budget, batch and habits of a run. Raises ValueError for values that cannot train."""
 
-    budget_reference_s: float = 40.0
-    """What the run may spend, in reference seconds; the schedule decays over it."""
+    budget_reference_s: float = 80.0
+    """What the run may spend, in reference seconds (counted work times the prices of the table below); the schedule decays
+    over it."""
     budget_offered_tokens: int = 0
     """If set, the run ends when the stream has offered that many tokens, and progress is counted in them; reference
     seconds are still counted. For one pass over the same fixed stream by every arm."""
@@ -33,15 +34,17 @@ class TrainerConfig:
     init_from: str = ""
     """Run folder or checkpoint whose weights the run starts from (not its optimizer)."""
     precision: str = "auto"
-    """"fp32" | "bf16" | "auto": bf16 on a GPU, whichever measures faster on a CPU."""
+    """"fp32" | "bf16" | "auto": bf16 on a GPU, fp32 on a CPU; whichever measures faster on a CPU where component times are
+    measured."""
     compile: str = "auto"
-    """"on" | "off" | "auto": torch.compile on a GPU, and on a CPU where it measures faster and the budget is at least 30
-    reference seconds."""
+    """"on" | "off" | "auto": torch.compile on a GPU; on a CPU not, and where component times are measured and the budget
+    is at least 30 reference seconds, if it measures faster."""
     device: str = "auto"
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
     component_times: str = ""
-    """Path of a table of component times shared by the arms; empty: measured by the run, kept in its folder."""
+    """Empty or "shipped": the table that comes with the package, so that budgets are the same on every machine. "measured":
+    measured by the run on its machine, kept in its folder. A path: a table shared by the arms, measured by the first."""
     eval_tokens: int = 32768
     """Held-out tokens per evaluation and held-out set, spread over all held-out documents; 0 takes all."""
     evaluations: int = 8

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_update.clock.component import WATCHED_STEP as WATCHED
+from sparse_update.clock.component import Component
 from sparse_update.clock.cost import Step
-from sparse_update.clock.timing import Component, Setting, step_probe
+from sparse_update.clock.timing import Setting, step_probe
 from sparse_update.gates.bias import cosines
 from sparse_update.gates.gate import GatedBatch
 from sparse_update.loop.evaluation import evaluate
@@ -25,9 +27,6 @@ from sparse_update.step.flops import plan_flops
 from sparse_update.step.plan import PLAIN, SparseStep
 from sparse_update.transformer import token_loss
 from sparse_update.weights.subset import Active
-
-WATCHED = "plain_step_watched"
-"""Component key of a plain step that the engine takes for a gate to observe, where others go by compiled autograd."""
 
 
 class Likelihood(Objective):
@@ -111,7 +110,7 @@ class Likelihood(Objective):
 
     def components(self) -> Mapping[str, Component]:
         needed = self.gate.cfg.unit == "auto" and self.times.variant == "autograd_compiled"
-        return {WATCHED: (1, self._watched_step)} if needed else {}
+        return {WATCHED: Component(1, self._watched_step)} if needed else {}
 
     def _watched_step(self) -> Callable[[], None]:
         """A plain step as one that is observed runs: by the engine, which has what is watched at hand."""

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_update.clock.component import Component
 from sparse_update.clock.cost import Step
 from sparse_update.clock.running import RunClock
-from sparse_update.clock.timing import Component
 from sparse_update.gates.gate import Gate, GatedBatch
 from sparse_update.step.backward import Stepper
 from sparse_update.step.plan import Chosen, SparseStep, View

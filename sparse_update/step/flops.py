@@ -8,7 +8,7 @@ Shape letters: S sequence, R token row in the backward, T token, D width, F hidd
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from sparse_update.step.gradients import strips
@@ -55,7 +55,7 @@ def plan_flops(
     """
     if rank := rank_of(active):
         return _lora(cfg, batch, length or cfg.context, rank)
-    count = _Count(cfg, batch, plan, active, length or cfg.context, skip)
+    count = Count(cfg, batch, plan, active, length or cfg.context, skip)
     return Flops(count.forward(), *count.backward())
 
 
@@ -74,7 +74,23 @@ def _lora(cfg: ModelConfig, batch: int, length: int, rank: int) -> Flops:
     return Flops(forward, dx, cfg.layers * factors)
 
 
-class _Count:
+@dataclass(frozen=True)
+class BackwardLayer:
+    """What one block's backward works on: sequences, query rows and keys of each, rows whose keys and values get a
+    gradient, and the shares of steps in which its attention and its MLP run."""
+
+    layer: int
+    sequences: int
+    queries: int
+    keys: int
+    updated: int
+    attention: float
+    mlp: float
+
+
+class Count:
+    """Counts the products of one step; arguments as of `plan_flops`."""
+
     def __init__(
         self,
         cfg: ModelConfig,
@@ -97,13 +113,11 @@ class _Count:
             total += 2 * 2 * b * queries * keys * d
         return total + 2 * b * t * d * self.cfg.vocab_size
 
-    def backward(self) -> tuple[int, int]:
-        plan, cfg, d = self.plan, self.cfg, self.width
+    def backward_layers(self) -> Iterator[BackwardLayer]:
+        """The blocks that a gradient reaches, from above."""
+        plan, cfg = self.plan, self.cfg
         counts = plan.kept_sequences(self.batch)
         s, r = counts[-1], plan.rows or self.length
-        dx: float = 2 * s * r * d * cfg.vocab_size
-        owner = "embed.weight" if cfg.tie_embeddings else "head.weight"
-        dw: float = 2 * s * r * self._size(owner, (cfg.vocab_size, d))
         lowest = 0 if self.active is None else self.active.lowest_block
         for layer in range(cfg.layers - 1, lowest - 1, -1):
             if plan.sample:
@@ -113,18 +127,30 @@ class _Count:
             queries = min(r, through)
             keys = self.length if exact or (layer in self.middle and plan.bypass_keys) else through
             wide = keys > queries and (exact or (layer in self.middle and plan.bypass_keys))
-            updated = keys if wide else queries  # rows whose keys and values get a gradient
-            mlp, attention = self._lives(layer, "mlp"), self._lives(layer, "attn")
-            dx += mlp * 2 * s * queries * 2 * d * self.hidden
-            dx += attention * 2 * s * (queries * 2 * d * d + updated * 2 * d * d + queries * 2 * (keys + updated) * d)
+            updated = keys if wide else queries
+            yield BackwardLayer(layer, s, queries, keys, updated, self._lives(layer, "attn"), self._lives(layer, "mlp"))
+            if exact:
+                r = self.length
+
+    def head_rows(self) -> int:
+        """Token rows whose loss has a gradient."""
+        return self.plan.kept_sequences(self.batch)[-1] * (self.plan.rows or self.length)
+
+    def backward(self) -> tuple[int, int]:
+        plan, cfg, d = self.plan, self.cfg, self.width
+        dx: float = 2 * self.head_rows() * d * cfg.vocab_size
+        owner = "embed.weight" if cfg.tie_embeddings else "head.weight"
+        dw: float = 2 * self.head_rows() * self._size(owner, (cfg.vocab_size, d))
+        for at in self.backward_layers():
+            s, queries, keys, updated = at.sequences, at.queries, at.keys, at.updated
+            dx += at.mlp * 2 * s * queries * 2 * d * self.hidden
+            dx += at.attention * 2 * s * (queries * 2 * d * d + updated * 2 * d * d + queries * 2 * (keys + updated) * d)
             for name, shape in matrix_shapes(cfg).items():
                 rows = s * (updated if name in ("attn.k", "attn.v") else queries)
                 if plan.dw_rows < 1:
                     rows = max(1, round(plan.dw_rows * rows))
-                alive = mlp if name.startswith("mlp") else attention
-                dw += alive * 2 * rows * self._size(f"blocks.{layer}.{name}.weight", shape)
-            if exact:
-                r = self.length
+                alive = at.mlp if name.startswith("mlp") else at.attention
+                dw += alive * 2 * rows * self._size(f"blocks.{at.layer}.{name}.weight", shape)
         return round(dx), round(dw)
 
     def _lives(self, layer: int, part: str) -> float:

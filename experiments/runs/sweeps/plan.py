@@ -80,10 +80,14 @@ class Sweep:
 
     @property
     def table(self) -> Path:
-        return self.folder / "component_times.json"
+        """The table of component times of all runs: measured once and shared where there is one, else as priced for the run
+        `clock` by the shipped one."""
+        shared = self.folder / "component_times.json"
+        return shared if shared.exists() else self.folder / "clock" / "component_times.json"
 
     def clock_jobs(self) -> list[Job]:
-        """The run that measures the shared table, of one step, where the budget is given in tokens."""
+        """A run of one step, whose table of component times says what a token costs; where the budget is given in
+        tokens."""
         if not self.budget_tokens:
             return []
         words = [word for word in self.settings if "{base}" not in word]

@@ -20,6 +20,8 @@ CHECKPOINT_WAIT_S = 120.0
 POLL_S = 0.2
 LOG_TAIL = 12
 TRAIN = (sys.executable, "-m", "experiments.train")
+MEASURED = "trainer.component_times=measured"
+"""A setting of a sweep: one table of component times is measured by its first run and shared by all."""
 
 
 class Runner:
@@ -51,9 +53,9 @@ class Runner:
         done, start = 0, time.perf_counter()
         total = len(waiting)
         while (waiting or self._running) and not self.stopped:
-            # the first run measures the shared table, with the machine to itself
-            limit = self.jobs if (self.folder / "component_times.json").exists() else 1
-            while waiting and len(self._running) < limit:
+            # the first run measures the shared table, where one is asked for, with the machine to itself
+            alone = bool(waiting) and MEASURED in waiting[0].words and not self.table.exists()
+            while waiting and len(self._running) < (1 if alone else self.jobs):
                 self._start(waiting.pop(0))
             shown.at(done, self._running)
             time.sleep(POLL_S)
@@ -70,6 +72,11 @@ class Runner:
                 self._report(job, code, time.perf_counter() - since, f"[{title} {done}/{total}, {left / 60:.0f} min to go]")
         shown.at(done, self._running)
 
+    @property
+    def table(self) -> Path:
+        """The shared table of component times: of sweeps that ask for a measured one, and of those of earlier versions."""
+        return self.folder / "component_times.json"
+
     def stop(self, number: int, frame: object) -> None:
         """Signal handler: pass the interruption on; the runs write their checkpoints."""
         self.stopped = True
@@ -79,8 +86,9 @@ class Runner:
 
     def _start(self, job: Job) -> None:
         run = job.folder(self.folder)
-        words = [*job.words, setting("run", run)]
-        words += [setting("trainer.component_times", self.folder / "component_times.json")]
+        words = [*(word for word in job.words if word != MEASURED), setting("run", run)]
+        if MEASURED in job.words or self.table.exists():
+            words.append(setting("trainer.component_times", self.table))
         words += [f"trainer.threads={self.threads}", "progress=false", "resume=auto"]
         log = self.folder / "logs" / f"{job.name.replace('/', '-')}.log"
         log.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import yaml
 
 from experiments.comparison.settings import experiment_settings
 from experiments.runs.progress import Bar
-from experiments.runs.training.component_times import extended
+from experiments.runs.training.component_times import clock_record, extended
 from experiments.runs.training.config import TrainConfig
 from experiments.runs.training.record import document, scalars, split
 from experiments.views.hparam_rows import run_row
@@ -100,6 +100,7 @@ def run_arm(
         with Meter(idle=idle) as meter, ZeusCheck() if cfg.zeus else nullcontext() as check:
             result = trainer.run()
         found = document(cfg, corpus, model, result, meter.readings, device, windows, bits_per_nat, goes_on)
+        found |= {"clock": clock_record(trainer.budget.clock.times), "notes": trainer.budget.clock.times.warnings}
         found["energy_check"] = [] if check is None else compare_all(meter.readings, check.readings)
         if result.finished:
             found["val_split"] = split(cfg, corpus, model, windows["val"])

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from sparse_update.clock.component import Component
 from sparse_update.clock.cost import (
     ComponentTimes,
     ComponentTimesError,
@@ -101,7 +102,7 @@ def test_what_is_missing_is_measured_beside_the_plain_step_and_scaled(tmp_path):
     times = table()
     used = []
     steps = [Step(PLAIN, None, 4, 12), Step(StepPlan(rows=6), None, 4, 12), Step(PLAIN, None, 8, 6)]
-    more = extend(times, cfg, optim, CPU, steps, {"signal[mine]": (5, lambda: lambda: used.append(1))}, rounds=3)
+    more = extend(times, cfg, optim, CPU, steps, {"signal[mine]": Component(5, lambda: lambda: used.append(1))}, rounds=3)
     new = {steps[1].key, steps[2].key, "signal[mine]"}
     assert set(more.ms) - set(times.ms) == new == set(more.extensions)
     for key in new:

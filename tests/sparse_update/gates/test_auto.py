@@ -297,9 +297,10 @@ def test_resumes_bit_for_bit_in_every_state(cut):
 
 def test_components_are_timed_and_a_signal_after_the_forward_is_refused():
     run = Run(0.0, 10)
-    for key, (uses, make) in run.gate.components().items():
-        make()()
-        assert uses >= 1
+    for key, component in run.gate.components().items():
+        component.make()()
+        assert component.uses >= 1
+        assert component.flops > 0
         assert key in ("signal[ngram]", OBSERVE)
     with pytest.raises(ValueError, match="before the forward"):
         AutoGate(GateConfig(name="auto", unit="auto", signal="token_loss"), Stream(0.0), GateContext(V, T, 0))

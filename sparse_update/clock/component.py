@@ -1,0 +1,22 @@
+"""What a run uses beside its steps, as the clock sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+SCORING_FORWARD = "scoring_forward"
+"""Key of a forward of one window that only scores."""
+WATCHED_STEP = "plain_step_watched"
+"""Key of a plain step that the engine takes for a gate to observe, where others go by compiled autograd."""
+
+
+class Component(NamedTuple):
+    """A component of the clock beside the steps themselves: scoring, a filter, what observing adds."""
+
+    uses: int
+    """Uses that one call stands for."""
+    make: Callable[[], Callable[[], None]]
+    """Makes the call, to be timed on this machine."""
+    flops: int = 0
+    """Counted operations of one call; 0 where none are counted. A shipped table prices by them."""
