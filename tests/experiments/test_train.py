@@ -172,7 +172,7 @@ def test_a_run_is_never_written_over_nor_resumed_with_other_settings(runs, text)
     assert "already holds a run" in done.stderr
     done = spikegate("train", *common, "resume=true", "optim.lr=0.1", cwd=runs, check=False)
     assert done.returncode == 2
-    assert "optim.lr was 0.004, is 0.1" in done.stderr
+    assert "optim.lr was 0.008, is 0.1" in done.stderr
 
 
 def test_deploying_what_is_no_finished_run_is_refused(runs, tmp_path):

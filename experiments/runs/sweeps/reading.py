@@ -12,7 +12,7 @@ import yaml
 
 from experiments.runs.sweeps.plan import Sweep, SweepArm
 from experiments.runs.sweeps.shipped import SUFFIXES, shipped, shipped_file
-from hardware.text import short
+from hardware.text import listed, short
 
 KEYS = ("folder", "settings", "budget_reference_s", "budget_tokens", "seeds", "base", "arms", "tuning_seed")
 ARM_KEYS = ("set", "budgets", "grid", "tuned_as", "seeds")
@@ -61,7 +61,7 @@ def read_sweep(path: Traversable) -> Sweep:
     for arm in arms:
         if arm.tuned_as and arm.tuned_as not in raw["arms"]:
             raise SweepError(
-                f"{path}: arms.{arm.name}.tuned_as = {arm.tuned_as!r} is no arm here: {', '.join(raw['arms'])}"
+                f"{path}: arms.{arm.name}.tuned_as = {short(arm.tuned_as)!r} is no arm here: {listed(raw['arms'])}"
             )
         if arm.tuned_as and raw["arms"][arm.tuned_as].get("tuned_as"):
             raise SweepError(f"{path}: arms.{arm.name}.tuned_as = {arm.tuned_as}, which is tuned as another: name that one")
@@ -83,7 +83,7 @@ def _read_arm(path: Traversable, name: str, body: Any) -> SweepArm:
     _only(path, f"arms.{name}.", body, ARM_KEYS)
     budgets = tuple(map(float, body.get("budgets", (1.0,))))
     if not budgets or min(budgets) <= 0:
-        raise SweepError(f"{path}: arms.{name}.budgets = {list(budgets)}: shares of the dense budget, above 0")
+        raise SweepError(f"{path}: arms.{name}.budgets = {short(list(budgets))}: shares of the dense budget, above 0")
     grid = body.get("grid", {})
     if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
         raise SweepError(f"{path}: arms.{name}.grid must map a setting to a list of values")
@@ -98,4 +98,4 @@ def _read_arm(path: Traversable, name: str, body: Any) -> SweepArm:
 def _only(path: Traversable, where: str, found: Mapping[str, Any], known: Sequence[str]) -> None:
     unknown = [str(key) for key in found if key not in known]
     if unknown:
-        raise SweepError(f"{path}: unknown key {where}{unknown[0]}; known: {', '.join(known)}")
+        raise SweepError(f"{path}: unknown key {where}{short(unknown[0])}; known: {', '.join(known)}")
