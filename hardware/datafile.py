@@ -82,12 +82,57 @@ def check_keys(where: str, entry: object, required: Collection[str], optional: C
     return dict(entry)
 
 
-def check_header(path: Path, entry: Mapping[str, Any]) -> None:
-    """Raises DataFileError unless the file is of schema 1 and carries its own file's name."""
+def opened(
+    name_or_path: str | Path, folder: str, keys: Collection[str], optional: Collection[str] = ()
+) -> tuple[str, dict[str, Any]]:
+    """A file's name and what it holds, its header checked: schema 1, its own file's name, a title, and the given keys.
+
+    Raises:
+        FileNotFoundError: as `locate`.
+        DataFileError: no YAML mapping, an unknown, missing or repeated key, another schema or name.
+    """
+    path = locate(name_or_path, folder)
+    entry = check_keys(path.name, read(path), ("schema", "name", "title", *keys), optional)
     if entry["schema"] != 1:
         raise DataFileError(f"{path.name}: schema {quoted(entry['schema'])} is not known; this version reads schema 1")
     if entry["name"] != path.stem:
         raise DataFileError(f"{path.name}: name {quoted(entry['name'])} differs from the file's name {quoted(path.stem)}")
+    return path.name, entry
+
+
+ABOUT = ("source", "assumptions", "not_modelled")
+
+
+def about(where: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that say of a whole file what it is and what it leaves out: name, title, and those of :data:`ABOUT`."""
+    return {
+        "name": entry["name"],
+        "title": text(f"{where}: title", entry["title"]),
+        "source": text(f"{where}: source", entry["source"]),
+        "assumptions": texts(f"{where}: assumptions", entry["assumptions"]),
+        "not_modelled": texts(f"{where}: not_modelled", entry["not_modelled"]),
+    }
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where one value comes from, how it was obtained, the day it was read, and a caution if any."""
+
+    source: str
+    method: str
+    date: str
+    note: str
+
+
+def sourced(where: str, raw: object, methods: Collection[str]) -> tuple[object, Provenance]:
+    """The value of an entry with value, source, method, date and maybe a note, and where it comes from."""
+    entry = check_keys(where, raw, ("value", "source", "method", "date"), ("note",))
+    return entry["value"], Provenance(
+        source=text(f"{where}: source", entry["source"]),
+        method=choice(f"{where}: method", entry["method"], methods),
+        date=iso_date(f"{where}: date", entry["date"]),
+        note=text(f"{where}: note", entry["note"]) if "note" in entry else "",
+    )
 
 
 def text(where: str, value: object) -> str:

@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Any
 
 from hardware import datafile
-from hardware.datafile import DataFileError
+from hardware.datafile import DataFileError, Provenance
 from hardware.text import quoted
 
 RULES = ("nengo", "nxtf", "netx")
@@ -36,16 +36,6 @@ RESOURCES = (
     "pool",
 )
 _SETTINGS = ("rule", "encoding", "entry_synapses", "index_fields", "weight_fields", "delay_bits", "max_delay")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where one value comes from, how it was obtained, when it was read, and a caution if any."""
-
-    source: str
-    method: str
-    date: str
-    note: str
 
 
 @dataclass(frozen=True)
@@ -77,7 +67,7 @@ class Budget:
     delay_bits: int
     max_delay: int
     limits: Mapping[str, int]
-    provenance: Mapping[str, Source]
+    provenance: Mapping[str, Provenance]
 
     @property
     def inferred(self) -> tuple[str, ...]:
@@ -111,18 +101,12 @@ def _budget(where: str, name: str, raw: object, methods: tuple[str, ...]) -> Bud
     entry = datafile.check_keys(where, raw, ("title", "settings", "limits"))
     settings = datafile.check_keys(f"{where}: settings", entry["settings"], _SETTINGS)
     limits = datafile.check_keys(f"{where}: limits", entry["limits"], ("neurons", "synapse_words"), RESOURCES)
-    provenance: dict[str, Source] = {}
+    provenance: dict[str, Provenance] = {}
     values: dict[str, Any] = {}
     for key, item in {**settings, **limits}.items():
         spot = f"{where}: {key}"
-        fields = datafile.check_keys(spot, item, ("value", "source", "method", "date"), ("note",))
-        values[key] = _value(spot, key, fields["value"])
-        provenance[key] = Source(
-            datafile.text(f"{spot}: source", fields["source"]),
-            datafile.choice(f"{spot}: method", fields["method"], methods),
-            datafile.iso_date(f"{spot}: date", fields["date"]),
-            datafile.text(f"{spot}: note", fields["note"]) if "note" in fields else "",
-        )
+        value, provenance[key] = datafile.sourced(spot, item, methods)
+        values[key] = _value(spot, key, value)
     return Budget(
         name=name,
         title=datafile.text(f"{where}: title", entry["title"]),

@@ -11,21 +11,11 @@ from typing import Any
 from hardware import datafile
 from hardware.chips.budget import Budget, read_budgets
 from hardware.chips.mesh import Mesh, read_mesh
-from hardware.datafile import DataFileError
+from hardware.datafile import DataFileError, Provenance
 from hardware.text import quoted
 
 METHODS = ("published", "code", "inferred")
 """A paper or brief by the makers; the source code of a public tool; our reading of published tool output."""
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where one limit comes from: source, one of :data:`METHODS`, the day it was taken, a caution if any."""
-
-    source: str
-    method: str
-    date: str
-    note: str
 
 
 @dataclass(frozen=True)
@@ -87,23 +77,14 @@ def load_chip(name_or_path: str | Path) -> Chip:
         FileNotFoundError: unknown name or path.
         DataFileError: unknown, missing or repeated key; a value of the wrong kind; no source.
     """
-    path = datafile.locate(name_or_path, "chips")
-    where = path.name
-    entry = datafile.check_keys(where, datafile.read(path), ("schema", "name", "title", "limits"), ("budgets", "mesh"))
-    datafile.check_header(path, entry)
+    where, entry = datafile.opened(name_or_path, "chips", ("limits",), ("budgets", "mesh"))
     raw = datafile.check_keys(f"{where}: limits", entry["limits"], _LIMITS)
     values: dict[str, Any] = {}
     provenance: dict[str, Provenance] = {}
     for name in _LIMITS:
         spot = f"{where}: {name}"
-        limit = datafile.check_keys(spot, raw[name], ("value", "source", "method", "date"), ("note",))
-        values[name] = _value(spot, name, limit["value"])
-        provenance[name] = Provenance(
-            source=datafile.text(f"{spot}: source", limit["source"]),
-            method=datafile.choice(f"{spot}: method", limit["method"], METHODS),
-            date=datafile.iso_date(f"{spot}: date", limit["date"]),
-            note=datafile.text(f"{spot}: note", limit["note"]) if "note" in limit else "",
-        )
+        value, provenance[name] = datafile.sourced(spot, raw[name], METHODS)
+        values[name] = _value(spot, name, value)
     if not values["graded"] and values["payload_bits"] != 1:
         raise DataFileError(
             f"{where}: payload_bits is {values['payload_bits']} on a chip without graded payloads; 1 needed"
@@ -113,7 +94,9 @@ def load_chip(name_or_path: str | Path) -> Chip:
     mesh = read_mesh(where, entry["mesh"], METHODS) if "mesh" in entry else None
     if mesh is not None and mesh.columns * mesh.rows * mesh.cores_per_tile < values["cores"]:
         raise DataFileError(f"{where}: mesh holds fewer cores than the chip's {values['cores']}")
-    return Chip(name=path.stem, title=title, provenance=MappingProxyType(provenance), budgets=budgets, mesh=mesh, **values)
+    return Chip(
+        name=entry["name"], title=title, provenance=MappingProxyType(provenance), budgets=budgets, mesh=mesh, **values
+    )
 
 
 def _value(spot: str, name: str, value: object) -> int | bool:

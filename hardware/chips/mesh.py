@@ -63,13 +63,10 @@ def read_mesh(where: str, raw: object, methods: Sequence[str]) -> Mesh:
     values, sources = [], []
     for key in _KEYS:
         spot = f"{where}: mesh: {key}"
-        item = datafile.check_keys(spot, entry[key], ("value", "source", "method", "date"), ("note",))
-        value = item["value"]
+        value, provenance = datafile.sourced(spot, entry[key], methods)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise DataFileError(f"{spot}: expected a whole number above zero, got {quoted(value)}")
-        datafile.choice(f"{spot}: method", item["method"], methods)
-        datafile.iso_date(f"{spot}: date", item["date"])
         values.append(value)
-        sources.append(datafile.text(f"{spot}: source", item["source"]))
+        sources.append(provenance.source)
     columns, rows, cores_per_tile = values
     return Mesh(columns, rows, cores_per_tile, "; ".join(dict.fromkeys(sources)))

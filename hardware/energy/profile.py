@@ -122,11 +122,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
         FileNotFoundError: unknown name or path.
         DataFileError: unknown, missing or repeated key; an interval out of order; a wrong unit; no source.
     """
-    path = datafile.locate(name_or_path, "profiles")
-    where = path.name
-    keys = ("schema", "name", "title", "costs", "payload", "source", "assumptions", "not_modelled", "coefficients")
-    entry = datafile.check_keys(where, datafile.read(path), keys)
-    datafile.check_header(path, entry)
+    where, entry = datafile.opened(name_or_path, "profiles", (*datafile.ABOUT, "costs", "payload", "coefficients"))
     costs = datafile.choice(f"{where}: costs", entry["costs"], tuple(_TERMS))
     required = (*_TERMS[costs], STATIC)
     optional = (*PLACED_TERMS, OFF_CHIP) if costs == "spiking" else ()
@@ -136,13 +132,9 @@ def load_profile(name_or_path: str | Path) -> Profile:
         raise DataFileError(f"{where}: coefficients: {', '.join(placed)} without the rest of {', '.join(PLACED_TERMS)}")
     coefficients = {term: _coefficient(f"{where}: {term}", term, costs, raw[term]) for term in (*required, *placed)}
     return Profile(
-        name=path.stem,
-        title=datafile.text(f"{where}: title", entry["title"]),
+        **datafile.about(where, entry),
         costs=costs,
         payload=datafile.choice(f"{where}: payload", entry["payload"], ("binary", "any")),
-        source=datafile.text(f"{where}: source", entry["source"]),
-        assumptions=datafile.texts(f"{where}: assumptions", entry["assumptions"]),
-        not_modelled=datafile.texts(f"{where}: not_modelled", entry["not_modelled"]),
         coefficients=MappingProxyType(coefficients),
     )
 

@@ -89,11 +89,7 @@ def load_rates(name_or_path: str | Path) -> Rates:
         FileNotFoundError: unknown name or path.
         DataFileError: unknown, missing or repeated key; an interval out of order; a wrong unit; no source.
     """
-    path = datafile.locate(name_or_path, "rates")
-    where = path.name
-    keys = ("schema", "name", "title", "chip", "source", "assumptions", "not_modelled", "rates", "barrier")
-    entry = datafile.check_keys(where, datafile.read(path), (*keys, "published_steps"))
-    datafile.check_header(path, entry)
+    where, entry = datafile.opened(name_or_path, "rates", (*datafile.ABOUT, "chip", "rates", "barrier", "published_steps"))
     required = [term for term in TERMS if term not in OPTIONAL]
     raw = datafile.check_keys(f"{where}: rates", entry["rates"], required, OPTIONAL)
     barrier, barrier_source = _barrier(f"{where}: barrier", entry["barrier"])
@@ -102,12 +98,8 @@ def load_rates(name_or_path: str | Path) -> Rates:
     datafile.choice(f"{spot}: method", steps["method"], METHODS)
     datafile.iso_date(f"{spot}: date", steps["date"])
     return Rates(
-        name=path.stem,
-        title=datafile.text(f"{where}: title", entry["title"]),
+        **datafile.about(where, entry),
         chip=datafile.text(f"{where}: chip", entry["chip"]),
-        source=datafile.text(f"{where}: source", entry["source"]),
-        assumptions=datafile.texts(f"{where}: assumptions", entry["assumptions"]),
-        not_modelled=datafile.texts(f"{where}: not_modelled", entry["not_modelled"]),
         rates=MappingProxyType({term: _rate(f"{where}: {term}", term, raw[term]) for term in TERMS if term in raw}),
         barrier=barrier,
         barrier_source=barrier_source,
