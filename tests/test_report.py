@@ -45,7 +45,7 @@ def test_the_end_of_a_run_names_what_was_left_out(workers: list[str], tmp_path: 
     command = [sys.executable, "-m", "pytest", *workers]
 
     def run(*more: str) -> list[str]:
-        done = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, timeout=400, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.splitlines()
 

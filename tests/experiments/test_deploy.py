@@ -73,7 +73,7 @@ def deployed(run: Path, capsys: pytest.CaptureFixture[str], *words: str) -> tupl
 ROUTES = {
     "graded": ["conversion.hidden_bits=10"],
     "sigma_delta": ["sigma_delta.input_threshold=2"],
-    "rate": ["rate.time_steps=16"],
+    "rate": ["rate.time_steps=8"],
 }
 
 
@@ -139,8 +139,8 @@ def test_every_route_is_measured(route: str, run: Path, tmp_path: Path, capsys: 
     [
         ("loihi2", ["conversion.channel_groups=3"]),
         ("loihi2", ["route=sigma_delta"]),
-        ("loihi2", ["route=rate", "rate.time_steps=8"]),
-        ("loihi1", ["route=rate", "rate.time_steps=8", "rate.reset=hard"]),
+        ("loihi2", ["route=rate", "rate.time_steps=4"]),
+        ("loihi1", ["route=rate", "rate.time_steps=4", "rate.reset=hard"]),
     ],
 )
 def test_cores_time_and_joules_by_layer(
@@ -150,7 +150,7 @@ def test_cores_time_and_joules_by_layer(
     profiles = "profiles=[loihi1_davies2018,loihi1_sanafe,digital45_int8_sram]"
     found, _ = deployed(run, capsys, f"out={out}", f"chip={chip}", *words, profiles, "layer_tokens=0")
     mapped = {layer["layer"] for layer in found["layers"] if not layer["host"]}
-    steps = 8 if "route=rate" in words else 1
+    steps = 4 if "route=rate" in words else 1
     assert {layer["time_steps"] for layer in found["layers"] if not layer["host"]} == {steps}
 
     placement = found["placement"]

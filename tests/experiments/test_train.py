@@ -104,13 +104,13 @@ def test_an_interrupted_process_resumes_to_the_same_bits(runs, text, tmp_path):
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
     )
     lines = tmp_path / "cut" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not (lines.exists() and len(lines.read_text().splitlines()) > 5):
         assert process.poll() is None, process.stderr.read().decode()
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=400)
     assert process.returncode == 130  # so that `train && deploy` does not go on
     assert json.loads(stdout.splitlines()[-1])["status"] == "interrupted"
     assert b"resume=true" in stderr
