@@ -70,7 +70,9 @@ class Objective(ABC):
         """Counted FLOPs of a step, its forwards and its backward."""
 
     def component(self, step: Step, key: str) -> str:
-        """The component-time key that the step just taken is charged under; `key` is that of the plan."""
+        """The component-time key that the step just taken is charged under; `key` is that of a likelihood step by the same
+        plan. An objective whose step costs more, or less, names a component of its own here and in `components`: otherwise
+        its reference seconds are those of a likelihood step."""
         return key
 
     def components(self) -> Mapping[str, Component]:
