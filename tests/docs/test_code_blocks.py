@@ -22,6 +22,7 @@ from unittest import mock
 
 import pytest
 
+from experiments.runs.hydra_app import run_app
 from sparse_update.data import sources
 from sparse_update.gates import policies
 from sparse_update.signals import SIGNALS
@@ -123,14 +124,18 @@ def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def composed(command: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra composes and checks every setting as it would; what the settings are for is not done."""
     module = importlib.import_module(f"experiments.{command}")
     seen: list[object] = []
 
-    def instead(settings: object) -> dict[str, str]:
+    def note(settings: object) -> dict[str, str]:
         seen.append(settings)
         return {}
 
-    monkeypatch.setattr(module, command, instead)
+    def instead(name: str, schema: type, function: object, argv: Sequence[str] | None = None, **more: object) -> int:
+        return run_app(name, schema, note, argv)
+
+    monkeypatch.setattr(module, "run_app", instead)
     for one in _jobs(words):
         code = module.main(one)
         assert code == 0, (command, one)
