@@ -82,8 +82,11 @@ def fit_prices(measured: Sequence[Measured]) -> dict[str, float]:
     return {name: float(f"{share * GUESS_PS[name]:.3g}") for name, share in zip(ALL, found, strict=True)}
 
 
-def fit(document: Mapping[str, Any], scoring: Mapping[str, Any], about: Mapping[str, Any], name: str) -> ShippedTable:
-    """The table. A step by autograd has the factor "plain"."""
+def fit(
+    document: Mapping[str, Any], beside: Mapping[str, Any], scoring: Mapping[str, Any], about: Mapping[str, Any], name: str
+) -> ShippedTable:
+    """The table. A step by autograd has the factor "plain". `beside`: settings that take no part in the prices, but in the
+    factors."""
     measured = [m for m in read_measured(document) if "lora" not in m.timed.name]
     over = {m.setting: m.ratio for m in measured if m.timed.name == "engine"}
     engine = [  # other optimizers' steps were taken by autograd: what the engine would have taken for them
@@ -94,7 +97,7 @@ def fit(document: Mapping[str, Any], scoring: Mapping[str, Any], about: Mapping[
     plain = [m.ms / (1000 * table.work_s(m.cfg, m.timed.step, m.timed.optim)) for m in measured if m.timed.name == "plain"]
     factors = {"plain": float(f"{statistics.median(plain):.3g}")}
     table = replace(table, factors={"eager": factors})
-    for item in sorted(read_measured(document), key=lambda m: len(kinds(m.cfg, m.timed.step))):
+    for item in sorted([*read_measured(document), *read_measured(beside)], key=lambda m: len(kinds(m.cfg, m.timed.step))):
         found = [kind for kind in kinds(item.cfg, item.timed.step) if kind != SECOND]
         if SECOND in kinds(item.cfg, item.timed.step) and not found:
             found = [SECOND]
@@ -130,14 +133,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench clock_fit", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("steps", type=Path, help="what `bench clock` wrote")
     parser.add_argument("scoring", type=Path, help="what `bench clock --scoring` wrote")
+    parser.add_argument("--beside", type=Path, help="more settings, for the factors and the check alone")
     parser.add_argument("--out", type=Path, required=True, help="the table; its name is the file's")
     parser.add_argument("--about", type=json.loads, default={}, help="provenance, a JSON object")
     given = parser.parse_args(arguments)
     document = json.loads(given.steps.read_text())
-    table = fit(document, json.loads(given.scoring.read_text()), given.about, given.out.stem)
+    beside = json.loads(given.beside.read_text()) if given.beside else {"settings": []}
+    table = fit(document, beside, json.loads(given.scoring.read_text()), given.about, given.out.stem)
     rows = [
         [s["model"], s["vocab"], s["batch"], s["which"], name, round(statistics.median(v), 3), round(half_width(v), 3)]
-        for s in document["settings"]
+        for s in [*document["settings"], *beside["settings"]]
         for name, v in s["ratios"].items()
         if v
     ]
@@ -145,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     content = {key: value for key, value in vars(table).items() if key != "sha256"}
     write_json(given.out, {"schema": SCHEMA, **content})
     table = read_table(given.out)
-    for setting, name, ratio, half, priced in check(table, document):
+    for setting, name, ratio, half, priced in [*check(table, document), *check(table, beside)]:
         print(f"{setting:<16}{name:<16}{ratio:>7.3f} +-{half:>6.1%}{priced:>8.3f}{priced / ratio:>8.2f}")
     print(json.dumps({"table": str(given.out), "sha256": table.sha256}))
     return 0
