@@ -38,8 +38,9 @@ class Bar:
         self._task: Any = None
 
     def __enter__(self) -> Bar:
+        live = self.shown and on_terminal()
         self._start = self._last = time.perf_counter()
-        if self.shown and on_terminal():
+        if live:
             self._live = _live()
             self._task = self._live.add_task(self.title, total=self.total, count=self._count(), note="")
             self._live.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 import numpy as np
 import pytest
 
+from experiments.runs.lock import exclusive
 from tests.experiments.console import spikegate
 
 FAST = [
@@ -173,6 +175,25 @@ def test_a_run_is_never_written_over_nor_resumed_with_other_settings(runs, text)
     done = spikegate("train", *common, "resume=true", "optim.lr=0.1", cwd=runs, check=False)
     assert done.returncode == 2
     assert "optim.lr was 0.008, is 0.1" in done.stderr
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again_with_resume(runs, text):
+    killed = runs / "killed"
+    killed.mkdir()
+    for name in ("config.yaml", "metrics.jsonl"):
+        shutil.copy(runs / "dense" / name, killed / name)
+    (killed / "run.json").write_text(json.dumps({"kind": "train", "status": "running"}))
+    words = [*FAST, f"data.path={text}", "data.garbage_fraction=0.3", "gate=dense", "run=killed"]
+    words += ["trainer.budget_reference_s=1", "trainer.component_times=times.json"]
+    assert "already holds a run" in spikegate("train", *words, cwd=runs, check=False).stderr
+    with exclusive(killed, "another training"):
+        done = spikegate("train", *words, "resume=true", cwd=runs, check=False)
+    assert done.returncode == 2
+    assert "already holds a run that is in progress (another training" in done.stderr
+    found = last_json(spikegate("train", *words, "resume=true", cwd=runs))
+    assert found["status"] == "finished"
+    assert found["loss_nats"] == json.loads((runs / "dense" / "result.json").read_text())["loss_nats"]
+    shutil.rmtree(killed)  # the comparison of this folder is of three arms
 
 
 def test_deploying_what_is_no_finished_run_is_refused(runs, tmp_path):
