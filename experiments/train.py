@@ -51,7 +51,7 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         start = begin(folder, cfg, cfg.resume, MAY_DIFFER)
         if start is Start.FINISHED:
             print(f"{folder} holds the finished run already: nothing to do", file=sys.stderr)
-            return read_json(folder / "result.json")
+            return read_json(folder / "result.json") | {"folder": str(folder)}  # as it is called from here
         return _train(cfg, folder, device, start is Start.GO_ON)
 
 

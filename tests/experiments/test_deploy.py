@@ -208,6 +208,23 @@ def test_what_does_not_fit_is_said(run: Path, tmp_path: Path, monkeypatch: pytes
     assert all("static" not in energy["by_layer"].get("chip", {}) for energy in found["energy"])
 
 
+def test_a_deployment_that_broke_off_is_made_anew_and_a_finished_one_is_not(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = [f"out={out}", "layer_tokens=0", "mode_chip_tokens=0"]
+    found, _ = deployed(run, capsys, *words)
+    assert deploy.main([f"run={run}", *WORDS, *words]) == 2
+    assert "already holds a deployment" in capsys.readouterr().err
+    write_json(out / "run.json", json.loads((out / "run.json").read_text()) | {"status": "running"})
+    (out / "plan" / "stale.graph.npz").touch()
+    again, _ = deployed(run, capsys, *words)
+    assert again["loss_simulated_nats"] == found["loss_simulated_nats"]
+    assert not (out / "plan" / "stale.graph.npz").exists()
+    assert deploy.main([f"run={run}", *WORDS, f"out={run}"]) == 2
+    assert "already holds a train run" in capsys.readouterr().err
+
+
 def test_losses_and_windows() -> None:
     """Against sums by hand: means of windows, and the t-interval of the difference."""
     a, b = HeldOut(2.0, (1.0, 2.0, 3.0), 0.0), HeldOut(1.5, (0.4, 1.6, 2.5), 0.0)
