@@ -63,7 +63,8 @@ notebooks: $(INSTALLED_DEV) ## the examples as executed notebooks and as pages i
 	@for script in examples/*.py; do \
 		notebook=build/notebooks/$$(basename "$$script" .py).ipynb; \
 		$(PY) -m jupytext --quiet --to ipynb --output "$$notebook" "$$script"; \
-		SPIKEGATE_EXAMPLES="$$PWD/build/notebooks/files" $(PY) -m nbconvert --log-level WARN --to notebook --execute --inplace "$$notebook"; \
+		PYTHONWARNINGS='ignore:IProgress not found' SPIKEGATE_EXAMPLES="$$PWD/build/notebooks/files" \
+			$(PY) -m nbconvert --log-level WARN --to notebook --execute --inplace "$$notebook"; \
 		$(PY) -m nbconvert --log-level WARN --to html "$$notebook"; \
 		echo "$$notebook, $${notebook%.ipynb}.html"; \
 	done

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import snntorch
 import torch
 from sklearn.datasets import load_digits
@@ -29,8 +30,9 @@ from neuro.simulators.fixed_point import simulate
 FOLDER = Path(os.environ.get("SPIKEGATE_EXAMPLES", "runs/examples"))
 FOLDER.mkdir(parents=True, exist_ok=True)
 STEPS = 16  # time steps of an image
-torch.set_num_threads(1)
+plt.switch_backend(plt.get_backend())  # from here on a notebook shows figures as pictures
 torch.manual_seed(0)
+torch.set_num_threads(1)
 
 # %% [markdown]
 # ## The images

@@ -31,8 +31,7 @@ SWEEP = FOLDER / "tiny_sweep"
 # %%
 FILE = FOLDER / "tiny_sweep.yaml"
 FOLDER.mkdir(parents=True, exist_ok=True)
-FILE.write_text(
-    f"""\
+TEXT = f"""\
 folder: {SWEEP}
 settings:
   - experiment=noisy
@@ -51,9 +50,9 @@ arms:
   dense: {{}}
   random: {{set: [gate=random, gate.keep_fraction=0.7]}}
   surprise: {{set: [gate=surprise, gate.keep_fraction=0.7]}}
-""",
-    encoding="utf-8",
-)
+"""
+FILE.write_text(TEXT, encoding="utf-8")
+print(TEXT)
 
 # %% [markdown]
 # ## The run

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # sinabs takes a NIR time constant, which is in seconds, for a number of time steps.
 #
-# Version: sinabs 3.1.3, nir 1.0.4 (the newest that sinabs allows), nirtorch 2.6.
+# Version: sinabs 3.1.3, nir 1.0.4 (the newest that sinabs allows), nirtorch 2.0.2.
 # Expected: a LIF node with tau = 0.01, a membrane of 10 ms, loses a tenth of its charge in a step of 1 ms. A reader needs a
 #     step for that, as norse's from_nir(dt=...) does.
 # Seen: from_nir has no step. tau is used as it is, as if 0.01 were a hundredth of a step: the neuron forgets everything
@@ -16,8 +16,8 @@ trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3}" -m venv "$folder/venv"
 venv=$folder/venv/bin/python
 "$venv" -m pip install --quiet --no-compile --disable-pip-version-check torch==2.13.0 numpy==2.4.6 nir==1.0.4 \
-    pbr==7.1.3 matplotlib==3.11.2
-"$venv" -m pip install --quiet --no-compile --disable-pip-version-check --no-deps nirtorch==2.6 sinabs==3.1.3
+    nirtorch==2.0.2 pbr==7.1.3 matplotlib==3.11.2
+"$venv" -m pip install --quiet --no-compile --disable-pip-version-check --no-deps sinabs==3.1.3
 cd "$folder"
 "$venv" - <<'END'
 import math
