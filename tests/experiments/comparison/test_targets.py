@@ -13,7 +13,9 @@ from experiments.comparison.document import to_json
 from experiments.comparison.statistics import paired_test
 from experiments.comparison.targets import frontier, times_to_dense
 from experiments.comparison.verdicts import verdicts
+from experiments.runs.plain_json import plain
 from experiments.views.figures import figure
+from experiments.views.page import page
 from experiments.views.tables import markdown, table
 
 RunMaker = Callable[..., Path]
@@ -75,7 +77,8 @@ def test_seeds_that_only_bound_a_time_are_printed_as_a_bound(tmp_path: Path, mak
     share = document["share_of_dense"]
     assert (share["bound"], share["censored"], share["n"], share["low"], share["high"]) == ("at most", 3, 3, None, None)
     assert (document["against"]["dense"]["method"], document["against"]["dense"]["p"]) == ("sign test", 0.125)
-    for text in (table(comparison), markdown(comparison)):
+    html = page(comparison, plain(to_json(comparison)), {})
+    for text in (table(comparison), markdown(comparison), markdown(comparison, most_columns=8), html):
         assert "at most 0.570 in 3 of 3 seeds" in text
         assert "[0.570" not in text
     make_ladder("surprise_b", {11.4: [1.79, 1.80, 1.81]})
