@@ -22,7 +22,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from hardware.text import listed, quoted
 from neuro.analysis.registry import layer_rule
 from neuro.analysis.state import detached_copy
-from neuro.analysis.tracing import Example, check_ready, evaluating, split_example
+from neuro.analysis.tracing import Example, check_ready, does_not_run, evaluating, split_example
 
 Calls = list[tuple[tuple[Any, ...], dict[str, Any], Any]]
 
@@ -197,10 +197,7 @@ def _watch(twin: nn.Module, wanted: Mapping[str, nn.Module], example: Example) -
         with evaluating(twin):
             output = twin(*args, **kwargs)
     except Exception as error:
-        raise ValueError(
-            f"the module does not run on the example inputs: {type(error).__name__}: {error}. "
-            "Pass inputs of the shape and dtype its forward takes."
-        ) from error
+        raise does_not_run(error) from error
     finally:
         for handle in handles:
             handle.remove()

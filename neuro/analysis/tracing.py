@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
-from hardware.text import quoted
+from hardware.text import quoted, short
 from neuro.analysis.state import state_kept
 
 Example = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -78,6 +78,14 @@ def split_example(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return tuple(example), {}
     raise TypeError(
         f"example inputs are a tensor, a tuple of arguments or a dict of keyword arguments, not {type(example).__name__}"
+    )
+
+
+def does_not_run(error: Exception) -> ValueError:
+    """The error of a module that fails on its example inputs."""
+    return ValueError(
+        f"the module does not run on the example inputs: {type(error).__name__}: {short(str(error), limit=400)}. "
+        "Pass inputs of the shape and dtype its forward takes."
     )
 
 
@@ -282,10 +290,7 @@ def _trace_leaves(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         with sdpa_kernel(SDPBackend.MATH), counter:  # torch's counter does not know the fused attention of the CPU
             module(*args, **kwargs)
     except Exception as error:
-        raise ValueError(
-            f"the module does not run on the example inputs: {type(error).__name__}: {error}. "
-            "Pass inputs of the shape and dtype its forward takes."
-        ) from error
+        raise does_not_run(error) from error
     finally:
         for handle in handles:
             handle.remove()

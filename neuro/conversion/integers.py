@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hardware.text import quoted
 
+BIAS_LIMIT = 2**12 - 1  # mantissa of a bias, in a register of 13 bits
 INT8_MAX = 127
 WORD_BITS = 23  # u and v: 23 bits and a sign
 WORD_LIMIT = 2**WORD_BITS - 1
@@ -153,3 +154,14 @@ def shift_for(largest: float, limit: float) -> int:
 def headroom_bits(largest: float) -> float:
     """Bits left in a 23-bit word above `largest` (at most 23); negative where it does not fit."""
     return WORD_BITS - math.log2(max(largest, 1.0))
+
+
+def bias_registers(value_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bias of a lif kind: mantissas of 13 bits, sign included, and the smallest exponents that hold them; int32 (N,)."""
+    exponent = np.zeros(len(value_N), dtype=np.int32)
+    mantissa = np.rint(value_N)
+    for power in range(1, 8):
+        wide = np.abs(mantissa) > BIAS_LIMIT
+        exponent[wide] = power
+        mantissa[wide] = np.rint(value_N[wide] / 2.0**power)
+    return np.clip(mantissa, -BIAS_LIMIT, BIAS_LIMIT).astype(np.int32), exponent

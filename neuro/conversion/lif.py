@@ -26,13 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from hardware.text import quoted
-from neuro.conversion.integers import payload_bits
+from neuro.conversion.integers import BIAS_LIMIT, bias_registers, payload_bits
 from neuro.graph import Population, Projection, SpikingGraph
 
 SUM_LIMIT = 2**15 - 1  # 16 bits, sign included, reach a neuron
 V_LIMIT = 2**23 - 1
 VTH_LIMIT = 2**17 - 1
-BIAS_LIMIT = 2**12 - 1
 WEIGHT_LIMIT = 254  # even, mixed signs
 LOWEST_EXP, HIGHEST_EXP = -1, 7
 
@@ -284,7 +283,7 @@ def _fitted(
         exact = int(units // 64) * 64
         per_unit = 64 * 2.0**weight_exp
         weight = 2 * np.rint(weight_NF * exact / per_unit / 2).astype(np.int64)
-        mantissa, exponent = _bias(bias_N * exact)
+        mantissa, exponent = bias_registers(bias_N * exact)
         low_N, high_N = _sums(weight * 2.0**weight_exp, edges)
         worst_sum = float(max(np.abs(low_N).max(), np.abs(high_N).max()))
         worst_v = _worst_v(low_N * 64, high_N * 64, mantissa * 2.0**exponent, exact, keep, piled)
@@ -327,14 +326,3 @@ def _worst_v(
     above = keep * threshold + np.maximum(high_N + bias_N, 0)
     below = np.maximum(-(low_N + bias_N), 0) * piled
     return float(max(above.max(), below.max()))
-
-
-def _bias(value_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mantissas of 13 bits, sign included, and the smallest exponents that hold them, int32 (N,) each."""
-    exponent = np.zeros(len(value_N), dtype=np.int32)
-    mantissa = np.rint(value_N)
-    for power in range(1, 8):
-        wide = np.abs(mantissa) > BIAS_LIMIT
-        exponent[wide] = power
-        mantissa[wide] = np.rint(value_N[wide] / 2.0**power)
-    return np.clip(mantissa, -BIAS_LIMIT, BIAS_LIMIT).astype(np.int32), exponent

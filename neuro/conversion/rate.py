@@ -36,7 +36,7 @@ from torch import nn
 from hardware.text import quoted
 from neuro.analysis.compatibility import CompatibilityReport
 from neuro.conversion.calibration import Calibration, LayerRange
-from neuro.conversion.integers import INT8_MAX, payload_bits, scale_for, shift_for
+from neuro.conversion.integers import INT8_MAX, bias_registers, payload_bits, scale_for, shift_for
 from neuro.conversion.mapped import Piece, common_notes, dense, host_work, layer_and_range, one_to_one, pieces, room
 from neuro.conversion.plan import Plan, Segment
 from neuro.conversion.settings import check_factor, check_whole, check_word
@@ -50,7 +50,6 @@ SUM_LIMIT = 2**15 - 1  # 16 bits, sign included, reach a neuron
 VTH_LIMIT = 2**16 - 1  # half of the register: a clipped v is then still above the threshold, as it would be unclipped
 NEVER = 2**17 - 1  # highest threshold of the register
 MEMBRANE_LIMIT = NEVER  # in the unit of sums; v holds them << 6
-BIAS_LIMIT = 2**12 - 1
 MARGIN = 2.0  # outputs may exceed what calibration saw by this factor before a limit is reached
 
 
@@ -154,24 +153,14 @@ def _lines(layer: IntegerLayer, config: RateConfig) -> np.ndarray:
     return np.concatenate([layer.stored_OI, -layer.stored_OI], axis=1)
 
 
-def _bias(value_N: np.ndarray) -> dict[str, np.ndarray]:
-    """Mantissas of 13 bits, sign included, and the smallest exponents that hold them."""
-    exponent = np.zeros(len(value_N), dtype=np.int32)
-    mantissa = np.rint(value_N)
-    for power in range(1, 8):
-        wide = np.abs(mantissa) > BIAS_LIMIT
-        exponent[wide] = power
-        mantissa[wide] = np.rint(value_N[wide] / 2.0**power)
-    return {"bias_mant": np.clip(mantissa, -BIAS_LIMIT, BIAS_LIMIT).astype(np.int32), "bias_exp": exponent}
-
-
 def _neurons(name: str, kind: str, vth: int, drive_N: np.ndarray, shift: int, steps: int, depth: int) -> Population:
     """Integrate-and-fire neurons that restart when a token's first step reaches them.
 
     `drive_N`: constant charge per step in units of the sum; what the shift drops on average is added.
     """
     floor = 0.5 * (1 - 2.0**-shift)
-    params: dict[str, int | np.ndarray] = {"du": 4095, "dv": 0, "vth": vth, **_bias(64 * (drive_N + floor))}
+    mantissa_N, exponent_N = bias_registers(64 * (drive_N + floor))
+    params: dict[str, int | np.ndarray] = {"du": 4095, "dv": 0, "vth": vth, "bias_mant": mantissa_N, "bias_exp": exponent_N}
     params |= {"reset_interval": steps, "reset_offset": (depth + 1) % steps}
     return Population(name, kind, len(drive_N), params)
 

@@ -32,7 +32,7 @@ from neuro.graph.kinds import BINARY_KINDS, KINDS, LIF_KINDS, STATELESS
 from neuro.simulators.activity import Activity, recorded
 from neuro.simulators.exact import Arrived, Synapses, add, join_arrived, magnitude, narrow
 from neuro.simulators.inputs import InputError, Integers, checked_inputs
-from neuro.simulators.ledger import CHIP_NOTE, FixedPointOverflow, Ledger
+from neuro.simulators.ledger import CHIP_NOTE, FixedPointOverflow, Ledger, Run
 from neuro.simulators.lines import Line
 from neuro.simulators.neurons import Block, Lif, Other, join
 from neuro.simulators.scan import STATS
@@ -95,8 +95,9 @@ def simulate(
     batch, steps = next(iter(values.values())).shape[:2]
     windows = {population.name: (0, steps) for population in graph.populations}
     tally = Tally(graph, checked_placement(graph, placement))
-    engine = _Engine(graph, batch, _device(values), mode, strict, recorded(graph, record), windows, True, tally, fused)
-    engine.run(values, steps)
+    run = Run(graph, batch, _device(values), mode, strict, recorded(graph, record), windows, delayed=True)
+    engine = _Engine(run, tally, fused)
+    engine.advance(values, steps)
     return engine.activity(batch, steps)
 
 
@@ -137,8 +138,8 @@ def run_pipelined(
     flush = max(depth.values()) if delayed else 0
     windows = {name: (steps * delayed, steps * delayed + tokens) for name, steps in depth.items()}
     tally = Tally(graph, checked_placement(graph, placement))
-    engine = _Engine(graph, batch, _device(values), mode, strict, keep, windows, delayed, tally, fused)
-    engine.run(values, tokens + flush)
+    engine = _Engine(Run(graph, batch, _device(values), mode, strict, keep, windows, delayed), tally, fused)
+    engine.advance(values, tokens + flush)
     return engine.activity(batch, tokens)
 
 
@@ -165,21 +166,9 @@ def _device(values: Mapping[str, Tensor]) -> torch.device:
 class _Engine:
     """One run: weights on the device and the state that is carried from chunk to chunk; a ledger counts and records."""
 
-    def __init__(
-        self,
-        graph: SpikingGraph,
-        batch: int,
-        device: torch.device,
-        mode: str,
-        strict: bool,
-        keep: Mapping[str, set[str]],
-        windows: Mapping[str, tuple[int, int]],
-        delayed: bool,
-        tally: Tally,
-        fused: Fused,
-    ) -> None:
-        self._graph, self._batch, self._device, self._strict = graph, batch, device, strict
-        self._keep, self._windows, self._delayed = keep, windows, delayed
+    def __init__(self, run: Run, tally: Tally, fused: Fused) -> None:
+        graph, batch, device, mode = run.graph, run.batch, run.device, run.mode
+        self._run = run
         self._components = components(graph)
         kinds = {p.name: p.kind for p in graph.populations}
         self._synapses = {p.name: Synapses(p, device, mode, kinds[p.source] in BINARY_KINDS) for p in graph.projections}
@@ -201,18 +190,18 @@ class _Engine:
         }
         self._start = 0
         self._input_bounds: dict[str, int] = {}
-        self._ledger = Ledger(graph, batch, device, mode, strict, keep, windows, delayed, tally, self._lines)
+        self._ledger = Ledger(run, tally, self._lines)
 
-    def run(self, inputs: Mapping[str, Tensor], steps: int) -> None:
+    def advance(self, inputs: Mapping[str, Tensor], steps: int) -> None:
         """Take the graph through `steps` steps; inputs (batch, any steps, size) are silent after their end."""
-        width = self._batch * sum(p.size for p in self._graph.populations)
+        width = self._run.batch * sum(p.size for p in self._run.graph.populations)
         chunk = max(1, CHUNK_VALUES // width)
         self._input_bounds = {name: magnitude(value) for name, value in inputs.items()}
         for start in range(0, steps, chunk):
             count = min(chunk, steps - start)
             self._start = self._ledger.start = start
             for names, loop in self._components:
-                population = self._graph.population(names[0])
+                population = self._run.graph.population(names[0])
                 if loop:
                     self._loop(names, count)
                 elif population.kind == "input":
@@ -244,31 +233,31 @@ class _Engine:
 
     def _read(self, projection: Projection, rows: slice) -> Arrived:
         line = self._lines[projection.source, projection.source_port]
-        if not self._delayed:
+        if not self._run.delayed:
             return self._synapses[projection.name].sums(lambda delay: line.now(), again=True)
         return self._synapses[projection.name].sums(lambda delay: line.read(delay, rows), again=rows.stop - rows.start > 1)
 
     def _arrived(self, population: Population, port: str, rows: slice, without: tuple[str, ...]) -> Arrived:
-        incoming = [p for p in self._graph.incoming(population.name, port) if p.source not in without]
+        incoming = [p for p in self._run.graph.incoming(population.name, port) if p.source not in without]
         if not incoming:
-            shape = (rows.stop - rows.start, self._batch, population.size)
-            return Arrived(torch.zeros(shape, dtype=torch.int32, device=self._device), 0, 0)
+            shape = (rows.stop - rows.start, self._run.batch, population.size)
+            return Arrived(torch.zeros(shape, dtype=torch.int32, device=self._run.device), 0, 0)
         return add([self._read(p, rows) for p in incoming])
 
     def _advance_lif(self, population: Population, arrived: Arrived, messages: Tensor, row: int) -> dict[str, Tensor]:
         """Update a lif kind through rows from `row` on, counting those inside its window; u and v if they are kept."""
         name, lif = population.name, self._lif[population.name]
         self._lines[name, "s_out"].bound = 1
-        keep = bool(self._keep[name] & {"u", "v"})
-        first, end = self._windows[name]
+        keep = bool(self._run.keep[name] & {"u", "v"})
+        first, end = self._run.windows[name]
         at, steps = self._start + row, len(messages)
         edges = sorted({0, steps, *(min(max(edge - at, 0), steps) for edge in (first, end))})
         kept: list[dict[str, Tensor]] = []
         for low, high in pairwise(edges):
             part, rows = arrived.at(slice(low, high)), messages[low:high]
             each = self._ledger.tally.wants_each(name) and first <= at + low < end
-            fired = torch.zeros(rows[0].numel(), dtype=torch.int32, device=self._device) if each else None
-            before = lif.state.copy() if self._strict else None
+            fired = torch.zeros(rows[0].numel(), dtype=torch.int32, device=self._run.device) if each else None
+            before = lif.state.copy() if self._run.strict else None
             states, numbers = lif.advance(part, rows, at + low, keep, fired)
             kept.append(states)
             if first <= at + low < end:
@@ -280,7 +269,7 @@ class _Engine:
 
     def _loop(self, names: tuple[str, ...], count: int) -> None:
         """Populations on a loop, step by step; what comes from outside the loop is computed for all steps at once."""
-        members = [self._graph.population(name) for name in names]
+        members = [self._run.graph.population(name) for name in names]
         outside = {
             (m.name, port): self._arrived(m, port, slice(0, count), names) for m in members for port in PORTS[m.kind]
         }
@@ -293,7 +282,7 @@ class _Engine:
             for member in members:
                 parts = {}
                 for port in PORTS[member.kind]:
-                    inside = [p for p in self._graph.incoming(member.name, port) if p.source in names]
+                    inside = [p for p in self._run.graph.incoming(member.name, port) if p.source in names]
                     parts[port] = add([outside[member.name, port].at(at), *(self._read(p, at) for p in inside)])
                     arrivals[member.name][port].append(parts[port])
                 if member.kind in LIF_KINDS:

@@ -7,6 +7,7 @@ over. Layout: (T, B, N) = steps of the chunk, samples, neurons.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,46 +29,52 @@ class FixedPointOverflow(OverflowError):
     """In strict mode: a value left its register, which would wrap, be clipped, or pass in silence."""
 
 
+@dataclass(frozen=True)
+class Run:
+    """What one run of a graph is.
+
+    Attributes:
+        graph, batch, device: what runs, how many samples, and where.
+        mode: "lava" or "chip".
+        strict: whether the first value that leaves its register is an error.
+        keep: population -> variables to record.
+        windows: population -> (first, end) of the steps that count.
+        delayed: whether messages take a step on their way.
+    """
+
+    graph: SpikingGraph
+    batch: int
+    device: torch.device
+    mode: str
+    strict: bool
+    keep: Mapping[str, set[str]]
+    windows: Mapping[str, tuple[int, int]]
+    delayed: bool
+
+
 class Ledger:
     """Counts and records of one run.
 
     Args:
-        graph, batch, device, mode, strict: of the run.
-        keep: population -> variables to record.
-        windows: population -> (first, end) of the steps that count.
-        delayed: whether messages take a step on their way.
+        run: what runs.
         tally: sums over the steps counted.
         lines: (population, port) -> its messages; their shares of events are written here.
 
     `start` is the first step of the chunk that is computed now.
     """
 
-    def __init__(
-        self,
-        graph: SpikingGraph,
-        batch: int,
-        device: torch.device,
-        mode: str,
-        strict: bool,
-        keep: Mapping[str, set[str]],
-        windows: Mapping[str, tuple[int, int]],
-        delayed: bool,
-        tally: Tally,
-        lines: Mapping[tuple[str, str], Line],
-    ) -> None:
-        self._graph, self._batch, self._device, self._mode, self._strict = graph, batch, device, mode, strict
-        self._keep, self._windows, self._delayed, self._lines = keep, windows, delayed, lines
-        self.tally, self.start = tally, 0
-        self._kept: dict[str, dict[str, Tensor]] = {name: {} for name in keep}
+    def __init__(self, run: Run, tally: Tally, lines: Mapping[tuple[str, str], Line]) -> None:
+        self._run, self.tally, self._lines, self.start = run, tally, lines, 0
+        self._kept: dict[str, dict[str, Tensor]] = {name: {} for name in run.keep}
 
     def count_lif(
         self, population: Population, stat: dict[str, int], fired_M: Tensor | None, arrived: Arrived, steps: int
     ) -> None:
         """Counts of a lif kind over some steps, as its scan gives them (`neuro.simulators.scan.STATS`)."""
         name, events = population.name, stat["fired"]
-        each = None if fired_M is None else fired_M.view(self._batch, population.size).sum(dim=0)
+        each = None if fired_M is None else fired_M.view(self._run.batch, population.size).sum(dim=0)
         self.tally.sent(name, "s_out", events, each)
-        self.tally.updated(name, steps * self._batch, events)
+        self.tally.updated(name, steps * self._run.batch, events)
         counts = self.tally.populations[name]
         for key in ("wide_a", "wraps_u", "saturations_v"):
             counts[key] += stat[key]
@@ -76,7 +83,7 @@ class Ledger:
         self.tally.raise_to(name, "max_abs_payload", int(events > 0))
         if arrived.wrapped is not None:
             counts["wraps_sum"] += int(torch.count_nonzero(arrived.wrapped))
-        self._lines[name, "s_out"].share = events / max(1, steps * self._batch * population.size)
+        self._lines[name, "s_out"].share = events / max(1, steps * self._run.batch * population.size)
 
     def refuse_lif(
         self,
@@ -92,7 +99,7 @@ class Ledger:
         """In strict mode: the error of the first value of these steps that left its register."""
         if arrived.wrapped is not None:
             self._refuse(population.name, _beyond_32(arrived.wrapped), row)
-        watched = ("wraps_u", "saturations_v") if self._mode == "lava" else ("wide_a", "wraps_u", "saturations_v")
+        watched = ("wraps_u", "saturations_v") if self._run.mode == "lava" else ("wide_a", "wraps_u", "saturations_v")
         if any(stat[key] for key in watched):
             for found in lif.explain(arrived, messages, step, before):
                 self._refuse(population.name, found, row)
@@ -107,14 +114,14 @@ class Ledger:
     ) -> None:
         """Count and record what a population sent, got and held in the steps of its window that lie in this chunk."""
         name = population.name
-        first, end = self._windows[name]
+        first, end = self._run.windows[name]
         steps = len(next(iter(messages.values())))
         rows = slice(max(first - self.start, 0), min(end - self.start, steps))
         if rows.start >= rows.stop:
             return
         if population.kind not in LIF_KINDS:
             self._count_other(population, messages, block, rows)
-        for projection in self._graph.outgoing(name):
+        for projection in self._run.graph.outgoing(name):
             line = self._lines[name, projection.source_port]
             self._count_payload(projection, messages[projection.source_port][rows], line.bound, rows.start)
         self._record(name, "spikes", messages["s_out"], rows)
@@ -123,7 +130,7 @@ class Ledger:
         for variable, value in states.items():
             self._record(name, variable, value, rows)
         for port, part in arrived.items():
-            if port in self._keep[name]:
+            if port in self._run.keep[name]:
                 self._record(name, port, part.settled(), rows)
 
     def _count_other(
@@ -142,7 +149,7 @@ class Ledger:
             self.tally.raise_to(name, "max_abs_payload", magnitude(sent) if block is not None else 0)
         if block is None:  # an input computes nothing
             return
-        self.tally.updated(name, (rows.stop - rows.start) * self._batch, events)
+        self.tally.updated(name, (rows.stop - rows.start) * self._run.batch, events)
         self.tally.raise_to(name, "max_abs_v", magnitude(block.v[rows]))
         for found in block.findings:
             mask = found.mask[rows]
@@ -151,12 +158,12 @@ class Ledger:
             self._refuse(name, Finding(found.counter, mask, held, found.what, found.width), rows.start)
 
     def _record(self, name: str, variable: str, value_TBN: Tensor, rows: slice) -> None:
-        if variable not in self._keep[name]:
+        if variable not in self._run.keep[name]:
             return
-        first, end = self._windows[name]
+        first, end = self._run.windows[name]
         if variable not in self._kept[name]:
-            shape = (self._batch, end - first, value_TBN.shape[2])
-            self._kept[name][variable] = torch.empty(shape, dtype=torch.int32, device=self._device)
+            shape = (self._run.batch, end - first, value_TBN.shape[2])
+            self._kept[name][variable] = torch.empty(shape, dtype=torch.int32, device=self._run.device)
         at = self.start + rows.start - first
         self._kept[name][variable][:, at : at + rows.stop - rows.start] = value_TBN[rows].transpose(0, 1)
 
@@ -164,7 +171,7 @@ class Ledger:
         counts = self.tally.projections[projection.name]
         counts["max_abs_payload"] = max(counts["max_abs_payload"], bound)
         least, most = projection.payload_range
-        kind = self._graph.population(projection.source).kind
+        kind = self._run.graph.population(projection.source).kind
         signed = least == 0 and kind not in ("input", *BINARY_KINDS) and bool((sent < 0).any())
         if bound > most or signed:
             holder = f"{projection.num_message_bits} message bits of projection {quoted(projection.name)}"
@@ -174,14 +181,14 @@ class Ledger:
 
     def _refuse(self, name: str, found: Finding, low: int) -> None:
         """In strict mode the first value that left its register is an error; `low`: row of the chunk where masks begin."""
-        if not self._strict or not bool(found.mask.any()):
+        if not self._run.strict or not bool(found.mask.any()):
             return
         row, sample, neuron = torch.nonzero(found.mask)[0].tolist()
         if found.value is None:
             value = self._unbounded(name, low + row, sample, neuron)
         else:
             value = int(found.value[row, sample, neuron])
-        step = self.start + low + row - self._windows[name][0]
+        step = self.start + low + row - self._run.windows[name][0]
         raise FixedPointOverflow(
             f"population {quoted(name)}, step {step}, sample {sample}, neuron {neuron}: {found.what} is {value},"
             f" outside the {found.width}; lower the weights, exponents or payloads that lead here"
@@ -190,17 +197,17 @@ class Ledger:
     def _unbounded(self, name: str, row: int, sample: int, neuron: int) -> int:
         """The largest number on the way to one neuron's sums, in Python's integers."""
         sums, seen = [], [0]
-        population = self._graph.population(name)
+        population = self._run.graph.population(name)
         for port in PORTS[population.kind]:
             total = 0
-            for projection in self._graph.incoming(name, port):
+            for projection in self._run.graph.incoming(name, port):
                 line, at = self._lines[projection.source, projection.source_port], slice(row, row + 1)
                 dot = 0
                 for weight, delay, source in synapses_of(projection, neuron):
-                    message = line.read(delay, at) if self._delayed else Exact(line.now().value[at], 0)
+                    message = line.read(delay, at) if self._run.delayed else Exact(line.now().value[at], 0)
                     payload = int(message.value[0, sample, source])
                     dot += weight * (int(payload != 0) if projection.num_message_bits == 0 else payload)
-                e = 0 if projection.kind == "conv" and self._mode == "lava" else projection.weight_exp
+                e = 0 if projection.kind == "conv" and self._run.mode == "lava" else projection.weight_exp
                 shifted = dot << e if e > 0 else dot >> -e
                 total += shifted
                 seen += [dot, shifted, total]
@@ -214,7 +221,7 @@ class Ledger:
         cores = self.tally.finish()
         variants = {
             p.name: f"{p.kind} ({'corrected' if p.params['corrected'] else 'residue'})"
-            for p in self._graph.populations
+            for p in self._run.graph.populations
             if "corrected" in p.params
         }
         notes = notes + [
@@ -229,13 +236,13 @@ class Ledger:
             },
             batch=batch,
             steps=steps,
-            ran_on=f"simulated (ours, {self._mode})",
+            ran_on=f"simulated (ours, {self._run.mode})",
             projections={name: ProjectionCounts(**counts) for name, counts in self.tally.projections.items()},
             populations={name: PopulationCounts(**counts) for name, counts in self.tally.populations.items()},
             cores=cores,
             models=variants,
-            notes=tuple(notes) + ((CHIP_NOTE,) if self._mode == "chip" else ()),
-            mode=self._mode,
+            notes=tuple(notes) + ((CHIP_NOTE,) if self._run.mode == "chip" else ()),
+            mode=self._run.mode,
         )
 
 
