@@ -6,10 +6,9 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, replace
-from dataclasses import fields as dataclass_fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from torch import nn
 
@@ -199,20 +198,19 @@ def load_plan(folder: str | os.PathLike[str]) -> Plan:
     except (ValueError, RecursionError) as error:
         raise PlanFileError(f"{folder / 'plan.json'} is damaged: {error}") from error
     schema = document.get("schema") if isinstance(document, dict) else None
-    if schema != SCHEMA:
+    if isinstance(schema, bool) or schema != SCHEMA:
         raise PlanFileError(
             f"{folder / 'plan.json'} has schema {quoted(schema)}, this version reads {SCHEMA}; convert again"
         )
     try:
-        return Plan(
-            route=document["route"],
-            chip=document["chip"],
-            module=document["module"],
+        named = {key: _tuples(document[key]) for key in ("route", "chip", "module", "notes")}
+        plan = Plan(
             segments=tuple(_segment(folder, fields) for fields in document["segments"]),
-            host=tuple(HostWork(**work) for work in document["host"]),
-            notes=tuple(document["notes"]),
-            prepared=tuple(document.get("prepared", ())),
+            host=tuple(_checked(HostWork(**work)) for work in document["host"]),
+            prepared=_tuples(document.get("prepared", [])),
+            **named,
         )
+        return _checked(plan)
     except FileNotFoundError as error:
         raise PlanFileError(f"{folder}: a graph of the plan is missing: {error.filename}") from error
     except GraphError:
@@ -222,16 +220,33 @@ def load_plan(folder: str | os.PathLike[str]) -> Plan:
 
 
 def _segment(folder: Path, fields: dict[str, Any]) -> Segment:
-    known: dict[str, Any] = {key: _tuples(value) for key, value in fields.items()}
-    known["headroom"] = tuple(Headroom(**room) for room in fields["headroom"])
     checked_name(fields["name"], "segment")  # it becomes a file's name
-    kinds: dict[str, Any] = {"int": int, "float": (int, float), "str": str}
-    for field in dataclass_fields(Segment):
-        kind = kinds.get(str(field.type))
-        value = known.get(field.name, field.default)
-        if kind is not None and value is not MISSING and (isinstance(value, bool) or not isinstance(value, kind)):
-            raise TypeError(f"{field.name} of segment {fields['name']} is {quoted(value)}")
-    return Segment(graph=load_graph(folder / f"{fields['name']}{FILE_SUFFIX}"), **known)
+    known: dict[str, Any] = {key: _tuples(value) for key, value in fields.items()}
+    known["headroom"] = tuple(_checked(Headroom(**room)) for room in fields["headroom"])
+    return _checked(Segment(graph=load_graph(folder / f"{fields['name']}{FILE_SUFFIX}"), **known))
+
+
+Record = TypeVar("Record", Plan, Segment, Headroom, HostWork)
+
+
+def _checked(record: Record) -> Record:
+    """The record, if its plain fields and the items of its tuples are of the types they are declared to be."""
+    for name, declared in get_type_hints(type(record)).items():
+        if not _is_of(getattr(record, name), declared):
+            raise TypeError(f"{type(record).__name__}: {name} is {quoted(getattr(record, name))}")
+    return record
+
+
+def _is_of(value: Any, declared: Any) -> bool:
+    if get_origin(declared) is tuple:
+        return isinstance(value, tuple) and all(_is_of(item, get_args(declared)[0]) for item in value)
+    if get_origin(declared) is not None:
+        key, item = get_args(declared)
+        return isinstance(value, Mapping) and all(_is_of(k, key) and _is_of(v, item) for k, v in value.items())
+    if declared in (int, float):
+        whole = isinstance(value, int) and abs(value) < 2**63
+        return not isinstance(value, bool) and (whole or (declared is float and isinstance(value, float)))
+    return isinstance(value, declared)
 
 
 def _tuples(value: Any) -> Any:

@@ -177,11 +177,11 @@ def _head(member: IO[bytes], name: str) -> tuple[np.dtype[Any], tuple[int, ...],
         raise ArchiveError(f"array {quoted(name)} has a damaged head")
     descr, columns_first, sizes = head.groups()
     if not _DTYPE.match(descr):
-        raise ArchiveError(f"array {quoted(name)} is of type {quoted(descr)}; only numbers belong here")
+        raise ArchiveError(f"array {quoted(name)} is of type {short(descr)}; only numbers belong here")
     try:
         dtype = np.dtype(descr.strip("'"))
     except TypeError as error:
-        raise ArchiveError(f"array {quoted(name)} is of type {quoted(descr)}, which numpy does not have") from error
+        raise ArchiveError(f"array {quoted(name)} is of type {short(descr)}, which numpy does not have") from error
     shape = tuple(int(n) for n in sizes.replace(",", " ").split())
     if len(shape) > _MOST_AXES:
         raise ArchiveError(f"array {quoted(name)} has {len(shape)} axes; {_MOST_AXES} are the limit")

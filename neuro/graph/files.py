@@ -93,7 +93,7 @@ def load_graph(path: str | os.PathLike[str]) -> SpikingGraph:
     except ArchiveError as error:
         raise GraphFileError(f"{path}: not a readable graph file: {error}") from error
     schema = header.get("schema")
-    if schema not in READABLE:
+    if isinstance(schema, bool) or schema not in READABLE:
         raise GraphFileError(
             f"{path}: the file has schema {quoted(schema)}, this version reads schema {' and '.join(map(str, READABLE))};"
             " export it again"
