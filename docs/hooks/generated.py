@@ -34,6 +34,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 FLOORS = ("experiments", "sparse_update", "neuro", "hardware")
 HELP_COLUMNS = "100"
+UNDER = {"bench": ("experiments.bench", "BENCHES"), "study": ("experiments.study", "STUDIES")}
+"""Commands with names under them: where the names are."""
 
 
 class Written(SphinxDirective):
@@ -157,7 +159,8 @@ class Choices(Written):
         if not files:
             raise self.error(f"no files of the group {self.arguments[0]!r} under {CONFIGS.name}/")
         rows = ["| choice | what it is |", "|---|---|"]
-        rows += [f"| `{self.arguments[0]}={path.stem}` | {_cell(_comment(path))} |" for path in files]
+        typed = "spikegate sweep {}" if self.arguments[0] == "sweep" else self.arguments[0] + "={}"
+        rows += [f"| `{typed.format(path.stem)}` | {_cell(_comment(path))} |" for path in files]
         return "\n".join([*rows, ""])
 
 
@@ -225,7 +228,12 @@ def _commands() -> Iterator[str]:
         _call("--help")
     for action in caught[0]._actions:
         if isinstance(action, argparse._SubParsersAction):
-            yield from action.choices
+            for command in action.choices:
+                yield command
+                module, names = UNDER.get(command, ("", ""))
+                yield from (
+                    f"{command} {name}" for name in (getattr(importlib.import_module(module), names) if module else ())
+                )
 
 
 def _help(command: str) -> str:

@@ -37,7 +37,7 @@ class Block:
 
 def pages() -> list[Path]:
     """Every page for readers: the site, the READMEs, the papers of the project."""
-    found = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
+    found = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("examples/*.md"), *ROOT.glob("findings/*.md")]
     return sorted(found + [ROOT / room / "README.md" for room in ROOMS if (ROOT / room / "README.md").exists()])
 
 

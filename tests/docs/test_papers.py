@@ -110,3 +110,10 @@ def test_the_changelog_maps_modules_that_are_there():
 def test_the_tutorial_explains_every_column():
     text = (DOCS / "tutorials/comparison.md").read_text(encoding="utf-8")
     assert [column.header for column in COLUMNS if f"| `{column.header}` |" not in text] == []
+
+
+def test_the_page_on_installation_names_every_dependency_and_extra():
+    text = (DOCS / "install.md").read_text(encoding="utf-8")
+    names = [re.split(r"[><=]", requirement)[0] for requirement in PROJECT["dependencies"]]
+    assert [name for name in names if not re.search(rf"\b{re.escape(name)}\b", text)] == []
+    assert [extra for extra in PROJECT["optional-dependencies"] if f"| `{extra}` |" not in text] == []
