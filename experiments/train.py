@@ -84,8 +84,17 @@ def _train(cfg: TrainConfig, folder: Path, device: torch.device, goes_on: bool) 
 
 
 def _tell(document: Mapping[str, Any]) -> None:
-    """The document's line; an interrupted run has no result.json yet."""
+    """What came out, for people, and the document's line; an interrupted run has no result.json yet."""
     file = Path(document["folder"]) / "result.json" if document["status"] == "finished" else None
+    if file is not None:
+        loss, bits, reference_s, wall_s = (
+            float(document[key]) for key in ("loss_nats", "bits_per_byte", "reference_s", "wall_s")
+        )
+        print(
+            f"{document['stream']} {document['arm']}, seed {document['seed']}: {loss:.4f} nats ({bits:.4f} bits per byte)"
+        )
+        print(f"{document['tokens']:,} tokens, {document['steps']:,} steps, {reference_s:.1f} reference s, {wall_s:.0f} s")
+        print(f"all of it: {file}")
     finish(document, "train", file=file, headline=HEADLINE)
 
 

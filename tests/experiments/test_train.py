@@ -190,8 +190,13 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_with_resume(runs,
         done = spikegate("train", *words, "resume=true", cwd=runs, check=False)
     assert done.returncode == 2
     assert "already holds a run that is in progress (another training" in done.stderr
-    found = last_json(spikegate("train", *words, "resume=true", cwd=runs))
+    done = spikegate("train", *words, "resume=true", cwd=runs)
+    found = last_json(done)
     assert found["status"] == "finished"
+    *_, result, spent, place, _ = done.stdout.splitlines()
+    assert result.startswith(f"noisy dense, seed 0: {found['loss_nats']:.4f} nats (")
+    assert spent.startswith(f"{found['tokens']:,} tokens, ")
+    assert place == "all of it: killed/result.json"
     assert found["loss_nats"] == json.loads((runs / "dense" / "result.json").read_text())["loss_nats"]
     shutil.rmtree(killed)  # the comparison of this folder is of three arms
 

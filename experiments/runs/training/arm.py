@@ -103,6 +103,7 @@ def run_arm(
         found |= {"clock": clock_record(trainer.budget.clock.times), "notes": trainer.budget.clock.times.warnings}
         found["energy_check"] = [] if check is None else compare_all(meter.readings, check.readings)
         if result.finished:
+            shown.to(shown.total)
             found["val_split"] = split(cfg, corpus, model, windows["val"])
             tracker.text("energy", training_energy_markdown(found))
             row = run_row(cfg.stream_name, cfg.arm_name, cfg.seed, str(cfg.folder), experiment_settings(resolved))
