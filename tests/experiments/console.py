@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 from unittest import mock
 
 import torch
@@ -30,6 +32,14 @@ def spikegate(*words: str, cwd: Path, check: bool = True, process: bool = False,
     done = _process(words, cwd, env) if process else _here(words, cwd, env)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def document(printed: str) -> dict[str, Any]:
+    """Everything that a command had to say: the last line, or the file that it names where the line is only a part."""
+    line = printed.splitlines()[-1]
+    assert len(line.encode()) <= 4096
+    found: dict[str, Any] = json.loads(line)
+    return json.loads(Path(found["file"]).read_text()) if found.get("file") else found
 
 
 def _process(words: tuple[str, ...], cwd: Path, env: dict[str, str]) -> CompletedProcess[str]:

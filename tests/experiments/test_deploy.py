@@ -27,6 +27,7 @@ from sparse_update.data.corpus import DataConfig, load_corpus
 from sparse_update.loop.checkpoint import save_checkpoint
 from sparse_update.loop.evaluation import evaluate
 from sparse_update.transformer import ModelConfig, Transformer
+from tests.experiments.console import document as printed
 
 WORDS = ["eval_tokens=512", "calibration_tokens=256", "progress=false", "profiles=[digital45_int8_sram]"]
 
@@ -67,7 +68,7 @@ def run(make_run: Callable[..., Path]) -> Path:
 def deployed(run: Path, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[dict[str, Any], str]:
     assert deploy.main([f"run={run}", *WORDS, *words]) == 0
     out = capsys.readouterr().out
-    return json.loads(Path(json.loads(out.splitlines()[-1])["file"]).read_text()), out
+    return printed(out), out
 
 
 ROUTES = {
@@ -302,7 +303,7 @@ def test_the_bench_of_conversion(run: Path, tmp_path: Path, capsys: pytest.Captu
     write_json(frontier, {"run": "r", "steps": 9, "rows": rows, "goal_nats": 0.05, "synops_fraction_at_0.05": 0.11})
     assert bench.main([*words, "--frontier", str(frontier)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    found = json.loads(lines[-1])
+    found = printed(lines[-1])
     assert found["synops_fraction_at_0.05"] == 0.11
     assert found["frontier"]["source"] == str(frontier)
     assert abs(found["delta_nats_w8a8"]) < 0.02
@@ -316,14 +317,14 @@ def test_the_bench_of_conversion(run: Path, tmp_path: Path, capsys: pytest.Captu
     assert "11.0%" in "\n".join(lines)
 
     assert bench.main([*words, "--frontier-steps", "8", "--targets", "0.3"]) == 0
-    short = json.loads(capsys.readouterr().out.splitlines()[-1])
+    short = printed(capsys.readouterr().out)
     assert {row["kind"] for row in short["frontier"]["rows"]} == {"float", "distilled", "gated", "pruned"}
     within = [row["share"] for row in short["frontier"]["rows"] if row["delta_nats"] <= 0.05]
     assert short["synops_fraction_at_0.05"] == (min(within) if within else None)
     assert short["delta_nats_w8a8"] == found["delta_nats_w8a8"]
 
     assert bench.main([*words, "--frontier-steps", "0"]) == 0
-    none = json.loads(capsys.readouterr().out.splitlines()[-1])
+    none = printed(capsys.readouterr().out)
     assert none["synops_fraction_at_0.05"] is None
     assert "not measured" in none["frontier"]["source"]
     write_json(frontier, {"rows": []})

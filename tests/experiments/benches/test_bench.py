@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
 from experiments import bench
 from experiments.benches import gate as bench_gate
 from experiments.benches.nanogpt import PlainGPT
+from tests.experiments.console import document as printed
 
 SMALLEST = ["--model", "tiny", "--batch", "2", "--rounds", "2", "--compile", "off", "--precision", "fp32"]
 
@@ -29,7 +28,7 @@ def narrow(monkeypatch):
 
 def test_the_last_line_is_the_document(narrow, capsys):
     assert bench.main(["gate", *SMALLEST, "--rates", "0.5,0.25", "--kinds", "all", "--rounds", "1"]) == 0
-    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    document = printed(capsys.readouterr().out)
     assert set(document["step"]) == set(bench_gate.KINDS + bench_gate.EXTRA)
     for kind, rates in document["step"].items():
         assert set(rates) == {"0.5", "0.25"}, kind
@@ -56,7 +55,7 @@ def test_an_interruption_prints_what_is_there(narrow, capsys, monkeypatch):
 
     monkeypatch.setattr(bench_gate.Bench, "_time", stop_later)
     assert bench.main(["gate", *SMALLEST, "--rounds", "30", "--kinds", "dw_rows"]) == 130
-    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    document = printed(capsys.readouterr().out)
     assert document["interrupted"] is True
     assert document["dense"]
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 
 from experiments.benches import simulator
 from neuro.simulators.lava.client import LavaError
+from tests.experiments.console import document as printed
 
 
 def test_both_settings_stand_in_the_lines_and_in_the_json(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -23,7 +23,7 @@ def test_both_settings_stand_in_the_lines_and_in_the_json(monkeypatch: pytest.Mo
     monkeypatch.setattr(simulator, "best_of", lambda call, least_s=0.0, runs=1: (call(), 1e-3)[1])
     assert simulator.main(["--widths", "16", "--steps", "8", "--threads", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    document = json.loads(lines[-1])
+    document = printed(lines[-1])
     assert document.keys() == {"n16"}
     assert document["n16"].keys() == {"default", "fused"}
     for found in document["n16"].values():

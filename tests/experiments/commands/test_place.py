@@ -12,6 +12,7 @@ from experiments.views.chip_figure import chip_figure
 from hardware.placement import Connection, LayerDemand, place
 from neuro.graph import Population, SpikingGraph, save_graph
 from neuro.graph.synapses import Projection
+from tests.experiments.console import document as printed
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def command(*words: object) -> int:
 
 
 def last(capsys) -> dict:
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+    return printed(capsys.readouterr().out)
 
 
 def test_it_fits(graph, capsys):
@@ -42,7 +43,7 @@ def test_it_fits(graph, capsys):
     out = capsys.readouterr().out
     assert "3 of 128 cores on 1 chip" in out
     assert "inferred from published compiler output" in out
-    document = json.loads(out.splitlines()[-1])
+    document = printed(out)
     assert document["fits"]
     assert document["cores_used"] == 3
     assert [len(layer["cores"]) for layer in document["layers"]] == [2, 1]

@@ -39,6 +39,12 @@ def test_no_document_is_longer_than_a_line_may_be(document: dict[str, object]) -
         assert found["file"] == "all.json"
 
 
+@pytest.fixture(autouse=True)
+def documents_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here they go where they go in use, below the current folder."""
+    monkeypatch.setattr("experiments.runs.output.FOLDER", Path("runs/documents"))
+
+
 def huge() -> dict[str, object]:
     """As a comparison of many runs: 371,000 characters and more."""
     rows = [{"arm": f"arm {i}", "loss_nats": i / 7, "text": "ä" * 300} for i in range(900)]

@@ -18,6 +18,7 @@ from sparse_update.data.records import CorpusError
 from sparse_update.loop.checkpoint import save_checkpoint
 from sparse_update.loop.evaluation import evaluate
 from sparse_update.transformer import ModelConfig, Transformer
+from tests.experiments.console import document as printed
 
 WORDS = ["--steps", "12", "--batch", "4", "--targets", "0.3", "--controls", "adamw:1e-3", "--eval-tokens", "512"]
 WORDS += ["--calibration-tokens", "256"]
@@ -48,7 +49,7 @@ def test_the_frontier_end_to_end(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert activity.main([str(run), *WORDS]) == 0
     out, err = capsys.readouterr()
     assert "at the edge of the rates tried" in err  # of a single one
-    found = json.loads(out.splitlines()[-1])
+    found = printed(out)
     rows = {row["kind"]: row for row in found["rows"]}
     assert set(rows) == {"float", "gated", "pruned"}
     assert rows["float"]["delta_float_nats"] == 0
@@ -76,7 +77,7 @@ def test_the_frontier_end_to_end(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert deployed["loss_simulated_nats"] == pytest.approx(record["simulated_nats"], abs=2e-3)  # calibrated on other text
     before = (point / "point.json").stat().st_mtime_ns
     assert activity.main([str(run), *WORDS]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
+    assert printed(capsys.readouterr().out) == found
     assert (point / "point.json").stat().st_mtime_ns == before
 
     assert activity.main([str(run), *WORDS, "--batch", "5"]) == 2
@@ -138,7 +139,7 @@ def test_summary_and_goal() -> None:
 def test_distillation_comes_with_its_own_control(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*WORDS, "--distil", "0.5", "--teacher", "control", "--pruning", "0", "--out", str(tmp_path / "kd")]
     assert activity.main([str(run), *words]) == 0
-    rows = {row["kind"]: row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]}
+    rows = {row["kind"]: row for row in printed(capsys.readouterr().out)["rows"]}
     assert set(rows) == {"float", "distilled", "gated"}
     assert rows["distilled"]["float_nats"] != rows["float"]["float_nats"]
     assert rows["distilled"]["delta_nats"] == pytest.approx(

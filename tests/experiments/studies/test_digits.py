@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
@@ -13,6 +11,7 @@ from neuro.graph import load_graph
 from neuro.modules.spiking import SpikingClassifier, current_code, predicted
 from neuro.simulators.fixed_point import simulate
 from neuro.simulators.lava import client as lava_client
+from tests.experiments.console import document as printed
 
 STEPS = 6
 
@@ -87,14 +86,14 @@ def test_the_command_says_whether_it_holds(monkeypatch, capsys, small, tmp_path)
     quick(monkeypatch, small, float_accuracy=0.3)
     monkeypatch.setattr(digits, "WITHIN", 0.03)
     assert digits.main(words) == 0
-    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    document = printed(capsys.readouterr().out)
     assert document["holds"]
     assert set(document["accuracy"]) == {"float", "lava", "chip", "snntorch"}
     assert document["lava"] == {"ran": False, "reason": "not asked for"}
     assert load_graph(tmp_path / "digits.graph.npz").meta["steps"] == STEPS
     monkeypatch.setattr(digits, "BAR", 0.999)
     assert digits.main(words) == 1
-    assert not json.loads(capsys.readouterr().out.splitlines()[-1])["holds"]
+    assert not printed(capsys.readouterr().out)["holds"]
 
 
 def test_without_lava_it_says_so_and_with_a_failure_it_fails(monkeypatch, capsys, small):
@@ -107,7 +106,7 @@ def test_without_lava_it_says_so_and_with_a_failure_it_fails(monkeypatch, capsys
 
         monkeypatch.setattr(lava_client, "run", fail)
         assert digits.main(["--steps", str(STEPS), "--lava-samples", "1"]) == code
-        document = json.loads(capsys.readouterr().out.splitlines()[-1])
+        document = printed(capsys.readouterr().out)
         assert document["lava"] == {"ran": False, "reason": str(error)}
 
 
@@ -129,7 +128,7 @@ def test_the_whole_command_holds(code, capsys):
     """Float at least 0.95, every simulator within a point of it, Lava equal if it is there."""
     torch.set_num_threads(1)
     assert digits.main(["--code", code, "--lava-samples", "4"]) == 0
-    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    document = printed(capsys.readouterr().out)
     assert document["accuracy"]["float"] >= 0.95
     assert all(abs(value - document["accuracy"]["float"]) <= 0.01 + 1e-9 for value in document["accuracy"].values())
     assert document["lava"].get("equal", True)

@@ -10,6 +10,7 @@ import torch
 
 from experiments.studies import spiking_lm
 from neuro.graph import load_graph
+from tests.experiments.console import document as printed
 
 SMALL = ["--tokens", "6000", "--batch", "4", "--context", "16", "--width", "16", "--layers", "1", "--heads", "2"]
 SMALL += ["--eval-tokens", "320", "--lava-samples", "0", "--quiet"]
@@ -34,7 +35,7 @@ def finished(texts, tmp_path_factory) -> Path:
 
 
 def last_line(capsys) -> dict:
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
+    return printed(capsys.readouterr().out)
 
 
 def test_every_arm_learns_and_the_simulator_equals_the_grid(finished, texts, capsys):
