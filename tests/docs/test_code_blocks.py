@@ -39,6 +39,7 @@ ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     "PYTHONPATH": f"{ROOT}{os.pathsep}.",
     "PYTHONWARNINGS": "ignore",
+    "OMP_NUM_THREADS": "1",
 }
 
 
