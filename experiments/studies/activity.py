@@ -168,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: 0 done, 2 settings or folders that cannot be used."""
     args = vars(parser().parse_args(argv))
     threads = args.pop("threads")
+    args.pop("json")  # `entry` has taken care of it
     if threads:
         torch.set_num_threads(threads)
     try:
