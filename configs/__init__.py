@@ -1,1 +1,1 @@
-"""The YAML files that Hydra composes, installed as package data so that the commands work from any folder."""
+"""Shipped settings that Hydra composes: YAML files, installed as package data so that the commands work from any folder."""

@@ -1,1 +1,1 @@
-"""Entry points, TensorBoard, statistics: the floor that knows Hydra and puts the rooms below together."""
+"""Entry points, and how runs are compared and shown: the only floor that knows Hydra and TensorBoard."""

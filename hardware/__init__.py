@@ -1,5 +1,4 @@
-"""Ground floor: what chips can hold, what events cost in joules and seconds, what meters measured, and what stands
-before a board.
+"""Joules, seconds and cores: what chips can hold, what events cost, what meters measured, what stands before a board.
 
 Importing this package reads no file and loads neither torch nor yaml nor pynvml.
 """

@@ -1,1 +1,1 @@
-"""Measurements: each figure a ratio against a named peer in the same run."""
+"""Speeds and costs beside a named peer: each figure is a ratio of one run."""

@@ -1,1 +1,1 @@
-"""The argparse commands of `spikegate`: compat, place, simulate, verify, export, import, doctor, completion."""
+"""The smaller commands of `spikegate`: compat, place, simulate, verify, export, import, doctor, completion."""

@@ -1,4 +1,4 @@
-"""Which cores of a chip a network takes, which limit binds, and what its messages travel."""
+"""Which cores of a chip a network takes: which limit binds, and what its messages travel."""
 
 from hardware.placement.demand import Connection, Convolution, LayerDemand
 from hardware.placement.place import place

@@ -1,4 +1,4 @@
-"""Integer graphs: populations, projections, the checks that make a graph lawful, and the file that carries one.
+"""Integer graphs and their file: populations, projections, the checks that make a graph lawful, reading and writing.
 
 `demand.py` (what a graph asks of a chip's cores) is not imported here: it needs `hardware`, and the Lava worker loads this
 package under Python 3.10 with numpy alone.

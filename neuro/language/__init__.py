@@ -1,4 +1,4 @@
-"""Spiking and graded building blocks whose state is native to the chip, and a language model made of them."""
+"""A language model whose state is native to the chip: its spiking and graded building blocks."""
 
 from neuro.language.blocks import GatedMixer, GradedMLP, ShortConvolution, SpikingMixer, SpikingMLP
 from neuro.language.grid import use_grid

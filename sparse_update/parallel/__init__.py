@@ -1,1 +1,1 @@
-"""The processes that train one model together, and what they tell one another."""
+"""The processes that train one model together: what they tell one another."""

@@ -1,4 +1,4 @@
-"""Signals: what data is worth, by name.
+"""What data is worth: signals by name.
 
 `make_signal("ngram", SignalContext(256, 128))` makes one, `@register_signal("mine")` adds one.
 """
