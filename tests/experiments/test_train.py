@@ -95,7 +95,7 @@ def test_rerun_repeats_a_run_from_its_folder(runs):
 
 
 def test_an_interrupted_process_resumes_to_the_same_bits(runs, text, tmp_path):
-    common = [*FAST, f"data.path={text}", "gate=surprise", "seed=3", "trainer.budget_reference_s=4"]
+    common = [*FAST, f"data.path={text}", "gate=surprise", "seed=3", "trainer.budget_reference_s=2"]
     common += [f"trainer.component_times={runs / 'times.json'}", "trainer.log_every_steps=1"]
     whole = last_json(spikegate("train", *common, "run=whole", cwd=tmp_path))
     process = subprocess.Popen(
@@ -210,7 +210,7 @@ def test_deploying_what_is_no_finished_run_is_refused(runs, tmp_path):
 
 def test_multirun_gives_one_line_per_arm(text, tmp_path):
     done = spikegate(
-        "train", "-m", *FAST, f"data.path={text}", "gate=dense,random", "trainer.budget_reference_s=2",
+        "train", "-m", *FAST, f"data.path={text}", "gate=dense,random", "trainer.budget_reference_s=1",
         "trainer.component_times=times.json", cwd=tmp_path,
     )  # fmt: skip
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
