@@ -33,6 +33,7 @@ def in_this_process(words: Sequence[str], show: bool = False) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a minute on an idle machine, far more on a busy one
 def test_the_demo_survives_an_interruption_and_ends_in_a_comparison(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

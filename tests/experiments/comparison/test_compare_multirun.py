@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from tests.experiments.console import spikegate
+from tests.shared import once
 
 FAST = [
     "model.width=16", "model.layers=2", "model.heads=2", "model.context=32", "model.attention=explicit",
     "trainer.batch_windows=4", "trainer.eval_tokens=1024", "trainer.evaluations=2", "trainer.precision=fp32",
-    "trainer.budget_reference_s=0.4", "trainer.log_every_steps=5", "trainer.component_times=times.json",
+    "trainer.budget_reference_s=0.8", "trainer.log_every_steps=5", "trainer.component_times=times.json",
     "gate.pool_windows=32", "gate.ngram_bits=12", "data=files", "data.garbage_fraction=0.3", "progress=false",
 ]  # fmt: skip
 ARMS = ("dense", "random", "surprise")
@@ -25,7 +26,10 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Fifteen runs of one `-m` command, named after their arm and seed, on one table of component times."""
-    folder = tmp_path_factory.mktemp("multirun")
+    return once(tmp_path_factory, "multirun", fifteen_runs)
+
+
+def fifteen_runs(folder: Path) -> None:
     generator = np.random.default_rng(0)
     words = [bytes(generator.integers(97, 123, generator.integers(2, 8)).astype(np.uint8)) for _ in range(200)]
     (folder / "text").mkdir()
@@ -37,7 +41,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = spikegate("train", "-m", *FAST, *sweep, cwd=folder)
     printed = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert [item["status"] for item in printed] == ["finished"] * 15
-    return folder
 
 
 def test_fifteen_runs_make_one_table_with_verdicts(runs: Path) -> None:
