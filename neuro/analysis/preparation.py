@@ -1,7 +1,8 @@
 """A copy of a module in which layers that no chip takes as they are have become nn.Linear layers that compute the same.
 
 Two kinds are converted: layers with a converter in the registry (Hugging Face's Conv1D, nn.MultiheadAttention, one's own),
-and nn.Linear layers whose weight a parametrization computes (weight_norm, spectral_norm), which get the finished weight.
+and nn.Linear layers whose weight is computed before each call, by a parametrization or by the older hooks of torch.nn.utils
+(weight_norm, spectral_norm, prune), which get the finished weight.
 
 `prepare` shows on an example that nothing changes. `analyse` does so too, and says what it gains; `calibrate`, `convert`
 and `deploy` then work on `prepared_copy`, so that the module itself is never changed.
@@ -21,7 +22,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from hardware.text import listed, quoted
 from neuro.analysis.registry import layer_rule
-from neuro.analysis.state import detached_copy
+from neuro.analysis.state import WEIGHT_HOOKS, detached_copy, weight_hooks
 from neuro.analysis.tracing import Example, check_ready, does_not_run, evaluating, split_example
 
 Calls = list[tuple[tuple[Any, ...], dict[str, Any], Any]]
@@ -82,11 +83,11 @@ def prepared_copy(module: nn.Module, names: Collection[str] | None = None) -> nn
 
 
 def convertible(module: nn.Module) -> dict[str, nn.Module]:
-    """Path -> layer, for those that have a converter or a parametrization to finish."""
+    """Path -> layer, for those that have a converter, or a weight that is computed before each call."""
     found = {}
     for name, layer in module.named_modules():
         rule = layer_rule(layer)
-        if (rule is not None and rule.to_linear is not None) or _is_parametrised_linear(layer):
+        if (rule is not None and rule.to_linear is not None) or _is_parametrised_linear(layer) or weight_hooks(layer):
             found[name] = layer
     return found
 
@@ -97,7 +98,7 @@ def counted_kinds(kinds: Mapping[str, str]) -> str:
 
 
 def move_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Forward hooks and forward pre-hooks of `old`, also those that take keywords, to `new`."""
+    """Forward hooks and pre-hooks of `old`, also those that take keywords, to `new`; not those that make its weight."""
     for kind in (
         "_forward_hooks",
         "_forward_pre_hooks",
@@ -105,7 +106,8 @@ def move_hooks(old: nn.Module, new: nn.Module) -> None:
         "_forward_pre_hooks_with_kwargs",
         "_forward_hooks_always_called",
     ):
-        getattr(new, kind).update(getattr(old, kind))
+        kept = {key: hook for key, hook in getattr(old, kind).items() if not isinstance(hook, WEIGHT_HOOKS)}
+        getattr(new, kind).update(kept)
 
 
 def _is_parametrised_linear(layer: nn.Module) -> bool:
@@ -113,6 +115,8 @@ def _is_parametrised_linear(layer: nn.Module) -> bool:
 
 
 def _kind(layer: nn.Module) -> str:
+    if weight_hooks(layer):
+        return "Linear with a weight hook"
     return "parametrised Linear" if _is_parametrised_linear(layer) else type(layer).__name__
 
 
@@ -157,12 +161,14 @@ def _one(name: str, layer: nn.Module) -> nn.Module:
 
 
 def _finished(layer: nn.Linear) -> nn.Linear:
-    """A plain layer with the weight that the parametrization computes.
+    """A plain layer with the weight that the parametrization or the hooks compute.
 
     torch's remove_parametrizations is of no use on a copy: a deep copy shares its class with the original, and the removal
     takes the weight's property away from the class.
     """
     with torch.no_grad():
+        for hook in weight_hooks(layer):
+            hook(layer, None)
         new = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         new.weight = nn.Parameter(layer.weight.detach().clone(), layer.weight.requires_grad)
         if layer.bias is not None:

@@ -9,8 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 Restore = Callable[[], None]
+WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 
 
 @contextmanager
@@ -37,6 +41,13 @@ def detached_copy(module: nn.Module) -> nn.Module:
                 if tensor.grad_fn is not None:
                     memo[id(tensor)] = tensor.detach().clone()
     return copy.deepcopy(module, memo)
+
+
+def weight_hooks(layer: nn.Module) -> list[Callable[[nn.Module, Any], None]]:
+    """The hooks of torch.nn.utils that compute an nn.Linear's weight or bias before each call; none for other layers."""
+    if type(layer) is not nn.Linear:
+        return []
+    return [hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, WEIGHT_HOOKS)]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
 from hardware.text import quoted, short
-from neuro.analysis.state import state_kept
+from neuro.analysis.state import state_kept, weight_hooks
 
 Example = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -92,8 +92,9 @@ def does_not_run(error: Exception) -> ValueError:
 def check_ready(module: nn.Module) -> None:
     """Refuse what can be neither copied nor looked into as it is.
 
-    Raises ValueError, with the way out, for parameters that are not initialised yet, a weight that hangs on an autograd
-    graph (hooks of torch.nn.utils.prune and weight_norm compute it before each call), and compiled modules.
+    Raises ValueError, with the way out, for parameters that are not initialised yet, compiled modules, and a weight that
+    hangs on an autograd graph because hooks of torch.nn.utils.prune or weight_norm compute it before each call. In
+    nn.Linear layers that weight can be finished (`neuro.analysis.preparation`), so they are let through.
     """
     for path, part in module.named_modules():
         label = f"module {quoted(path or '(root)')}"
@@ -109,7 +110,7 @@ def check_ready(module: nn.Module) -> None:
                 )
         for name, held in vars(part).items():
             hooked = part._parameters.keys() & {f"{name}_orig", f"{name}_g"}
-            if isinstance(held, Tensor) and held.grad_fn is not None and hooked:
+            if isinstance(held, Tensor) and held.grad_fn is not None and hooked and not weight_hooks(part):
                 raise ValueError(
                     f"{label} holds {quoted(name)} as the result of a computation with gradients, so it cannot be "
                     "copied; make "

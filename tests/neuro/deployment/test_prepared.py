@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import neuro
@@ -30,6 +31,17 @@ def normed() -> tuple[nn.Module, Any]:
     return nn.Sequential(*layers), torch.randn(8, 16)
 
 
+def hooked() -> tuple[nn.Module, Any]:
+    """The older weight hooks of torch, after a call with gradients (the weights hang on a graph)."""
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        first = nn.utils.weight_norm(nn.Linear(16, 64))
+    layers = [first, nn.ReLU(), nn.utils.spectral_norm(nn.Linear(64, 16)), nn.Linear(16, 16)]
+    prune.l1_unstructured(layers[3], "weight", 0.5)
+    model, inputs = nn.Sequential(*layers), torch.randn(8, 16)
+    model(inputs)
+    return model, inputs
+
+
 def attention() -> tuple[nn.Module, Any]:
     return nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), torch.randn(3, 5, 16)
 
@@ -37,6 +49,7 @@ def attention() -> tuple[nn.Module, Any]:
 MODELS = {
     "gpt2": (gpt2, "8 x Conv1D"),
     "normed": (normed, "2 x parametrised Linear"),
+    "hooked": (hooked, "3 x Linear with a weight hook"),
     "attention": (attention, "1 x MultiheadAttention"),
 }
 

@@ -161,7 +161,7 @@ def test_a_plan_of_another_module_converts_nothing() -> None:
 
 def test_modules_that_cannot_be_copied_or_looked_into_are_refused_with_the_way_out() -> None:
     x = torch.randn(4, 16)
-    pruned = nn.Sequential(nn.Linear(16, 8))
+    pruned = nn.Sequential(nn.Conv1d(4, 8, 1), nn.Linear(16, 8))
     prune.random_unstructured(pruned[0], "weight", 0.5)
     for found, message in (
         (nn.Sequential(nn.LazyLinear(8)), r"module '0' has no 'weight' yet \(LazyLinear is lazy\); run it once"),
@@ -173,7 +173,7 @@ def test_modules_that_cannot_be_copied_or_looked_into_are_refused_with_the_way_o
                 work(found, x)
     assert isinstance(nn.Sequential(nn.LazyLinear(8))[0].weight, nn.UninitializedParameter)
     prune.remove(pruned[0], "weight")
-    assert neuro.analyse(pruned, x).mapped == ("0",)
+    assert neuro.analyse(pruned, x).mapped == ("1",)
 
 
 def test_examples_without_rows_and_layers_without_an_order() -> None:
