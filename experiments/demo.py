@@ -7,6 +7,7 @@ stopped."""
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import subprocess
@@ -53,9 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def demo(folder: Path, seeds: int = 1, budget_reference_s: float | None = None) -> int:
     """Run everything that is not there yet, print the table, and name the command that opens TensorBoard.
 
-    Returns the exit code: 0, 130 when interrupted, or that of the command that failed.
+    Returns the exit code: 0, 2 for settings that buy nothing, 130 when interrupted, or that of the command that failed.
     """
     budget = BUDGET_REFERENCE_S if budget_reference_s is None else budget_reference_s
+    if seeds < 1 or not 0 < budget < math.inf:
+        print(
+            f"demo: --seeds {seeds} --budget-reference-s {budget:g}: at least one seed and a budget above 0",
+            file=sys.stderr,
+        )
+        return 2
     try:
         with exclusive(folder, "demo"):
             return _demo(folder, seeds, budget)

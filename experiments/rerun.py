@@ -56,7 +56,8 @@ def rerun(folder: Path, out: Path | None = None) -> int:
 def repeat(folder: Path, out: Path) -> dict[str, Any]:
     """{"equal", "compared": {name: [then, now]}, "changed_since", "run"} of a finished run repeated into `out`.
 
-    A training run keeps its own table of component times. Raises RunError for a folder that holds no finished run.
+    A training run keeps its own table of component times. Raises RunError for a folder that holds no finished run, and for
+    an `out` that holds a run already.
     """
     from omegaconf import OmegaConf
 
@@ -67,6 +68,8 @@ def repeat(folder: Path, out: Path) -> dict[str, Any]:
     kind = str(record.get("kind"))
     if kind not in COMPARED or record.get("status") != "finished":
         raise RunError(f"{folder} is no finished training run or deployment ({kind}, {record.get('status')})")
+    if (out / "run.json").exists():
+        raise RunError(f"{out} holds a run already: name another folder with --out FOLDER, or delete this one")
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     if kind == "train":
         settings |= {"run": str(out), "resume": False}

@@ -73,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _demands(paths: Sequence[Path], inputs: Path | None) -> tuple[LayerDemand, ...]:
+    if missing := [str(path) for path in paths if not path.exists()]:
+        raise FileNotFoundError(f"{', '.join(missing)}: no such file or folder")
     files = [file for path in paths for file in (sorted(path.rglob(f"*{FILE_SUFFIX}")) if path.is_dir() else [path])]
     if not files:
         raise FileNotFoundError(f"{', '.join(map(str, paths))}: no *{FILE_SUFFIX} in it; export or deploy first")

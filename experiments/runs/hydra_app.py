@@ -276,13 +276,15 @@ def _deepest(error: BaseException) -> BaseException:
 
 
 def _close(key: str, keys: Sequence[str]) -> list[str]:
-    """Known keys that look like `key`, whole or by their last part."""
+    """Known keys that begin with `key` or look like it, whole or by their last part; not the groups it lies in."""
+    keys = [known for known in keys if not key.startswith(f"{known}.")]
+    longer = [known for known in keys if known.startswith(key)]
     whole = difflib.get_close_matches(key, keys, n=3, cutoff=0.6)
     last = key.rsplit(".", 1)[-1]
     tails = {known.rsplit(".", 1)[-1] for known in keys}
     by_tail = difflib.get_close_matches(last, sorted(tails), n=2, cutoff=0.75)
     same_tail = [known for tail in by_tail for known in keys if known.rsplit(".", 1)[-1] == tail]
-    return list(dict.fromkeys([*whole, *same_tail]))[:3]
+    return list(dict.fromkeys([*longer, *whole, *same_tail]))[:3]
 
 
 def _top(keys: Sequence[str]) -> list[str]:

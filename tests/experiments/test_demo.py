@@ -32,6 +32,17 @@ def in_this_process(words: Sequence[str], show: bool = False) -> None:
         raise subprocess.CalledProcessError(code, [sys.executable, "-m", *words])
 
 
+@pytest.mark.parametrize("words", [["--seeds", "0"], ["--budget-reference-s", "-1"], ["--budget-reference-s", "nan"]])
+def test_settings_that_buy_nothing_are_refused_before_anything_starts(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert demo.main(["--folder", str(tmp_path / "demo"), *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.endswith("at least one seed and a budget above 0\n")
+    assert not (tmp_path / "demo").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # a minute on an idle machine, far more on a busy one
 def test_the_demo_survives_an_interruption_and_ends_in_a_comparison(

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 
+from experiments.rerun import rerun
 from experiments.runs.lock import exclusive
 from tests.experiments.console import spikegate
 
@@ -92,6 +93,14 @@ def test_rerun_repeats_a_run_from_its_folder(runs):
     found = last_json(spikegate("rerun", "surprise", cwd=runs, process=True))
     assert found["equal"], found["compared"]
     assert found["compared"]["loss_nats"][0] > 0
+
+
+def test_a_repetition_is_not_written_into_the_folder_of_another_run(tmp_path, capsys):
+    for folder in (tmp_path / "run", tmp_path / "run-rerun"):
+        folder.mkdir()
+        (folder / "run.json").write_text('{"kind": "train", "status": "finished"}')
+    assert rerun(tmp_path / "run") == 1
+    assert "run-rerun holds a run already: name another folder with --out FOLDER" in capsys.readouterr().err
 
 
 def test_an_interrupted_process_resumes_to_the_same_bits(runs, text, tmp_path):

@@ -93,7 +93,7 @@ def test_it_does_not_fit(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere.graph.npz"], "nowhere.graph.npz"),
+        (["nowhere"], "place: nowhere: no such file or folder\n"),
         (["GRAPH", "--chip", "loihi3"], "shipped names: loihi1, loihi2"),
         (["GRAPH", "--chips", "0"], "chips is 0"),
         (["GRAPH", "--budget", "nengo"], "no budget 'nengo'"),

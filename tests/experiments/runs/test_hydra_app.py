@@ -102,6 +102,8 @@ def test_a_sweep_goes_on_after_a_failed_job(capsys: pytest.CaptureFixture[str]) 
         (["lever.kep=1"], "unknown configuration key 'lever.kep'; did you mean lever.keep"),
         (["+lever.kep=1"], "unknown configuration key 'lever.kep'; did you mean lever.keep"),
         (["keep=1"], "unknown configuration key 'keep'; did you mean lever.keep?"),
+        (["ex=1"], "unknown configuration key 'ex'; did you mean extra?"),
+        (["lever.zzz=1"], "unknown configuration key 'lever.zzz'; did you mean lever.kind or lever.keep?"),
         (["zzz=1"], "unknown configuration key 'zzz'; known keys: lever, seed, must, extra"),
         (["lever=typo"], "unknown configuration key 'knd'; did you mean lever.kind?"),
         (["lever=surprize"], "lever=surprize: no such choice; there are dense, surprise, typo"),
