@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -187,7 +188,7 @@ def save_plan(plan: Plan, folder: str | os.PathLike[str]) -> Path:
 def load_plan(folder: str | os.PathLike[str]) -> Plan:
     """Read a folder written by `save_plan`.
 
-    Raises PlanFileError (no plan.json, damaged, other schema, a graph missing) or neuro.graph.GraphError (a broken
+    Raises PlanFileError (no plan.json, damaged, impossible numbers, other schema, a graph missing) or GraphError (a broken
     graph).
     """
     folder = Path(folder)
@@ -213,27 +214,45 @@ def load_plan(folder: str | os.PathLike[str]) -> Plan:
         return _checked(plan)
     except FileNotFoundError as error:
         raise PlanFileError(f"{folder}: a graph of the plan is missing: {error.filename}") from error
-    except GraphError:
+    except (GraphError, PlanFileError):
         raise
     except Exception as error:  # a document of any other form than ours
         raise PlanFileError(f"{folder / 'plan.json'} is damaged: {quoted(error)}") from error
 
 
 def _segment(folder: Path, fields: dict[str, Any]) -> Segment:
-    checked_name(fields["name"], "segment")  # it becomes a file's name
+    try:
+        checked_name(fields["name"], "segment")  # it becomes a file's name
+    except GraphError as error:
+        raise PlanFileError(f"{folder / 'plan.json'} is damaged: {error}") from error
     known: dict[str, Any] = {key: _tuples(value) for key, value in fields.items()}
     known["headroom"] = tuple(_checked(Headroom(**room)) for room in fields["headroom"])
     return _checked(Segment(graph=load_graph(folder / f"{fields['name']}{FILE_SUFFIX}"), **known))
 
 
+LEAST = {
+    "n_in": 1,
+    "n_hidden": 0,
+    "n_out": 1,
+    "time_steps": 1,
+    "weight_bits": 1,
+    "weight_bytes": 0,
+    "macs_per_token": 0,
+    "rows_per_token": 0,
+}
 Record = TypeVar("Record", Plan, Segment, Headroom, HostWork)
 
 
 def _checked(record: Record) -> Record:
-    """The record, if its plain fields and the items of its tuples are of the types they are declared to be."""
+    """The record, if its fields and the items of its tuples are of their declared types, numbers finite, and counts no less
+    than LEAST."""
     for name, declared in get_type_hints(type(record)).items():
         if not _is_of(getattr(record, name), declared):
             raise TypeError(f"{type(record).__name__}: {name} is {quoted(getattr(record, name))}")
+        if name in LEAST and getattr(record, name) < LEAST[name]:
+            raise ValueError(
+                f"{type(record).__name__}: {name} is {getattr(record, name)}; at least {LEAST[name]} is needed"
+            )
     return record
 
 
@@ -244,8 +263,8 @@ def _is_of(value: Any, declared: Any) -> bool:
         key, item = get_args(declared)
         return isinstance(value, Mapping) and all(_is_of(k, key) and _is_of(v, item) for k, v in value.items())
     if declared in (int, float):
-        whole = isinstance(value, int) and abs(value) < 2**63
-        return not isinstance(value, bool) and (whole or (declared is float and isinstance(value, float)))
+        whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+        return whole or (declared is float and isinstance(value, float) and math.isfinite(value))
     return isinstance(value, declared)
 
 

@@ -6,12 +6,12 @@ import copy
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 import neuro
 from neuro.conversion.plan import Plan, PlanFileError, load_plan
-from neuro.graph import GraphError
 from tests.neuro.graph.test_damaged_files import ODD, places
 
 
@@ -31,7 +31,7 @@ def test_every_place_of_a_plan_changed(tmp_path: Path) -> None:
             (tmp_path / "plan.json").write_text(json.dumps(changed))
             try:
                 found = load_plan(tmp_path)
-            except (PlanFileError, GraphError) as error:
+            except PlanFileError as error:
                 messages.append(str(error).removeprefix(str(tmp_path)))
             else:
                 assert isinstance(found, Plan)
@@ -49,3 +49,25 @@ def test_a_plan_without_the_prepared_layers_is_read_as_before(tmp_path: Path) ->
     path.write_text(json.dumps(document))
     assert load_plan(tmp_path).prepared == ()
     assert torch.equal(neuro.deploy(module, load_plan(tmp_path))(x), neuro.deploy(module, plan)(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("n_out", -1, "n_out is -1; at least 1 is needed"),
+        ("weight_bits", 0, "weight_bits is 0; at least 1 is needed"),
+        ("rows_per_token", float("inf"), "rows_per_token is inf"),
+        ("input_scale", float("nan"), "input_scale is nan"),
+        ("name", {}, "segment name {} is not usable"),
+    ],
+)
+def test_impossible_numbers_in_a_plan_are_refused(name: str, value: object, said: str, tmp_path: Path) -> None:
+    module, x = nn.Linear(4, 4), torch.randn(3, 4)
+    plan = neuro.convert(module, neuro.calibrate(module, [x]), neuro.analyse(module, x))
+    path = neuro.save_plan(plan, tmp_path) / "plan.json"
+    document = json.loads(path.read_text())
+    document["segments"][0][name] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(PlanFileError) as caught:
+        load_plan(tmp_path)
+    assert said in str(caught.value)
