@@ -21,7 +21,6 @@ from experiments.runs.hydra_app import ConfigError, setting
 from experiments.runs.lock import exclusive
 from experiments.runs.output import FLAG, add_json_argument, asked, entry
 from experiments.runs.plain_json import write_json
-from sparse_update.clock.shipped import shipped_table
 
 HELP = "the main job: train, deploy and compare on two streams"
 STREAMS = ("clean", "noisy")
@@ -74,6 +73,8 @@ def demo(folder: Path, seeds: int = 1, budget_reference_s: float | None = None) 
 def _demo(folder: Path, seeds: int, budget: float) -> int:
     start = time.perf_counter()
     try:
+        from sparse_update.clock.shipped import shipped_table  # brings in torch, which --help and --version do without
+
         clock = f"shipped table {shipped_table().name} {shipped_table().sha256[:12]}"
         _settle(folder, {"seeds": seeds, "budget_reference_s": budget, "component_times": clock})
         jobs = [(stream, arm, seed) for seed in range(seeds) for stream in STREAMS for arm in ARMS]

@@ -33,8 +33,19 @@ __all__ = ["EXPECTED", "TrainConfig", "main", "train"]
 EXPECTED = (RunError, CorpusError, CheckpointError, ComponentTimesError, TrainingDiverged, SignalError, PeersError)
 
 
-HEADLINE = ["status", "folder", "stream", "arm", "seed", "loss_nats", "bits_per_byte", "held_out", "budget_reference_s"]
-HEADLINE += ["tokens", "steps", "flops", "reference_s", "gate_reference_s", "wall_s", "peak_bytes", "keep_fraction"]
+HEADLINE = ["status", "folder", "stream", "arm", "seed", "loss_nats", "bits_per_byte", "held_out"]
+HEADLINE += [
+    "budget_reference_s",
+    "budget_offered_tokens",
+    "tokens",
+    "steps",
+    "flops",
+    "reference_s",
+    "gate_reference_s",
+    "wall_s",
+    "peak_bytes",
+    "keep_fraction",
+]
 HEADLINE += ["source_keep", "skipped_steps", "params", "corpus"]
 
 

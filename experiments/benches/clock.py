@@ -1,8 +1,8 @@
-"""`python -m experiments.bench clock measure|fit|check`: how a shipped table of component times is made and judged.
+"""`spikegate bench clock`: measures what a shipped table of component times is made of.
 
-`measure` times every kind of step and every kind of scoring at several sizes and batches, in turn, round after round, in
-CPU seconds of one thread: time that other processes take is not counted. `fit` finds the price of each counted unit of work
-(`sparse_update/clock/work.py`) and a factor for each kind of sparse step. `check` prints predicted over measured.
+It times every kind of step and every kind of scoring at several sizes and batches, in turn, round after round, in
+CPU seconds of one thread: time that other processes take is not counted. `bench clock_fit` finds the price of each counted
+unit of work (`sparse_update/clock/work.py`) and a factor for each kind of sparse step, and prints predicted over measured.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from experiments.benches.gate import load_model
+from experiments.runs.output import add_json_argument, entry, finish
 from sparse_update.clock.cost import Step
 from sparse_update.clock.timing import Setting, step_probe
 from sparse_update.data.dedup import METHODS, flops_per_token, is_new, keys_of
@@ -246,6 +247,7 @@ def measure_all(arguments: argparse.Namespace) -> int:
             for name, values in found["ratios"].items():
                 if values:
                     print(f"  {name:<16} {statistics.median(values):>7.3f} +- {half_width(values):.1%}", flush=True)
+    finish({"settings": len(document["settings"]), "torch": document["torch"]}, "bench-clock", file=arguments.out)
     return 0
 
 
@@ -253,14 +255,16 @@ def _say(where: str, text: str) -> None:
     print(f"{where}: {text}", file=sys.stderr, flush=True)
 
 
+@entry
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m experiments.bench clock --help`."""
-    parser = argparse.ArgumentParser(prog="bench clock", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="spikegate bench clock", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file; settings that it holds are not measured again")
     parser.add_argument("--modes", default="eager", help="eager, compiled, or both divided by a comma")
     parser.add_argument("--attention", default="explicit", help="explicit (the default) or sdpa")
     parser.add_argument("--limit-s", type=float, default=600.0, help="wall seconds after which a setting is done (600)")
     parser.add_argument("--scoring", action="store_true", help="scoring and filters instead of steps")
+    add_json_argument(parser)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if not given.scoring:
@@ -270,6 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for size, rounds in found.items():
         for key, values in rounds.items():
             print(f"{size} {key}: {min(values):.1f} at best, {statistics.median(values):.1f} median, ps an operation")
+    finish({"sizes": list(found), "torch": torch.__version__}, "bench-clock", file=given.out)
     return 0
 
 

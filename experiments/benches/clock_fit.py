@@ -1,4 +1,4 @@
-"""`python -m experiments.bench clock_fit`: prices of counted work out of what `bench clock` measured.
+"""`spikegate bench clock_fit`: prices of counted work out of what `bench clock` measured.
 
 The prices are a least-squares fit, none of them negative, to the times of all measured steps, each weighed by its own time.
 Counts that the steps do not tell apart are held near a first guess (`GUESS_PS`) with a small weight. A factor for every
@@ -22,6 +22,7 @@ from scipy.optimize import nnls
 
 from experiments.benches.clock import Timed, half_width, steps
 from experiments.benches.gate import load_model
+from experiments.runs.output import add_json_argument, entry, finish
 from experiments.runs.plain_json import write_json
 from sparse_update.clock.shipped import SCHEMA, ShippedTable, read_table
 from sparse_update.clock.work import ALL, kinds, work_of
@@ -129,13 +130,16 @@ def check(table: ShippedTable, document: Mapping[str, Any]) -> list[tuple[str, s
     return found
 
 
+@entry
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench clock_fit", description=(__doc__ or "").splitlines()[0])
+    """Write the table and print how well it predicts what was measured. Exit code 0."""
+    parser = argparse.ArgumentParser(prog="spikegate bench clock_fit", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("steps", type=Path, help="what `bench clock` wrote")
     parser.add_argument("scoring", type=Path, help="what `bench clock --scoring` wrote")
     parser.add_argument("--beside", type=Path, help="more settings, for the factors and the check alone")
     parser.add_argument("--out", type=Path, required=True, help="the table; its name is the file's")
     parser.add_argument("--about", type=json.loads, default={}, help="provenance, a JSON object")
+    add_json_argument(parser)
     given = parser.parse_args(arguments)
     document = json.loads(given.steps.read_text())
     beside = json.loads(given.beside.read_text()) if given.beside else {"settings": []}
@@ -152,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = read_table(given.out)
     for setting, name, ratio, half, priced in [*check(table, document), *check(table, beside)]:
         print(f"{setting:<16}{name:<16}{ratio:>7.3f} +-{half:>6.1%}{priced:>8.3f}{priced / ratio:>8.2f}")
-    print(json.dumps({"table": str(given.out), "sha256": table.sha256}))
+    finish({"table": table.name, "sha256": table.sha256}, "bench-clock_fit", file=given.out)
     return 0
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.comparison.accounts import joules, token_times, utilisation
-from experiments.comparison.record import Arm, DeployedGroup, Stream
+from experiments.comparison.record import Arm, DeployedGroup, Stream, uneven
 from experiments.comparison.statistics import interval
 
 NOT_MEASURED = "not measured"
@@ -53,7 +53,7 @@ def _arm(stream: Stream, arm: Arm, dense: Arm | None) -> Row:
         "loss_nats": loss.mean,
         "loss_low": loss.low,
         "loss_high": loss.high,
-        "against_dense_nats": None if dense is None or arm is dense else loss.mean - dense.loss.mean,
+        "against_dense_nats": _arm_against_dense(arm, dense),
         **{key: record.get(key) for key in ("bits_per_byte", "keep_fraction", "tokens", "flops", "reference_s", "wall_s")},
         "peak_bytes": record.get("peak_bytes"),
         "energy_j": record.get("energy_j"),
@@ -137,6 +137,13 @@ def _token_joules(group: DeployedGroup) -> Row:
         "token_j_lower_bound": any(bool(entry.get("lower_bound")) for entry in entries),
         "token_j_hypothetical": any(label.startswith("hypothetical") for label in labels),
     }
+
+
+def _arm_against_dense(arm: Arm, dense: Arm | None) -> float | None:
+    """Only where the two were given one budget: else the difference says how much each was given."""
+    if dense is None or arm is dense or uneven((*arm.runs, *dense.runs)):
+        return None
+    return arm.loss.mean - dense.loss.mean
 
 
 def _against_dense(stream: Stream, group: DeployedGroup) -> float | None:

@@ -230,6 +230,13 @@ def at_budget(runs: Sequence[Run], full: float | None) -> tuple[Run, ...]:
     return tuple(there or [run for run in runs if run.budget == largest])
 
 
+def uneven(runs: Sequence[Run]) -> tuple[float, float] | None:
+    """Least and most reference seconds that the runs spent, where those are not one budget; None where they are."""
+    seconds = [float(run.result["reference_s"]) for run in runs]
+    least, most = min(seconds), max(seconds)
+    return None if most - least <= EQUAL_BUDGET * most else (least, most)
+
+
 def arm_rank(arm: str) -> tuple[int, str]:
     """dense, what is dense but for the data or the batch, random, surprise, then the others by name."""
     for rank, name in enumerate(ARM_ORDER):

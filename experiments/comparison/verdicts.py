@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.comparison.record import EQUAL_BUDGET, Arm, Comparison, Stream, is_control, short_hash
+from experiments.comparison.record import EQUAL_BUDGET, Arm, Comparison, Stream, is_control, short_hash, uneven
 from experiments.comparison.statistics import PairedTest, holm, paired_test, verdict, verdict_without_test
 from experiments.comparison.targets import sentences
 
@@ -80,7 +80,13 @@ def _test(arm: Arm, control: Arm) -> PairedTest | str:
 
 
 def _unequal_budget(arm: Arm, control: Arm) -> str | None:
-    seconds = [float(run.result["reference_s"]) for run in (*arm.runs, *control.runs)]
-    if max(seconds) - min(seconds) <= EQUAL_BUDGET * max(seconds):
+    runs = (*arm.runs, *control.runs)
+    spent = uneven(runs)
+    if spent is None:
         return None
-    return f"reference seconds from {min(seconds):.4g} to {max(seconds):.4g} are not one budget"
+    sentence = f"reference seconds from {spent[0]:.4g} to {spent[1]:.4g} are not one budget"
+    if len({run.budget for run in runs}) == 1 and runs[0].budget is not None:
+        sentence += (
+            f" (all were given {runs[0].budget:g}, which whole steps cannot use up to {EQUAL_BUDGET:.0%}; give more)"
+        )
+    return sentence

@@ -12,6 +12,7 @@ import pytest
 
 from experiments.comparison.collection import collect
 from experiments.comparison.document import to_json
+from experiments.comparison.overview import rows
 from experiments.comparison.verdicts import verdicts
 from experiments.views.energy_figure import Point, pareto, points
 from experiments.views.tables import markdown, summary, table
@@ -107,8 +108,17 @@ def test_different_clocks_and_budgets_are_not_compared(tmp_path: Path, make_run:
     clock, budget = verdicts(comparison)
     assert "not compared, reference seconds are not one clock (aaaaaaaaaaaa, bbbbbbbbbbbb)" in clock
     assert "not compared, reference seconds from 20 to 30 are not one budget" in budget
+    shown = {row["name"]: row["against_dense_nats"] for row in rows(comparison.streams["noisy"])}
+    assert shown == {"dense": None, "surprise": None}
     assert "component times differ" in comparison.streams["clean"].notes[0]
     assert "Note: reference seconds do not compare" in table(comparison)
+
+
+def test_a_budget_too_small_for_its_steps_is_named(tmp_path: Path, make_run: RunMaker) -> None:
+    make_run("dense", 1.75, result={"budget_reference_s": 1.5, "reference_s": 1.412})
+    make_run("surprise", 1.70, result={"budget_reference_s": 1.5, "reference_s": 1.457})
+    (sentence,) = verdicts(collect([tmp_path]))
+    assert "(all were given 1.5, which whole steps cannot use up to 2%; give more)" in sentence
 
 
 def test_table_labels_bounds_hypotheses_and_missing_meters(
