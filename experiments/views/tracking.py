@@ -84,9 +84,9 @@ MOST_SELECTED = 40  # runs; of more, TensorBoard ticks none (its maxNamesToEnabl
 class Tracker:
     """Scalars, histograms, figures, text and hyperparameters of one run; use it in a `with` block.
 
-    `resume_step` is the last step that the resumed checkpoint contains (0: none, start again from nothing); None is a
-    new run. Raises FileExistsError for a new run in a folder that already holds one, ValueError for a negative
-    `resume_step`.
+    `resume_step` is the last step that the resumed checkpoint contains (0: none; it starts again from nothing, so earlier
+    event files go too); None is a new run. Raises FileExistsError for a new run in a folder that already holds one,
+    ValueError for a negative `resume_step`.
     """
 
     def __init__(self, folder: str | Path, *, resume_step: int | None = None, layout: Layout | None = None) -> None:
@@ -102,6 +102,9 @@ class Tracker:
         self.folder.mkdir(parents=True, exist_ok=True)
         if resume_step is not None:
             self.not_finite = truncate(lines, resume_step)
+        if resume_step == 0:
+            for points in self.folder.glob("events.out.tfevents.*"):
+                points.unlink()
         self._writer = _writer(self.folder, None if resume_step is None else resume_step + 1)
         self._lines = lines.open("a", encoding="utf-8")
         if not resume_step:
