@@ -33,7 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where the runs go (default: runs/demo)")
     parser.add_argument("--seeds", type=int, default=1, help="seeds per arm (default: 1)")
-    parser.add_argument("--budget-reference-s", type=float, default=None, help="reference seconds per arm")
+    parser.add_argument(
+        "--budget-reference-s",
+        type=float,
+        default=None,
+        help=f"reference seconds per arm (default: {BUDGET_REFERENCE_S:g})",
+    )
     add_json_argument(parser)
 
 
@@ -96,7 +101,9 @@ def _demo(folder: Path, seeds: int, budget: float) -> int:
         _say(str(error))
         return 1
     _say(f"training {trained:.0f} s of {time.perf_counter() - start:.0f} s wall; runs, picture and table are in {folder}/")
-    _say(f"open it with:  {Path(sys.executable).parent / 'tensorboard'} --logdir {folder}".replace(f"{Path.cwd()}/", ""))
+    _say(f"open {folder}/comparison/comparison.html: verdicts, tables, pictures, where each joule comes from")
+    bin_folder = str(Path(sys.executable).parent).replace(f"{Path.cwd()}/", "")
+    _say(f"live curves: {bin_folder}/tensorboard --logdir {folder}; commands: source {bin_folder}/activate, then spikegate")
     return 0
 
 

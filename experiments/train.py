@@ -88,7 +88,7 @@ def _train(cfg: TrainConfig, folder: Path, device: torch.device, goes_on: bool) 
     if result["status"] == "finished":
         write_json(folder / "result.json", result)
     else:
-        again = f"the same command with resume=true run={folder} continues it"
+        again = f"the same command with resume=true goes on from there ({folder})"
         print(f"interrupted at step {result['steps']}; {again}", file=sys.stderr)
     write_json(folder / "run.json", record | {"status": result["status"]})
     return result
