@@ -19,6 +19,7 @@ from __future__ import annotations
 import fnmatch
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from sparse_update.library.layers import Found, find, restore
 from sparse_update.library.linear import GateError, Rows
+from sparse_update.library.methods.scoring import GIVEN, Losses, reference_model
 from sparse_update.library.pool import Pool
 from sparse_update.library.rowloss import RowLoss
 from sparse_update.library.settings import AttachConfig
@@ -35,17 +37,34 @@ LOSSES_WITHOUT_STEP = 512
 """So many losses without `Gate.step` mean that it was forgotten."""
 
 
-def attach(model: nn.Module, config: AttachConfig | Mapping[str, Any] | None = None) -> Gate:
+Reference = nn.Module | str | Path
+
+
+def attach(
+    model: nn.Module,
+    config: AttachConfig | Mapping[str, Any] | None = None,
+    *,
+    reference: Reference | None = None,
+    **settings: Any,
+) -> Gate:
     """Put a gate on `model`, which keeps its class, its parameters' names and its outputs.
+
+    Args:
+        config: settings, or nested dicts of them; "method" takes those of a published method, which the others change.
+        reference: for losses in excess of another model's: a module with the outputs of `model` (no part of the gate's
+            state), the folder of a checkpoint of our trainer, or "given" where you give its losses.
+        settings: more of `config`'s top level, such as method="lisa" or seed=3.
 
     Raises:
         GateError: nothing to gate in the model, a gate on it already, a wrapper (DistributedDataParallel, compiled) given
-            in place of the module inside, or weights that are sharded.
-        ValueError: settings out of range.
+            in place of the module inside, weights that are sharded, or a method without what it needs of you.
+        ValueError: settings out of range, or unknown ones.
     """
     if config is None or isinstance(config, Mapping):
-        config = AttachConfig.from_dict(config or {})
-    return Gate(model, config)
+        config = AttachConfig.from_dict({**(config or {}), **settings})
+    elif settings:
+        raise ValueError(f"attach(..., {next(iter(settings))}=...): put it into the AttachConfig that is given too")
+    return Gate(model, config, reference)
 
 
 class Gate:
@@ -54,8 +73,9 @@ class Gate:
     `pool` chooses sequences before the forward, `row_loss` rows of the backward, `turns` the weights that are updated.
     """
 
-    def __init__(self, model: nn.Module, cfg: AttachConfig) -> None:
+    def __init__(self, model: nn.Module, cfg: AttachConfig, reference: Reference | None = None) -> None:
         _refuse_wrappers(model)
+        _check_needs(cfg, reference)
         self.model, self.cfg = model, cfg
         self.rows = Rows(cfg.batch_first)
         self.found: Found | None = find(model, self.rows, lambda name: any(fnmatch.fnmatch(name, e) for e in cfg.exclude))
@@ -64,8 +84,9 @@ class Gate:
         self._losses_at_step = 0
         try:
             vocab = cfg.vocab_size or next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), 0)
-            self.pool = Pool(cfg.before, model, vocab, cfg.seed)
-            self.row_loss = RowLoss(cfg.backward, self.found, self.rows, model, vocab, cfg.seed + 1)
+            other = reference_model(reference, model, vocab)
+            self.pool = Pool(cfg.before, model, vocab, cfg.seed, other)
+            self.row_loss = RowLoss(cfg.backward, self.found, self.rows, model, vocab, cfg.seed + 1, other)
             self.turns = Turns(cfg.weights, model, self.found, cfg.seed)
             self.turns.activate()
         except BaseException:
@@ -95,9 +116,10 @@ class Gate:
 
     # sequences before the forward
 
-    def filter(self, batches: Iterable[Any], windows: int = 0) -> Iterator[Any]:
-        """Batches of chosen sequences, of the size that comes in (or `windows`). See `Pool.filter`."""
-        return self.pool.filter(batches, windows)
+    def filter(self, batches: Iterable[Any], windows: int = 0, losses: Losses | None = None) -> Iterator[Any]:
+        """Batches of chosen sequences, of the size that comes in (or `windows`). `losses`: (model, batch) -> (B, T), how a
+        model's losses are taken where signals ask for a forward. See `Pool.filter`."""
+        return self.pool.filter(batches, windows, losses)
 
     # the loss, and rows of the backward
 
@@ -110,6 +132,7 @@ class Gate:
         shift: bool = False,
         tokens: Tensor | None = None,
         normaliser: Tensor | float | None = None,
+        reference_losses: Tensor | None = None,
     ) -> Tensor:
         """Mean cross-entropy over the kept rows, whose backward leaves the others out.
 
@@ -119,7 +142,9 @@ class Gate:
             shift: labels are the inputs, as with transformers: row t predicts labels[:, t + 1].
             tokens: inputs (B, T), for signals that look at them.
             normaliser: divides the summed loss in place of the number of kept tokens.
+            reference_losses: (B, T), of a reference, for the signal "excess"; without them its forward is run.
 
+        Sequences that a policy of `filter` gave weights count with them; a step learns which batch it is by its labels.
         Without gradient, or with backward.unit = "none", the plain mean over all tokens.
         """
         self._alive()
@@ -129,7 +154,14 @@ class Gate:
             raise GateError(
                 f"{LOSSES_WITHOUT_STEP} losses without gate.step(optimizer): call it after each optimizer.step()"
             )
-        return self.row_loss(logits, labels, shift, tokens, normaliser, self._leaves())
+        given = None
+        if torch.is_grad_enabled() and self.pool.listens:
+            given = self.pool.of(labels, shift, len(logits))
+        weight_B = None if given is None else given.weight_B
+        loss = self.row_loss(logits, labels, shift, tokens, normaliser, self._leaves(), weight_B, reference_losses)
+        if given is not None and self.row_loss.last_BT is not None:
+            self.pool.trained(given, self.row_loss.last_BT, labels, shift)
+        return loss
 
     def probe(self, *args: Any, **kwargs: Any) -> list[str]:
         """Run the model once to find the layers where rows are dropped exactly (backward.below = "exact"); their names."""
@@ -151,13 +183,14 @@ class Gate:
 
     # after the step
 
-    def step(self, *optimizers: Any, progress: float = 0.0) -> None:
+    def step(self, *optimizers: Any, progress: float | None = None) -> None:
         """After each optimizer step: signals and policies learn, and when it is their turn other weights become active.
 
         Gradients of strips are cleared here, so `model.zero_grad()` does as well as the optimizer's.
 
         Scored policies (energy, fisher, surprise) read the gradients here: call `optimizer.zero_grad()` afterwards.
-        `progress`: share of the training that is done, for settings that end before it does.
+        `progress`: share of the training that is done, for settings that end before it does; None counts steps of
+        `total_steps`.
         """
         self._alive()
         if not optimizers and self.turns.subset is not None:
@@ -165,9 +198,10 @@ class Gate:
         self.rows.disarm()
         self._losses_at_step = self.losses
         self.turns.check()
-        if self.row_loss.last_BT is not None:
-            self.pool.observe(self.row_loss.last_BT)
         self.steps += 1
+        if progress is None:
+            progress = self.steps / self.cfg.total_steps if self.cfg.total_steps else 0.0
+        self.pool.observe(progress)
         self.turns.step(optimizers, self.steps, progress, self.row_loss.last_BT)
 
     def seek(self, steps: int) -> None:
@@ -225,6 +259,36 @@ class Gate:
 
 
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _check_needs(cfg: AttachConfig, reference: Reference | None) -> None:
+    """Raise GateError for what a method needs and only the user has."""
+    of = f"method {cfg.method!r}" if cfg.method else "signal 'excess'"
+    after, before = cfg.backward.signal == "excess" and cfg.backward.unit != "none", cfg.before.signal == "excess"
+    if after and reference is None:
+        raise GateError(
+            f"{of} counts losses from those of a reference model: attach(model, ..., reference=MODULE), a trained module "
+            f"with the same outputs, or reference={GIVEN!r} and gate.loss(..., reference_losses=...)"
+        )
+    if before and not cfg.before.reference and (reference is None or reference == GIVEN):
+        raise GateError(
+            f"{of} counts losses from those of a reference model: attach(model, ..., reference=MODULE), a trained module "
+            "with the same outputs, or before.reference, the key of each sequence's reference losses in a batch"
+        )
+    if reference is not None and not after and not before:
+        raise GateError(
+            "reference: nothing in these settings asks for it; method='rho1' and 'rho_loss', or signal 'excess', do"
+        )
+    if cfg.method == "infobatch" and not cfg.before.index:
+        raise GateError(
+            "method 'infobatch' remembers each sequence's last loss by its number: batches must be mappings, and "
+            "before={'index': KEY} the key of the numbers in them (or their place in a tuple, such as '2')"
+        )
+    if cfg.before.anneal_fraction and not cfg.total_steps:
+        raise GateError(
+            f"before.anneal_fraction = {cfg.before.anneal_fraction}: how long is the training? Give total_steps=N, its "
+            "optimizer steps, or before.anneal_fraction = 0 for none"
+        )
 
 
 def _refuse_wrappers(model: nn.Module) -> None:

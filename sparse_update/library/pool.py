@@ -1,10 +1,14 @@
 """Sequences before the forward, out of a data loader of the user's own: pools are scored, batches of the chosen come out.
 
+Signals that need tokens only cost no forward. Those that come out of a forward (the model's loss, its excess over a
+reference) cost one without gradient for every sequence that is offered, and one of the reference.
+
 Shape letters: N sequences of a pool, B of a batch, T tokens.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +18,15 @@ from torch import Tensor, nn
 
 from sparse_update.data.records import Batch
 from sparse_update.gates.policies import kept_count, make_policy
+from sparse_update.library.methods.scoring import ExcessOver, Losses, batch_losses, looking, mean_of
 from sparse_update.signals import Signal, SignalContext, SignalError, make_signal
+from sparse_update.step.plan import View
 
 TOKENS = ("input_ids", "tokens")
+WEIGHT = "weight of the gate"
+"""Column of what waits in the queue: what the loss of a sequence is multiplied with."""
+OUTSTANDING = 64
+"""So many batches are remembered that came out of `filter` and went into no loss yet: loaders fetch ahead."""
 
 
 @dataclass
@@ -24,9 +34,12 @@ class PoolConfig:
     """Sequences before the forward. Raises ValueError for a rate outside (0, 1] or a share that does not fit."""
 
     signal: str = "none"
-    """"none", or any registered signal that needs tokens only: ngram, novelty, random, ..."""
+    """"none"; any registered signal that needs tokens only: ngram, novelty, random, ...; or one that comes out of a forward
+    of its own, without gradient: token_loss, and excess over a reference model's loss."""
     keep_fraction: float = 1.0
     policy: str = "band"
+    """Any registered policy but importance. Those that keep a varying number (cdf, soft, threshold) fill the same queue,
+    from which batches of one size come out; weights that a policy gives multiply the losses in `Gate.loss`."""
     pool: int = 256
     """Sequences scored together."""
     replay: float = 0.0
@@ -34,7 +47,12 @@ class PoolConfig:
     tokens: str = ""
     """Key of the tokens where batches are mappings; empty: input_ids or tokens."""
     index: str = ""
-    """Key of each sequence's number, for signals that remember (stale_loss)."""
+    """Key of each sequence's number, for signals that remember (stale_loss); its place, such as "2", in a tuple."""
+    reference: str = ""
+    """Key of each sequence's losses under a reference model, (N,) or (N, T), for the signal "excess" without a model; taken
+    out of what comes out."""
+    anneal_fraction: float = 0.0
+    """Last share of the training in which everything passes, unscored."""
     signal_options: dict[str, Any] = field(default_factory=dict)
     policy_options: dict[str, Any] = field(default_factory=dict)
 
@@ -43,31 +61,52 @@ class PoolConfig:
             raise ValueError(f"before.keep_fraction = {self.keep_fraction}: must lie in (0, 1]")
         if self.signal == "none" and self.keep_fraction != 1:
             raise ValueError("before.keep_fraction below 1 needs before.signal, for instance 'ngram' or 'random'")
-        if not 0 <= self.replay < 1:
-            raise ValueError(f"before.replay = {self.replay}: must lie in [0, 1)")
+        for key in ("replay", "anneal_fraction"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"before.{key} = {getattr(self, key)}: must lie in [0, 1)")
         if self.pool < 2 or self.keep_fraction * self.pool < 1:
             raise ValueError(f"before.pool = {self.pool}: needs 2 sequences or more, and at least one of them kept")
 
 
-class Pool:
-    """Scores and keeps sequences; state goes with the gate's."""
+@dataclass(eq=False)
+class Given:
+    """A batch that came out of `filter`; `weight_B`: weights of its sequences' losses, None for all alike; `loss_BT`: what
+    they were in training, once it was."""
 
-    def __init__(self, cfg: PoolConfig, model: nn.Module, vocab_size: int, seed: int) -> None:
-        self.cfg, self.model, self.vocab_size, self.seed = cfg, model, vocab_size, seed
+    batch: Batch
+    weight_B: Tensor | None
+    loss_BT: Tensor | None = None
+
+
+class Pool:
+    """Scores and keeps sequences; state goes with the gate's.
+
+    `progress`: share of the training that is done, set by the gate.
+    """
+
+    def __init__(
+        self, cfg: PoolConfig, model: nn.Module, vocab_size: int, seed: int, reference: nn.Module | None = None
+    ) -> None:
+        self.cfg, self.model, self.vocab_size, self.seed, self.reference = cfg, model, vocab_size, seed, reference
+        self.progress = 0.0
         self.generator = torch.Generator().manual_seed(seed)
         self.offered = self.kept = 0
         self.signal: Signal | None = None
         self.waiting: list[dict[str, Tensor]] = []
         self.queue: list[dict[str, Tensor]] = []
-        self.current: Batch | None = None
+        self.given: deque[Given] = deque(maxlen=OUTSTANDING)
         self._restored: Mapping[str, Any] | None = None
         if cfg.signal != "none":
             self.policy = make_policy(cfg.policy, dict(cfg.policy_options))
-            if not self.policy.fixed:
+            if cfg.policy == "importance":
                 raise ValueError(
-                    f"before.policy = {cfg.policy!r} keeps as many as the data says: batches of a fixed size from a "
-                    "fixed pool need "
-                    "band, top, uniform or another that keeps keep_fraction"
+                    "before.policy = 'importance' draws some sequences twice and judges by the trained steps whether it "
+                    "pays, which a filter before them cannot: take top, band, uniform, cdf or soft"
+                )
+            if cfg.replay and not self.policy.fixed:
+                raise ValueError(
+                    f"before.replay = {cfg.replay} is a share of a fixed number, and before.policy = {cfg.policy!r} keeps "
+                    "as many as the data says: leave before.replay at 0"
                 )
             # Made once here so that unknown names and options are refused at once, and again when the length is known.
             self._signal(2)
@@ -78,11 +117,13 @@ class Pool:
                 "before.signal needs the vocabulary's size, and the model has no nn.Embedding: set vocab_size"
             )
         context = SignalContext(self.vocab_size, length - 1, model=self.model, seed=self.seed)
+        if self.cfg.signal == "excess":
+            return ExcessOver(context)
         signal = make_signal(self.cfg.signal, context, self.cfg.signal_options)
-        if signal.needs != "tokens":
+        if signal.needs == "backward" or (signal.needs == "forward" and signal.want):
             raise SignalError(
-                f"before.signal = {self.cfg.signal!r} needs a {signal.needs}, and sequences are chosen before it: use "
-                "backward.signal"
+                f"before.signal = {self.cfg.signal!r} needs {', '.join(signal.want) or 'a backward'}, which a scoring "
+                "forward of a model of one's own does not show: use backward.signal, or token_loss"
             )
         if hasattr(signal, "by") and not self.cfg.index:
             raise SignalError(
@@ -91,37 +132,58 @@ class Pool:
             )
         return signal
 
-    def filter(self, batches: Iterable[Any], size: int = 0) -> Iterator[Any]:
+    def filter(self, batches: Iterable[Any], size: int = 0, losses: Losses | None = None) -> Iterator[Any]:
         """Batches of `size` kept sequences (0: as many as the first batch has), of the form of those that come in.
 
         A batch is a tensor (B, T), a tuple or list of tensors whose first holds the tokens, or a mapping; every tensor in
         it counts sequences along its first dimension. Sequences that do not fill a last pool or batch wait for
         the next call.
+
+        `losses`: (model, batch) -> losses (B, T) or (B,) of a scoring forward, called with the model or the reference and a
+        batch of the form that comes in; None takes next tokens, see `methods.scoring.batch_losses`.
+
         Raises ValueError where the lengths of sequences differ within a pool, or the batches end before one came out.
         """
         if self.signal is None and self.cfg.signal == "none":
             yield from batches
             return
         form: Any = None
-        came = 0
+        came, scored = 0, False
         for batch in batches:
             form, columns = batch, _columns(batch)
             self._check(columns)
             size = size or len(columns[self._key(columns)])
             self.waiting += [{k: v[i] for k, v in columns.items()} for i in range(len(columns[self._key(columns)]))]
+            if self._annealed():
+                self.queue += self._pass(self.waiting)
+                self.waiting = []
             while len(self.waiting) >= self.cfg.pool:
                 pool, self.waiting = self.waiting[: self.cfg.pool], self.waiting[self.cfg.pool :]
-                self.queue += self._choose(pool)
+                self.queue += self._choose(pool, form, losses or self._losses, size)
+                scored = True
             while len(self.queue) >= size:
                 now, self.queue = self.queue[:size], self.queue[size:]
                 made = {k: torch.stack([item[k] for item in now]) for k in now[0]}
-                self.current = self._batch(made)
+                weight_B = made.pop(WEIGHT)
+                given = Given(self._batch(made), None if bool((weight_B == 1).all()) else weight_B)
+                if self._learns or given.weight_B is not None:
+                    self.given.append(given)
+                made.pop(self.cfg.reference, None)
                 came += 1
                 yield _like(form, made)
-        if form is not None and not came and not self.queue:
+        if form is not None and not came and not self.queue and not scored:
             raise ValueError(
                 f"the batches ended after {len(self.waiting)} sequences, and one pool is {self.cfg.pool}: lower before.pool"
             )
+
+    def _annealed(self) -> bool:
+        return self.cfg.anneal_fraction > 0 and self.progress >= 1 - self.cfg.anneal_fraction
+
+    def _pass(self, items: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Everything, with weight 1."""
+        self.offered += len(items)
+        self.kept += len(items)
+        return [{**item, WEIGHT: torch.ones(())} for item in items]
 
     def _key(self, columns: Mapping[str, Tensor]) -> str:
         for key in (self.cfg.tokens,) if self.cfg.tokens else (*TOKENS, "0"):
@@ -157,52 +219,136 @@ class Pool:
         number = columns[self.cfg.index].long().cpu() if self.cfg.index else torch.full((len(tokens),), -1)
         return Batch(tokens, torch.zeros(len(tokens), dtype=torch.int8), number)
 
-    def _choose(self, pool: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    def _choose(self, pool: list[dict[str, Tensor]], form: Any, losses: Losses, size: int) -> list[dict[str, Tensor]]:
         columns = {k: torch.stack([item[k] for item in pool]) for k in pool[0]}
-        if self.cfg.index and self.cfg.index not in columns:
-            raise ValueError(f"before.index = {self.cfg.index!r}: a batch has {', '.join(columns)}")
+        for setting in ("index", "reference"):
+            if (key := getattr(self.cfg, setting)) and key not in columns:
+                raise ValueError(f"before.{setting} = {key!r}: a batch has {', '.join(columns)}")
         batch = self._batch(columns)
         if int(batch.tokens.max()) >= self.vocab_size:
             raise ValueError(
                 f"token {int(batch.tokens.max())} in a batch, the vocabulary has {self.vocab_size}: set vocab_size"
             )
-        if self.signal is None:
-            self.signal = self._signal(batch.tokens.shape[1])
-            if self._restored is not None:
-                self.signal.load_state_dict(self._restored)
-                self._restored = None
-        score = self.signal.score(batch)
-        if score.dim() == 2:
-            mask = (
-                columns["attention_mask"][:, -score.shape[1] :].cpu()
-                if "attention_mask" in columns
-                else torch.ones_like(score)
-            )
-            score = (score * mask).sum(1) / mask.sum(1).clamp(min=1)
-        kept = kept_count(len(pool), self.cfg.keep_fraction)
-        again = round(kept * self.cfg.replay)
-        index = self.policy.select(score, (kept - again) / len(pool), self.generator).index.cpu()
+        self._start(batch.tokens.shape[1])
+        assert self.signal is not None
+        if self.signal.needs == "forward":
+            score = self._forward(columns, batch, form, losses, size)
+        else:
+            score = self.signal.score(batch)
+            if score.dim() == 2:
+                mask = (
+                    columns["attention_mask"][:, -score.shape[1] :].cpu()
+                    if "attention_mask" in columns
+                    else torch.ones_like(score)
+                )
+                score = (score * mask).sum(1) / mask.sum(1).clamp(min=1)
+        again = round(kept_count(len(pool), self.cfg.keep_fraction) * self.cfg.replay)
+        share = self.cfg.keep_fraction
+        if self.policy.fixed:
+            share = (kept_count(len(pool), share) - again) / len(pool)
+        chosen = self.policy.select(score, share, self.generator, self.progress)
+        index = chosen.index.cpu()
+        weight = torch.ones(len(index))
+        if chosen.weight is not None:  # their mean over what was offered is 1
+            weight = chosen.weight.float().cpu() * (len(index) / len(pool))
         if again:
             left = torch.ones(len(pool), dtype=torch.bool)
             left[index] = False
             others = left.nonzero().flatten()
             index = torch.cat((index, others[torch.randperm(len(others), generator=self.generator)[:again]])).sort().values
+            weight = torch.ones(len(index))
         self.offered += len(pool)
         self.kept += len(index)
-        return [pool[i] for i in index.tolist()]
+        return [{**pool[i], WEIGHT: weight[n]} for n, i in enumerate(index.tolist())]
 
-    def observe(self, loss_BT: Tensor) -> None:
-        """What was trained on, for signals that learn from it; the batch that `filter` gave last."""
-        batch = self.current
-        if self.signal is None or batch is None or len(batch.tokens) != len(loss_BT):
-            return
-        predicted = batch.tokens.shape[1] - 1
-        if loss_BT.shape[1] >= predicted:
-            self.signal.observe(batch, loss_BT[:, :predicted].float().cpu(), 0.0)
+    def _start(self, length: int) -> None:
+        """Make the signal for sequences of that many tokens, with the state that was loaded."""
+        if self.signal is None:
+            self.signal = self._signal(length)
+            if self._restored is not None:
+                self.signal.load_state_dict(self._restored)
+                self._restored = None
+
+    def _forward(self, columns: dict[str, Tensor], batch: Batch, form: Any, losses: Losses, size: int) -> Tensor:
+        """Scores (N,) out of a forward without gradient, as many sequences at a time as a batch has."""
+        assert self.signal is not None
+        own, other = [], []
+        for at in range(0, len(batch.tokens), size):
+            part = {k: v[at : at + size] for k, v in columns.items()}
+            given = part.pop(self.cfg.reference, None)
+            sequences = _like(form, part)
+            with looking(self.model):
+                own.append(losses(self.model, sequences).detach().float().cpu())
+            if "reference" not in self.signal.want:
+                continue
+            if given is not None:
+                other.append(given.float().cpu())
+            else:
+                assert self.reference is not None
+                with looking(self.reference):
+                    other.append(losses(self.reference, sequences).detach().float().cpu())
+        loss = torch.cat(own)
+        for found in (loss, *other):
+            if found.dim() not in (1, 2) or found.is_complex():
+                raise ValueError(f"losses of a scoring forward are {tuple(found.shape)}: (B, T) or (B,) are needed")
+        if other:
+            reference = torch.cat(other)
+            if reference.shape != loss.shape:  # one of them is a number for each sequence
+                loss, reference = mean_of(loss), mean_of(reference)
+            return mean_of(self.signal.read(View(loss, {"reference": reference}), batch))
+        return mean_of(self.signal.read(View(loss, {}), batch))
+
+    def _losses(self, model: nn.Module, batch: Any) -> Tensor:
+        return batch_losses(model, batch, self._key(batch) if isinstance(batch, Mapping) else "")
+
+    # what was trained on
+
+    @property
+    def listens(self) -> bool:
+        """Whether it matters which batch a loss is of: for weights, or a signal that learns from losses."""
+        return self._learns or any(given.weight_B is not None for given in self.given)
+
+    @property
+    def _learns(self) -> bool:
+        return self.signal is not None and type(self.signal).observe is not Signal.observe
+
+    def of(self, labels: Tensor | None, shift: bool, batch: int) -> Given | None:
+        """The batch out of `filter` that a loss of `batch` sequences is of: the newest with these labels as its tokens, as
+        loaders fetch ahead; where labels are something else, or there are none, the newest of that size."""
+        fits = [given for given in reversed(self.given) if len(given.batch.tokens) == batch]
+        if len(fits) > 1 and labels is not None:
+            own = labels.cpu() if shift else labels[:, : fits[0].batch.tokens.shape[1] - 1].cpu()
+            for given in fits:
+                tokens = given.batch.tokens if shift else given.batch.tokens[:, 1 : 1 + own.shape[1]]
+                if tokens.shape == own.shape and bool(((own == tokens) | (own < 0)).all()):
+                    return given
+        return fits[0] if fits else None
+
+    def trained(self, given: Given, loss_BT: Tensor, labels: Tensor | None, shift: bool) -> None:
+        """Note the losses (B, T) of a batch, for `observe`; tokens without a label count as their sequence's mean."""
+        loss_BT = loss_BT.detach().float().cpu()
+        if shift:
+            labels, loss_BT = None if labels is None else labels[:, 1:], loss_BT[:, :-1]
+        if labels is not None and bool((labels < 0).any()):
+            valid = (labels >= 0).cpu()
+            mean = (loss_BT * valid).sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp(min=1)
+            loss_BT = torch.where(valid, loss_BT, mean)
+        given.loss_BT = loss_BT
+
+    def observe(self, progress: float) -> None:
+        """After a step: signals learn from the batches that were trained on since the last."""
+        self.progress = progress
+        for given in [g for g in self.given if g.loss_BT is not None]:
+            predicted = given.batch.tokens.shape[1] - 1
+            assert given.loss_BT is not None
+            if self.signal is not None and given.loss_BT.shape[1] >= predicted:
+                self.signal.observe(given.batch, given.loss_BT[:, :predicted], progress)
+            self.given.remove(given)
 
     def state_dict(self) -> dict[str, Any]:
         """Signal, policy, draw, and the sequences that wait; where the loader stands is the loader's own state."""
-        state: dict[str, Any] = {"generator": self.generator.get_state(), "offered": self.offered, "kept": self.kept}
+        state: dict[str, Any] = {"generator": self.generator.get_state(), "progress": self.progress}
+        state |= {"offered": self.offered, "kept": self.kept}
         if self.cfg.signal != "none":
             state |= {"policy": self.policy.state_dict(), "waiting": _stack(self.waiting), "queue": _stack(self.queue)}
             if self.signal is not None:
@@ -213,10 +359,15 @@ class Pool:
         """Take it back."""
         self.generator.set_state(state["generator"])
         self.offered, self.kept = int(state["offered"]), int(state["kept"])
+        self.progress = float(state.get("progress", 0.0))
         if self.cfg.signal != "none":
             self.policy.load_state_dict(state["policy"])
             self.waiting, self.queue = _unstack(state["waiting"]), _unstack(state["queue"])
+            self.queue = [{WEIGHT: torch.ones(()), **item} for item in self.queue]
+            self.given.clear()
             self.signal, self._restored = None, state.get("signal")
+            if left := self.queue or self.waiting:  # it learns from what is left too
+                self._start(len(left[0][self._key(left[0])]))
 
 
 def _columns(batch: Any) -> dict[str, Tensor]:
@@ -236,7 +387,7 @@ def _columns(batch: Any) -> dict[str, Tensor]:
 def _like(form: Any, columns: dict[str, Tensor]) -> Any:
     if isinstance(form, Tensor):
         return columns["0"]
-    return columns if isinstance(form, Mapping) else type(form)(columns[str(i)] for i in range(len(columns)))
+    return columns if isinstance(form, Mapping) else type(form)(columns[i] for i in sorted(columns, key=int))
 
 
 def _stack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:

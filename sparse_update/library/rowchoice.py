@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparse_update.data.records import Batch
 from sparse_update.gates.policies import kept_count, make_policy
+from sparse_update.library.methods.scoring import ExcessOver
 from sparse_update.signals import Signal, SignalContext, SignalError, make_signal
 
 UNITS = ("none", "sequence", "token")
@@ -28,7 +29,7 @@ class BackwardConfig:
     """"none" | "sequence": whole sequences after the forward, exact | "token": rows of every sequence."""
     keep_fraction: float = 1.0
     signal: str = "token_loss"
-    """Any registered signal that comes out of the forward, or "random"."""
+    """Any registered signal that comes out of the forward, "random", or "excess" over a reference model's loss."""
     policy: str = "band"
     """Any registered policy that keeps a fixed number of different items."""
     below: str = "compact"
@@ -90,8 +91,9 @@ class RowChoice:
                 "fixed shape "
                 "needs band, top, uniform or another that keeps keep_fraction of different rows"
             )
-        self.signal: Signal = make_signal(
-            cfg.signal, SignalContext(vocab_size, 0, model=model, seed=seed), cfg.signal_options
+        context = SignalContext(vocab_size, 0, model=model, seed=seed)
+        self.signal: Signal = (
+            ExcessOver(context) if cfg.signal == "excess" else make_signal(cfg.signal, context, cfg.signal_options)
         )
         if self.signal.needs != "forward" and cfg.signal != "random":
             raise SignalError(
@@ -107,11 +109,15 @@ class RowChoice:
         labels: Tensor | None,
         tokens: Tensor | None,
         found: Any,
+        reference_BT: Tensor | None = None,
     ) -> Kept:
-        """The kept rows of this forward. Raises SignalError where the signal asks for what the model did not give."""
+        """The kept rows of this forward; `reference_BT`: losses of a reference, for the signal "excess".
+
+        Raises SignalError where the signal asks for what the model did not give.
+        """
         cfg, (batch, length) = self.cfg, loss_BT.shape
         with torch.no_grad():
-            given = self._signals(logits, loss_BT)
+            given = self._signals(logits, reference_BT)
             inputs: Any = _NoTokens()
             if tokens is not None:
                 last = tokens[:, -1:] if labels is None else labels[:, -1:].clamp(min=0)
@@ -172,9 +178,13 @@ class RowChoice:
             raise ValueError(f"the policy gave {index.numel()} sequences of {offered}, not {kept} different ones")
         return index
 
-    def _signals(self, logits: Tensor | None, loss_BT: Tensor) -> dict[str, Tensor]:
+    def _signals(self, logits: Tensor | None, reference_BT: Tensor | None) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for want in self.signal.want:
+            if want == "reference":
+                assert reference_BT is not None
+                found[want] = reference_BT.nan_to_num()  # no label there: chosen last whatever it is
+                continue
             if want != "entropy":
                 raise SignalError(
                     f"signal {self.cfg.signal!r} needs {want!r}, which the outputs of a model of one's own do not show: "

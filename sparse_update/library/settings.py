@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sparse_update.library.methods.presets import with_method
 from sparse_update.library.pool import PoolConfig
 from sparse_update.library.rowchoice import BackwardConfig
 from sparse_update.weights.subset import SubsetConfig
@@ -28,17 +29,33 @@ class AttachConfig:
     vocab_size: int = 0
     """For signals; 0 takes that of the model's first embedding."""
     seed: int = 0
+    total_steps: int = 0
+    """Optimizer steps of the whole training, for settings that end before it does (before.anneal_fraction, weights.until);
+    0: `Gate.step(progress=...)` says how far it is."""
+    method: str = field(default="", init=False)
+    """Name of the published method that these settings began with (`from_dict({"method": ...})`)."""
+
+    def __post_init__(self) -> None:
+        if self.total_steps < 0:
+            raise ValueError(f"total_steps = {self.total_steps}: must not be negative")
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> AttachConfig:
-        """From nested dicts, as read from YAML. Raises ValueError for an unknown key, with the known ones."""
-        return _from_dict(cls, given, "")
+        """From nested dicts, as read from YAML; "method" names a published method, whose settings the others then change.
+
+        Raises ValueError for an unknown key or method, with the known ones.
+        """
+        if not isinstance(given, Mapping):
+            return _from_dict(cls, given, "")
+        found: AttachConfig = _from_dict(cls, with_method(given), "")
+        found.method = str(given.get("method") or "")
+        return found
 
 
 def _from_dict(cls: Any, given: Any, at: str) -> Any:
     if not isinstance(given, Mapping):
         raise ValueError(f"{at or 'the gate config'} = {given!r}: must be a mapping of names to values")
-    known = {f.name: f for f in dataclasses.fields(cls)}
+    known = {f.name: f for f in dataclasses.fields(cls) if f.init}
     if unknown := [key for key in given if key not in known]:
         raise ValueError(f"{at}{unknown[0]} is no setting of the gate; {at or 'the top level'} has {', '.join(known)}")
     values: dict[str, Any] = {}

@@ -17,26 +17,35 @@ from sparse_update.library.linear import GateError, Layer, Strip
 from sparse_update.weights.subset import Part, Subset, SubsetConfig
 
 
-def layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The ModuleList that holds most of the parameters: the repeated blocks. Raises GateError where there is none."""
+def layer_stack(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The repeated blocks, by name, from below: those of the nn.ModuleList that holds most of the parameters. Without one,
+    the parts of the largest nn.Sequential but embeddings and its last part, the head. Raises GateError where there are
+    fewer than two."""
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
-    if not lists:
-        raise GateError(
-            "weights.kind = 'layers' needs an nn.ModuleList of two or more blocks and this model has none: "
-            "use weights.kind = 'blocks', which takes strips of every matrix"
-        )
-    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    if lists:
+        at, stack = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+        return [(f"{at}.{i}" if at else str(i), block) for i, block in enumerate(stack)]
+    rows = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Sequential)]
+    for at, row in sorted(rows, key=lambda item: -sum(p.numel() for p in item[1].parameters())):
+        inner = [(f"{at}.{i}" if at else i, m) for i, m in row.named_children() if any(True for _ in m.parameters())]
+        inner = [(name, m) for name, m in inner[:-1] if not isinstance(m, nn.Embedding)]
+        if len(inner) > 1:
+            return inner
+    raise GateError(
+        "weights.kind = 'layers' needs an nn.ModuleList, or an nn.Sequential, of two or more blocks beside embedding and "
+        "head, and this model has none: use weights.kind = 'blocks', which takes strips of every matrix"
+    )
 
 
 def subset_names(model: nn.Module, gated: set[str]) -> dict[str, str]:
     """Names under which `Subset` knows the parameters: "blocks.NUMBER.NAME" for what is in the stack of layers or gated."""
     number: dict[str, int] = {}
     try:
-        at, stack = layer_stack(model)
+        stack = layer_stack(model)
     except GateError:
         pass  # a model without a stack: its gated matrices count as one block
     else:
-        number = {f"{at}.{i}.{n}": i for i, block in enumerate(stack) for n, _ in block.named_parameters()}
+        number = {f"{at}.{n}": i for i, (at, block) in enumerate(stack) for n, _ in block.named_parameters()}
     names = [name for name, _ in model.named_parameters()]
     inner = {n: number.get(n, 0 if n in gated else None) for n in names}
     return {n: f"rest.{n}" if i is None else f"blocks.{i}.{n}" for n, i in inner.items()}
