@@ -48,12 +48,15 @@ def begin(folder: Path, settings: Any, resume: bool | str, may_differ: Collectio
     saved = has_checkpoint(folder / "checkpoint")
     if not (folder / "run.json").exists() and not saved:
         return Start.NEW
-    if not resume:
-        raise ConfigError(f"{folder} already holds a run: resume=true continues it, run=FOLDER takes another folder")
     record = read_json(folder / "run.json") if (folder / "run.json").exists() else {"kind": "train"}
+    finished = record.get("status") == "finished" and (folder / "result.json").exists()
+    if not resume:
+        if record.get("kind") != "train":
+            raise ConfigError(f"{folder} already holds a run, a {record.get('kind')}: run=FOLDER takes another folder")
+        again = "it is finished, and resume=true shows what came out" if finished else "resume=true continues it"
+        raise ConfigError(f"{folder} already holds a run: {again}, run=FOLDER takes another folder")
     if record.get("kind") != "train":
         raise ConfigError(f"{folder} holds a {record.get('kind')}, not a training run: name another folder with run=FOLDER")
-    finished = record.get("status") == "finished" and (folder / "result.json").exists()
     differ = _differences(folder, settings, may_differ, required=saved)
     if differ and (finished or resume != "auto"):
         what = "resume=true" if resume is True else f"resume={resume}"

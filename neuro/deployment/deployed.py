@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from hardware.energy.account import Counts
 from hardware.text import quoted
 from neuro.analysis.preparation import move_hooks, prepared_copy, replace_module
-from neuro.analysis.state import detached_copy
+from neuro.analysis.state import Account, detached_copy
 from neuro.analysis.tracing import check_ready
 from neuro.conversion.plan import Plan, PlanFileError, Segment, fingerprint, load_plan, save_plan
 from neuro.deployment.routes import runner_for
@@ -114,7 +114,7 @@ def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
 
 
 @dataclass
-class _HostTokens:
+class _HostTokens(Account):
     tokens: int = 0
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hardware.energy.account import Counts
 from hardware.text import quoted
+from neuro.analysis.state import Account
 from neuro.conversion.plan import Segment
 
 BACKENDS = ("fixed_point", "quantised")
@@ -33,7 +34,7 @@ class SegmentHealth:
     max_payload_bits: dict[str, int]
 
 
-class SegmentRunner:
+class SegmentRunner(Account):
     """One segment on one backend, with its counters. Not a module: the stand-ins of a pair share it.
 
     Attributes:

@@ -114,5 +114,5 @@ def run_arm(
 def bar(cfg: TrainConfig) -> Bar:
     """What of the budget is spent: reference seconds, or tokens where those are the budget."""
     tokens, seconds = cfg.trainer.budget_offered_tokens, cfg.trainer.budget_reference_s
-    title = f"{cfg.stream_name} {cfg.arm_name}"
+    title = f"{cfg.stream_name} {cfg.arm_name}, seed {cfg.seed}"
     return Bar(title, tokens or round(seconds, 1), "tokens" if tokens else "ref s", cfg.progress)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from hardware.text import listed, quoted, short
 from neuro.conversion.lif import LifNetwork, convert_lif
 from neuro.exchange.nir.carried import restored
 from neuro.exchange.nir.library import DT_S, NirFileError, NotInNir, check_claims, nir_library
+from neuro.exchange.nir.nesting import flattened
 from neuro.exchange.nir.writing import FORM, KEY, to_nir
 from neuro.graph import SpikingGraph
 
@@ -126,7 +127,7 @@ def from_nir(
 
     Args:
         graph: nir.NIRGraph: one input, one output, layers one behind the other, each ending in LIF, IF, or CubaLIF whose
-            synapse forgets within a step.
+            synapse forgets within a step. Graphs within it count as what they hold.
         dt_s: seconds of a step (default: the file's, if we wrote it, else 1e-4, which is snnTorch's; norse's is 1e-3).
         steps, input_scale, input_range, headroom_bits: as `convert_lif`.
 
@@ -180,18 +181,18 @@ class Stage:
 
 
 def chain(graph: Any, dt_s: float) -> list[Stage]:
-    """The layers of a feed-forward NIR graph, in order.
+    """The layers of a feed-forward NIR graph, in order; graphs within it are taken apart (`nesting.flattened`).
 
     Raises NotInNir: a branch, a loop, several inputs or outputs, a node without a counterpart, sizes that do not meet.
     """
-    order = _in_order(graph)
+    nodes, edges = flattened(graph)
+    order = _in_order(nodes, edges)
     stages: list[Stage] = []
-    first = graph.nodes[order[0]]
-    shape = _input_shape(order[0], first)
+    shape = _input_shape(order, nodes)
     size = int(np.prod(shape))
     waiting: list[tuple[str, Any]] = []
     for name in order[1:-1]:
-        node = graph.nodes[name]
+        node = nodes[name]
         kind = type(node).__name__
         if kind in _LINEAR:
             waiting.append((name, node))
@@ -213,8 +214,12 @@ def chain(graph: Any, dt_s: float) -> list[Stage]:
     return stages
 
 
-def _input_shape(name: str, node: Any) -> tuple[int, ...]:
-    given = (node.input_type or {}).get("input")
+def _input_shape(order: Sequence[str], nodes: Mapping[str, Any]) -> tuple[int, ...]:
+    """Sizes of one step's input; of an Input without any (NIRTorch writes such) those that the node behind it takes."""
+    name = order[0]
+    given = (nodes[name].input_type or {}).get("input")
+    if given is None and len(order) > 1:
+        given = (getattr(nodes[order[1]], "input_type", None) or {}).get("input")
     try:
         shape = tuple(operator.index(n) for n in np.asarray(given).reshape(-1).tolist())
     except TypeError:
@@ -236,31 +241,16 @@ _NO_COUNTERPART = {
 }
 
 
-def _in_order(graph: Any) -> list[str]:
-    """Names of the nodes from the input to the output, nested graphs refused; NotInNir where there is no single way."""
-    kinds = {name: type(node).__name__ for name, node in graph.nodes.items()}
-    for name, kind in kinds.items():
-        if kind == "NIRGraph":
-            raise NotInNir(
-                f"node {quoted(name)}: a graph within the graph, mostly a loop; from_nir takes layers one behind the other."
-                " Files of ours keep loops in their integers"
-            )
+def _in_order(nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]]) -> list[str]:
+    """Names of the nodes from the input to the output; NotInNir where there is no single way."""
+    kinds = {name: type(node).__name__ for name, node in nodes.items()}
     ends = {word: [name for name, kind in kinds.items() if kind == word] for word in ("Input", "Output")}
     for word, names in ends.items():
         if len(names) != 1:
             raise NotInNir(f"the NIR graph has {len(names)} nodes of type {word} ({listed(names)}); one is needed")
     after: dict[str, list[str]] = {name: [] for name in kinds}
     before: dict[str, list[str]] = {name: [] for name in kinds}
-    twice = [edge for edge, count in Counter(map(tuple, graph.edges)).items() if count > 1]
-    if twice:
-        raise NotInNir(
-            f"the edge {quoted(twice[0][0])} -> {quoted(twice[0][1])} stands {graph.edges.count(twice[0])} times, "
-            "and readers differ on whether it then counts double. Keep one"
-        )
-    for source, target in graph.edges:
-        for end in (source, target):
-            if end not in kinds:
-                raise NotInNir(f"the edge {quoted(source)} -> {quoted(target)} names a node that is not there")
+    for source, target in edges:
         after[source].append(target)
         before[target].append(source)
     order = ends["Input"]
@@ -269,7 +259,7 @@ def _in_order(graph: Any) -> list[str]:
         if len(after[name]) > 1 or len(before[after[name][0]]) > 1:
             raise NotInNir(
                 f"node {quoted(name)} ({kinds[name]}) is at a branch or a loop; from_nir takes layers one behind the other."
-                " Convert the branches apart"
+                " Convert the branches apart; of loops, files of ours keep the integers"
             )
         order = [*order, after[name][0]]
     if order[-1] != ends["Output"][0]:
