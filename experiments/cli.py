@@ -50,6 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(argv or ())
     if completion.wanted():
         completion.answer(parser(completion.command()))
+    try:
+        return _run(words)
+    except KeyboardInterrupt:  # also while a command is still loading what it needs
+        print(f"{words[0] if words else 'spikegate'}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _run(words: list[str]) -> int:
     if words and words[0] in (*HYDRA, *HANDED_ON):
         return int(importlib.import_module(f"experiments.{words[0]}").main(words[1:]))
     whole = parser(words[0] if words and words[0] in OWN else None)
@@ -57,11 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         whole.print_help()
         return 0
     args = whole.parse_args(words)
-    try:
-        return int(args.run(args))
-    except KeyboardInterrupt:
-        print(f"{words[0]}: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    return int(args.run(args))
 
 
 def parser(only: str | None = None) -> argparse.ArgumentParser:

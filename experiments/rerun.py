@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from experiments.runs.folder import RunError, git_state, read_json, versions
+from experiments.runs.folder import NoRun, RunError, git_state, read_json, versions
 from experiments.runs.hydra_app import ConfigError, to_dataclass
 from experiments.runs.output import add_json_argument, finish
 from experiments.runs.plain_json import write_json
@@ -36,7 +36,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def rerun(folder: Path, out: Path | None = None) -> int:
-    """Run `folder`'s configuration again, on its own table of component times, into `out`. Returns the exit code."""
+    """Run `folder`'s configuration again, on its own table of component times, into `out`.
+
+    Returns the exit code: 0; 1 it cannot be repeated, or failed; 2 there is no run in `folder`.
+    """
     from experiments.deploy import EXPECTED as DEPLOYING
     from experiments.train import EXPECTED as TRAINING
 
@@ -44,7 +47,7 @@ def rerun(folder: Path, out: Path | None = None) -> int:
         document = repeat(folder, out or folder.with_name(f"{folder.name}-rerun"))
     except (ConfigError, RunError, *TRAINING, *DEPLOYING) as error:
         print(f"rerun: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigError | NoRun) else 1
     for name, (before, now) in document["compared"].items():
         print(f"{name}: {before} then, {now} now{'' if before == now else '  DIFFERENT'}")
     for what in document["changed_since"]:

@@ -21,6 +21,10 @@ class RunError(RuntimeError):
     """A run folder that cannot be used as asked."""
 
 
+class NoRun(RunError):
+    """A folder that is not there, or holds no run at all: the command names the wrong one (exit code 2)."""
+
+
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that shape a result; None for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
@@ -64,11 +68,11 @@ def new_record(kind: str, **fields: Any) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises RunError for a missing or broken file, naming it."""
+    """A JSON object. Raises NoRun for a missing file and RunError for a broken one, naming it."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RunError(f"{path}: no such file; is {path.parent} a run folder?") from None
+        raise NoRun(f"{path}: no such file; is {path.parent} a run folder?") from None
     except ValueError as error:
         raise RunError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(value, dict):

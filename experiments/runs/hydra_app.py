@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from experiments.runs.folder import NoRun
 from experiments.runs.output import entry, finish
 from hardware.text import short
 
@@ -64,8 +65,8 @@ def run_app(
     `schema` is the dataclass every key must be a field of; `argv` is what follows the command's name (None: what
     sys.argv holds); `expected` are the errors whose message says all (a missing corpus, say): no traceback for them.
     `tell` prints the document's line, with `experiments.runs.output.finish`, where not all of it matters alike.
-    Exit codes: 0; 1 the job failed; 2 the configuration is wrong; 130 interrupted, by Ctrl-C or by a job that says so
-    itself (`status` is "interrupted"). SPIKEGATE_TRACEBACK=1 shows tracebacks for all.
+    Exit codes: 0; 1 the job failed; 2 the configuration is wrong, or names a run that is not there; 130 interrupted, by
+    Ctrl-C or by a job that says so itself (`status` is "interrupted"). SPIKEGATE_TRACEBACK=1 shows tracebacks for all.
     Raises whatever `function` raises beyond that.
     """
     return entry(lambda words: _run(name, schema, function, words or (), expected, tell))(argv)
@@ -127,7 +128,7 @@ def _run(
         if verbose:
             traceback.print_exc()
         print(f"{name}: {error}", file=sys.stderr)
-        return EXIT_FAILED
+        return EXIT_CONFIG if isinstance(error, FileNotFoundError | NoRun) else EXIT_FAILED
     return 0
 
 

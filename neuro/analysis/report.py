@@ -91,7 +91,8 @@ class CompatibilityReport:
     `mapped`: names of the nn.Linear modules that go to the chip, in calling order; `pairs`: those of them that form an
     MLP graph. `traced=False`: only leaf modules were seen, and `note` says why; functional operations then stand in one
     row of `operations`, with their multiply-accumulates. `rows_per_token`: rows each mapped layer computes per token,
-    above 1 where a layer is shared by several places. `cores`: of the mapped layers, each on cores of its own.
+    above 1 where a layer is shared by several places. `cores`: of the mapped layers, each on cores of its own, without
+    the populations that only a conversion adds, such as the product neurons of a square.
     `preparation`: what could be mapped with more layers converted to nn.Linear; None where there are no such layers.
     """
 
@@ -166,7 +167,10 @@ class CompatibilityReport:
         ]
         if self.cores:
             chips = -(-self.cores // self.cores_per_chip)
-            lines.append(f"{self.cores:,} cores, {chips:,} chip{'s' * (chips > 1)} (each layer on cores of its own)")
+            lines.append(
+                f"{self.cores:,} cores, {chips:,} chip{'s' * (chips > 1)} (each layer on cores of its own; "
+                "`spikegate place` counts what a conversion adds, squares for instance)"
+            )
         if self.tied:
             lines.append("tied weights (the host keeps the original, the chip a copy): " + ", ".join(self.tied))
         if self.unused_parameters:

@@ -102,3 +102,26 @@ def test_what_the_shell_is_offered(line: str, offered: set[str], tmp_path: Path)
     command = [sys.executable, "-m", "experiments.cli"]
     subprocess.run(command, env={**os.environ, **asked}, capture_output=True, check=True)
     assert {text.split(":")[0].strip() for text in answer.read_text().split("\n") if text} == offered
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("deploy", "run={}"), ("compare", "folder={}"), ("rerun", "{}"), ("place", "{}"), ("compat", "{}"), ("export", "{}")],
+)
+def test_a_folder_that_is_not_there_is_a_wrong_command(
+    words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = str(tmp_path / "absent")
+    assert main([word.format(absent) for word in words]) == 2
+    assert capsys.readouterr().err.startswith(f"{words[0]}: {absent}")
+
+
+def test_an_interruption_while_a_command_loads_ends_with_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("experiments.cli.importlib.import_module", interrupted)
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "train: interrupted\n"

@@ -99,6 +99,7 @@ def test_a_repetition_is_not_written_into_the_folder_of_another_run(tmp_path, ca
     for folder in (tmp_path / "run", tmp_path / "run-rerun"):
         folder.mkdir()
         (folder / "run.json").write_text('{"kind": "train", "status": "finished"}')
+    assert rerun(tmp_path / "nowhere") == 2
     assert rerun(tmp_path / "run") == 1
     assert "run-rerun holds a run already: name another folder with --out FOLDER" in capsys.readouterr().err
 
@@ -212,7 +213,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_with_resume(runs,
 
 def test_deploying_what_is_no_finished_run_is_refused(runs, tmp_path):
     done = spikegate("deploy", f"run={tmp_path}", cwd=runs, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "is " in done.stderr
     assert "Traceback" not in done.stderr
 

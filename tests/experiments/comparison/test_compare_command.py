@@ -79,7 +79,7 @@ def test_nothing_to_compare_is_said(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "empty").mkdir()
     assert main([f"folder={tmp_path / 'empty'}"]) == 1
     assert "no finished run" in capsys.readouterr().err
-    assert main([f"folder={tmp_path / 'absent'}"]) == 1
+    assert main([f"folder={tmp_path / 'absent'}"]) == 2
     assert "is not a folder" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="give folder=FOLDER"):
         CompareConfig()
