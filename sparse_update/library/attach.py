@@ -16,6 +16,7 @@ Shape letters: B batch, T token, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -92,6 +93,7 @@ class Gate:
         except BaseException:
             self.detach()
             raise
+        self.turns.links.serve(self._state, self.load_state_dict, lambda: self.steps)
         self.row_loss.start()
 
     # weights
@@ -102,17 +104,29 @@ class Gate:
         return self.turns.named_parameters()
 
     def parameters(self) -> list[nn.Parameter]:
-        """For the optimizer, in place of `model.parameters()`."""
+        """For the optimizer, in place of `model.parameters()`, and in its order."""
         return [p for _, p in self.named_parameters()]
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """`torch.nn.utils.clip_grad_norm_` of all that is trained; the norm before, (). The model's own parameters alone
+        would leave the strips out."""
+        return nn.utils.clip_grad_norm_(self.parameters(), max_norm, norm_type)
 
     def active_fraction(self) -> float:
         """Share of the model's parameters that is updated now."""
         return sum(p.numel() for p in self.parameters()) / sum(p.numel() for p in self.turns.names.values())
 
     def adopt(self, *optimizers: Any) -> None:
-        """Put active strips into optimizers that were made from `model.parameters()`, in the place of their weights."""
+        """Put active strips into optimizers that were made from `model.parameters()`, in the place of their weights.
+
+        From here on, and from the first `step(optimizer)`, their state_dict says whose the moments are and holds the gate's
+        state; load_state_dict takes the gate there. A state that was loaded before is taken over. An optimizer with
+        torch's fused kernels loses them where strips are columns, which those would write beside.
+
+        Raises GateError for a state of another configuration, model or turn.
+        """
         self._alive()
-        self.turns.exchange(optimizers, {})
+        self.turns.adopt(optimizers)
 
     # sequences before the forward
 
@@ -191,8 +205,17 @@ class Gate:
         Scored policies (energy, fisher, surprise) read the gradients here: call `optimizer.zero_grad()` afterwards.
         `progress`: share of the training that is done, for settings that end before it does; None counts steps of
         `total_steps`.
+
+        A step that accelerate's optimizer skipped, as gradients overflowed or still accumulate, is no step of the gate.
+        torch's own GradScaler does not tell: leave this call out where `scaler.update()` lowered `get_scale()`.
         """
         self._alive()
+        if any(not getattr(getattr(o, "gradient_state", None), "sync_gradients", True) for o in optimizers):
+            return  # accelerate accumulates
+        if any(getattr(o, "step_was_skipped", False) for o in optimizers):
+            self.rows.disarm()
+            self.turns.clear()
+            return
         if not optimizers and self.turns.subset is not None:
             raise GateError("gate.step(optimizer): weights change their turn, so give the optimizer(s) that hold them")
         self.rows.disarm()
@@ -242,20 +265,35 @@ class Gate:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the next choices depend on; nested dict of tensors and plain values."""
+        """Everything the next choices depend on, and the settings it holds for; nested dict of tensors and plain values."""
+        return self._state() | {"pool": copy.deepcopy(self.pool.state_dict())}
+
+    def _state(self) -> dict[str, Any]:
+        """The same without waiting sequences: what goes into an optimizer's checkpoint."""
         subset = {} if self.turns.subset is None else self.turns.subset.state_dict()
-        rows = self.row_loss.choice.state_dict()
-        return {"steps": self.steps, "subset": subset, "pool": self.pool.state_dict(), "rows": rows}
+        state = {"steps": self.steps, "subset": subset, "rows": self.row_loss.choice.state_dict()}
+        return copy.deepcopy(state) | {"config": self.cfg.plain()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Before the optimizer is made: the strips of that turn become active."""
+        """The weights of that turn become active, also in optimizers that the gate knows.
+
+        Raises GateError for the state of another configuration, ValueError for that of another model.
+        """
         self._alive()
+        saved, here = state.get("config", {}), self.cfg.plain()
+        if differing := [key for key in here if key in saved and saved[key] != here[key]]:
+            raise GateError(
+                "; ".join(
+                    f"{key} was {saved[key]!r:.60} when this state was saved and is {here[key]!r:.60}"
+                    for key in differing[:3]
+                )
+                + ": resume with the settings of that run, or begin anew without its gate and optimizer state"
+            )
         self.steps = int(state["steps"])
-        if self.turns.subset is not None:
-            self.turns.subset.load_state_dict(state["subset"])
-        self.pool.load_state_dict(state["pool"])
+        self.turns.load_state_dict(state["subset"])
+        if "pool" in state:  # an optimizer's checkpoint leaves it out
+            self.pool.load_state_dict(state["pool"])
         self.row_loss.choice.load_state_dict(state["rows"])
-        self.turns.activate()
 
 
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from sparse_update.library.attach import Gate, attach
 from sparse_update.library.linear import GateError
+from sparse_update.library.optimizers import inner, saved_gate
 from sparse_update.library.rowloss import plain_loss
 from sparse_update.library.settings import AttachConfig
+from sparse_update.nested import pack, unpack
 
 INSTALL = {"lightning": "pip install 'spikegate[lightning]'", "transformers": "pip install 'spikegate[hub]'"}
+
+FILE = "gate.safetensors"
+"""The gate's state in a checkpoint folder of the Hugging Face Trainer; see `load_gate_state`."""
 
 
 class _Holder:
@@ -24,7 +32,9 @@ class _Holder:
         self.gate: Gate | None = None
         self.state: Mapping[str, Any] | None = None
 
-    def start(self, model: nn.Module, optimizers: list[Any], steps: int = 0) -> None:
+    def start(self, model: nn.Module, optimizers: list[Any], steps: int = 0, file: str | None = None) -> None:
+        """Attach, where a resumed training was: by the optimizer's state, what a callback was given, or the saved file."""
+        self.end()  # of a training that an error left unfinished
         model = getattr(model, "module", model) if type(model).__name__ == "DistributedDataParallel" else model
         if self.config.before.signal != "none":
             raise ValueError(
@@ -33,12 +43,29 @@ class _Holder:
                 "trainer `gate.filter(loader)`, or leave before.signal at none"
             )
         self.gate = attach(model, self.config)
-        if self.state is not None:
-            self.gate.load_state_dict(self.state)
-            self.state = None
-        elif steps:
-            self.gate.seek(steps)
-        self.gate.adopt(*optimizers)
+        try:
+            loaded = (saved_gate(inner(optimizer)) for optimizer in optimizers)
+            state = next((found for found in loaded if found is not None), self.state)
+            if state is None and file is not None:
+                state = load_gate_state(file)
+            if state is not None:
+                self.gate.load_state_dict(state)
+            elif steps:
+                self._seek(self.gate, steps)
+            self.gate.adopt(*optimizers)
+        except BaseException:
+            self.gate.detach()
+            self.gate = None
+            raise
+        self.state = None
+
+    def _seek(self, gate: Gate, steps: int) -> None:
+        if self.config.weights.scored:
+            raise GateError(
+                f"weights.policy = {self.config.weights.policy!r} chooses by what it saw, and the checkpoint of step "
+                f"{steps} holds no state of a gate: resume from a folder with {FILE} or an optimizer's state, or begin anew"
+            )
+        gate.seek(steps)
 
     def stepped(self, optimizers: list[Any], how: str) -> None:
         assert self.gate is not None
@@ -57,7 +84,10 @@ def lightning_callback(config: AttachConfig | Mapping[str, Any]) -> Any:
     """A Lightning callback that attaches at the start of a fit and detaches at its end; its state goes into checkpoints.
 
     For gates of the backward, `training_step` returns `callback.loss(logits, labels)`, `Gate.loss` with its arguments.
-    Works with `pytorch_lightning` and `lightning`, whichever the program imported.
+    Works with `pytorch_lightning` and `lightning`, whichever the program imported, with automatic and manual optimization.
+    `gradient_clip_val` and `self.clip_gradients(optimizer, ...)` clip all that is trained by one norm. With manual
+    optimization and a scored policy, clear the gradients at the beginning of `training_step`, not after the step.
+    The gate counts the batches after which an optimizer has stepped, but not those whose step a gradient scaler left out.
     """
     name = "lightning.pytorch" if "lightning.pytorch" in sys.modules else "pytorch_lightning"
     try:
@@ -72,6 +102,12 @@ def lightning_callback(config: AttachConfig | Mapping[str, Any]) -> Any:
         def __init__(self) -> None:
             self.holder = _Holder(config)
             self._steps = 0
+            self._scale = 0.0
+
+        @property
+        def gate(self) -> Gate | None:
+            """The gate while a fit runs."""
+            return self.holder.gate
 
         def loss(self, logits: Tensor, labels: Tensor | None = None, **options: Any) -> Tensor:
             """`Gate.loss`; outside of training the plain mean."""
@@ -79,11 +115,14 @@ def lightning_callback(config: AttachConfig | Mapping[str, Any]) -> Any:
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             self.holder.start(pl_module, trainer.optimizers)
-            self._steps = trainer.global_step
+            self._steps, self._scale = trainer.global_step, _scale(trainer)
 
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
             if trainer.global_step > self._steps:  # not within an accumulation
                 self._steps = trainer.global_step
+                before, self._scale = self._scale, _scale(trainer)
+                if self._scale < before:
+                    return  # the gradients overflowed
                 self.holder.stepped(trainer.optimizers, "return callback.loss(logits, labels) from training_step")
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -106,8 +145,12 @@ def lightning_callback(config: AttachConfig | Mapping[str, Any]) -> Any:
 def trainer_callback(config: AttachConfig | Mapping[str, Any]) -> Any:
     """A callback of transformers' Trainer: `Trainer(..., callbacks=[callback], compute_loss_func=callback.loss)`.
 
-    It attaches when training begins, when the optimizer exists, and detaches at its end. A resumed training finds the
-    strips of the interrupted one by the number of steps; the draws of random rows start anew.
+    It attaches when training begins, when the optimizer exists, and detaches at its end. A resumed training goes on to
+    the bit: the saved optimizer holds the gate's state. So does the file gate.safetensors beside it, for a checkpoint
+    without optimizer (`save_only_model`) that lies in the output folder.
+
+    While it trains, accelerate's clip of the model's parameters, which the trainer calls, takes the strips in: one norm
+    over all that is trained, and the logged one. A step that was skipped for an overflow is none of the gate.
     """
     try:
         from transformers import TrainerCallback
@@ -119,6 +162,11 @@ def trainer_callback(config: AttachConfig | Mapping[str, Any]) -> Any:
             self.holder = _Holder(config)
             self._optimizer: Any = None
 
+        @property
+        def gate(self) -> Gate | None:
+            """The gate while a training runs."""
+            return self.holder.gate
+
         def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
             """The trainer's `compute_loss_func`: labels are the inputs, as everywhere in transformers."""
             logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
@@ -126,19 +174,22 @@ def trainer_callback(config: AttachConfig | Mapping[str, Any]) -> Any:
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             self._optimizer = given["optimizer"]
-            # The turn follows from the step, so a resumed training has the strips of the one that was interrupted.
-            self.holder.start(given["model"], [self._optimizer], state.global_step)
+            file = _checkpoint_file(args, state) if state.global_step else None
+            self.holder.start(given["model"], [self._optimizer], state.global_step, file)
+            assert self.holder.gate is not None
+            _clip_with(self.holder.gate)
 
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-            # The trainer clips model.parameters(), which strips are not: they are clipped by a norm of their own.
-            gate = self.holder.gate
-            if gate is not None and gate.turns.strips.leaves and args.max_grad_norm and args.max_grad_norm > 0:
-                nn.utils.clip_grad_norm_(gate.turns.strips.leaves.values(), args.max_grad_norm)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             self.holder.stepped([self._optimizer], "Trainer(..., compute_loss_func=callback.loss)")
 
+        def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            file = _checkpoint_file(args, state, new=True)
+            if self.holder.gate is not None and state.is_world_process_zero and file is not None:
+                _save_gate_state(self.holder.gate.state_dict(), file)
+
         def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            if self.holder.gate is not None:
+                _clip_without(self.holder.gate)
             self.holder.end()
 
     return GateCallback()
@@ -148,3 +199,69 @@ def _loss(holder: _Holder, logits: Tensor, labels: Tensor | None, **options: Any
     if holder.gate is not None:
         return holder.gate.loss(logits, labels, **options)
     return plain_loss(logits, labels, options.get("shift", False), options.get("normaliser"))
+
+
+def load_gate_state(file: str) -> dict[str, Any]:
+    """What `Gate.load_state_dict` takes, from the file that `trainer_callback` puts into a checkpoint folder.
+
+    Raises GateError where the file holds something else.
+    """
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        outline = (opened.metadata() or {}).get("gate")
+        if outline is None:
+            raise GateError(f"{file} is no state of a gate: it lacks the outline that trainer_callback writes")
+        return dict(unpack(json.loads(outline), {name: opened.get_tensor(name) for name in list(opened.keys())}))
+
+
+def _save_gate_state(state: Mapping[str, Any], file: str) -> None:
+    from safetensors.torch import save_file
+
+    tensors, outline = pack(dict(state))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"gate": json.dumps(outline)})
+
+
+def _scale(trainer: Any) -> float:
+    """Factor of Lightning's gradient scaler, which falls where a step was left out; 0 without one."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 0.0 if scaler is None else float(scaler.get_scale())
+
+
+def _checkpoint_file(args: Any, state: Any, new: bool = False) -> str | None:
+    """The gate's file in the trainer's checkpoint of this step, where there is one (or, `new`, its folder)."""
+    folders = [os.path.join(args.output_dir, f"checkpoint-{state.global_step}")]
+    if not new and isinstance(args.resume_from_checkpoint, str):
+        folders.insert(0, args.resume_from_checkpoint)
+    there = (os.path.join(f, FILE) for f in folders if os.path.exists(f if new else os.path.join(f, FILE)))
+    return next(there, None)
+
+
+_CLIPPED: weakref.WeakSet[Gate] = weakref.WeakSet()
+"""Gates whose strips accelerate's clip takes in, where it is given their weights."""
+_PLAIN_CLIP: list[Any] = []
+
+
+def _clip_with(gate: Gate) -> None:
+    from accelerate import Accelerator
+
+    _CLIPPED.add(gate)
+    if _PLAIN_CLIP:
+        return
+    _PLAIN_CLIP.append(plain := Accelerator.clip_grad_norm_)
+
+    def clip(accelerator: Any, parameters: Tensor | Iterable[nn.Parameter], *args: Any, **options: Any) -> Any:
+        trained: Any = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        for each in _CLIPPED:
+            trained = list(each.turns.trained(trained))
+        return plain(accelerator, trained, *args, **options)
+
+    Accelerator.clip_grad_norm_ = clip
+
+
+def _clip_without(gate: Gate) -> None:
+    from accelerate import Accelerator
+
+    _CLIPPED.discard(gate)
+    if not _CLIPPED and _PLAIN_CLIP:
+        Accelerator.clip_grad_norm_ = _PLAIN_CLIP.pop()

@@ -51,6 +51,14 @@ class AttachConfig:
         found.method = str(given.get("method") or "")
         return found
 
+    def plain(self) -> dict[str, Any]:
+        """What a state depends on, name -> value: all about the weights; of the choices of rows and sequences their unit,
+        signal and policy."""
+        found = {f"weights.{k}": v for k, v in dataclasses.asdict(self.weights).items() if k != "name"}
+        found |= {f"backward.{k}": getattr(self.backward, k) for k in ("unit", "signal", "policy")}
+        found |= {f"before.{k}": getattr(self.before, k) for k in ("signal", "policy")}
+        return found | {"exclude": list(self.exclude), "seed": self.seed}
+
 
 def _from_dict(cls: Any, given: Any, at: str) -> Any:
     if not isinstance(given, Mapping):

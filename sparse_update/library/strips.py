@@ -6,12 +6,12 @@ gradient. Gradient and optimizer state exist for strips only.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sparse_update.library.linear import GateError, Layer, Strip
 from sparse_update.weights.subset import Part, Subset, SubsetConfig
@@ -86,28 +86,47 @@ def subset_of(
 
 
 class Strips:
-    """The leaves of the gated weights, and their exchange in the user's optimizers."""
+    """The leaves of the gated weights."""
 
     def __init__(self, layers: Mapping[str, list[Layer]]) -> None:
         self.layers = layers
         """gated weight -> the layers that use it"""
         self.leaves: dict[tuple[str, int], nn.Parameter] = {}
         """(gated weight, number of the strip) -> the strip"""
-        self.groups: dict[tuple[int, str], int] = {}
+        self.fresh: list[nn.Parameter] = []
+        """strips that were not active before the last `activate`"""
+        self.places: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        """any strip that is or was active -> (gated weight, dim, start, stop)"""
 
     def activate(self, chosen: Mapping[str, tuple[Part, ...]]) -> None:
-        """Make these the active strips; a weight without any is frozen."""
-        self.leaves = {}
+        """Make these the active strips; a weight without any is frozen. A strip that stays keeps its leaf, and so its
+        moments."""
+        before = {self.places[leaf]: leaf for leaf in self.leaves.values()}
+        self.leaves, self.fresh = {}, []
         for name, layers in self.layers.items():
             weight = layers[0].weight
             weight.grad = None
-            leaves = [nn.Parameter(part.of(weight.detach())) for part in chosen[name]]
+            leaves = [self._leaf(name, weight.detach(), part, before) for part in chosen[name]]
             self.leaves |= {(name, i): leaf for i, leaf in enumerate(leaves)}
             for layer in layers:
                 layer.strips = tuple(
                     Strip((part.dim == 0) != layer.turned, part.start, leaf, part.dim)
                     for part, leaf in zip(chosen[name], leaves, strict=True)
                 )
+
+    def _leaf(self, name: str, weight: Tensor, part: Part, before: Mapping[Any, nn.Parameter]) -> nn.Parameter:
+        place, view = (name, part.dim, part.start, part.stop), part.of(weight)
+        leaf = before.get(place)
+        if leaf is None or leaf.data_ptr() != view.data_ptr() or leaf.dtype != view.dtype:
+            leaf = nn.Parameter(view)
+            self.places[leaf] = place
+            self.fresh.append(leaf)
+        leaf.grad = None
+        return leaf
+
+    def of(self, name: str) -> list[nn.Parameter]:
+        """The active strips of a gated weight."""
+        return [strip.leaf for strip in self.layers[name][0].strips]
 
     def check(self) -> None:
         """Raise GateError where the model's weights were moved away from under the strips."""
@@ -116,61 +135,3 @@ class Strips:
                 raise GateError(
                     f"{name} was moved or cast after attach, its active strip was not: call model.to(...) before attach"
                 )
-
-    def adopt(
-        self,
-        optimizers: Iterable[Any],
-        names: Mapping[str, nn.Parameter],
-        old: Mapping[tuple[str, int], nn.Parameter],
-    ) -> None:
-        """Put the present leaves in the place of the weights' old ones in the optimizers. State of old ones is dropped,
-        unless it has the new leaf's shape and nothing was active before (a loaded state)."""
-        for number, optimizer in enumerate(optimizers):
-            self.note_groups(number, optimizer, [*names.items(), *((n, p) for (n, _), p in old.items())])
-            gone = {id(p): (name, 0) for name, p in names.items()} | {id(p): key for key, p in old.items()}
-            present = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            placed = {key for key, leaf in self.leaves.items() if id(leaf) in present}
-            for group in optimizer.param_groups:
-                kept = []
-                for p in group["params"]:
-                    key = gone.get(id(p))
-                    if key is None or p is self.leaves.get(key):
-                        kept.append(p)
-                        continue
-                    state = optimizer.state.pop(p, None)
-                    leaf = self.leaves.get(key)
-                    if leaf is not None and key not in placed:
-                        kept.append(leaf)
-                        placed.add(key)
-                        if not old and state and _fits(state, leaf):
-                            optimizer.state[leaf] = state
-                group["params"] = kept
-            self.place(number, optimizer, [(key[0], leaf) for key, leaf in self.leaves.items() if key not in placed])
-
-    def place(self, number: int, optimizer: Any, wanted: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Add parameters to the group that they, or their like in another layer, were in."""
-        for name, p in wanted:
-            index = self._group_of(number, name)
-            if index is not None:
-                optimizer.param_groups[index]["params"].append(p)
-
-    def note_groups(self, number: int, optimizer: Any, named: Iterable[tuple[str, nn.Parameter]]) -> None:
-        of = {id(p): name for name, p in named}
-        of |= {id(p): name for (name, _), p in self.leaves.items()}
-        for index, group in enumerate(optimizer.param_groups):
-            for p in group["params"]:
-                if id(p) in of:
-                    self.groups[number, of[id(p)]] = index
-
-    def _group_of(self, number: int, name: str) -> int | None:
-        """The group that this weight was in before, or one of the same role in another layer."""
-        if (number, name) in self.groups:
-            return self.groups[number, name]
-        role = re.sub(r"\d+", "*", name)
-        same = [i for (n, other), i in self.groups.items() if n == number and re.sub(r"\d+", "*", other) == role]
-        return same[0] if same else None
-
-
-def _fits(state: Mapping[str, Any], leaf: Tensor) -> bool:
-    tensors = [v for v in state.values() if isinstance(v, Tensor) and v.dim()]
-    return all(v.shape == leaf.shape for v in tensors)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparse_update.library.layers import Found
 from sparse_update.library.linear import GateError, Layer
+from sparse_update.library.optimizers import Links, Place, inner
 from sparse_update.library.strips import Strips, layer_stack, subset_names, subset_of
 from sparse_update.weights.subset import Subset, SubsetConfig
 
@@ -36,6 +37,8 @@ class Turns:
         self.world = 1
         """Processes that share the gradients of strips."""
         self.subset = self._choose(seed)
+        self.links = Links(self)
+        self._name_of = {id(p): name for name, p in self.names.items()}
 
     def _gated(self, found: Found) -> dict[str, list[Layer]]:
         """Weights that strips may be taken of: not tied to an embedding, not stored both ways, not the head."""
@@ -98,16 +101,39 @@ class Turns:
             dist.all_reduce(leaf.grad)
             leaf.grad /= world
 
-        for leaf in self.strips.leaves.values():
+        for leaf in self.strips.fresh:
             leaf.register_post_accumulate_grad_hook(mean)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Active strips, under their weight's name, and the other parameters that ask for a gradient."""
-        yield from ((name, leaf) for (name, _), leaf in self.strips.leaves.items())
-        yield from ((name, p) for name, p in self.names.items() if p.requires_grad)
+        """Active strips, under their weight's name and in its place, and the other parameters that ask for a gradient."""
+        for name, p in self.names.items():
+            if name in self.strips.layers:
+                yield from ((name, leaf) for leaf in self.strips.of(name))
+            elif p.requires_grad:
+                yield name, p
+
+    def trained(self, parameters: Iterable[nn.Parameter]) -> Iterator[nn.Parameter]:
+        """The given parameters, those that are cut into strips by their active strips."""
+        for p in parameters:
+            name = self._name_of.get(id(p), "")
+            yield from self.strips.of(name) if name in self.strips.layers else [p]
+
+    def active_of(self, name: str) -> dict[Place, nn.Parameter]:
+        """What an optimizer holds of this parameter now: its strips, itself, or nothing while it rests."""
+        if name in self.strips.layers:
+            return {self.strips.places[leaf]: leaf for leaf in self.strips.of(name)}
+        if self.subset is None or not self.requires_grad[name] or self.subset_names[name] in self.subset.active.parts:
+            return {(name,): self.names[name]}
+        return {}
+
+    def place_of(self, p: Tensor) -> Place | None:
+        """Where a strip, or a parameter of the model, belongs; None for any other tensor."""
+        name = self._name_of.get(id(p))
+        return self.strips.places.get(p) if name is None else (name,)
 
     def restore(self) -> None:
         """Every parameter asks for gradients as it did before the gate."""
+        self.links.close()
         for name, p in self.names.items():
             if not p.requires_grad:
                 p.grad = None
@@ -126,24 +152,39 @@ class Turns:
     def step(self, optimizers: tuple[Any, ...], steps: int, progress: float, loss_BT: Tensor | None) -> None:
         """After the `steps`-th optimizer step: scored policies learn, and other weights become active when it is their
         turn."""
+        given = [inner(o) for o in optimizers]
+        if self.subset is not None:
+            self._check_optimizers(given)
+        self.links.know(given)
         if self.subset is None:
             return
-        self._check_optimizers([_inner(o) for o in optimizers])
         if self.cfg.scored:
             self._observe(self.subset, loss_BT)
-        for leaf in self.strips.leaves.values():
-            leaf.grad = None  # model.zero_grad() does not know them
+        self.clear()
         if self.subset.due(steps, progress):
-            old = dict(self.strips.leaves)
             self.subset.advance()
             self.activate()
-            self.exchange(optimizers, old)
+            self.links.settle(given)
+            self._check_optimizers(given)
+
+    def clear(self) -> None:
+        """Forget the gradients of strips, which model.zero_grad() does not know."""
+        for leaf in self.strips.leaves.values():
+            leaf.grad = None
 
     def seek(self, steps: int) -> None:
         """The weights of the turn after so many steps become active."""
         if self.subset is not None and self.subset.due(steps):
             self.subset.advance()
             self.activate()
+            self.links.settle()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the state of a `Subset`: the weights of that turn become active, in linked optimizers too."""
+        if self.subset is not None:
+            self.subset.load_state_dict(state)
+            self.activate()
+            self.links.settle()
 
     def _observe(self, subset: Subset, loss_BT: Tensor | None) -> None:
         # the loss is not the same in every process, and choices must be
@@ -165,44 +206,21 @@ class Turns:
 
     # optimizers
 
-    def exchange(self, optimizers: tuple[Any, ...], old: Mapping[tuple[str, int], nn.Parameter]) -> None:
-        """Put what is active now into the optimizers, in the place of the `old` strips or of the weights themselves."""
-        inner = [_inner(o) for o in optimizers]
-        if self.cfg.kind == "layers":
-            for number, optimizer in enumerate(inner):
-                self._exchange_layers(number, optimizer)
-        else:
-            self.strips.adopt(inner, {name: self.names[name] for name in self.strips.layers}, old)
-        self._check_optimizers(inner)
-
-    def _exchange_layers(self, number: int, optimizer: Any) -> None:
-        """A frozen parameter leaves, with its moments; what is not the model's own stays."""
-        self.strips.note_groups(number, optimizer, self.names.items())
-        frozen = {id(p) for n, p in self.names.items() if not p.requires_grad and self.requires_grad[n]}
-        there = set()
-        for group in optimizer.param_groups:
-            for p in [p for p in group["params"] if id(p) in frozen]:
-                optimizer.state.pop(p, None)
-            group["params"] = [p for p in group["params"] if id(p) not in frozen]
-            there |= {id(p) for p in group["params"]}
-        back = [(n, p) for n, p in self.names.items() if p.requires_grad and id(p) not in there]
-        self.strips.place(number, optimizer, back)
+    def adopt(self, optimizers: Iterable[Any]) -> None:
+        """Put what is active now into the optimizers, where the weights or earlier strips are; see `Links.adopt`."""
+        given = [inner(o) for o in optimizers]
+        self.links.adopt(given)
+        if self.subset is not None:
+            self._check_optimizers(given)
 
     def _check_optimizers(self, optimizers: Iterable[Any]) -> None:
         there = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-        wanted = list(self.named_parameters())
-        if self.strips.leaves:
-            wanted = wanted[: len(self.strips.leaves)]
+        wanted = [(name, p) for name, p in self.named_parameters() if name in self.strips.layers or not self.strips.leaves]
         if missing := [name for name, leaf in wanted if id(leaf) not in there]:
             raise GateError(
                 f"the active part of {missing[0]} (and {len(missing) - 1} more) is in no optimizer and would never be "
                 "updated: make the optimizer of gate.parameters(), or call gate.adopt(optimizer) once"
             )
-
-
-def _inner(optimizer: Any) -> Any:
-    """The optimizer inside a wrapper (accelerate's)."""
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 def world_size() -> int:
