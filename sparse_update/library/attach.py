@@ -8,8 +8,10 @@
         gate.step(optimizer)
         optimizer.zero_grad()
 
-Every nn.Linear, nn.Embedding, transformers Conv1D and self-attending nn.MultiheadAttention gets a forward of its own;
-class, state_dict and outputs stay. Attention, norms and whatever else the model holds run as they are.
+Every nn.Linear, transformers Conv1D and self-attending nn.MultiheadAttention gets a class derived from its own, whose
+forward reads the module's parameters at every call; names, state_dict and outputs stay, and copies are plain. Attention,
+embeddings, norms and whatever else the model holds run as they are. The first forward is watched, to learn which row of
+each layer is which token of the loss; layers where that cannot be told are computed in full, and `report` names them.
 
 Shape letters: B batch, T token, V vocabulary.
 """
@@ -27,11 +29,12 @@ import torch
 from torch import Tensor, nn
 
 from sparse_update.library.layers import Found, find, restore
-from sparse_update.library.linear import GateError, Rows
 from sparse_update.library.methods.scoring import GIVEN, Losses, reference_model
 from sparse_update.library.pool import Pool
 from sparse_update.library.rowloss import RowLoss
 from sparse_update.library.settings import AttachConfig
+from sparse_update.library.tracking.rows import GateError, Rows
+from sparse_update.library.tracking.trace import undisturbed
 from sparse_update.library.turns import Turns
 
 LOSSES_WITHOUT_STEP = 512
@@ -75,10 +78,10 @@ class Gate:
     """
 
     def __init__(self, model: nn.Module, cfg: AttachConfig, reference: Reference | None = None) -> None:
-        _refuse_wrappers(model)
+        _refuse_wrappers(model, cfg.weights.kind)
         _check_needs(cfg, reference)
         self.model, self.cfg = model, cfg
-        self.rows = Rows(cfg.batch_first)
+        self.rows = Rows()
         self.found: Found | None = find(model, self.rows, lambda name: any(fnmatch.fnmatch(name, e) for e in cfg.exclude))
         _ATTACHED.add(model)
         self.steps = self.losses = 0
@@ -147,6 +150,7 @@ class Gate:
         tokens: Tensor | None = None,
         normaliser: Tensor | float | None = None,
         reference_losses: Tensor | None = None,
+        others: Tensor | None = None,
     ) -> Tensor:
         """Mean cross-entropy over the kept rows, whose backward leaves the others out.
 
@@ -172,20 +176,25 @@ class Gate:
         if torch.is_grad_enabled() and self.pool.listens:
             given = self.pool.of(labels, shift, len(logits))
         weight_B = None if given is None else given.weight_B
-        loss = self.row_loss(logits, labels, shift, tokens, normaliser, self._leaves(), weight_B, reference_losses)
+        loss = self.row_loss(logits, labels, shift, tokens, normaliser, others, self._leaves(), weight_B, reference_losses)
         if given is not None and self.row_loss.last_BT is not None:
             self.pool.trained(given, self.row_loss.last_BT, labels, shift)
         return loss
 
     def probe(self, *args: Any, **kwargs: Any) -> list[str]:
-        """Run the model once to find the layers where rows are dropped exactly (backward.below = "exact"); their names."""
+        """Run the model once, eagerly, to learn which row of each layer is which token, and with backward.below = "exact"
+        where rows are dropped exactly; the names of these layers. Random state and buffers are as before afterwards.
+
+        Without it the first forward is watched in the same way, which `torch.compile(fullgraph=True)` does not allow.
+        """
         self._alive()
-        with torch.enable_grad():
+        self.row_loss.watch_again()
+        with torch.enable_grad(), undisturbed(self.model):
             output = self.model(*args, **kwargs)
-        output = getattr(output, "logits", output)
-        if not isinstance(output, Tensor) or output.dim() != 3:
-            raise GateError("gate.probe: the model's output is no tensor (B, T, V) and has no `logits` of that form")
-        self.row_loss.probe(output, (output.shape[0], output.shape[1]), self._leaves())
+            output = getattr(output, "logits", output)
+            if not isinstance(output, Tensor) or output.dim() not in (2, 3):
+                raise GateError("gate.probe: the model's output is no tensor (B, T, V) and has no `logits` of that form")
+            self.row_loss.look(output, self._leaves())
         return self.exact_layers()
 
     def exact_layers(self) -> list[str]:
@@ -239,6 +248,8 @@ class Gate:
         if self.found is not None:
             restore(self.found)
             self.found = None
+            if hasattr(self, "row_loss"):
+                self.row_loss.stop()
             if hasattr(self, "turns"):
                 self.turns.restore()
             _ATTACHED.discard(self.model)
@@ -251,7 +262,8 @@ class Gate:
     # what was gated, state
 
     def report(self) -> dict[str, Any]:
-        """What the gate reaches: gated layers, modules left as they are, layers whose layout hid their token rows."""
+        """What the gate reaches: gated layers, modules left as they are, layers whose token rows could not be followed and,
+        in `why`, what hid them."""
         self._alive()
         assert self.found is not None
         return {
@@ -259,6 +271,7 @@ class Gate:
             "left": self.found.left,
             "tied": self.found.tied,
             "rows_not_found": [layer.name for layer in self.found.layers if layer.dense_calls],
+            "why": {layer.name: layer.why_dense for layer in self.found.layers if layer.dense_calls and layer.why_dense},
             "active_fraction": self.active_fraction(),
             "kept": self.pool.kept,
             "offered": self.pool.offered,
@@ -329,11 +342,14 @@ def _check_needs(cfg: AttachConfig, reference: Reference | None) -> None:
         )
 
 
-def _refuse_wrappers(model: nn.Module) -> None:
+def _refuse_wrappers(model: nn.Module, weights: str) -> None:
     kind = type(model).__name__
     if kind in ("DistributedDataParallel", "OptimizedModule", "FullyShardedDataParallel", "DataParallel"):
         raise GateError(f"attach({kind}(...)): attach to the module first and wrap it afterwards")
-    if any(type(p).__name__ == "DTensor" for p in model.parameters()):
-        raise GateError("attach: this model's weights are sharded (DTensor), strips and rows of shards are not supported")
+    if weights != "all" and any(type(p).__name__ == "DTensor" for p in model.parameters()):
+        raise GateError(
+            f"attach: this model's weights are sharded (DTensor), and weights.kind = {weights!r} needs whole ones: leave "
+            "it 'all', or shard nothing"
+        )
     if model in _ATTACHED:
         raise GateError("there is a gate on this model already: call its detach() first")

@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparse_update.library.attach import Gate, attach
-from sparse_update.library.linear import GateError
 from sparse_update.library.optimizers import inner, saved_gate
 from sparse_update.library.rowloss import plain_loss
 from sparse_update.library.settings import AttachConfig
+from sparse_update.library.tracking.rows import GateError
 from sparse_update.nested import pack, unpack
 
 INSTALL = {"lightning": "pip install 'spikegate[lightning]'", "transformers": "pip install 'spikegate[hub]'"}

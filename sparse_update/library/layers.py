@@ -1,5 +1,9 @@
-"""Which modules of a model are gated, and the exchange of their forward: an attribute of the instance, so class and
-state_dict stay, and taking it off leaves nothing behind."""
+"""Which modules of a model are gated, and how: each gets a class derived from its own, which differs in its forward alone.
+
+The class reads the module's parameters at every call. So copies compute with their own parameters, and what is put in the
+place of a parameter (`functional_call`, `load_state_dict(assign=True)`, a parametrisation, a shard) is what counts. Copies
+and pickles are of the plain class: a gate stays with the model that it was attached to.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from sparse_update.library.linear import GateError, Layer, Rows, gated_embedding
+from sparse_update.library.attention import attention_forward
+from sparse_update.library.linear import Layer
+from sparse_update.library.tracking.rows import GateError, Rows
+
+GATE = "_spikegate_layer"
+"""Attribute of a gated module that holds its layer or layers."""
 
 
 @dataclass(eq=False)
@@ -20,7 +28,7 @@ class Found:
     """What `find` gated. `left`: modules with matrices of their own that train as ever; `tied`: names of shared weights."""
 
     layers: list[Layer] = field(default_factory=list)
-    patched: list[nn.Module] = field(default_factory=list)
+    gated: list[nn.Module] = field(default_factory=list)
     embedded: set[int] = field(default_factory=set)
     """ids of weights that are a table of an embedding"""
     left: list[str] = field(default_factory=list)
@@ -33,12 +41,12 @@ class Found:
         if named is not None:
             return named.weight
         sizes = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
-        heads = [layer.weight for layer in self.layers if layer.weight.shape[1 if layer.turned else 0] in sizes]
+        heads = [layer.weight for layer in self.layers if layer.outputs in sizes and layer.has_weight]
         return heads[-1] if heads else None
 
 
 def find(model: nn.Module, rows: Rows, excluded: Callable[[str], bool]) -> Found:
-    """Gate every nn.Linear, nn.Embedding, transformers Conv1D and nn.MultiheadAttention but the excluded ones.
+    """Gate every nn.Linear, transformers Conv1D and nn.MultiheadAttention but the excluded ones.
 
     Raises GateError where no linear layer is left, or a module's forward was exchanged by somebody else.
     """
@@ -48,22 +56,24 @@ def find(model: nn.Module, rows: Rows, excluded: Callable[[str], bool]) -> Found
         if id(module) in inside or excluded(name):
             continue
         kind = type(module)
-        if kind is nn.MultiheadAttention:
+        if isinstance(module, nn.MultiheadAttention) and kind.forward is nn.MultiheadAttention.forward:
             inside |= {id(part) for part in module.modules()} - {id(module)}
-            _take(found, module, name, _attention(found, module, name, rows))
+            if module.in_proj_weight is not None and module.bias_k is None and not module.add_zero_attn:
+                _gate(found, module, name, _attention_layers(module, name, rows), attention_forward)
+            else:
+                found.left.append(name)
         elif isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward:
-            layer = Layer(name, module.weight, module.bias, rows)
-            found.layers.append(layer)
-            _take(found, module, name, _bound(layer, module))
+            layer = Layer(name, module, rows, module.in_features, module.out_features)
+            _gate(found, module, name, (layer,), linear_forward)
         elif kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
-            layer = Layer(name, module.weight, module.bias, rows, turned=True)
-            found.layers.append(layer)
-            _take(found, module, name, _bound(layer, module))
-        elif isinstance(module, nn.Embedding) and kind.forward is nn.Embedding.forward:
+            layer = Layer(name, module, rows, module.nx, module.nf, turned=True)
+            _gate(found, module, name, (layer,), linear_forward)
+        elif isinstance(module, nn.Embedding):
             found.embedded.add(id(module.weight))
-            if not (module.sparse or module.scale_grad_by_freq or module.max_norm is not None):
-                _take(found, module, name, gated_embedding(module, rows))
-        elif any(p.dim() > 1 for p in module.parameters(recurse=False)):
+            found.left.append(name)
+        elif any(p.dim() > 1 for p in module.parameters(recurse=False)) and not isinstance(
+            module, parametrize.ParametrizationList
+        ):
             found.left.append(name)
     if not found.layers:
         restore(found)
@@ -79,102 +89,79 @@ def find(model: nn.Module, rows: Rows, excluded: Callable[[str], bool]) -> Found
 
 
 def restore(found: Found) -> None:
-    """Give every gated module its class's forward back."""
-    for module in found.patched:
-        vars(module).pop("forward", None)
+    """Give every gated module its own class back."""
+    for module in found.gated:
+        module.__dict__.pop(GATE, None)
+        _exchange(module, _plain)
 
 
-def _take(found: Found, module: nn.Module, name: str, forward: Callable[..., Any]) -> None:
+def linear_forward(plain: Callable[..., Tensor], module: nn.Module, input: Tensor) -> Tensor:
+    """The forward of a gated linear layer; `input` is the name that nn.Linear.forward has for it."""
+    layers = module.__dict__.get(GATE)
+    if not layers or not layers[0].takes(input):
+        return plain(module, input)
+    return layers[0](input, module.weight, module.bias)
+
+
+def _attention_layers(module: nn.MultiheadAttention, name: str, rows: Rows) -> tuple[Layer, ...]:
+    width = module.embed_dim
+    into = Layer(f"{name}.in_proj", module, rows, width, 3 * width, weight_name="in_proj_weight")
+    return into, Layer(f"{name}.out_proj", module.out_proj, rows, width, width)
+
+
+def _gate(found: Found, module: nn.Module, name: str, layers: tuple[Layer, ...], forward: Callable[..., Any]) -> None:
     if "forward" in vars(module):
         restore(found)
         raise GateError(f"{name}: its forward was exchanged already (by a gate, a profiler, an offloader): undo that first")
-    module.forward = forward
-    found.patched.append(module)
+    module.__dict__[GATE] = layers
+    _exchange(module, lambda kind: _gated_class(kind, forward))
+    found.layers += layers
+    found.gated.append(module)
 
 
-def _bound(layer: Layer, module: nn.Module) -> Callable[[Tensor], Tensor]:
-    def forward(input: Tensor) -> Tensor:  # the name that nn.Linear.forward has
-        return layer(input)
-
-    return forward
-
-
-def _attention(found: Found, module: nn.MultiheadAttention, name: str, rows: Rows) -> Callable[..., Any]:
-    """Self-attention with one joint projection and without returned weights, as nn.TransformerEncoder uses it; the rest
-    runs as it is, in full."""
-    plain = types.MethodType(nn.MultiheadAttention.forward, module)
-    joint = module.in_proj_weight is not None and module.bias_k is None and not module.add_zero_attn
-    if not joint:
-        found.left.append(name)
-        return plain
-    # (T, B, D) inside torch's own; here the tokens stay as they come, (B, T, D) or (T, B, D)
-    into = Layer(f"{name}.in_proj", module.in_proj_weight, module.in_proj_bias, rows, sequence_first=not module.batch_first)
-    out = Layer(
-        f"{name}.out_proj", module.out_proj.weight, module.out_proj.bias, rows, sequence_first=not module.batch_first
-    )
-    found.layers += [into, out]
-
-    def forward(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        own = query is key and key is value and query.dim() == 3 and not need_weights
-        own = own and not (is_causal and attn_mask is None)  # torch's own refuses that
-        if not own or not torch.is_grad_enabled():
-            if torch.is_grad_enabled() and (into.strips or out.strips):
-                raise GateError(
-                    f"{name} attends to another input than its queries, or returns its weights (need_weights=True): its "
-                    "joint "
-                    f"projection cannot be cut into active strips there. exclude = ['{name}'], or weights.kind = 'layers'"
-                )
-            into.dense_calls += torch.is_grad_enabled()
-            return plain(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-        first = (0, 1) if module.batch_first else (1, 0)
-        batch, length = query.shape[first[0]], query.shape[first[1]]
-        heads, width = module.num_heads, module.head_dim
-        q, k, v = into(query).chunk(3, dim=-1)
-
-        def split(y: Tensor) -> Tensor:
-            y = y.view(*y.shape[:2], heads, width)
-            return y.transpose(1, 2) if module.batch_first else y.permute(1, 2, 0, 3)
-
-        mask = _mask(attn_mask, key_padding_mask, batch, heads, length, q.dtype)
-        causal = is_causal and key_padding_mask is None
-        mixed = F.scaled_dot_product_attention(
-            split(q),
-            split(k),
-            split(v),
-            attn_mask=None if causal else mask,
-            dropout_p=module.dropout if module.training else 0.0,
-            is_causal=causal,
+def _exchange(module: nn.Module, of: Callable[[type], type]) -> None:
+    """Exchange the class under those that torch's parametrisations lay over it, so that these can still be taken off."""
+    kind = type(module)
+    if parametrize.is_parametrized(module):
+        under = of(kind.__bases__[0])
+        body = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+        module.__class__ = types.new_class(
+            kind.__name__, (under, *kind.__bases__[1:]), exec_body=lambda ns: ns.update(body)
         )
-        mixed = mixed.transpose(1, 2) if module.batch_first else mixed.permute(2, 0, 1, 3)
-        return out(mixed.reshape(query.shape)), None
-
-    return forward
+    elif kind is not of(kind):
+        module.__class__ = of(kind)
 
 
-def _mask(
-    attn: Tensor | None, padding: Tensor | None, batch: int, heads: int, length: int, dtype: torch.dtype
-) -> Tensor | None:
-    """Both masks as one to add, broadcast over (B, H, T, T): True or -inf is left out."""
+_CLASSES: dict[Any, Any] = {}
 
-    def added(mask: Tensor) -> Tensor:
-        if mask.dtype != torch.bool:
-            return mask.to(dtype)
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, float("-inf"))
 
-    both = None
-    if attn is not None:
-        both = added(attn)
-        both = both.view(batch, heads, length, length) if both.dim() == 3 else both
-    if padding is not None:
-        wide = added(padding).view(batch, 1, 1, length)
-        both = wide if both is None else both + wide
-    return both
+def _gated_class(kind: Any, forward: Callable[..., Any]) -> Any:
+    if kind not in _CLASSES:
+        plain = kind.forward
+
+        def gated(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return forward(plain, self, *args, **kwargs)
+
+        def reduced(self: Any, protocol: Any) -> Any:
+            made = kind.__reduce_ex__(self, protocol)
+            parts = tuple(kind if part is type(self) else part for part in made[1])
+            state = made[2]
+            if isinstance(state, dict):
+                state = {k: v for k, v in state.items() if k != GATE}
+            return made[0], parts, state, *made[3:]
+
+        body = {
+            "forward": gated,
+            "__reduce_ex__": reduced,
+            "__module__": kind.__module__,
+            "__qualname__": kind.__qualname__,
+        }
+        _CLASSES[kind] = type(kind)(kind.__name__, (kind,), body | {"__doc__": kind.__doc__, _PLAIN: kind})
+    return _CLASSES[kind]
+
+
+_PLAIN = "_spikegate_plain"
+
+
+def _plain(kind: type) -> type:
+    return vars(kind).get(_PLAIN, kind)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from sparse_update.library.linear import GateError
+from sparse_update.library.tracking.rows import GateError
 
 KEY = "gate"
 """Entry of a saved parameter group that says whose the moments are."""

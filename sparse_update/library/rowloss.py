@@ -5,6 +5,7 @@ Shape letters: B batch, T token, V vocabulary, N = B T, K kept rows.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -12,9 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_update.library.layers import Found
-from sparse_update.library.linear import Arm, GateError, KeptLoss, Rows
 from sparse_update.library.methods.scoring import output_losses
+from sparse_update.library.processes import world_size
 from sparse_update.library.rowchoice import BackwardConfig, RowChoice
+from sparse_update.library.tracking.keptloss import Arm, Aside, KeptLoss
+from sparse_update.library.tracking.rows import GateError, Rows
+from sparse_update.library.tracking.trace import Trace
 
 NO_LABEL = -100
 """torch's own label of a token that is not predicted."""
@@ -49,6 +53,16 @@ def shifted(labels: Tensor) -> Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=NO_LABEL)
 
 
+NOT_FOLLOWED = (
+    "the gate could not follow the loss's tokens to any gated layer, so every row of every layer is computed and nothing "
+    "is saved: give gate.loss the logits (or losses) that come out of the model's own forward, with their graph"
+)
+
+
+FOREIGN = "the loss does not come from the forward that was watched"
+UNCALLED = "it was not called in the forward that was watched"
+
+
 class RowLoss:
     """Chooses rows by their losses and leaves the others out of the backward.
 
@@ -69,17 +83,49 @@ class RowLoss:
         seed: int,
         reference: nn.Module | None = None,
     ) -> None:
-        self.cfg, self.found, self.rows, self.reference = cfg, found, rows, reference
+        self.cfg, self.found, self.rows, self.model, self.reference = cfg, found, rows, model, reference
         self.choice = RowChoice(cfg, model, vocab_size, seed)
         self.last_BT: Tensor | None = None
         """Losses per token of the last forward, nats."""
+        self.looked = False
+        """whether one backward was compared with that of the gated loss alone"""
 
     def start(self) -> None:
         """Make the layers leave dropped rows out, where rows are dropped at all."""
-        if self.cfg.unit != "none":
-            self.rows.embeddings = self.cfg.below == "compact"
-            for layer in self.found.layers:
-                layer.compact = self.cfg.below == "compact"
+        if self.cfg.unit == "none" or self.cfg.keep_fraction == 1:
+            return
+        self.rows.wanted = True
+        for layer in self.found.layers:
+            layer.compact = self.cfg.below == "compact"
+        self.rows.trace = Trace(self.cfg.unit == "sequence")
+        self.watch()
+
+    def watch(self) -> None:
+        """Watch the next forward, to learn where the tokens are among each layer's rows."""
+        assert self.rows.trace is not None
+        gated = {id(m) for m in self.found.gated}
+        holders = [m for m in self.model.modules() if any(id(part) in gated for part in m.modules())]
+        self.rows.trace.arm(holders)
+
+    def watch_again(self) -> None:
+        """Forget what was seen of a forward, and watch the next one; nothing where no rows are dropped."""
+        if self.rows.trace is not None:
+            self.rows.trace.disarm()
+            self.watch()
+
+    def look(self, output: Tensor, leaves: Sequence[Tensor]) -> None:
+        """Read a watched forward by its logits (B, T, V) or (B, V), and find the exact layers where that is asked for."""
+        wide = output if output.dim() == 3 else output.unsqueeze(0 if self.cfg.unit == "token" else 1)
+        batch, length = wide.shape[:2]
+        if self.rows.trace is not None:
+            self._learn(output, batch, length, True)
+        if self.cfg.below == "exact":
+            self.probe(output, (batch, length), leaves)
+
+    def stop(self) -> None:
+        """Watch no more."""
+        if self.rows.trace is not None:
+            self.rows.trace.disarm()
 
     def __call__(
         self,
@@ -88,6 +134,7 @@ class RowLoss:
         shift: bool,
         tokens: Tensor | None,
         normaliser: Tensor | float | None,
+        others: Tensor | None,
         leaves: Sequence[Tensor],
         weight_B: Tensor | None = None,
         reference_BT: Tensor | None = None,
@@ -96,7 +143,8 @@ class RowLoss:
 
         `leaves`: what is updated, for the look at one backward. `weight_B`: of whole sequences, known before the forward.
         """
-        _check_shapes(logits, labels)
+        given = logits
+        logits, labels = _as_batch(logits, labels, self.cfg.unit)
         if labels is not None and shift:
             tokens = labels if tokens is None else tokens
             labels = shifted(labels)
@@ -104,7 +152,7 @@ class RowLoss:
         self.last_BT = loss_BT
         valid_BT = torch.ones_like(loss_BT, dtype=torch.bool) if labels is None else labels != NO_LABEL
         if self.cfg.unit == "none" or not torch.is_grad_enabled():
-            return plain_loss(logits, labels, False, normaliser, weight_B)
+            return _with(plain_loss(logits, labels, False, normaliser, weight_B), others)
         if self.cfg.signal == "excess":
             reference_BT = self._reference(loss_BT, labels, tokens, reference_BT)
         kept = self.choice.choose(
@@ -112,8 +160,10 @@ class RowLoss:
         )
         count = kept.normaliser if normaliser is None else torch.as_tensor(normaliser, device=logits.device) * kept.share
         batch, length = loss_BT.shape
+        if self.rows.trace is not None:
+            self._learn(given, batch, length, labels is not None)
         if self.cfg.below == "exact" and any(layer.exact is None for layer in self.found.layers):
-            self.probe(logits, (batch, length), leaves)
+            self.probe(given, (batch, length), leaves)
         weight_K = kept.weight_K
         if weight_B is not None:
             weight_K = weight_K * weight_B.to(weight_K)[kept.flat_K // length]
@@ -121,7 +171,39 @@ class RowLoss:
             loss = (logits.reshape(-1).index_select(0, kept.flat_K) * weight_K).sum() / count
         else:
             loss = KeptLoss.apply(logits, labels.flatten(), kept.flat_K, weight_K, count)
-        return Arm.apply(loss, self.rows, kept.flat_K, (batch, length))
+        if not self.rows.wanted:
+            return _with(loss, others)
+        units = kept.flat_K[::length] // length if self.cfg.unit == "sequence" else kept.flat_K
+        look = not self.looked and world_size() == 1
+        self.looked = True
+        armed: Tensor = Arm.apply(loss, self.rows, units, (batch, length), loss if look else None, leaves if look else ())
+        if others is None:
+            return armed
+        if world_size() > 1:
+            raise GateError(
+                "gate.loss(..., others=...) with several processes: gradients would be shared before they are complete. "
+                "Run two backwards, the first inside model.no_sync()"
+            )
+        return Aside.apply(armed, others.detach(), [others], self.rows)
+
+    def _learn(self, result: Tensor, batch: int, length: int, has_columns: bool) -> None:
+        """Read the watched forward, or watch another where what is known does not hold for this batch."""
+        trace = self.rows.trace
+        assert trace is not None
+        if not trace.armed:
+            unsure = any(layer.layout is not None and layer.layout.unsure for layer in self.found.layers)
+            if unsure and batch > 1 and (length > 1 or trace.whole):
+                self.watch()
+            return
+        if not trace.forwards:
+            return
+        layouts = trace.layouts(result, batch, length, has_columns)
+        if layouts is None or all(isinstance(found, str) for found in layouts.values()):
+            warnings.warn(NOT_FOLLOWED, stacklevel=4)
+        for layer in self.found.layers:
+            found = FOREIGN if layouts is None else layouts.get(layer, UNCALLED)
+            layer.layout, layer.why_dense = (None, found) if isinstance(found, str) else (found, "")
+        trace.disarm()
 
     def _reference(self, loss_BT: Tensor, labels: Tensor | None, tokens: Tensor | None, given_BT: Tensor | None) -> Tensor:
         """Losses of the reference, (B, T) on the losses' device: those that are given, else by its forward."""
@@ -150,9 +232,10 @@ class RowLoss:
         the output, and what it does not reach in the other rows is independent of it."""
         batch, length = shape
         taint = torch.zeros_like(output)
-        taint[0, -1] = float("nan")
+        taint.view(batch * length, -1)[length - 1] = float("nan")
         others = torch.cat([torch.arange(length - 1), torch.arange(length, batch * length)]).to(output.device)
-        self.rows.flat_K, self.rows.shape, self.rows.probing = others, shape, True
+        self.rows.keep(others, shape)
+        self.rows.probing = True
         try:
             torch.autograd.grad(output, leaves, taint, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
@@ -161,21 +244,35 @@ class RowLoss:
                 "call gate.probe(inputs) before compiling"
             ) from error
         finally:
-            self.rows.flat_K, self.rows.probing = None, False
+            self.rows.probing = False
+            self.rows.disarm()
         for layer in self.found.layers:
             layer.exact = bool(layer.exact)
             layer.compact = layer.exact
 
 
-def _check_shapes(logits: Tensor, labels: Tensor | None) -> None:
-    if labels is None and logits.dim() != 2:
+def _with(loss: Tensor, others: Tensor | None) -> Tensor:
+    return loss if others is None else loss + others
+
+
+def _as_batch(logits: Tensor, labels: Tensor | None, unit: str) -> tuple[Tensor, Tensor | None]:
+    """Logits (B, T, V) and labels (B, T), or losses (B, T). Where the loss has one row for a sample, T is 1; rows without
+    samples, (N, V) or (N,), are one sequence of N tokens where tokens are chosen."""
+    lead = logits.shape if labels is None else logits.shape[:-1]
+    if (labels is not None and (logits.dim() < 2 or labels.shape != lead)) or len(lead) not in (1, 2):
+        if labels is None:
+            raise ValueError(
+                f"gate.loss(losses): per-token losses are (B, T) or (B,), these are {tuple(logits.shape)}; for logits give "
+                "labels"
+            )
         raise ValueError(
-            f"gate.loss(losses): per-token losses are (B, T), these are {tuple(logits.shape)}; for logits give labels"
+            f"gate.loss: logits {tuple(logits.shape)} and labels {tuple(labels.shape)} are not (B, T, V) and (B, T), nor "
+            "(B, V) and (B,)"
         )
-    if labels is not None and (logits.dim() != 3 or labels.shape != logits.shape[:2]):
-        raise ValueError(
-            f"gate.loss: logits {tuple(logits.shape)} and labels {tuple(labels.shape)} are not (B, T, V) and (B, T)"
-        )
+    if len(lead) == 2:
+        return logits, labels
+    dim = 0 if unit == "token" else 1
+    return logits.unsqueeze(dim), None if labels is None else labels.unsqueeze(dim)
 
 
 @torch.no_grad()

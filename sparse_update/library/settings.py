@@ -24,8 +24,6 @@ class AttachConfig:
     every policy of `SubsetConfig`, and those given to `register_subset_policy`"""
     exclude: tuple[str, ...] = ()
     """Names of modules that stay as they are; shell patterns, such as "encoder.*"."""
-    batch_first: bool = True
-    """Activations are (B, T, ...); matters only where B equals T and shapes do not tell."""
     vocab_size: int = 0
     """For signals; 0 takes that of the model's first embedding."""
     seed: int = 0

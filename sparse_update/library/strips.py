@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sparse_update.library.linear import GateError, Layer, Strip
+from sparse_update.library.linear import Layer, Strip
+from sparse_update.library.tracking.rows import GateError
 from sparse_update.weights.subset import Part, Subset, SubsetConfig
 
 

@@ -9,9 +9,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparse_update.library.layers import Found
-from sparse_update.library.linear import GateError, Layer
+from sparse_update.library.linear import Layer
 from sparse_update.library.optimizers import Links, Place, inner
+from sparse_update.library.processes import world_size
 from sparse_update.library.strips import Strips, layer_stack, subset_names, subset_of
+from sparse_update.library.tracking.rows import GateError
 from sparse_update.weights.subset import Subset, SubsetConfig
 
 
@@ -47,8 +49,9 @@ class Turns:
         by_name: dict[str, list[Layer]] = {}
         name_of = {id(p): name for name, p in self.names.items()}
         for layer in found.layers:
-            if id(layer.weight) in name_of and id(layer.weight) not in found.embedded and layer.weight.requires_grad:
-                by_name.setdefault(name_of[id(layer.weight)], []).append(layer)
+            weight = layer.weight if layer.has_weight else None
+            if weight is not None and id(weight) not in found.embedded and weight.requires_grad:
+                by_name.setdefault(name_of[id(weight)], []).append(layer)
         head = found.head_weight(self.model)
         return {
             name: layers
@@ -221,8 +224,3 @@ class Turns:
                 f"the active part of {missing[0]} (and {len(missing) - 1} more) is in no optimizer and would never be "
                 "updated: make the optimizer of gate.parameters(), or call gate.adopt(optimizer) once"
             )
-
-
-def world_size() -> int:
-    """Processes of the default group; 1 where there is none."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

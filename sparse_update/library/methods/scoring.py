@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_update.data.records import Batch
-from sparse_update.library.linear import GateError
+from sparse_update.library.tracking.rows import GateError
 from sparse_update.signals import Signal, SignalContext, SignalError
 from sparse_update.signals.base import Seen
 from sparse_update.signals.reference import load_reference

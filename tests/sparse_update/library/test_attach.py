@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from sparse_update.library.attach import attach
-from sparse_update.library.linear import GateError
+from sparse_update.library.tracking.rows import GateError
 from sparse_update.transformer import ModelConfig, Transformer
 from tests.sparse_update.library.models import (
     B,

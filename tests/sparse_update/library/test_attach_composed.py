@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparse_update.gates.policies import register_policy, uniform
 from sparse_update.library.attach import attach
-from sparse_update.library.linear import GateError
+from sparse_update.library.tracking.rows import GateError
 from sparse_update.signals import Signal, SignalError, register_signal
 from sparse_update.weights.subset import register_subset_policy
 from tests.sparse_update.library.models import B, T, V, data, gradients, loader, ours, same, token_losses
@@ -97,6 +97,7 @@ def test_compiled_steps_follow_new_rows_and_strips_without_compiling_again():
     gate = attach(model, cfg)
     optimizer = torch.optim.SGD(gate.parameters(), lr=0.5)
     torch._dynamo.reset()
+    gate.probe(x)
     with warnings.catch_warnings(), torch._dynamo.config.patch(error_on_recompile=True):
         warnings.simplefilter("ignore")
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from sparse_update.library.attach import attach
-from sparse_update.library.linear import GateError
 from sparse_update.library.settings import AttachConfig
+from sparse_update.library.tracking.rows import GateError
 from sparse_update.signals import SignalError
 from tests.sparse_update.library.models import B, T, V, data, loader, ours, token_losses
 

@@ -13,9 +13,9 @@ import yaml
 from torch import nn
 
 from sparse_update.library.attach import attach
-from sparse_update.library.linear import GateError
 from sparse_update.library.methods.presets import METHODS
 from sparse_update.library.settings import AttachConfig
+from sparse_update.library.tracking.rows import GateError
 from tests.sparse_update.library.models import B, T, V, data, gpt2, gradients, logits_of, ours, same, token_losses
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from sparse_update.library.attach import attach
 from sparse_update.library.callbacks import lightning_callback, trainer_callback
-from sparse_update.library.linear import GateError
+from sparse_update.library.tracking.rows import GateError
 from sparse_update.transformer import ModelConfig, Transformer
 
 T, V = 12, 41

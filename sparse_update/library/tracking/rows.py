@@ -1,0 +1,96 @@
+"""Which token rows the backward that is running keeps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_update.library.tracking.layout import Layout
+from sparse_update.library.tracking.trace import Trace
+
+
+class GateError(RuntimeError):
+    """A gate used in a way it cannot serve; the message says what to do."""
+
+
+class Rows:
+    """Kept rows of the backward that runs now; none outside of one (every row counts then).
+
+    `wanted`: rows are left out at all. `trace`: what watches a forward, to tell which row of a layer is which token.
+    """
+
+    def __init__(self) -> None:
+        self.wanted = self.probing = False
+        self.trace: Trace | None = None
+        self.units: Tensor | None = None
+        self.shape = (0, 0)
+        self.task = -1
+        self.looking = False
+        """the gradient of the gated loss alone is being formed, for `alone`"""
+        self.alone: dict[int, float] | None = None
+        """by number of a layer: size of what is dropped there (sum of squares), for the gated loss alone"""
+        self._places: dict[tuple[Layout, tuple[int, ...]], tuple[Tensor, int] | None] = {}
+
+    @property
+    def armed(self) -> bool:
+        return self.units is not None
+
+    def arm(self, units: Tensor, shape: tuple[int, int]) -> None:
+        """Called by the first node of a gated loss's backward; holds until that backward ends.
+
+        Args:
+            units: int64, kept tokens b T + t (K,), or kept sequences (S,) where whole ones are.
+            shape: (B, T) of the loss.
+        """
+        task = torch._C._current_graph_task_id()
+        if self.armed and task == self.task:
+            raise GateError(
+                "one backward runs through two gated losses, whose kept rows differ: call backward() once for each "
+                "gate.loss(...) (gradients add up), or put both batches into one"
+            )
+        self.keep(units, shape)
+        self.task = task
+        torch.autograd.Variable._execution_engine.queue_callback(self.disarm)
+
+    def keep(self, units: Tensor, shape: tuple[int, int]) -> None:
+        self.units, self.shape, self._places = units, shape, {}
+
+    def arm_again(self, units: Tensor, shape: tuple[int, int]) -> None:
+        """After a backward inside of this one, whose end took the rows out of force."""
+        self.keep(units, shape)
+        self.task = torch._C._current_graph_task_id()
+
+    def disarm(self) -> None:
+        self.units, self.task, self._places = None, -1, {}
+        if not self.looking:
+            self.alone = None
+
+    def compare(self, number: int, name: str, g: Tensor, places: Tensor, group: int) -> None:
+        """In a backward that is looked at: what the layer drops of its output gradient `g` (*lead, O), beside what it drops
+        where the gated loss runs alone. Raises GateError where they differ."""
+        if self.alone is None:
+            return
+        dropped = g.reshape(-1, group * g.shape[-1]).index_fill(0, places, 0).double().square().sum().item()
+        if self.looking:
+            self.alone[number] = self.alone.get(number, 0.0) + dropped
+            return
+        expected = self.alone.get(number)
+        if expected is not None and abs(dropped - expected) > 1e-3 * max(dropped, expected):
+            self.disarm()
+            raise GateError(
+                f"{name}: another loss runs in the backward of gate.loss, and would lose its gradient on the rows that the "
+                "gate drops. Give it to the gate, gate.loss(logits, labels, others=other_loss), or run two backwards: "
+                "gate.loss(...).backward(retain_graph=True), then other_loss.backward()"
+            )
+
+    def places(self, layout: Layout | None, lead: tuple[int, ...]) -> tuple[Tensor, int] | None:
+        """Indices of kept groups of rows of a layer whose rows are (*lead), and how many rows a group has; None where that
+        cannot be told."""
+        assert self.units is not None
+        batch, length = self.shape
+        if layout is None or (layout.unsure and batch > 1 and (length > 1 or layout.whole)):
+            return None
+        key = layout, lead
+        if key not in self._places:
+            self._places[key] = layout.rows(lead, self.units, batch, length)
+        return self._places[key]

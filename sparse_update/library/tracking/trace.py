@@ -1,0 +1,312 @@
+"""One forward of a model, watched: every row of every gated layer gets the name of the token of the loss that it is.
+
+The watch begins when the outermost module is called and ends when it returns. Inside, each operation hands the labels of
+its inputs on to its outputs (`rules`), and each gated layer notes the labels of its input. Compiled regions run eagerly in
+the meantime. At the loss the labels of its own rows are read, and what the layers noted becomes a rule for each (`layout`).
+
+Shape letters: B sequences, T tokens of each in the loss, N = B T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from sparse_update.library.tracking.labels import NONE, Streams, uniform
+from sparse_update.library.tracking.layout import Layout, find_layout
+from sparse_update.library.tracking.rules import Label, labels_of
+from sparse_update.library.tracking.tail import source_rows
+
+FULLGRAPH = (
+    "one forward is watched before the first gated loss: with fullgraph=True call gate.probe(inputs) before compiling"
+)
+
+
+class Trace:
+    """Watches the forward that comes before the next loss.
+
+    Args:
+        whole: rows are followed as whole sequences, through everything that mixes their tokens; else token by token.
+    """
+
+    def __init__(self, whole: bool) -> None:
+        self.whole = whole
+        self.handles: list[Any] = []
+        self.depth = 0
+        self.forwards = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.streams = [Streams(), Streams()] if self.whole else [Streams()]
+        self.labels: list[WeakTensorKeyDictionary] = [WeakTensorKeyDictionary() for _ in self.streams]
+        self.notes: dict[Any, list[list[Label]]] = {}
+        self.outputs: list[Tensor] = []
+        self.called: set[int] = set()
+        self.ahead = False
+        self.forwards = 0
+
+    # where it begins and ends
+
+    @property
+    def armed(self) -> bool:
+        return bool(self.handles)
+
+    @property
+    def watching(self) -> bool:
+        return self.depth > 0
+
+    def arm(self, modules: Iterable[nn.Module]) -> None:
+        """Watch the next forward through any of these modules."""
+        if self.armed:
+            return
+        self._clear()
+        self.modules = list(modules)
+        for module in self.modules:
+            self.handles.append(module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True))
+            self.handles.append(module.register_forward_hook(self._after, with_kwargs=True, always_call=True))
+
+    def disarm(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+        self._clear()
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            self._ahead(module, args, kwargs)
+        else:
+            self._enter(module, args, kwargs)
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            self._claim(output)
+        else:
+            self._leave(output)
+
+    @torch.compiler.disable(reason=FULLGRAPH)
+    def _ahead(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Inside of a compiled call: an eager forward ahead of it is watched, so that the compiled one needs no hook."""
+        if self.depth or self.ahead or not torch.is_grad_enabled():
+            return
+        with undisturbed(module):
+            module(*args, **kwargs)
+        last = self.handles.pop(2 * self.modules.index(module) + 1)
+        for handle in self.handles:
+            handle.remove()
+        self.handles, self.ahead = [last], True
+
+    @torch.compiler.disable(reason=FULLGRAPH)
+    def _claim(self, output: Any) -> None:
+        """The compiled call's outputs are those of the forward ahead of it."""
+        own = [t for t in _tensors(output) if t.requires_grad and t.dim() > 1]
+        for old, new in zip(self.outputs, own, strict=True):
+            for labels in self.labels:
+                if (label := labels.get(old)) is not None:
+                    labels[new] = label
+        self.outputs = own
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.depth == 0:
+            if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+                return
+            if id(module) in self.called:  # a new forward, the one before had no loss
+                self._clear()
+            self.called.add(id(module))
+            self.forwards += 1
+            self._stance = torch.compiler.set_stance("force_eager")
+            self._stance.__enter__()
+            self._name_inputs((args, kwargs))
+            self._mode = _Mode(self)
+            self._mode.__enter__()
+        self.depth += 1
+
+    def _leave(self, output: Any) -> None:
+        if self.depth == 0:
+            return
+        self.depth -= 1
+        if self.depth == 0:
+            self._mode.__exit__(None, None, None)
+            self._stance.__exit__(None, None, None)
+            self.outputs += [t for t in _tensors(output) if t.requires_grad and t.dim() > 1]
+
+    def _name_inputs(self, given: Any) -> None:
+        for tensor in _tensors(given):
+            if self.whole:
+                for dim, (labels, streams) in enumerate(zip(self.labels, self.streams, strict=True)):
+                    size = tensor.shape[dim] if tensor.dim() > dim else 0
+                    if size and streams.count in (0, size) and tensor not in labels:
+                        streams.count, streams.starts = size, [0]
+                        index = torch.arange(size, dtype=torch.int32, device=tensor.device)
+                        shape = [-1 if d == dim else 1 for d in range(tensor.dim())]
+                        labels[tensor] = index.view(shape).expand(tensor.shape)
+            elif tensor.is_floating_point() and tensor.dim() > 1 and tensor not in self.labels[0]:
+                self.labels[0][tensor] = (
+                    self.streams[0].fresh(tensor.shape[:-1], tensor.device)[..., None].expand(tensor.shape)
+                )
+
+    # what the layers see
+
+    @torch.compiler.disable
+    def note(self, layer: Any, x: Tensor) -> None:
+        """A gated layer was called with `x` (*lead, width)."""
+        with _disable_current_modes():
+            labels = [by_tensor.get(x) for by_tensor in self.labels]
+            rows = [None if label is None else uniform(label, [-1])[..., 0] for label in labels]
+        self.notes.setdefault(layer, []).append(rows)
+
+    # what the loss makes of it
+
+    def layouts(self, result: Tensor, batch: int, length: int, has_columns: bool) -> Mapping[Any, Layout | str] | None:
+        """The layout of every layer that was called, or in words why its rows cannot be told.
+
+        Args:
+            result: logits (B, T, V), or losses (B, T) where it has no columns, of what was watched.
+
+        Returns: None where the result does not come from what was watched.
+        """
+        for at, (streams, labels) in enumerate(zip(self.streams, self.labels, strict=True)):
+            own = self._result_label(result, labels, batch * length, has_columns)
+            if own is None:
+                continue
+            if self.whole:
+                rows_of, known = _sequences(own, batch, length, streams), torch.ones_like(own[:batch], dtype=torch.bool)
+            else:
+                rows_of, known = streams.rows_of(own), own >= 0
+            if rows_of is not None and bool((rows_of >= 0).any()):
+                return {layer: self._layout(seen, at, rows_of, batch, length, known) for layer, seen in self.notes.items()}
+        return None
+
+    def _layout(
+        self, seen: list[list[Label]], at: int, rows_of: Tensor, batch: int, length: int, known: Tensor
+    ) -> Layout | str:
+        found: set[Layout] = set()
+        for note in seen:
+            label = note[at]
+            rows = None if label is None else rows_of[label.clamp(min=0).long()].masked_fill(label < 0, NONE)
+            if rows is None or bool((rows < 0).all()):
+                return "its rows are no tokens of the loss, or mix several of them"
+            layout = find_layout(rows, batch, length, known, self.whole)
+            if layout is None:
+                return "the loss's tokens are among its rows in an order that changes, or only some of them"
+            found.add(layout)
+        return found.pop() if len(found) == 1 else "it is called several times, with rows in different orders"
+
+    def _result_label(self, result: Tensor, labels: WeakTensorKeyDictionary, rows: int, has_columns: bool) -> Tensor | None:
+        """Labels of the loss's rows (N,)."""
+        label = labels.get(result)
+        if label is not None and has_columns:
+            return uniform(label, [-1]).reshape(-1)
+        for output in self.outputs:
+            label = labels.get(output)
+            if label is None:
+                continue
+            reached = source_rows(result, output, rows)
+            if reached is not None and bool((reached >= 0).any()):
+                own = torch.full((rows,), NONE, dtype=torch.int32, device=result.device)
+                flat = uniform(label, [-1]).reshape(-1)
+                own[reached[reached >= 0]] = flat[reached >= 0]
+                return own
+        return None
+
+
+@contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Random state and buffers of `module` are after it as they were before."""
+    buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
+    with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
+        yield
+    with torch.no_grad():
+        for name, b in module.named_buffers():
+            if name in buffers and not torch.equal(b, buffers[name]):
+                b.copy_(buffers[name])
+
+
+class _Mode(TorchDispatchMode):
+    """Runs every operation as it is and hands labels on."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+
+    @torch.compiler.disable
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        trace = self.trace
+        before = [[_get(labels, a) for a in _first_level(args, kwargs)] for labels in trace.labels]
+        out = func(*args, **kwargs)
+        for labels, streams, olds in zip(trace.labels, trace.streams, before, strict=True):
+            known = {id(a): old for a, old in zip(_first_level(args, kwargs), olds, strict=True)}
+
+            def of(x: Any, known: Any = known, labels: Any = labels) -> Label:
+                return known[id(x)] if id(x) in known else _get(labels, x)
+
+            found = labels_of(func, args, kwargs, out, of, streams, not trace.whole)
+            outs = [out] if isinstance(out, Tensor) else list(out) if isinstance(out, (tuple, list)) else []
+            for tensor, label in zip(outs, [found] if isinstance(out, Tensor) else found or [], strict=False):
+                _put(labels, tensor, label, args and tensor is args[0])
+        return out
+
+
+def _get(labels: WeakTensorKeyDictionary, x: Any) -> Label:
+    return labels.get(x) if isinstance(x, Tensor) else None
+
+
+def _put(labels: WeakTensorKeyDictionary, tensor: Any, label: Label, written: bool) -> None:
+    """`written`: in place, so that the tensor it is a view of changes too."""
+    if not isinstance(tensor, Tensor):
+        return
+    if label is None or label.shape != tensor.shape:
+        if tensor in labels:
+            del labels[tensor]
+        return
+    labels[tensor] = label
+    base = tensor._base
+    if written and base is not None and base.is_contiguous() and tensor.numel() < base.numel():
+        old = labels.get(base)
+        whole = torch.full(base.shape, NONE, dtype=torch.int32, device=base.device) if old is None else old.contiguous()
+        whole = whole.clone()
+        whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - base.storage_offset()).copy_(label)
+        labels[base] = whole
+
+
+def _first_level(args: Any, kwargs: Any) -> list[Tensor]:
+    found = []
+    for a in (*args, *kwargs.values()):
+        found += (
+            [a]
+            if isinstance(a, Tensor)
+            else [b for b in a if isinstance(b, Tensor)]
+            if isinstance(a, (list, tuple))
+            else []
+        )
+    return found
+
+
+def _tensors(given: Any) -> list[Tensor]:
+    if isinstance(given, Tensor):
+        return [given]
+    if isinstance(given, Mapping):
+        given = list(given.values())
+    elif hasattr(given, "__dataclass_fields__"):
+        given = [getattr(given, name) for name in given.__dataclass_fields__]
+    return [t for part in given for t in _tensors(part)] if isinstance(given, (tuple, list)) else []
+
+
+def _sequences(own: Tensor, batch: int, length: int, streams: Streams) -> Tensor | None:
+    """Sequences of every label, where the known rows of each of the loss's sequences have one label and no two the same."""
+    rows_BT = own.view(batch, length)
+    high = rows_BT.amax(1)
+    low = rows_BT.where(rows_BT >= 0, high[:, None]).amin(1)
+    if bool((high < 0).any()) or bool((low != high).any()) or len(torch.unique(high)) < batch:
+        return None
+    rows = torch.full((streams.count,), NONE, dtype=torch.int64, device=own.device)
+    rows[high.long()] = torch.arange(batch, device=own.device)
+    return rows
