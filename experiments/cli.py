@@ -16,6 +16,7 @@ HYDRA = {
     "train": "train one arm",
     "deploy": "put a trained run on the simulated chip",
     "compare": "one table over runs",
+    "pays": "does it pay on a model of your own: all arms, one clock, the verdict",
 }
 """Commands whose settings are Hydra's: `experiments.NAME`, with `main(argv) -> exit code`."""
 

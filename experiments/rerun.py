@@ -65,6 +65,7 @@ def repeat(folder: Path, out: Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     from experiments.deploy import DeployConfig, deploy
+    from experiments.runs.own.single import repeat_own
     from experiments.train import TrainConfig, train
 
     record = read_json(folder / "run.json")
@@ -74,7 +75,12 @@ def repeat(folder: Path, out: Path) -> dict[str, Any]:
     if (out / "run.json").exists():
         raise RunError(f"{out} holds a run already: name another folder with --out FOLDER, or delete this one")
     settings = yaml.safe_load((folder / "config.yaml").read_text())
-    if kind == "train":
+    if kind == "train" and "module" in settings:
+        if not settings["module"]:
+            raise RunError(f"{folder}: its model was given from Python, so that the script that made it is what repeats it")
+        before = read_json(folder / "result.json")
+        now = repeat_own(folder, out)
+    elif kind == "train":
         settings |= {"run": str(out), "resume": False}
         settings["trainer"]["component_times"] = str(folder / "component_times.json")
         before = read_json(folder / "result.json")

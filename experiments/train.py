@@ -1,4 +1,7 @@
-"""Train one arm: `python -m experiments.train gate=surprise experiment=noisy`, or `spikegate train ...`."""
+"""Train one arm: `python -m experiments.train gate=surprise experiment=noisy`, or `spikegate train ...`.
+
+`spikegate train module=PACKAGE:FUNCTION ...` trains it on a model of one's own (`experiments.runs.own`).
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,9 @@ from experiments.runs.folder import RunError, new_record, read_json
 from experiments.runs.hydra_app import run_app
 from experiments.runs.lock import exclusive
 from experiments.runs.output import finish
+from experiments.runs.own.run import EXPECTED as EXPECTED_OF_OWN
+from experiments.runs.own.settings import OwnConfig
+from experiments.runs.own.single import train_own
 from experiments.runs.plain_json import write_json
 from experiments.runs.training.arm import run_arm
 from experiments.runs.training.component_times import component_times
@@ -98,12 +104,10 @@ def _tell(document: Mapping[str, Any]) -> None:
     """What came out, for people, and the document's line; an interrupted run has no result.json yet."""
     file = Path(document["folder"]) / "result.json" if document["status"] == "finished" else None
     if file is not None:
-        loss, bits, reference_s, wall_s = (
-            float(document[key]) for key in ("loss_nats", "bits_per_byte", "reference_s", "wall_s")
-        )
-        print(
-            f"{document['stream']} {document['arm']}, seed {document['seed']}: {loss:.4f} nats ({bits:.4f} bits per byte)"
-        )
+        loss, reference_s, wall_s = (float(document[key]) for key in ("loss_nats", "reference_s", "wall_s"))
+        bits = document["bits_per_byte"]
+        said = "" if bits is None else f" ({float(bits):.4f} bits per byte)"
+        print(f"{document['stream']} {document['arm']}, seed {document['seed']}: {loss:.4f} nats{said}")
         print(f"{document['tokens']:,} tokens, {document['steps']:,} steps, {reference_s:.1f} reference s, {wall_s:.0f} s")
         print(f"all of it: {file}")
     finish(document, "train", file=file, headline=HEADLINE)
@@ -111,6 +115,9 @@ def _tell(document: Mapping[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `spikegate train`; see `run_app` for exit codes."""
+    words = sys.argv[1:] if argv is None else argv
+    if any(word.startswith("module=") for word in words):
+        return run_app("own", OwnConfig, train_own, argv, expected=EXPECTED_OF_OWN, tell=_tell, command="train")
     return run_app("train", TrainConfig, train, argv, expected=EXPECTED, tell=_tell)
 
 

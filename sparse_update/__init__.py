@@ -26,6 +26,7 @@ _HOME = {
     "Trainer": "loop.trainer",
     "TrainerConfig": "loop.records",
     "Transformer": "transformer",
+    "UserTask": "own.task",
     "WindowStream": "data.stream",
     "attach": "library.attach",
     "band": "gates.policies",

@@ -82,8 +82,8 @@ def take_names(parser: argparse.ArgumentParser, command: str) -> None:
 
 
 def groups(application: str) -> list[str]:
-    """GROUP=CHOICE of every shipped group; only `train` has groups."""
-    if application != "train":
+    """GROUP=CHOICE of every shipped group that the application has."""
+    if application not in ("train", "pays"):
         return []
     roots = [files("configs"), files("configs").joinpath("published")]
     found = {
@@ -91,6 +91,7 @@ def groups(application: str) -> list[str]:
         for root in roots
         for group in root.iterdir()
         if group.is_dir() and group.name not in ("sweep", "published")
+        if application == "train" or group.name in ("gate", "subset")
         for choice in group.iterdir()
         if choice.name.endswith(".yaml")
     }

@@ -32,7 +32,7 @@ from experiments.comparison.settings import difference_text, experiment_settings
 from experiments.runs.folder import RunError, read_json
 from hardware.text import short
 
-ARM_FIELDS = ("loss_nats", "bits_per_byte", "tokens", "flops", "reference_s", "wall_s", "peak_bytes")
+ARM_FIELDS = ("loss_nats", "tokens", "flops", "reference_s", "wall_s", "peak_bytes")
 DEPLOYED_FIELDS = (
     "loss_float_nats",
     "loss_quantised_nats",

@@ -59,17 +59,19 @@ def run_app(
     *,
     expected: tuple[type[Exception], ...] = (),
     tell: Callable[[Mapping[str, Any]], None] | None = None,
+    command: str = "",
 ) -> int:
     """Run `function` on the configuration Hydra composes from `configs/NAME.yaml` and `argv`; return the exit code.
 
     `schema` is the dataclass every key must be a field of; `argv` is what follows the command's name (None: what
     sys.argv holds); `expected` are the errors whose message says all (a missing corpus, say): no traceback for them.
     `tell` prints the document's line, with `experiments.runs.output.finish`, where not all of it matters alike.
+    `command` is what the user typed, where that is not NAME.
     Exit codes: 0; 1 the job failed; 2 the configuration is wrong, or names a run that is not there; 130 interrupted, by
     Ctrl-C or by a job that says so itself (`status` is "interrupted"). SPIKEGATE_TRACEBACK=1 shows tracebacks for all.
     Raises whatever `function` raises beyond that.
     """
-    return entry(lambda words: _run(name, schema, function, words or (), expected, tell))(argv)
+    return entry(lambda words: _run(name, schema, function, words or (), expected, tell, command or name))(argv)
 
 
 def _run(
@@ -79,6 +81,7 @@ def _run(
     words: Sequence[str],
     expected: tuple[type[Exception], ...],
     tell: Callable[[Mapping[str, Any]], None] | None,
+    command: str,
 ) -> int:
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -102,7 +105,7 @@ def _run(
             held.append(error)
             return
         if tell is None:
-            finish(document, name)
+            finish(document, command)
         else:
             tell(document)
         if document.get("status") == "interrupted":  # what is done is saved: no further job, and the exit code says so
@@ -110,24 +113,24 @@ def _run(
 
     verbose = os.environ.get("SPIKEGATE_TRACEBACK") == "1"
     try:
-        with _command_line(name, _with_quiet(given)):
+        with _command_line(command, _with_quiet(given)):
             hydra.main(version_base="1.3", config_path="pkg://configs", config_name=name)(task)()
         if held:
             raise held[0]
     except SystemExit as stop:  # --help and argparse's own complaints
         return stop.code if isinstance(stop.code, int) else EXIT_CONFIG if stop.code else 0
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        print(f"{command}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         if verbose:
             traceback.print_exc()
-        print(f"{name}: {explain(error, schema)}", file=sys.stderr)
+        print(f"{command}: {explain(error, schema)}", file=sys.stderr)
         return EXIT_CONFIG
     except expected as error:
         if verbose:
             traceback.print_exc()
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{command}: {error}", file=sys.stderr)
         return EXIT_CONFIG if isinstance(error, FileNotFoundError | NoRun) else EXIT_FAILED
     return 0
 

@@ -41,6 +41,11 @@ def load_run(folder: Path) -> tuple[Transformer, Corpus, DataConfig, dict[str, A
     if record.get("status") != "finished":
         raise RunError(f"{folder}: the run is {record.get('status')}, not finished: resume it first (resume=true)")
     checkpoint = load_checkpoint(folder / "checkpoint")
+    if "data" not in checkpoint.meta["config"]:
+        raise RunError(
+            f"{folder} is a run on a model of one's own ({record.get('module') or 'given from Python'}): what follows a "
+            "training reads the package's own Transformer; `spikegate compat` and `spikegate export` take modules by name"
+        )
     data = DataConfig(**checkpoint.meta["config"]["data"])
     corpus = load_corpus(data)
     if corpus.sha256 != checkpoint.meta["corpus_sha256"]:

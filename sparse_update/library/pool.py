@@ -95,6 +95,9 @@ class Pool:
         self.waiting: list[dict[str, Tensor]] = []
         self.queue: list[dict[str, Tensor]] = []
         self.given: deque[Given] = deque(maxlen=OUTSTANDING)
+        self.size = 0
+        self.form: str | None = None
+        """What a batch is: "tensor", "mapping", "tuple" or "list"."""
         self._restored: Mapping[str, Any] | None = None
         if cfg.signal != "none":
             self.policy = make_policy(cfg.policy, dict(cfg.policy_options))
@@ -149,10 +152,13 @@ class Pool:
             return
         form: Any = None
         came, scored = 0, False
+        if size in (0, self.size):
+            yield from self._waiting_batches()
         for batch in batches:
             form, columns = batch, _columns(batch)
             self._check(columns)
             size = size or len(columns[self._key(columns)])
+            self.size, self.form = size, _form(batch)
             self.waiting += [{k: v[i] for k, v in columns.items()} for i in range(len(columns[self._key(columns)]))]
             if self._annealed():
                 self.queue += self._pass(self.waiting)
@@ -161,20 +167,25 @@ class Pool:
                 pool, self.waiting = self.waiting[: self.cfg.pool], self.waiting[self.cfg.pool :]
                 self.queue += self._choose(pool, form, losses or self._losses, size)
                 scored = True
-            while len(self.queue) >= size:
-                now, self.queue = self.queue[:size], self.queue[size:]
-                made = {k: torch.stack([item[k] for item in now]) for k in now[0]}
-                weight_B = made.pop(WEIGHT)
-                given = Given(self._batch(made), None if bool((weight_B == 1).all()) else weight_B)
-                if self._learns or given.weight_B is not None:
-                    self.given.append(given)
-                made.pop(self.cfg.reference, None)
+            for made in self._waiting_batches():
                 came += 1
-                yield _like(form, made)
+                yield made
         if form is not None and not came and not self.queue and not scored:
             raise ValueError(
                 f"the batches ended after {len(self.waiting)} sequences, and one pool is {self.cfg.pool}: lower before.pool"
             )
+
+    def _waiting_batches(self) -> Iterator[Any]:
+        """Whole batches of chosen sequences. A pool gives several: those that a checkpoint cut off come first after it."""
+        while self.queue and len(self.queue) >= self.size:
+            now, self.queue = self.queue[: self.size], self.queue[self.size :]
+            made = {k: torch.stack([item[k] for item in now]) for k in now[0]}
+            weight_B = made.pop(WEIGHT)
+            given = Given(self._batch(made), None if bool((weight_B == 1).all()) else weight_B)
+            if self._learns or given.weight_B is not None:
+                self.given.append(given)
+            made.pop(self.cfg.reference, None)
+            yield _like(self.form, made)
 
     def _annealed(self) -> bool:
         return self.cfg.anneal_fraction > 0 and self.progress >= 1 - self.cfg.anneal_fraction
@@ -351,6 +362,7 @@ class Pool:
         state |= {"offered": self.offered, "kept": self.kept}
         if self.cfg.signal != "none":
             state |= {"policy": self.policy.state_dict(), "waiting": _stack(self.waiting), "queue": _stack(self.queue)}
+            state |= {"size": self.size, "form": self.form}
             if self.signal is not None:
                 state["signal"] = self.signal.state_dict()
         return state
@@ -365,6 +377,7 @@ class Pool:
             self.waiting, self.queue = _unstack(state["waiting"]), _unstack(state["queue"])
             self.queue = [{WEIGHT: torch.ones(()), **item} for item in self.queue]
             self.given.clear()
+            self.size, self.form = int(state.get("size", 0)), state.get("form")
             self.signal, self._restored = None, state.get("signal")
             if left := self.queue or self.waiting:  # it learns from what is left too
                 self._start(len(left[0][self._key(left[0])]))
@@ -384,10 +397,18 @@ def _columns(batch: Any) -> dict[str, Tensor]:
     raise ValueError(f"a batch is a {type(batch).__name__}: a tensor, a tuple of tensors or a mapping to tensors is needed")
 
 
-def _like(form: Any, columns: dict[str, Tensor]) -> Any:
-    if isinstance(form, Tensor):
+def _form(batch: Any) -> str:
+    if isinstance(batch, Tensor):
+        return "tensor"
+    return "mapping" if isinstance(batch, Mapping) else "tuple" if isinstance(batch, tuple) else "list"
+
+
+def _like(form: str | None, columns: dict[str, Tensor]) -> Any:
+    if form == "tensor":
         return columns["0"]
-    return columns if isinstance(form, Mapping) else type(form)(columns[i] for i in sorted(columns, key=int))
+    if form not in ("tuple", "list"):
+        return columns
+    return (tuple if form == "tuple" else list)(columns[i] for i in sorted(columns, key=int))
 
 
 def _stack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from sparse_update.signals import SIGNALS
 from tests.docs.pages import ROOT, SHELLS, Block, blocks, commands, name, pages
 
 LANGUAGES = ("python", *SHELLS, "text", "yaml", "toml", "json", "bibtex", "tree")
-HYDRA = ("train", "deploy", "compare")
+HYDRA = ("train", "deploy", "compare", "pays")
 FREE = ("cd", "git", "tensorboard", "xdg-open")
 """Programs that are none of ours, and whose arguments nobody checks."""
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
