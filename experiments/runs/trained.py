@@ -44,7 +44,7 @@ def load_run(folder: Path) -> tuple[Transformer, Corpus, DataConfig, dict[str, A
     if "data" not in checkpoint.meta["config"]:
         raise RunError(
             f"{folder} is a run on a model of one's own ({record.get('module') or 'given from Python'}): what follows a "
-            "training reads the package's own Transformer; `spikegate compat` and `spikegate export` take modules by name"
+            "training reads the package's own Transformer only"
         )
     data = DataConfig(**checkpoint.meta["config"]["data"])
     corpus = load_corpus(data)

@@ -147,6 +147,9 @@ class Counting(TorchDispatchMode):
         count = self.work[self._where(name, args)]
         if products:
             count.operations += 1
+            if name == "convolution_backward" and self._part == "backward" and args[10][1]:  # both gradients in one
+                self.work["backward_dw"].products.update(products[-1:])
+                del products[-1:]
             count.products.update(products)
         elif name not in FREE:
             count.operations += 1
@@ -162,7 +165,7 @@ class Counting(TorchDispatchMode):
     def _where(self, name: str, args: tuple[Any, ...]) -> str:
         if self._part != "backward":
             return self._part
-        if name not in ("mm", "addmm", "convolution_backward"):
+        if name not in ("mm", "addmm"):
             return "backward_dx"
         reads = any(isinstance(t, Tensor) and t.untyped_storage().data_ptr() in self.weights for t in args)
         return "backward_dx" if reads else "backward_dw"
