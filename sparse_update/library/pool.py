@@ -165,7 +165,7 @@ class Pool:
                 self.waiting = []
             while len(self.waiting) >= self.cfg.pool:
                 pool, self.waiting = self.waiting[: self.cfg.pool], self.waiting[self.cfg.pool :]
-                self.queue += self._choose(pool, form, losses or self._losses, size)
+                self.queue += self._choose(pool, self.form, losses or self._losses, size)
                 scored = True
             for made in self._waiting_batches():
                 came += 1
@@ -230,7 +230,9 @@ class Pool:
         number = columns[self.cfg.index].long().cpu() if self.cfg.index else torch.full((len(tokens),), -1)
         return Batch(tokens, torch.zeros(len(tokens), dtype=torch.int8), number)
 
-    def _choose(self, pool: list[dict[str, Tensor]], form: Any, losses: Losses, size: int) -> list[dict[str, Tensor]]:
+    def _choose(
+        self, pool: list[dict[str, Tensor]], form: str | None, losses: Losses, size: int
+    ) -> list[dict[str, Tensor]]:
         columns = {k: torch.stack([item[k] for item in pool]) for k in pool[0]}
         for setting in ("index", "reference"):
             if (key := getattr(self.cfg, setting)) and key not in columns:
@@ -280,7 +282,7 @@ class Pool:
                 self.signal.load_state_dict(self._restored)
                 self._restored = None
 
-    def _forward(self, columns: dict[str, Tensor], batch: Batch, form: Any, losses: Losses, size: int) -> Tensor:
+    def _forward(self, columns: dict[str, Tensor], batch: Batch, form: str | None, losses: Losses, size: int) -> Tensor:
         """Scores (N,) out of a forward without gradient, as many sequences at a time as a batch has."""
         assert self.signal is not None
         own, other = [], []

@@ -67,6 +67,7 @@ def by_chance(arm: OwnArm, name: str = RANDOM) -> OwnArm:
         backward = replace(backward, signal="random", policy="uniform", signal_options={}, policy_options={})
     if weights.kind in ("blocks", "block_columns", "layers"):
         weights = replace(weights, policy="random")
+    before = replace(before, reference="") if before.signal == "random" else before
     return OwnArm(name, replace(cfg, before=before, backward=backward, weights=weights))
 
 

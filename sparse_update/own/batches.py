@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from sparse_update.nested import get_rng_state, set_rng_state
 from sparse_update.own.task import TaskError, UserTask
@@ -44,7 +45,8 @@ class Batches:
         before = get_rng_state()
         try:
             self._enter()
-            return self._take()
+            with _disable_current_modes():  # the loader is on no arm's clock
+                return self._take()
         finally:
             self._own = get_rng_state()
             set_rng_state(before)

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sparse_update.library.attach import Gate
-from sparse_update.own.arms import OwnArm
+from sparse_update.own.arms import DENSE, OwnArm
 from sparse_update.own.counting import PARTS, Count, Counting, Work, flops_of
 from sparse_update.own.prices import Prices
 
 FILTER_OPERATIONS = 3
-"""Operations for a sequence that a filter before the forward looks at: taken apart, put into a pool, put into a batch."""
+"""Operations for a sequence that a filter before the forward looks at: taken apart, put into a pool, put into a batch;
+beside a signal that has a price of its own."""
 Part = Callable[[str], AbstractContextManager[None]]
 """Counts, or not, what runs in a block towards a part of the step."""
 
@@ -52,7 +53,9 @@ class OwnClock:
         """Whether a second step of the kind did the same."""
         self.unknown: set[str] = set()
         self.last_counted = False
-        self.signal_missing = ""
+        self.filter_work = Count()
+        """What choosing `filter_counted` sequences did."""
+        self.filter_counted = 0
         self._seconds: dict[str, float] = {}
 
     def key(self, batch: Any) -> str:
@@ -101,6 +104,21 @@ class OwnClock:
         self.work.setdefault(own, work)
         self.uses[own] += 1
 
+    @contextmanager
+    def filtering(self) -> Iterator[None]:
+        """For taking the next batch: counts what choosing it does, until two pools were seen."""
+        pool = None if self.gate is None else self.gate.pool
+        if pool is None or pool.cfg.signal == "none" or self.filter_counted >= 2 * pool.cfg.pool:
+            yield
+            return
+        before = pool.offered
+        counting = Counting([])
+        with counting.part("gate"):
+            yield
+        if pool.offered > before:
+            self.filter_counted += pool.offered - before
+            self.filter_work.add(counting.work["gate"])
+
     def step_s(self, key: str) -> float:
         """Reference seconds of a step of that kind; of the dearest kind so far where it was not seen, 0 where none was."""
         if key in self.work:
@@ -120,13 +138,16 @@ class OwnClock:
         if self.gate is None or not self.gate.pool.offered:
             return 0.0
         offered, signal = self.gate.pool.offered, self.gate.pool.signal
-        operations = FILTER_OPERATIONS * offered * self.prices.prices_ps["operations"]
-        scoring = 0.0
-        if signal is not None:
-            found = self.prices.signal_s(signal.cost_key, signal.flops(1), offered)
-            self.signal_missing = signal.cost_key if found is None else ""
-            scoring = found or 0.0
-        return 1e-12 * self.prices.scale * operations + scoring
+        by_signal = None
+        if signal is not None and signal.cost_key:
+            by_signal = self.prices.signal_s(signal.cost_key, signal.flops(1), offered)
+        if by_signal is not None or not self.filter_counted:
+            operations = FILTER_OPERATIONS * offered * self.prices.prices_ps["operations"]
+            return 1e-12 * self.prices.scale * operations + (by_signal or 0.0)
+        counted = (
+            sum(self.prices.step_s({"gate": self.filter_work}, DENSE).values()) - self.prices.step_s({}, DENSE)["step"]
+        )
+        return counted * offered / self.filter_counted
 
     @property
     def reference_s(self) -> float:
@@ -136,7 +157,14 @@ class OwnClock:
     @property
     def flops(self) -> int:
         """Operations of all matrix products of the steps so far."""
-        return sum(times * flops_of(self.work[key]) for key, times in self.uses.items())
+        return sum(times * flops_of(self.work[key]) for key, times in self.uses.items()) + self.filter_flops
+
+    @property
+    def filter_flops(self) -> int:
+        """Of it, those of scoring forwards."""
+        if not self.filter_counted or self.gate is None:
+            return 0
+        return self.filter_work.flops * self.gate.pool.offered // self.filter_counted
 
     def by_part(self) -> dict[str, dict[str, float]]:
         """Part of a step -> {"reference_s", "flops"} so far, with "filter" for what comes before the forward."""
@@ -147,7 +175,7 @@ class OwnClock:
             for part in PARTS:
                 flops[part] += times * self.work[key][part].flops
         found = {part: {"reference_s": seconds[part], "flops": flops.get(part, 0)} for part in seconds}
-        return {**found, "filter": {"reference_s": self.filter_s, "flops": 0}}
+        return {**found, "filter": {"reference_s": self.filter_s, "flops": self.filter_flops}}
 
     @property
     def gate_s(self) -> float:
@@ -161,10 +189,6 @@ class OwnClock:
         found = []
         if self.unknown:
             found.append(f"operations of unknown cost, whose products are not counted: {', '.join(sorted(self.unknown))}")
-        if self.signal_missing:
-            found.append(
-                f"scoring by {self.signal_missing} has no price in this table and was not charged: measure the table"
-            )
         if any(same is False for same in self.confirmed.values()):
             found.append("steps of one shape do not do the same here, so each was counted (its wall seconds are longer)")
         return found
@@ -176,6 +200,7 @@ class OwnClock:
             "uses": dict(self.uses),
             "confirmed": dict(self.confirmed),
             "unknown": sorted(self.unknown),
+            "filter": {"work": json.dumps(self.filter_work.to_json()), "counted": self.filter_counted},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -184,4 +209,6 @@ class OwnClock:
         self.uses = Counter({str(key): int(times) for key, times in state["uses"].items()})
         self.confirmed = {str(key): bool(same) for key, same in state["confirmed"].items()}
         self.unknown = set(state["unknown"])
+        self.filter_work = Count.from_json(json.loads(state["filter"]["work"]))
+        self.filter_counted = int(state["filter"]["counted"])
         self._seconds = {}

@@ -87,6 +87,13 @@ class Count:
         """Operations of its matrix products."""
         return sum(product.flops * times for product, times in self.products.items())
 
+    def add(self, other: Count) -> None:
+        """Take in what another did."""
+        self.products.update(other.products)
+        self.moved_bytes += other.moved_bytes
+        self.hard_elements += other.hard_elements
+        self.operations += other.operations
+
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` takes them back."""
         products = {product.key: times for product, times in sorted(self.products.items())}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hardware.text import short
 from sparse_update.clock.cost import ComponentTimesError
 from sparse_update.library.attach import Gate, attach
+from sparse_update.library.linear import GateError
 from sparse_update.loop.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from sparse_update.loop.interrupt import Interruption
 from sparse_update.loop.records import TrainingDiverged
@@ -120,10 +121,12 @@ class OwnTrainer:
         self.model = task.make_model(seed, self.device)
         if resumed is not None:
             load_weights(self.model, resumed)
-        self.gate = make_gate(self.model, arm, seed)
+        self.gate = make_gate(task, self.model, arm, seed)
         if resumed is not None and self.gate is not None:
             self.gate.load_state_dict(resumed.state["gate"])
         self.optimizer = task.make_optimizer(self.parameters())
+        if self.gate is not None:
+            self.gate.adopt(self.optimizer)
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         if cfg.learning_rate:
             self.rates = [rate * cfg.learning_rate / self.rates[0] for rate in self.rates]
@@ -157,11 +160,15 @@ class OwnTrainer:
         step.
         """
         saved = time.perf_counter()
-        source = iter(self.batches) if self.gate is None else self.gate.filter(self.batches)
+        source = iter(self.batches)
+        if self.gate is not None:
+            source = self.gate.filter(self.batches, losses=losses_of(self.task))
         with Interruption() as interruption:
             while not interruption.asked:
                 start = time.perf_counter()
-                batch = to_device(next(source), self.device)
+                with self.clock.filtering():
+                    batch = next(source)
+                batch = to_device(batch, self.device)
                 key = self.clock.key(batch)
                 if self.clock.reference_s + self.clock.step_s(key) > self.cfg.budget_reference_s:
                     break
@@ -228,7 +235,6 @@ class OwnTrainer:
         """Write the checkpoint, atomically."""
         state = {
             "optimizer": self.optimizer.state_dict(),
-            "order": self._order(),
             "gate": None if self.gate is None else self.gate.state_dict(),
             "batches": self.batches.state_dict(),
             "clock": self.clock.state_dict(),
@@ -241,20 +247,6 @@ class OwnTrainer:
         about = {"step": self.tally.step, "prices_sha256": self.clock.prices.sha256}
         save_checkpoint(self.folder / "checkpoint", weights, state, {**self.meta, **about})
 
-    def _names(self) -> dict[int, str]:
-        found: dict[int, str] = {}
-        counts: dict[str, int] = {}
-        named = self.model.named_parameters() if self.gate is None else self.gate.named_parameters()
-        for name, p in named:
-            counts[name] = counts.get(name, 0) + 1
-            found[id(p)] = f"{name} {counts[name]}"
-        return found
-
-    def _order(self) -> list[list[str]]:
-        """Names of what each group of the optimizer holds, in its order: turns of a gate change it."""
-        names = self._names()
-        return [[names[id(p)] for p in group["params"]] for group in self.optimizer.param_groups]
-
     def _resume(self, found: Checkpoint) -> None:
         state = found.state
         if found.meta.get("prices_sha256") != self.clock.prices.sha256:
@@ -262,16 +254,12 @@ class OwnTrainer:
                 f"{found.folder} was written under another table of prices: its clock would jump. Resume with the "
                 "component_times.json of the run's own folder"
             )
-        by_name = {name: p for p in self.parameters() for name in [self._names()[id(p)]]}
         try:
-            groups = zip(self.optimizer.param_groups, state["order"], strict=True)
-            for group, order in groups:
-                group["params"] = [by_name[name] for name in order]
-        except (KeyError, ValueError) as error:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, ValueError, GateError) as error:
             raise CheckpointError(
                 f"{found.folder} holds the optimizer of other parameters ({short(error)}): the task has changed since"
             ) from None
-        self.optimizer.load_state_dict(state["optimizer"])
         self.batches.load_state_dict(state["batches"])
         self.clock.load_state_dict(state["clock"])
         self.tally.load_state_dict(state["tally"])
@@ -349,11 +337,26 @@ def judge(task: UserTask, model: nn.Module, seed: int, device: torch.device) -> 
     return float(total) / count, count
 
 
-def make_gate(model: nn.Module, arm: OwnArm, seed: int) -> Gate | None:
-    """The arm's gate on the model, its draws those of the run's seed."""
+def make_gate(task: UserTask, model: nn.Module, arm: OwnArm, seed: int) -> Gate | None:
+    """The arm's gate on the model, its draws those of the run's seed; the task's reference where the arm asks for one."""
     if arm.config is None:
         return None
-    return attach(model, replace(arm.config, seed=arm.config.seed + seed))
+    cfg = replace(arm.config, seed=arm.config.seed + seed)
+    cfg.method = arm.config.method
+    if cfg.before.anneal_fraction and not cfg.total_steps:
+        cfg.total_steps = 1  # how far it is, the loop says itself
+    asks = cfg.before.signal == "excess" or (cfg.backward.unit != "none" and cfg.backward.signal == "excess")
+    return attach(model, cfg, reference=task.reference if asks else None)
+
+
+def losses_of(task: UserTask) -> Callable[[nn.Module, Any], Tensor]:
+    """How a scoring forward takes the losses of a batch: as the task does, (B, T), NaN for a token without a label."""
+
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        found = outcome(task, model, to_device(batch, next(model.parameters()).device))
+        return found.each()
+
+    return losses
 
 
 def load_weights(model: nn.Module, found: Checkpoint) -> None:

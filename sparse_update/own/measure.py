@@ -25,7 +25,7 @@ from sparse_update.library.attach import Gate
 from sparse_update.own.arms import DENSE, OwnArm
 from sparse_update.own.batches import Batches, seed_all
 from sparse_update.own.counting import Counting, Product, Work, flops_of
-from sparse_update.own.loop import make_gate, step
+from sparse_update.own.loop import losses_of, make_gate, step
 from sparse_update.own.prices import MEASURED, Prices
 from sparse_update.own.task import UserTask, to_device
 
@@ -55,7 +55,7 @@ def rehearse(task: UserTask, arm: OwnArm, seed: int, device: torch.device) -> Re
     """
     seed_all(seed)
     model = task.make_model(seed, device)
-    gate = make_gate(model, arm, seed)
+    gate = make_gate(task, model, arm, seed)
     parameters = gate.parameters() if gate else [p for p in model.parameters() if p.requires_grad]
     optimizer = task.make_optimizer(parameters)
     batch = to_device(next(iter(Batches(task, seed))), device)
@@ -232,9 +232,9 @@ def _signals(task: UserTask, arms: Sequence[OwnArm], seed: int, device: torch.de
         if arm.config is None or arm.config.before.signal == "none":
             continue
         seed_all(seed)
-        gate = make_gate(task.make_model(seed, device), arm, seed)
+        gate = make_gate(task, task.make_model(seed, device), arm, seed)
         assert gate is not None
-        next(gate.filter(Batches(task, seed)))  # the signal is made when it sees the length
+        next(gate.filter(Batches(task, seed), losses=losses_of(task)))  # the signal is made when it sees the length
         signal = gate.pool.signal
         if signal is None or not signal.cost_key:
             continue

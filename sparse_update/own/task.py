@@ -53,6 +53,9 @@ class UserTask:
     of tokens, a pair (inputs, labels), or a mapping with labels or input_ids as transformers' models take it."""
     schedule: Callable[[float], float] | None = None
     """Share of the budget that is spent -> factor on the learning rate; None keeps it."""
+    reference: Any = None
+    """A trained model with the same outputs, or the folder of its checkpoint, for gates that count losses from its own
+    (method "rho1", "rho_loss"; signal "excess"). It is not trained."""
     name: str = ""
     """In tables and folders; empty: the model's class."""
     bytes_per_token: float = 0.0
@@ -149,6 +152,13 @@ class Outcome:
             return self.logits.double().sum(), self.logits.numel()
         loss = F.cross_entropy(_wide(self.logits).flatten(0, 1), self.labels.flatten(), reduction="sum")
         return loss.double(), int((self.labels != NO_LABEL).sum())
+
+    def each(self) -> Tensor:
+        """Loss of every token in nats (B, T), NaN for one without a label."""
+        if self.labels is None:
+            return self.logits
+        flat = F.cross_entropy(_wide(self.logits).flatten(0, 1), self.labels.flatten(), reduction="none")
+        return flat.view(self.labels.shape).masked_fill(self.labels == NO_LABEL, float("nan"))
 
     def mean(self) -> Tensor:
         """The plain loss: mean over all tokens with a label."""

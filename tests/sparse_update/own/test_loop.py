@@ -270,3 +270,15 @@ def test_gates_that_leave_nothing_out_and_names_of_controls():
         arms_of({"random_rows": GATES["token"]})
     two = {"a": GATES["token"], "b": {"backward": {"unit": "token", "keep_fraction": 0.5, "signal": "excess_entropy"}}}
     assert [arm.name for arm in arms_of(two)] == ["dense", "random", "a", "b"]  # one control serves both
+
+
+@pytest.mark.parametrize("method", ["rho_loss", "selective_backprop"])
+def test_published_methods_score_with_the_tasks_own_losses_and_pay_for_it(tmp_path, method):
+    arm = gated(method, {"method": method, "before": {"pool": 16}})
+    small = task(mlp, reference=mlp() if method == "rho_loss" else None)
+    run = OwnTrainer(small, arm, 0, shipped_prices(), OwnTrainerConfig(budget_reference_s=0.1), tmp_path, {})
+    assert run.run()
+    forward = next(iter(run.clock.work.values()))["forward"].flops / 8  # of one sequence
+    models = 2 if method == "rho_loss" else 1
+    assert run.clock.filter_flops / run.gate.pool.offered == pytest.approx(models * forward)
+    assert 0 < run.clock.filter_s < run.clock.reference_s <= 0.11  # a pool may come with the last step
