@@ -47,7 +47,7 @@ def attention_forward(
         return plain(module, query, key, value, *rest)
     batch, length = query.shape[:2] if module.batch_first else (query.shape[1], query.shape[0])
     heads, width = module.num_heads, module.head_dim
-    q, k, v = into(query, module.in_proj_weight, module.in_proj_bias).chunk(3, dim=-1)
+    q, k, v = into.called(query, module.in_proj_weight, module.in_proj_bias).chunk(3, dim=-1)
 
     def split(y: Tensor) -> Tensor:
         y = y.view(*y.shape[:2], heads, width)
@@ -66,7 +66,7 @@ def attention_forward(
     mixed = mixed.transpose(1, 2) if module.batch_first else mixed.permute(2, 0, 1, 3)
     mixed = mixed.reshape(query.shape)
     out.takes(mixed)
-    return out(mixed, module.out_proj.weight, module.out_proj.bias), None
+    return out.called(mixed, module.out_proj.weight, module.out_proj.bias), None
 
 
 def _mask(

@@ -7,6 +7,7 @@ and pickles are of the plain class: a gate stays with the model that it was atta
 
 from __future__ import annotations
 
+import copyreg
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -100,7 +101,7 @@ def linear_forward(plain: Callable[..., Tensor], module: nn.Module, input: Tenso
     layers = module.__dict__.get(GATE)
     if not layers or not layers[0].takes(input):
         return plain(module, input)
-    return layers[0](input, module.weight, module.bias)
+    return layers[0].called(input, module.weight, module.bias)
 
 
 def _attention_layers(module: nn.MultiheadAttention, name: str, rows: Rows) -> tuple[Layer, ...]:
@@ -143,12 +144,10 @@ def _gated_class(kind: Any, forward: Callable[..., Any]) -> Any:
             return forward(plain, self, *args, **kwargs)
 
         def reduced(self: Any, protocol: Any) -> Any:
-            made = kind.__reduce_ex__(self, protocol)
-            parts = tuple(kind if part is type(self) else part for part in made[1])
-            state = made[2]
+            state = self.__getstate__()
             if isinstance(state, dict):
                 state = {k: v for k, v in state.items() if k != GATE}
-            return made[0], parts, state, *made[3:]
+            return copyreg._reconstructor, (kind, object, None), state  # type: ignore[attr-defined]
 
         body = {
             "forward": gated,

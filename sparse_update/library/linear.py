@@ -63,6 +63,8 @@ class Layer:
     """whether dropped rows are left out here (False in exact mode below the last block)"""
     layout: Layout | None = None
     """where the loss's tokens are among its rows; None: not known, every row counts"""
+    clean: bool = False
+    """whether nothing mixes its rows before the loss or the next gated layer, so that dropped ones get no gradient"""
     why_dense: str = ""
     """in words, why its rows cannot be told"""
     dense_calls: int = 0
@@ -100,6 +102,13 @@ class Layer:
         if not self.strips and (self.exact is False or not self.rows.wanted):
             return False
         return torch.is_grad_enabled()
+
+    def called(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output (..., O); a watched forward notes it."""
+        y = self(x, weight, bias)
+        if not torch.compiler.is_compiling() and self.rows.trace is not None and self.rows.trace.watching:
+            self.rows.trace.made(self, y)
+        return y
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output (..., O), in autocast's type where that is on."""
@@ -163,7 +172,8 @@ def _products(g: Tensor, x: Tensor | None, weight: Tensor, layer: Layer, wants: 
         layer.dense_calls += found_rows is None
         if found_rows is not None:
             places, group = found_rows
-            rows.compare(layer.number, layer.name, g, places, group)
+            if layer.clean:
+                rows.check_alone(layer.name, g, places, group)
 
     def take(y: Tensor) -> Tensor:
         flat = y.reshape(-1, y.shape[-1])

@@ -87,8 +87,6 @@ class RowLoss:
         self.choice = RowChoice(cfg, model, vocab_size, seed)
         self.last_BT: Tensor | None = None
         """Losses per token of the last forward, nats."""
-        self.looked = False
-        """whether one backward was compared with that of the gated loss alone"""
 
     def start(self) -> None:
         """Make the layers leave dropped rows out, where rows are dropped at all."""
@@ -174,9 +172,7 @@ class RowLoss:
         if not self.rows.wanted:
             return _with(loss, others)
         units = kept.flat_K[::length] // length if self.cfg.unit == "sequence" else kept.flat_K
-        look = not self.looked and world_size() == 1
-        self.looked = True
-        armed: Tensor = Arm.apply(loss, self.rows, units, (batch, length), loss if look else None, leaves if look else ())
+        armed: Tensor = Arm.apply(loss, self.rows, units, (batch, length))
         if others is None:
             return armed
         if world_size() > 1:
@@ -203,6 +199,9 @@ class RowLoss:
         for layer in self.found.layers:
             found = FOREIGN if layouts is None else layouts.get(layer, UNCALLED)
             layer.layout, layer.why_dense = (None, found) if isinstance(found, str) else (found, "")
+        clean = trace.mixing.clean(layer for layer in self.found.layers if layer.layout is not None)
+        for layer in self.found.layers:
+            layer.clean = layer in clean
         trace.disarm()
 
     def _reference(self, loss_BT: Tensor, labels: Tensor | None, tokens: Tensor | None, given_BT: Tensor | None) -> Tensor:

@@ -5,7 +5,6 @@ Shape letters: B batch, T token, V vocabulary, N = B T, K kept rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,40 +16,22 @@ from sparse_update.library.tracking.rows import GateError, Rows
 
 
 class Arm(torch.autograd.Function):
-    """Identity on a loss; the first node of its backward, where the kept rows of that loss come into force.
-
-    `leaves`, where there are any: the gradient of this loss alone is formed once before, so that the layers can tell
-    whether another loss runs in the same backward, whose gradient would be lost on dropped rows.
-    """
+    """Identity on a loss; the first node of its backward, where the kept rows of that loss come into force."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        loss: Tensor,
-        rows: Rows,
-        units: Tensor,
-        shape: tuple[int, int],
-        alone: Tensor | None,
-        leaves: Sequence[Tensor],
-    ) -> Tensor:
-        ctx.rows, ctx.units, ctx.shape, ctx.alone, ctx.leaves = rows, units, shape, alone, leaves
+    def forward(ctx: Any, loss: Tensor, rows: Rows, units: Tensor, shape: tuple[int, int]) -> Tensor:
+        ctx.rows, ctx.units, ctx.shape = rows, units, shape
         return loss.clone()  # no view: trainers scale losses in place
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
-        rows = ctx.rows
-        rows.arm(ctx.units, ctx.shape)
-        if ctx.leaves:
-            rows.alone, rows.looking = {}, True
-            try:
-                torch.autograd.grad(ctx.alone, ctx.leaves, g, retain_graph=True, allow_unused=True)
-            except RuntimeError:  # a graph that runs only once (compiled, reentrant checkpoints) is not looked at
-                rows.alone = None
-            finally:
-                rows.looking = False
-            rows.arm_again(ctx.units, ctx.shape)
-        return g, None, None, None, None, None
+        if torch.is_grad_enabled():
+            raise GateError(
+                "gate.loss under create_graph=True: gated layers form no gradient of a gradient. For a gradient penalty "
+                "take a loss of your own and run it in a backward of its own, or detach the gate for this step"
+            )
+        ctx.rows.arm(ctx.units, ctx.shape)
+        return g, None, None, None
 
 
 class Aside(torch.autograd.Function):

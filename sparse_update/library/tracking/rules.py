@@ -51,8 +51,7 @@ def labels_of(
         roots: rows begin at the entries of tables and at the places that a convolution makes; else labels come from the
             inputs of the model alone.
     """
-    name = func.overloadpacket._qualified_op_name.split("::")[-1] if hasattr(func, "overloadpacket") else str(func)
-    base = name[:-1] if name.endswith("_") and not name.endswith("__") else name
+    base = base_name(func)
     first = args[0] if args else None
     if base == "embedding":
         return _table(args[1], out, of, streams, roots)
@@ -60,7 +59,7 @@ def labels_of(
         return _indexed(func, args, out, of, streams, roots)
     if base == "copy":
         return _spread(of(args[1]), first)
-    if "attention" in name or "attn" in name:
+    if is_attention(func):
         return _attended(args, kwargs, out, of)
     if base in COPIES:
         return of(first)
@@ -76,7 +75,7 @@ def labels_of(
     if base in WRITES or base in ADDS or base in ("masked_fill", "fill", "zero"):
         return _written(base, func, args, kwargs, of)
     label = of(first)
-    if func_is_pointwise(func):
+    if is_pointwise(func):
         return _pointwise(args, kwargs, out, of, streams)
     if label is None:
         return None
@@ -99,7 +98,19 @@ def labels_of(
     return None
 
 
-def func_is_pointwise(func: Any) -> bool:
+def base_name(func: Any) -> str:
+    """An operation's name without its library, its overload and the mark of working in place."""
+    name = func.overloadpacket._qualified_op_name.split("::")[-1] if hasattr(func, "overloadpacket") else str(func)
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+def is_attention(func: Any) -> bool:
+    """Whether the first tensor holds the queries, and a row of the result is that of its query."""
+    name = base_name(func)
+    return "attention" in name or "attn" in name
+
+
+def is_pointwise(func: Any) -> bool:
     return torch.Tag.pointwise in getattr(func, "tags", ())
 
 

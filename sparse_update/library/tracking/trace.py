@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparse_update.library.tracking.labels import NONE, Streams, uniform
 from sparse_update.library.tracking.layout import Layout, find_layout
+from sparse_update.library.tracking.mixing import Mixing
 from sparse_update.library.tracking.rules import Label, labels_of
 from sparse_update.library.tracking.tail import source_rows
 
@@ -47,6 +48,7 @@ class Trace:
         self.labels: list[WeakTensorKeyDictionary] = [WeakTensorKeyDictionary() for _ in self.streams]
         self.notes: dict[Any, list[list[Label]]] = {}
         self.outputs: list[Tensor] = []
+        self.mixing = Mixing()
         self.called: set[int] = set()
         self.ahead = False
         self.forwards = 0
@@ -79,13 +81,15 @@ class Trace:
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():
-            self._ahead(module, args, kwargs)
+            if not torch.compiler.is_exporting():
+                self._ahead(module, args, kwargs)
         else:
             self._enter(module, args, kwargs)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
-            self._claim(output)
+            if not torch.compiler.is_exporting():
+                self._claim(output)
         else:
             self._leave(output)
 
@@ -158,7 +162,13 @@ class Trace:
         with _disable_current_modes():
             labels = [by_tensor.get(x) for by_tensor in self.labels]
             rows = [None if label is None else uniform(label, [-1])[..., 0] for label in labels]
+            self.mixing.enters(layer, x)
         self.notes.setdefault(layer, []).append(rows)
+
+    @torch.compiler.disable
+    def made(self, layer: Any, y: Tensor) -> None:
+        """A gated layer gave `y` (*lead, width)."""
+        self.mixing.leaves(layer, y)
 
     # what the loss makes of it
 
@@ -188,9 +198,11 @@ class Trace:
         found: set[Layout] = set()
         for note in seen:
             label = note[at]
-            rows = None if label is None else rows_of[label.clamp(min=0).long()].masked_fill(label < 0, NONE)
-            if rows is None or bool((rows < 0).all()):
-                return "its rows are no tokens of the loss, or mix several of them"
+            if label is None:
+                return "its rows could not be followed through the operations before it, or those mix tokens"
+            rows = rows_of[label.clamp(min=0).long()].masked_fill(label < 0, NONE)
+            if bool((rows < 0).all()):
+                return "its rows are none of the loss's tokens"
             layout = find_layout(rows, batch, length, known, self.whole)
             if layout is None:
                 return "the loss's tokens are among its rows in an order that changes, or only some of them"
@@ -252,6 +264,8 @@ class _Mode(TorchDispatchMode):
             outs = [out] if isinstance(out, Tensor) else list(out) if isinstance(out, (tuple, list)) else []
             for tensor, label in zip(outs, [found] if isinstance(out, Tensor) else found or [], strict=False):
                 _put(labels, tensor, label, args and tensor is args[0])
+        outs = [out] if isinstance(out, Tensor) else list(out) if isinstance(out, (tuple, list)) else []
+        trace.mixing.follow(func, _first_level(args, kwargs), outs, trace.labels[0].get)
         return out
 
 
