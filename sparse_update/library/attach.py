@@ -91,7 +91,7 @@ class Gate:
             other = reference_model(reference, model, vocab)
             self.pool = Pool(cfg.before, model, vocab, cfg.seed, other)
             self.row_loss = RowLoss(cfg.backward, self.found, self.rows, model, vocab, cfg.seed + 1, other)
-            self.turns = Turns(cfg.weights, model, self.found, cfg.seed)
+            self.turns = Turns(cfg.weights, model, self.found, cfg.seed, cfg.sign_scale)
             self.turns.activate()
         except BaseException:
             self.detach()
@@ -167,6 +167,8 @@ class Gate:
         """
         self._alive()
         self.turns.strips.check()
+        if torch.is_grad_enabled():
+            self.turns.begin()
         self.losses += 1
         if self.losses - self._losses_at_step == LOSSES_WITHOUT_STEP and self.cfg.weights.kind != "all":
             raise GateError(

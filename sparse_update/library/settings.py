@@ -22,6 +22,8 @@ class AttachConfig:
     weights: SubsetConfig = field(default_factory=SubsetConfig)
     """kinds all, blocks and block_columns (strips of every gated matrix but embeddings, tied weights and the head), layers;
     every policy of `SubsetConfig`, and those given to `register_subset_policy`"""
+    sign_scale: float = 1.0
+    """With weights.inactive = "sign": step of the inactive weights, as a share of their optimizer's learning rate."""
     exclude: tuple[str, ...] = ()
     """Names of modules that stay as they are; shell patterns, such as "encoder.*"."""
     vocab_size: int = 0
@@ -36,6 +38,8 @@ class AttachConfig:
     def __post_init__(self) -> None:
         if self.total_steps < 0:
             raise ValueError(f"total_steps = {self.total_steps}: must not be negative")
+        if self.sign_scale <= 0:
+            raise ValueError(f"sign_scale = {self.sign_scale}: must be positive")
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> AttachConfig:
@@ -55,7 +59,7 @@ class AttachConfig:
         found = {f"weights.{k}": v for k, v in dataclasses.asdict(self.weights).items() if k != "name"}
         found |= {f"backward.{k}": getattr(self.backward, k) for k in ("unit", "signal", "policy")}
         found |= {f"before.{k}": getattr(self.before, k) for k in ("signal", "policy")}
-        return found | {"exclude": list(self.exclude), "seed": self.seed}
+        return found | {"exclude": list(self.exclude), "seed": self.seed, "sign_scale": self.sign_scale}
 
 
 def _from_dict(cls: Any, given: Any, at: str) -> Any:

@@ -72,11 +72,16 @@ def subset_of(
     names: Mapping[str, str], parameters: Mapping[str, nn.Parameter], gated: set[str], cfg: SubsetConfig, seed: int
 ) -> Subset:
     """The choice of active weights for any model. Raises ValueError for settings that need our own optimizer."""
-    if cfg.inactive != "frozen" or cfg.look_every_turns:
+    if cfg.inactive == "sign8" or cfg.look_every_turns:
         raise ValueError(
-            f"weights.inactive = {cfg.inactive!r}, weights.look_every_turns = {cfg.look_every_turns}: inactive weights "
-            "move or "
-            "are looked at by this package's own optimizer only; with one of your own leave them 'frozen' and 0"
+            f"weights.inactive = {cfg.inactive!r}, weights.look_every_turns = {cfg.look_every_turns}: gradients of one "
+            "byte, and looks at inactive weights, are of this package's own optimizer only; with one of yours leave them "
+            "'frozen' or 'sign', and 0"
+        )
+    if cfg.inactive == "sign" and (cfg.kind not in ("blocks", "block_columns") or cfg.scored):
+        raise ValueError(
+            f"weights.inactive = 'sign' moves what is left of each matrix: with weights.kind = {cfg.kind!r} and policy "
+            f"{cfg.policy!r} it cannot; take kind 'blocks' or 'block_columns', and policy 'random' or 'rotate'"
         )
     if cfg.embedding_strips:
         raise ValueError(
@@ -94,8 +99,10 @@ class Strips:
         """gated weight -> the layers that use it"""
         self.leaves: dict[tuple[str, int], nn.Parameter] = {}
         """(gated weight, number of the strip) -> the strip"""
+        self.signs: dict[tuple[str, int], nn.Parameter] = {}
+        """the same of inactive strips that move by their gradient's sign; in no optimizer"""
         self.fresh: list[nn.Parameter] = []
-        """strips that were not active before the last `activate`"""
+        """strips that are new since the last `activate`"""
         self.places: WeakIdKeyDictionary = WeakIdKeyDictionary()
         """any strip that is or was active -> (gated weight, dim, start, stop)"""
 
@@ -103,12 +110,14 @@ class Strips:
         """Make these the active strips; a weight without any is frozen. A strip that stays keeps its leaf, and so its
         moments."""
         before = {self.places[leaf]: leaf for leaf in self.leaves.values()}
-        self.leaves, self.fresh = {}, []
+        self.leaves, self.signs, self.fresh = {}, {}, []
         for name, layers in self.layers.items():
             weight = layers[0].weight
             weight.grad = None
             leaves = [self._leaf(name, weight.detach(), part, before) for part in chosen[name]]
-            self.leaves |= {(name, i): leaf for i, leaf in enumerate(leaves)}
+            moved = {(name, i): leaf for i, leaf in enumerate(leaves) if chosen[name][i].rule == "sign"}
+            self.signs |= moved
+            self.leaves |= {(name, i): leaf for i, leaf in enumerate(leaves) if (name, i) not in moved}
             for layer in layers:
                 layer.strips = tuple(
                     Strip((part.dim == 0) != layer.turned, part.start, leaf, part.dim)
@@ -117,6 +126,9 @@ class Strips:
 
     def _leaf(self, name: str, weight: Tensor, part: Part, before: Mapping[Any, nn.Parameter]) -> nn.Parameter:
         place, view = (name, part.dim, part.start, part.stop), part.of(weight)
+        if part.rule == "sign":
+            self.fresh.append(leaf := nn.Parameter(view))
+            return leaf
         leaf = before.get(place)
         if leaf is None or leaf.data_ptr() != view.data_ptr() or leaf.dtype != view.dtype:
             leaf = nn.Parameter(view)
@@ -127,6 +139,13 @@ class Strips:
 
     def of(self, name: str) -> list[nn.Parameter]:
         """The active strips of a gated weight."""
+        return [leaf for leaf in self._in(name) if leaf in self.places]
+
+    def signs_of(self, name: str) -> list[nn.Parameter]:
+        """Its strips that move by the sign."""
+        return [leaf for leaf in self._in(name) if leaf not in self.places]
+
+    def _in(self, name: str) -> list[nn.Parameter]:
         return [strip.leaf for strip in self.layers[name][0].strips]
 
     def check(self) -> None:

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from sparse_update.library.layers import Found
 from sparse_update.library.linear import Layer
+from sparse_update.library.methods.signs import SignDescent
 from sparse_update.library.optimizers import Links, Place, inner
 from sparse_update.library.processes import world_size
 from sparse_update.library.strips import Strips, layer_stack, subset_names, subset_of
@@ -25,11 +27,12 @@ class Turns:
         model: whose parameters are frozen and freed.
         found: its gated layers.
         seed: of the choices.
+        sign_scale: step of inactive strips with weights.inactive = "sign", as a share of the learning rate.
 
     Raises GateError where the model has no weights of the kind that is asked for.
     """
 
-    def __init__(self, cfg: SubsetConfig, model: nn.Module, found: Found, seed: int) -> None:
+    def __init__(self, cfg: SubsetConfig, model: nn.Module, found: Found, seed: int, sign_scale: float = 1.0) -> None:
         self.cfg, self.model = cfg, model
         self.names = dict(model.named_parameters())
         self.requires_grad = {name: p.requires_grad for name, p in self.names.items()}
@@ -39,6 +42,7 @@ class Turns:
         self.world = 1
         """Processes that share the gradients of strips."""
         self.subset = self._choose(seed)
+        self.descent = SignDescent(self.strips, sign_scale) if cfg.inactive == "sign" else None
         self.links = Links(self)
         self._name_of = {id(p): name for name, p in self.names.items()}
 
@@ -137,6 +141,8 @@ class Turns:
     def restore(self) -> None:
         """Every parameter asks for gradients as it did before the gate."""
         self.links.close()
+        if self.descent is not None:
+            self.descent.close()
         for name, p in self.names.items():
             if not p.requires_grad:
                 p.grad = None
@@ -158,6 +164,11 @@ class Turns:
         given = [inner(o) for o in optimizers]
         if self.subset is not None:
             self._check_optimizers(given)
+        if self.descent is not None and (other := next((o for o in given if not isinstance(o, Optimizer)), None)):
+            raise GateError(
+                f"weights.inactive = 'sign': {type(other).__name__} is no torch.optim.Optimizer, whose step would move the "
+                "inactive weights along: derive it from that, or leave weights.inactive at 'frozen'"
+            )
         self.links.know(given)
         if self.subset is None:
             return
@@ -172,8 +183,14 @@ class Turns:
 
     def clear(self) -> None:
         """Forget the gradients of strips, which model.zero_grad() does not know."""
-        for leaf in self.strips.leaves.values():
+        for leaf in (*self.strips.leaves.values(), *self.strips.signs.values()):
             leaf.grad = None
+
+    def begin(self) -> None:
+        """Before a backward: where the optimizer's gradients were thrown away without a step, so are those of signs."""
+        if self.strips.signs and all(leaf.grad is None for leaf in self.strips.leaves.values()):
+            for leaf in self.strips.signs.values():
+                leaf.grad = None
 
     def seek(self, steps: int) -> None:
         """The weights of the turn after so many steps become active."""

@@ -82,6 +82,19 @@ METHODS: dict[str, Method] = {
         },
         "BAdam, Luo et al. 2024, arXiv 2404.02827: one layer at a time, 50 steps each; embedding and head frozen",
     ),
+    "frugal": Method(
+        {
+            "weights": {
+                "kind": "blocks",
+                "policy": "random",
+                "active_fraction": 0.25,
+                "change_every_steps": 200,
+                "inactive": "sign",
+            }
+        },
+        "FRUGAL, Zmushko et al., ICML 2025, arXiv 2411.07837: a quarter of each matrix by the optimizer, drawn anew every "
+        "200 steps, the rest by the gradient's sign at the same rate (sign_scale; 0.1 for fine-tuning)",
+    ),
 }
 
 
