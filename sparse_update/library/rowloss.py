@@ -199,7 +199,7 @@ class RowLoss:
         for layer in self.found.layers:
             found = FOREIGN if layouts is None else layouts.get(layer, UNCALLED)
             layer.layout, layer.why_dense = (None, found) if isinstance(found, str) else (found, "")
-        clean = trace.mixing.clean(layer for layer in self.found.layers if layer.layout is not None)
+        clean = trace.clean(layer for layer in self.found.layers if layer.layout is not None)
         for layer in self.found.layers:
             layer.clean = layer in clean
         trace.disarm()

@@ -18,6 +18,7 @@ from sparse_update.library.tracking.rules import (
     COPIES,
     MOVES,
     PRODUCTS,
+    RANKS,
     REDUCES,
     ROWWISE,
     WRITES,
@@ -29,7 +30,7 @@ from sparse_update.library.tracking.rules import (
 )
 
 ALIGNED = COPIES | MOVES | ROWWISE | REDUCES | WRITES | {"native_dropout", "cat", "stack", "index", "constant_pad_nd"}
-ALIGNED |= {"view_as_complex", "view_as_real", "linear", "copy", "index_add", "scatter_add", "masked_fill"}
+ALIGNED |= RANKS | {"view_as_complex", "view_as_real", "linear", "copy", "index_add", "scatter_add", "masked_fill"}
 
 
 class Mixing:
@@ -38,42 +39,53 @@ class Mixing:
     def __init__(self) -> None:
         self.origins: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         """tensor -> gated layers whose rows are still its rows"""
-        self.mixed: set[Any] = set()
-        self.before: dict[Any, frozenset[Any]] = {}
-        """gated layer -> layers whose rows are its input's rows"""
+        self.mixed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        """tensor -> gated layers whose rows were mixed on their way into it"""
+        self.before: dict[Any, tuple[frozenset[Any], frozenset[Any]]] = {}
+        """gated layer -> layers whose rows are its input's rows, and those that were mixed into it"""
+
+    def same(self, old: Tensor, new: Tensor) -> None:
+        self.origins[new], self.mixed[new] = self.origins.get(old, _NOBODY), self.mixed.get(old, _NOBODY)
 
     def enters(self, layer: Any, x: Tensor) -> None:
-        self.before[layer] = self.before.get(layer, frozenset()) | self.origins.get(x, frozenset())
+        origins, mixed = self.before.get(layer, (_NOBODY, _NOBODY))
+        self.before[layer] = origins | self.origins.get(x, _NOBODY), mixed | self.mixed.get(x, _NOBODY)
 
     def leaves(self, layer: Any, y: Tensor) -> None:
-        self.origins[y] = frozenset([layer])
+        self.origins[y], self.mixed[y] = frozenset([layer]), self.before[layer][1]
 
     def follow(self, func: Any, args: Sequence[Tensor], outs: Sequence[Any], of: Lookup) -> None:
         """`func` made `outs` of tensors `args`, whose labels `of` gives."""
-        if not any(a in self.origins for a in args):
-            return
+        kept, mixed = _NOBODY, _NOBODY
         made = next((o for o in outs if isinstance(o, Tensor)), None)
-        label = None if made is None else of(made)
-        kept: frozenset[Any] = frozenset()
+        if made is None:
+            return
         for at, a in enumerate(args):
-            origins = self.origins.get(a, frozenset())
-            if origins and _aligned(func, at, args, of(a), label):
-                kept |= origins
-            else:
-                self.mixed |= origins
+            mixed |= self.mixed.get(a, _NOBODY)
+            if origins := self.origins.get(a, _NOBODY):
+                if _aligned(func, at, args, of(a), of(made)):
+                    kept |= origins
+                else:
+                    mixed |= origins
         for out in outs:
-            if isinstance(out, Tensor) and kept:
-                self.origins[out] = kept
+            if isinstance(out, Tensor) and out.is_floating_point():
+                self.origins[out], self.mixed[out] = kept, mixed
+                if out._base is not None and out is args[0]:  # written in place
+                    self.origins[out._base] = self.origins.get(out._base, _NOBODY) | kept
+                    self.mixed[out._base] = self.mixed.get(out._base, _NOBODY) | mixed
 
-    def clean(self, followed: Iterable[Any]) -> set[Any]:
-        """Layers of `followed`, those whose rows are dropped, that nothing mixes. A layer that drops none hands everything
-        on that comes back to it."""
+    def clean(self, result: Tensor, followed: Iterable[Any]) -> set[Any]:
+        """Layers of `followed`, those whose rows are dropped, that nothing mixes on the way to `result`. A layer that drops
+        none hands on everything that comes back to it."""
         followed = set(followed)
-        mixed = set(self.mixed)
-        for layer, before in self.before.items():
+        mixed = set(self.mixed.get(result, followed))
+        for layer, (origins, _) in self.before.items():
             if layer not in followed:
-                mixed |= before
+                mixed |= origins
         return followed - mixed
+
+
+_NOBODY: frozenset[Any] = frozenset()
 
 
 def _aligned(func: Any, at: int, args: Sequence[Tensor], label: Label, made: Label) -> bool:
@@ -84,7 +96,7 @@ def _aligned(func: Any, at: int, args: Sequence[Tensor], label: Label, made: Lab
     if is_attention(func):
         return at == 0
     if base in PRODUCTS:
-        return args[at] is args[-2] if len(args) > 1 else False
+        return at == PRODUCTS[base][0]
     if base in ALIGNED:
         return True
     if not is_pointwise(func):

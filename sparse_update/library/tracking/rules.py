@@ -35,7 +35,8 @@ ROWWISE = {
 }
 REDUCES = {"sum", "mean", "amax", "amin", "prod", "var", "std", "logsumexp", "any", "all", "linalg_vector_norm", "norm"}
 REDUCES |= {"max", "min", "argmax", "argmin"}
-PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2), "matmul": (0, 1), "mv": (0, 1)}
+RANKS = {"topk", "sort"}
+PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2), "matmul": (0, 1), "_grouped_mm": (0, 1)}
 WRITES = {"index_put", "_index_put_impl", "index_copy", "scatter", "masked_scatter", "slice_scatter", "select_scatter"}
 ADDS = {"index_add", "scatter_add", "index_reduce", "scatter_reduce"}
 
@@ -87,6 +88,10 @@ def labels_of(
         dims = list(range(-len(args[1]), 0)) if base in ("native_layer_norm", "_fused_rms_norm") else [args[1]]
         found = compress(uniform(label, dims).expand(label.shape))
         return found if isinstance(out, Tensor) else [found]
+    if base in RANKS:
+        dim = kwargs.get("dim", args[{"topk": 2, "sort": 1}[base]] if len(args) > {"topk": 2, "sort": 1}[base] else -1)
+        found = uniform(label, [dim])
+        return [compress(found.expand(o.shape)) for o in out]
     if base in REDUCES:
         return _reduced(label, args, kwargs, out)
     if base == "constant_pad_nd":

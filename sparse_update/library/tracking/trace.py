@@ -49,6 +49,8 @@ class Trace:
         self.notes: dict[Any, list[list[Label]]] = {}
         self.outputs: list[Tensor] = []
         self.mixing = Mixing()
+        self.source: Tensor | None = None
+        """what the loss's rows come from, an output of the watched forward"""
         self.called: set[int] = set()
         self.ahead = False
         self.forwards = 0
@@ -113,6 +115,7 @@ class Trace:
             for labels in self.labels:
                 if (label := labels.get(old)) is not None:
                     labels[new] = label
+            self.mixing.same(old, new)
         self.outputs = own
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -192,6 +195,10 @@ class Trace:
                 return {layer: self._layout(seen, at, rows_of, batch, length, known) for layer, seen in self.notes.items()}
         return None
 
+    def clean(self, followed: Iterable[Any]) -> set[Any]:
+        """Layers of `followed` whose dropped rows get no gradient from the loss that `layouts` was asked about."""
+        return set() if self.source is None else self.mixing.clean(self.source, followed)
+
     def _layout(
         self, seen: list[list[Label]], at: int, rows_of: Tensor, batch: int, length: int, known: Tensor
     ) -> Layout | str:
@@ -213,6 +220,7 @@ class Trace:
         """Labels of the loss's rows (N,)."""
         label = labels.get(result)
         if label is not None and has_columns:
+            self.source = result
             return uniform(label, [-1]).reshape(-1)
         for output in self.outputs:
             label = labels.get(output)
@@ -222,6 +230,7 @@ class Trace:
             if reached is not None and bool((reached >= 0).any()):
                 own = torch.full((rows,), NONE, dtype=torch.int32, device=result.device)
                 flat = uniform(label, [-1]).reshape(-1)
+                self.source = output
                 own[reached[reached >= 0]] = flat[reached >= 0]
                 return own
         return None
