@@ -75,6 +75,7 @@ class _Holder:
 
     def end(self) -> None:
         if self.gate is not None:
+            _clip_without(self.gate)
             self.state = self.gate.state_dict()
             self.gate.detach()
             self.gate = None
@@ -188,8 +189,6 @@ def trainer_callback(config: AttachConfig | Mapping[str, Any]) -> Any:
                 _save_gate_state(self.holder.gate.state_dict(), file)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-            if self.holder.gate is not None:
-                _clip_without(self.holder.gate)
             self.holder.end()
 
     return GateCallback()
@@ -260,8 +259,8 @@ def _clip_with(gate: Gate) -> None:
 
 
 def _clip_without(gate: Gate) -> None:
-    from accelerate import Accelerator
-
     _CLIPPED.discard(gate)
     if not _CLIPPED and _PLAIN_CLIP:
+        from accelerate import Accelerator
+
         Accelerator.clip_grad_norm_ = _PLAIN_CLIP.pop()

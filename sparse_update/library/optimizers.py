@@ -56,6 +56,7 @@ class Links:
         def before_step(optimizer: Any, args: Any, options: Any) -> None:
             links = me()
             if links is not None and saved_gate(optimizer) is not None and links._holds_mine(optimizer):
+                links.meet(saved_gate(optimizer) or {}, move=False, gradients=True)
                 links.adopt([optimizer])
 
         handle = register_optimizer_step_pre_hook(before_step)
@@ -107,16 +108,17 @@ class Links:
         for link in self._links.values():
             link.settle()
 
-    def meet(self, state: Mapping[str, Any], move: bool) -> None:
-        """Go to where the gate was when an optimizer's state was saved. Raises GateError where it is elsewhere already."""
+    def meet(self, state: Mapping[str, Any], move: bool, gradients: bool = False) -> None:
+        """Go to where the gate was when an optimizer's state was saved; `gradients`: of what is active now are there.
+        Raises GateError where it is elsewhere and may not `move`."""
         here, there = self.steps(), int(state["steps"])
-        if move or here == 0:
+        if move or (here == 0 and not gradients):
             self.load(state)
         elif here != there:
             raise GateError(
                 f"this optimizer's state was saved with the gate at step {there}, and the gate is at step {here}: moments "
                 "would meet the weights of another turn. Load the gate's state of the same checkpoint, "
-                "gate.load_state_dict(...)"
+                "gate.load_state_dict(...), or call gate.adopt(optimizer) before its state is loaded"
             )
 
 
