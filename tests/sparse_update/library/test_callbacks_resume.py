@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from sparse_update.library.callbacks import lightning_callback, load_gate_state, trainer_callback
 from sparse_update.library.linear import GateError
-from tests.sparse_update.library.test_resume import COLUMNS, CONFIGS, LAYERS, ROWS, STRIPS, T, V, flat, groups, small
+from tests.sparse_update.library.loops import COLUMNS, CONFIGS, LAYERS, ROWS, STRIPS, T, V, flat, groups, small
 
 ROTATING = {"weights": STRIPS | {"policy": "random"}}
 
