@@ -6,7 +6,6 @@ Shape letters: B windows of a step, T token, L layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,12 +13,9 @@ from torch import Tensor
 
 from sparse_update.gates.config import GateConfig
 from sparse_update.gates.gate import Gate, GateContext, GatedBatch
+from sparse_update.gates.variance import Gradients, VarianceRates, distance
 from sparse_update.step.plan import PLAIN, SparseStep, StepPlan
 from sparse_update.transformer import token_loss
-
-GRID = 8
-"""Rates are multiples of 1 / GRID, so that shapes take few values and each can be timed."""
-Gradients = Mapping[str, tuple[Tensor, ...]]
 
 
 class GradientGate(Gate):
@@ -66,16 +62,14 @@ class VcasGate(_Testing):
         super().__init__(cfg, stream, context)
         assert context.model is not None
         self.layers = len(context.model.blocks)  # type: ignore[arg-type]
-        self.s, self.nu = 1.0, cfg.dw_fraction
-        self.rho = [1.0] * self.layers
+        self.rates = VarianceRates(self.layers, cfg.dw_fraction, cfg.vcas_tau, cfg.vcas_alpha, cfg.vcas_beta)
         self.recent: list[Tensor] = []
         self.seen = 0
 
     def plan(self, progress: float, windows: int, length: int) -> StepPlan:
         if self.rate.annealed(progress):
             return StepPlan()
-        sample = tuple(_up(r) for r in self.rho)
-        return StepPlan(sample=() if min(sample) == 1 else sample, dw_rows=_up(self.nu))
+        return StepPlan(sample=self.rates.sequences, dw_rows=self.rates.rows)
 
     def plans(self, windows: int, length: int) -> list[StepPlan]:
         return list(dict.fromkeys([StepPlan(), self.plan(0.0, windows, length)]))
@@ -88,7 +82,7 @@ class VcasGate(_Testing):
             self._test()
 
     def _test(self) -> None:
-        cfg, count = self.cfg, self.cfg.vcas_repetitions
+        count = self.cfg.vcas_repetitions
         exact, norms, act, rows = [], [], 0.0, 0.0
         now = self.plan(0.0, 0, 0)
         for tokens in self.recent:
@@ -97,18 +91,15 @@ class VcasGate(_Testing):
             norms.append(self._norms(x_BT, y_BT))
             if now.sample:
                 for _ in range(count):
-                    act += _distance(self._gradients(x_BT, y_BT, StepPlan(sample=now.sample)), exact[-1]) / count**2
+                    act += distance(self._gradients(x_BT, y_BT, StepPlan(sample=now.sample)), exact[-1]) / count**2
             if now.dw_rows < 1:
-                rows += _distance(self._gradients(x_BT, y_BT, StepPlan(dw_rows=now.dw_rows)), exact[-1]) / count
+                rows += distance(self._gradients(x_BT, y_BT, StepPlan(dw_rows=now.dw_rows)), exact[-1]) / count
         mean = {
             name: tuple(torch.stack([g[name][i] for g in exact]).mean(0) for i in range(len(exact[0][name])))
             for name in exact[0]
         }
-        noise = sum(_distance(g, mean) for g in exact) / (count - 1)
-        self.s = min(1.0, max(0.0, self.s + cfg.vcas_alpha * (1 if act > cfg.vcas_tau * noise else -1)))
-        self.nu = min(1.0, max(1 / GRID, self.nu * cfg.vcas_beta ** (-1 if rows > cfg.vcas_tau * noise else 1)))
-        needed = [sum(_share(n[layer], self.s) for n in norms) / count for layer in range(self.layers)]
-        self.rho = [max(needed[: layer + 1]) for layer in range(self.layers)]
+        noise = sum(distance(g, mean) for g in exact) / (count - 1)
+        self.rates.update(noise, act, rows, norms)
 
     def _norms(self, x_BT: Tensor, y_BT: Tensor) -> Tensor:
         """Norm of the activation gradient of every sequence at each layer's output, (L, B)."""
@@ -126,17 +117,18 @@ class VcasGate(_Testing):
         return torch.stack([g.float().flatten(1).norm(dim=1) for g in found])
 
     def notes(self) -> dict[str, float]:
-        return {"vcas/s": self.s, "vcas/nu": self.nu, "vcas/rho_lowest": self.rho[0], "vcas/rho_top": self.rho[-1]}
+        found = self.rates
+        return {"vcas/s": found.s, "vcas/nu": found.nu, "vcas/rho_lowest": found.rho[0], "vcas/rho_top": found.rho[-1]}
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"s": self.s, "nu": self.nu, "rho": list(self.rho), "recent": list(self.recent), "seen": self.seen}
+        own = {**self.rates.state_dict(), "recent": list(self.recent), "seen": self.seen}
         return {**super().state_dict(), "vcas": own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         own = state["vcas"]
-        self.s, self.nu, self.seen = float(own["s"]), float(own["nu"]), int(own["seen"])
-        self.rho, self.recent = [float(r) for r in own["rho"]], list(own["recent"])
+        self.rates.load_state_dict(own)
+        self.seen, self.recent = int(own["seen"]), list(own["recent"])
 
 
 class SubblockGate(_Testing):
@@ -179,7 +171,7 @@ class SubblockGate(_Testing):
             x_BT, y_BT = self._split(batch)
             whole = self._gradients(x_BT, y_BT, PLAIN)
             one = StepPlan(skip_rate=1 / len(self.places))
-            found = [_distance(self._gradients(x_BT, y_BT, one, skip=frozenset({place})), whole) for place in self.places]
+            found = [distance(self._gradients(x_BT, y_BT, one, skip=frozenset({place})), whole) for place in self.places]
             sensitivity = torch.tensor(found, dtype=torch.float64)
             self.rates = sensitivity.clamp(min=1e-3 * float(sensitivity.max())).rsqrt()
 
@@ -193,27 +185,3 @@ class SubblockGate(_Testing):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.rates, self.measured = state["dropbp"]["rates"].clone(), bool(state["dropbp"]["measured"])
-
-
-def _up(rate: float) -> float:
-    """The next multiple of 1 / GRID."""
-    return min(GRID, max(1, -int(-rate * GRID // 1))) / GRID
-
-
-def _distance(a: Gradients, b: Gradients) -> float:
-    """Squared distance; a parameter without an entry has gradient 0."""
-    total = 0.0
-    for name in dict.fromkeys((*a, *b)):  # in one order: a set's differs between processes, and so would the last bit
-        one, other = a.get(name), b.get(name)
-        for i in range(len(one or other or ())):
-            left = one[i].double() if one is not None else 0.0
-            right = other[i].double() if other is not None else 0.0
-            total += float(torch.as_tensor(left - right).square().sum())
-    return total
-
-
-def _share(norms_B: Tensor, s: float) -> float:
-    """Smallest share of sequences, largest norms first, that holds `s` of the norms' sum."""
-    ordered = norms_B.sort(descending=True).values.double()
-    held = ordered.cumsum(0) / ordered.sum().clamp(min=1e-300)
-    return (int((held < s - 1e-12).sum()) + 1) / len(norms_B)

@@ -30,9 +30,12 @@ from torch import Tensor, nn
 
 from sparse_update.library.layers import Found, find, restore
 from sparse_update.library.methods.scoring import GIVEN, Losses, reference_model
+from sparse_update.library.methods.vcas import Vcas
 from sparse_update.library.pool import Pool
+from sparse_update.library.processes import world_size
 from sparse_update.library.rowloss import RowLoss
 from sparse_update.library.settings import AttachConfig
+from sparse_update.library.strips import layer_stack
 from sparse_update.library.tracking.rows import GateError, Rows
 from sparse_update.library.tracking.trace import undisturbed
 from sparse_update.library.turns import Turns
@@ -91,6 +94,7 @@ class Gate:
             other = reference_model(reference, model, vocab)
             self.pool = Pool(cfg.before, model, vocab, cfg.seed, other)
             self.row_loss = RowLoss(cfg.backward, self.found, self.rows, model, vocab, cfg.seed + 1, other)
+            self.row_loss.vcas = self._vcas(model, cfg, self.found)
             self.turns = Turns(cfg.weights, model, self.found, cfg.seed, cfg.sign_scale)
             self.turns.activate()
         except BaseException:
@@ -98,6 +102,13 @@ class Gate:
             raise
         self.turns.links.serve(self._state, self.load_state_dict, lambda: self.steps)
         self.row_loss.start()
+
+    def _vcas(self, model: nn.Module, cfg: AttachConfig, found: Found) -> Vcas | None:
+        if cfg.gradient.unit == "none":
+            return None
+        if world_size() > 1:
+            raise GateError("method 'vcas' tests the variance of one process's batches: it cannot run in several")
+        return Vcas(cfg.gradient, layer_stack(model), found.layers, self.rows, cfg.seed + 2)
 
     # weights
 
@@ -233,6 +244,7 @@ class Gate:
         self._losses_at_step = self.losses
         self.turns.check()
         self.steps += 1
+        self.row_loss.steps = self.steps
         if progress is None:
             progress = self.steps / self.cfg.total_steps if self.cfg.total_steps else 0.0
         self.pool.observe(progress)
@@ -241,7 +253,7 @@ class Gate:
     def seek(self, steps: int) -> None:
         """Go to where a gate without learnt scores is after so many steps: the weights of that turn become active."""
         self._alive()
-        self.steps = steps
+        self.steps = self.row_loss.steps = steps
         self.turns.seek(steps)
 
     def detach(self) -> nn.Module:
@@ -252,6 +264,8 @@ class Gate:
             self.found = None
             if hasattr(self, "row_loss"):
                 self.row_loss.stop()
+                if self.row_loss.vcas is not None:
+                    self.row_loss.vcas.close()
             if hasattr(self, "turns"):
                 self.turns.restore()
             _ATTACHED.discard(self.model)
@@ -277,6 +291,7 @@ class Gate:
             "active_fraction": self.active_fraction(),
             "kept": self.pool.kept,
             "offered": self.pool.offered,
+            "rates": {} if self.row_loss.vcas is None else self.row_loss.vcas.report(),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -286,7 +301,7 @@ class Gate:
     def _state(self) -> dict[str, Any]:
         """The same without waiting sequences: what goes into an optimizer's checkpoint."""
         subset = {} if self.turns.subset is None else self.turns.subset.state_dict()
-        state = {"steps": self.steps, "subset": subset, "rows": self.row_loss.choice.state_dict()}
+        state = {"steps": self.steps, "subset": subset, "rows": self.row_loss.state_dict()}
         return copy.deepcopy(state) | {"config": self.cfg.plain()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -304,11 +319,11 @@ class Gate:
                 )
                 + ": resume with the settings of that run, or begin anew without its gate and optimizer state"
             )
-        self.steps = int(state["steps"])
+        self.steps = self.row_loss.steps = int(state["steps"])
         self.turns.load_state_dict(state["subset"])
         if "pool" in state:  # an optimizer's checkpoint leaves it out
             self.pool.load_state_dict(state["pool"])
-        self.row_loss.choice.load_state_dict(state["rows"])
+        self.row_loss.load_state_dict(state["rows"])
 
 
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()

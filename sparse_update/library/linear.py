@@ -194,11 +194,14 @@ def _products(g: Tensor, x: Tensor | None, weight: Tensor, layer: Layer, wants: 
     if any(wants[i] for i in range(len(wants)) if i not in (0, 2)):
         assert x is not None
         x_KI = take(x)
+        picked_KO = g_KO
+        if rows.sampler is not None:
+            picked_KO, x_KI = rows.sampler.pick(layer, g_KO, x_KI)
         if wants[1]:
-            found[1] = _dw(g_KO, x_KI, layer.turned).to(weight.dtype)
+            found[1] = _dw(picked_KO, x_KI, layer.turned).to(weight.dtype)
         for i, strip in enumerate(layer.strips, 3):
             if wants[i]:
-                g_part = g_KO.narrow(1, strip.start, strip.size) if strip.outputs else g_KO
+                g_part = picked_KO.narrow(1, strip.start, strip.size) if strip.outputs else picked_KO
                 whole = strip.outputs or x_KI.shape[1] == strip.size  # or kept as these columns alone
                 x_part = x_KI if whole else x_KI.narrow(1, strip.start, strip.size)
                 found[i] = _dw(g_part, x_part, layer.turned).to(weight.dtype)

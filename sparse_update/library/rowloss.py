@@ -6,7 +6,8 @@ Shape letters: B batch, T token, V vocabulary, N = B T, K kept rows.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from sparse_update.library.layers import Found
 from sparse_update.library.methods.scoring import output_losses
+from sparse_update.library.methods.vcas import Vcas
 from sparse_update.library.processes import world_size
 from sparse_update.library.rowchoice import BackwardConfig, RowChoice
 from sparse_update.library.tracking.keptloss import Arm, Aside, KeptLoss
@@ -85,17 +87,21 @@ class RowLoss:
     ) -> None:
         self.cfg, self.found, self.rows, self.model, self.reference = cfg, found, rows, model, reference
         self.choice = RowChoice(cfg, model, vocab_size, seed)
+        self.vcas: Vcas | None = None
+        """what samples the gradient, where it is sampled"""
         self.last_BT: Tensor | None = None
         """Losses per token of the last forward, nats."""
+        self.steps = 0
+        """Optimizer steps so far."""
 
     def start(self) -> None:
         """Make the layers leave dropped rows out, where rows are dropped at all."""
-        if self.cfg.unit == "none" or self.cfg.keep_fraction == 1:
+        if self.vcas is None and (self.cfg.unit == "none" or self.cfg.keep_fraction == 1):
             return
         self.rows.wanted = True
         for layer in self.found.layers:
             layer.compact = self.cfg.below == "compact"
-        self.rows.trace = Trace(self.cfg.unit == "sequence")
+        self.rows.trace = Trace(self.cfg.unit == "sequence" or self.vcas is not None)
         self.watch()
 
     def watch(self) -> None:
@@ -149,6 +155,9 @@ class RowLoss:
         loss_BT = _per_token(logits, labels)
         self.last_BT = loss_BT
         valid_BT = torch.ones_like(loss_BT, dtype=torch.bool) if labels is None else labels != NO_LABEL
+        if self.vcas is not None and torch.is_grad_enabled():
+            self._learn(given, *loss_BT.shape, labels is not None)
+            return self._beside(self._sampled(self.vcas, logits, labels, valid_BT, normaliser, leaves, weight_B), others)
         if self.cfg.unit == "none" or not torch.is_grad_enabled():
             return _with(plain_loss(logits, labels, False, normaliser, weight_B), others)
         if self.cfg.signal == "excess":
@@ -173,6 +182,10 @@ class RowLoss:
             return _with(loss, others)
         units = kept.flat_K[::length] // length if self.cfg.unit == "sequence" else kept.flat_K
         armed: Tensor = Arm.apply(loss, self.rows, units, (batch, length))
+        return self._beside(armed, others)
+
+    def _beside(self, armed: Tensor, others: Tensor | None) -> Tensor:
+        """A gated loss and another, whose gradient is formed for all rows."""
         if others is None:
             return armed
         if world_size() > 1:
@@ -180,7 +193,8 @@ class RowLoss:
                 "gate.loss(..., others=...) with several processes: gradients would be shared before they are complete. "
                 "Run two backwards, the first inside model.no_sync()"
             )
-        return Aside.apply(armed, others.detach(), [others], self.rows)
+        found: Tensor = Aside.apply(armed, others.detach(), [others], self.rows)
+        return found
 
     def _learn(self, result: Tensor, batch: int, length: int, has_columns: bool) -> None:
         """Read the watched forward, or watch another where what is known does not hold for this batch."""
@@ -204,6 +218,28 @@ class RowLoss:
             layer.clean = layer in clean
         trace.disarm()
 
+    def _sampled(
+        self,
+        vcas: Vcas,
+        logits: Tensor,
+        labels: Tensor | None,
+        valid_BT: Tensor,
+        normaliser: Tensor | float | None,
+        leaves: Sequence[Tensor],
+        weight_B: Tensor | None,
+    ) -> Tensor:
+        """The plain loss, whose backward samples; before it a test of the rates, where it is time for one."""
+        count = valid_BT.sum().clamp(min=1) if normaliser is None else normaliser
+        batch, length = valid_BT.shape
+
+        def loss_of(part_B: Tensor) -> Tensor:
+            weights_B = part_B if weight_B is None else part_B * weight_B.to(part_B)
+            return plain_loss(logits, labels, False, count, weights_B)
+
+        if vcas.due(self.steps):
+            vcas.test(self.steps, loss_of, (batch, length), leaves)
+        return vcas.sampled(plain_loss(logits, labels, False, count, weight_B), batch, length)
+
     def _reference(self, loss_BT: Tensor, labels: Tensor | None, tokens: Tensor | None, given_BT: Tensor | None) -> Tensor:
         """Losses of the reference, (B, T) on the losses' device: those that are given, else by its forward."""
         if given_BT is not None:
@@ -225,6 +261,17 @@ class RowLoss:
                 "reference_losses=..."
             )
         return output_losses(self.reference, tokens, labels).to(loss_BT.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the choice, and of what samples the gradient."""
+        state = self.choice.state_dict()
+        return state if self.vcas is None else {**state, "vcas": self.vcas.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take it back."""
+        self.choice.load_state_dict(state)
+        if self.vcas is not None:
+            self.vcas.load_state_dict(state["vcas"])
 
     def probe(self, output: Tensor, shape: tuple[int, int], leaves: Sequence[Tensor]) -> None:
         """Find the layers where dropped rows have an exactly zero gradient: NaN is put into the gradient of one token of

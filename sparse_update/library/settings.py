@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sparse_update.library.methods.presets import with_method
+from sparse_update.library.methods.vcas import GradientConfig
 from sparse_update.library.pool import PoolConfig
 from sparse_update.library.rowchoice import BackwardConfig
 from sparse_update.weights.subset import SubsetConfig
@@ -15,10 +16,11 @@ from sparse_update.weights.subset import SubsetConfig
 
 @dataclass
 class AttachConfig:
-    """All of a gate: sequences before the forward, rows of the backward, weights. `from_dict` takes nested plain dicts."""
+    """All of a gate: sequences before the forward, rows of the backward, samples, weights. `from_dict` takes dicts."""
 
     before: PoolConfig = field(default_factory=PoolConfig)
     backward: BackwardConfig = field(default_factory=BackwardConfig)
+    gradient: GradientConfig = field(default_factory=GradientConfig)
     weights: SubsetConfig = field(default_factory=SubsetConfig)
     """kinds all, blocks and block_columns (strips of every gated matrix but embeddings, tied weights and the head), layers;
     every policy of `SubsetConfig`, and those given to `register_subset_policy`"""
@@ -40,6 +42,11 @@ class AttachConfig:
             raise ValueError(f"total_steps = {self.total_steps}: must not be negative")
         if self.sign_scale <= 0:
             raise ValueError(f"sign_scale = {self.sign_scale}: must be positive")
+        if self.gradient.unit != "none" and self.backward.unit != "none":
+            raise ValueError(
+                f"gradient.unit = {self.gradient.unit!r} samples the gradient of all tokens, and backward.unit = "
+                f"{self.backward.unit!r} leaves some out: leave one of them at none"
+            )
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> AttachConfig:
@@ -59,6 +66,7 @@ class AttachConfig:
         found = {f"weights.{k}": v for k, v in dataclasses.asdict(self.weights).items() if k != "name"}
         found |= {f"backward.{k}": getattr(self.backward, k) for k in ("unit", "signal", "policy")}
         found |= {f"before.{k}": getattr(self.before, k) for k in ("signal", "policy")}
+        found["gradient.unit"] = self.gradient.unit
         return found | {"exclude": list(self.exclude), "seed": self.seed, "sign_scale": self.sign_scale}
 
 

@@ -66,6 +66,11 @@ METHODS: dict[str, Method] = {
         "Selective-Backprop, Jiang et al. 2019, arXiv 1910.00762: kept with probability CDF(loss)^beta over the last 1,024 "
         "losses",
     ),
+    "vcas": Method(
+        {"gradient": {"unit": "vcas"}},
+        "VCAS, Chen et al., ICLR 2024, arXiv 2402.17227: sequences of activation gradients and rows of weight gradients, "
+        "sampled at rates that a variance test sets every 100 steps (tau 0.025, alpha 0.01, beta 0.95, M = 2)",
+    ),
     "lisa": Method(
         {"weights": {"kind": "layers", "policy": "random", "active_layers": 1, "change_every_steps": 20}},
         "LISA, Pan et al. 2024, arXiv 2403.17919: one layer, drawn anew every 20 steps, with embedding and head",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,12 @@ class GateError(RuntimeError):
     """A gate used in a way it cannot serve; the message says what to do."""
 
 
+class Sampler(Protocol):
+    """Draws the rows (of K) that stand for all of them in a layer's weight gradient."""
+
+    def pick(self, layer: Any, g_KO: Tensor, x_KI: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
 class Rows:
     """Kept rows of the backward that runs now; none outside of one (every row counts then).
 
@@ -26,6 +34,8 @@ class Rows:
     def __init__(self) -> None:
         self.wanted = self.probing = False
         self.trace: Trace | None = None
+        self.sampler: Sampler | None = None
+        """of the backward that runs now"""
         self.units: Tensor | None = None
         self.shape = (0, 0)
         self.task = -1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import yaml
 from torch import nn
 
+from sparse_update.gates.config import GateConfig
 from sparse_update.library.attach import attach
 from sparse_update.library.methods.presets import METHODS
 from sparse_update.library.settings import AttachConfig
@@ -50,6 +52,12 @@ def test_a_method_has_the_settings_of_our_trainer(name):
         assert {key: getattr(cfg.weights, key) for key in theirs} == theirs
         return
     unit = theirs.pop("unit")
+    if unit == "gradient":
+        vcas = {f.name: f.default for f in dataclasses.fields(GateConfig) if f.name.startswith("vcas_")}
+        assert {
+            f"vcas_{key}": getattr(cfg.gradient, key) for key in ("tau", "every", "repetitions", "alpha", "beta")
+        } == vcas
+        assert (cfg.gradient.unit, cfg.gradient.rows) == ("vcas", GateConfig().dw_fraction)
     ours = cfg.before if unit == "sequence" else cfg.backward
     if unit == "token_exact":
         assert (ours.unit, ours.below) == ("token", "exact")
@@ -353,6 +361,7 @@ GIVEN = {
     "lisa": {"weights": {"change_every_steps": 3}},
     "badam": {"weights": {"change_every_steps": 3}},
     "frugal": {"weights": {"change_every_steps": 3, "block_rows": 4}},
+    "vcas": {"gradient": {"every": 2, "alpha": 0.2, "beta": 0.6, "tau": 0.5}},
 }
 STEPS, STOP = 14, 7
 
