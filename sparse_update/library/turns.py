@@ -34,7 +34,7 @@ class Turns:
 
     def __init__(self, cfg: SubsetConfig, model: nn.Module, found: Found, seed: int, sign_scale: float = 1.0) -> None:
         self.cfg, self.model = cfg, model
-        self.names = dict(model.named_parameters())
+        self.refresh()
         self.requires_grad = {name: p.requires_grad for name, p in self.names.items()}
         """As it was before the gate."""
         self.strips = Strips(self._gated(found))
@@ -44,6 +44,10 @@ class Turns:
         self.subset = self._choose(seed)
         self.descent = SignDescent(self.strips, sign_scale) if cfg.inactive == "sign" else None
         self.links = Links(self)
+
+    def refresh(self) -> None:
+        """Take the model's parameters as they are now: `load_state_dict(assign=True)` puts others in their place."""
+        self.names = dict(self.model.named_parameters())
         self._name_of = {id(p): name for name, p in self.names.items()}
 
     def _gated(self, found: Found) -> dict[str, list[Layer]]:
@@ -113,6 +117,7 @@ class Turns:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Active strips, under their weight's name and in its place, and the other parameters that ask for a gradient."""
+        self.refresh()
         for name, p in self.names.items():
             if name in self.strips.layers:
                 yield from ((name, leaf) for leaf in self.strips.of(name))
@@ -146,7 +151,7 @@ class Turns:
         for name, p in self.names.items():
             if not p.requires_grad:
                 p.grad = None
-            p.requires_grad_(self.requires_grad[name])
+            p.requires_grad_(self.requires_grad.get(name, p.requires_grad))
 
     # between two steps
 
