@@ -177,6 +177,7 @@ class Gate:
         Without gradient, or with backward.unit = "none", the plain mean over all tokens.
         """
         self._alive()
+        self.turns.follow()
         self.turns.strips.check()
         if torch.is_grad_enabled():
             self.turns.begin()

@@ -12,6 +12,7 @@ another one made in the same way can load it before any gate is attached, as the
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -57,7 +58,14 @@ class Links:
             links = me()
             if links is not None and saved_gate(optimizer) is not None and links._holds_mine(optimizer):
                 links.meet(saved_gate(optimizer) or {}, move=False, gradients=True)
+                there = _ids(optimizer)
                 links.adopt([optimizer])
+                if _ids(optimizer) != there and _under_scaler():
+                    raise GateError(
+                        "scaler.step(optimizer): this optimizer was loaded and held the strips of another turn until now, "
+                        "so the scaler left the gradients of those that are active scaled. Call gate.adopt(optimizer) "
+                        "after optimizer.load_state_dict(...)"
+                    )
 
         handle = register_optimizer_step_pre_hook(before_step)
         self._unhook = weakref.finalize(self, handle.remove)
@@ -350,6 +358,18 @@ def saved_gate(optimizer: Any) -> Mapping[str, Any] | None:
         if "state" in (record := group.get(KEY) or {}):
             return dict(record["state"])
     return None
+
+
+def _ids(optimizer: Any) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _under_scaler() -> bool:
+    """Whether a gradient scaler calls: it unscales what an optimizer held before the step."""
+    frame: Any = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__") != "torch.amp.grad_scaler":
+        frame = frame.f_back
+    return frame is not None and bool(frame.f_locals["self"].is_enabled())
 
 
 def inner(optimizer: Any) -> Any:

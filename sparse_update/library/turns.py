@@ -34,7 +34,7 @@ class Turns:
 
     def __init__(self, cfg: SubsetConfig, model: nn.Module, found: Found, seed: int, sign_scale: float = 1.0) -> None:
         self.cfg, self.model = cfg, model
-        self.refresh()
+        self.names = dict(model.named_parameters())
         self.requires_grad = {name: p.requires_grad for name, p in self.names.items()}
         """As it was before the gate."""
         self.strips = Strips(self._gated(found))
@@ -44,11 +44,9 @@ class Turns:
         self.subset = self._choose(seed)
         self.descent = SignDescent(self.strips, sign_scale) if cfg.inactive == "sign" else None
         self.links = Links(self)
-
-    def refresh(self) -> None:
-        """Take the model's parameters as they are now: `load_state_dict(assign=True)` puts others in their place."""
-        self.names = dict(self.model.named_parameters())
         self._name_of = {id(p): name for name, p in self.names.items()}
+        owners = {name: name.rpartition(".") for name in self.names}
+        self._homes = [(name, model.get_submodule(at)._parameters, leaf) for name, (at, _, leaf) in owners.items()]
 
     def _gated(self, found: Found) -> dict[str, list[Layer]]:
         """Weights that strips may be taken of: not tied to an embedding, not stored both ways, not the head."""
@@ -115,9 +113,28 @@ class Turns:
         for leaf in self.strips.fresh:
             leaf.register_post_accumulate_grad_hook(mean)
 
+    def follow(self) -> None:
+        """Take up parameters that stand in the place of others since, as `fully_shard` exchanges all of them. In a forward
+        shards give place to whole weights, which are none to train.
+
+        Raises GateError where strips were taken of weights that are sharded now.
+        """
+        for name, home, leaf in self._homes:
+            now = home.get(leaf)
+            if now is self.names[name] or not isinstance(now, nn.Parameter) or _is_shard(self.names[name]):
+                continue
+            if self.strips.layers and _is_shard(now):
+                raise GateError(
+                    f"{name} was sharded after attach (DTensor), and weights.kind = {self.cfg.kind!r} needs whole weights: "
+                    "leave weights.kind at 'all', or shard nothing"
+                )
+            if name not in self.strips.layers:  # `Strips.check` sees to those
+                self._name_of.pop(id(self.names[name]), None)
+                self.names[name], self._name_of[id(now)] = now, name
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Active strips, under their weight's name and in its place, and the other parameters that ask for a gradient."""
-        self.refresh()
+        self.follow()
         for name, p in self.names.items():
             if name in self.strips.layers:
                 yield from ((name, leaf) for leaf in self.strips.of(name))
@@ -151,12 +168,13 @@ class Turns:
         for name, p in self.names.items():
             if not p.requires_grad:
                 p.grad = None
-            p.requires_grad_(self.requires_grad.get(name, p.requires_grad))
+            p.requires_grad_(self.requires_grad[name])
 
     # between two steps
 
     def check(self) -> None:
         """Raise GateError where the weights were moved, or processes were joined, after the strips were taken."""
+        self.follow()
         self.strips.check()
         if self.strips.leaves and self.world != world_size():
             raise GateError(
@@ -246,3 +264,7 @@ class Turns:
                 f"the active part of {missing[0]} (and {len(missing) - 1} more) is in no optimizer and would never be "
                 "updated: make the optimizer of gate.parameters(), or call gate.adopt(optimizer) once"
             )
+
+
+def _is_shard(p: Tensor) -> bool:
+    return type(p).__name__ == "DTensor"
