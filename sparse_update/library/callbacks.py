@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparse_update.library.attach import Gate, attach
+from sparse_update.library.attach import Gate, Reference, attach
 from sparse_update.library.optimizers import inner, saved_gate
 from sparse_update.library.rowloss import plain_loss
 from sparse_update.library.settings import AttachConfig
@@ -27,13 +28,19 @@ FILE = "gate.safetensors"
 class _Holder:
     """The gate between start and end of a training."""
 
-    def __init__(self, config: AttachConfig | Mapping[str, Any]) -> None:
+    def __init__(self, config: AttachConfig | Mapping[str, Any], reference: Reference | None = None) -> None:
         self.config = config if isinstance(config, AttachConfig) else AttachConfig.from_dict(config)
+        self.reference = reference
         self.gate: Gate | None = None
         self.state: Mapping[str, Any] | None = None
 
-    def start(self, model: nn.Module, optimizers: list[Any], steps: int = 0, file: str | None = None) -> None:
-        """Attach, where a resumed training was: by the optimizer's state, what a callback was given, or the saved file."""
+    def start(
+        self, model: nn.Module, optimizers: list[Any], steps: int = 0, file: str | None = None, total: float = 0
+    ) -> None:
+        """Attach, where a resumed training was: by the optimizer's state, what a callback was given, or the saved file.
+
+        `total`: optimizer steps of the whole training, for settings that end before it does; 0 or infinite: not known.
+        """
         self.end()  # of a training that an error left unfinished
         model = getattr(model, "module", model) if type(model).__name__ == "DistributedDataParallel" else model
         if self.config.before.signal != "none":
@@ -42,7 +49,10 @@ class _Holder:
                 "give the "
                 "trainer `gate.filter(loader)`, or leave before.signal at none"
             )
-        self.gate = attach(model, self.config)
+        config = copy.copy(self.config)
+        if not config.total_steps and 0 < total < float("inf"):
+            config.total_steps = int(total)
+        self.gate = attach(model, config, reference=self.reference)
         try:
             loaded = (saved_gate(inner(optimizer)) for optimizer in optimizers)
             state = next((found for found in loaded if found is not None), self.state)
@@ -81,9 +91,10 @@ class _Holder:
             self.gate = None
 
 
-def lightning_callback(config: AttachConfig | Mapping[str, Any]) -> Any:
+def lightning_callback(config: AttachConfig | Mapping[str, Any], reference: Reference | None = None) -> Any:
     """A Lightning callback that attaches at the start of a fit and detaches at its end; its state goes into checkpoints.
 
+    `reference`: as for `attach`, for methods that count losses from another model's.
     For gates of the backward, `training_step` returns `callback.loss(logits, labels)`, `Gate.loss` with its arguments.
     Works with `pytorch_lightning` and `lightning`, whichever the program imported, with automatic and manual optimization.
     `gradient_clip_val` and `self.clip_gradients(optimizer, ...)` clip all that is trained by one norm. With manual
@@ -101,7 +112,7 @@ def lightning_callback(config: AttachConfig | Mapping[str, Any]) -> Any:
 
     class GateCallback(pl.Callback):
         def __init__(self) -> None:
-            self.holder = _Holder(config)
+            self.holder = _Holder(config, reference)
             self._steps = 0
             self._scale = 0.0
 
@@ -115,7 +126,7 @@ def lightning_callback(config: AttachConfig | Mapping[str, Any]) -> Any:
             return _loss(self.holder, logits, labels, **options)
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            self.holder.start(pl_module, trainer.optimizers)
+            self.holder.start(pl_module, trainer.optimizers, 0, None, trainer.estimated_stepping_batches)
             self._steps, self._scale = trainer.global_step, _scale(trainer)
 
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
@@ -143,13 +154,14 @@ def lightning_callback(config: AttachConfig | Mapping[str, Any]) -> Any:
     return GateCallback()
 
 
-def trainer_callback(config: AttachConfig | Mapping[str, Any]) -> Any:
+def trainer_callback(config: AttachConfig | Mapping[str, Any], reference: Reference | None = None) -> Any:
     """A callback of transformers' Trainer: `Trainer(..., callbacks=[callback], compute_loss_func=callback.loss)`.
 
     It attaches when training begins, when the optimizer exists, and detaches at its end. A resumed training goes on to
     the bit: the saved optimizer holds the gate's state. So does the file gate.safetensors beside it, for a checkpoint
     without optimizer (`save_only_model`) that lies in the output folder.
 
+    `reference`: as for `attach`, for methods that count losses from another model's.
     While it trains, accelerate's clip of the model's parameters, which the trainer calls, takes the strips in: one norm
     over all that is trained, and the logged one. A step that was skipped for an overflow is none of the gate.
     """
@@ -160,7 +172,7 @@ def trainer_callback(config: AttachConfig | Mapping[str, Any]) -> Any:
 
     class GateCallback(TrainerCallback):
         def __init__(self) -> None:
-            self.holder = _Holder(config)
+            self.holder = _Holder(config, reference)
             self._optimizer: Any = None
 
         @property
@@ -176,7 +188,7 @@ def trainer_callback(config: AttachConfig | Mapping[str, Any]) -> Any:
         def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             self._optimizer = given["optimizer"]
             file = _checkpoint_file(args, state) if state.global_step else None
-            self.holder.start(given["model"], [self._optimizer], state.global_step, file)
+            self.holder.start(given["model"], [self._optimizer], state.global_step, file, state.max_steps)
             assert self.holder.gate is not None
             _clip_with(self.holder.gate)
 

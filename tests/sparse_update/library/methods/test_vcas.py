@@ -99,7 +99,7 @@ def test_both_kinds_of_sampling_are_unbiased(monkeypatch):
 
     monkeypatch.setattr(module, "draw", systematic)
     for rho, nu in (([0.5, 1.0, 1.0], 1.0), ([1.0, 1.0, 1.0], 0.25)):
-        total, points = {}, 120
+        total, points = {}, 80
         gate = gate_at(model, rho, nu)
         for point in range(points):
             start = (point + 0.5) / points
@@ -109,7 +109,7 @@ def test_both_kinds_of_sampling_are_unbiased(monkeypatch):
                 total[key] = total.get(key, 0) + g / points
         gate.detach()
         for key, g in expected.items():
-            assert (total[key] - g).norm() <= 0.04 * g.norm(), key
+            assert (total[key] - g).norm() <= 0.06 * g.norm(), key
         spread = (gradients(model)["1.0.weight"] - expected["1.0.weight"]).norm() / expected["1.0.weight"].norm()
         assert spread > 0.05  # a single one is something else
 
