@@ -50,7 +50,7 @@ THIRD_PARTIES = {
     "snntorch": ("neuro/modules/spiking.py", "neuro/simulators/snntorch_backend.py"),
     "nir": ("neuro/exchange/nir/",),
     "h5py": ("neuro/exchange/nir/library.py",),
-    "transformers": ("sparse_update/library/callbacks.py",),
+    "transformers": ("sparse_update/library/callbacks.py", "experiments/benches/attach_arms.py"),
     "accelerate": ("sparse_update/library/callbacks.py",),
     "datasets": ("sparse_update/data/hub.py",),
     "pytorch_lightning": ("sparse_update/library/callbacks.py",),

@@ -28,7 +28,7 @@ def attention_forward(
     runs as it is, in full."""
     layers = module.__dict__.get("_spikegate_layer")
     rest = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-    if not layers or not torch.is_grad_enabled():
+    if not layers or not (torch.is_grad_enabled() or layers[0].watched):
         return plain(module, query, key, value, *rest)
     into, out = layers
     own = query is key and key is value and query.dim() == 3 and not need_weights
@@ -43,11 +43,17 @@ def attention_forward(
             )
         into.dense_calls += into.rows.wanted
         return plain(module, query, key, value, *rest)
-    if not into.takes(query) and not out.strips and not (into.rows.wanted and out.exact is not False):
+    trace = into.rows.trace if into.watched else None
+    if not (into.works or out.works or trace is not None):
         return plain(module, query, key, value, *rest)
     batch, length = query.shape[:2] if module.batch_first else (query.shape[1], query.shape[0])
     heads, width = module.num_heads, module.head_dim
-    q, k, v = into.called(query, module.in_proj_weight, module.in_proj_bias).chunk(3, dim=-1)
+    if trace is not None:
+        trace.note(into, query)
+    joint = into(query, module.in_proj_weight, module.in_proj_bias)
+    if trace is not None:
+        trace.made(into, joint)
+    q, k, v = joint.chunk(3, dim=-1)
 
     def split(y: Tensor) -> Tensor:
         y = y.view(*y.shape[:2], heads, width)
@@ -65,8 +71,12 @@ def attention_forward(
     )
     mixed = mixed.transpose(1, 2) if module.batch_first else mixed.permute(2, 0, 1, 3)
     mixed = mixed.reshape(query.shape)
-    out.takes(mixed)
-    return out.called(mixed, module.out_proj.weight, module.out_proj.bias), None
+    if trace is not None:
+        trace.note(out, mixed)
+    y = out(mixed, module.out_proj.weight, module.out_proj.bias)
+    if trace is not None:
+        trace.made(out, y)
+    return y, None
 
 
 def _mask(

@@ -173,6 +173,7 @@ def trainer_callback(config: AttachConfig | Mapping[str, Any], reference: Refere
     class GateCallback(TrainerCallback):
         def __init__(self) -> None:
             self.holder = _Holder(config, reference)
+            self._model: Any = None
             self._optimizer: Any = None
 
         @property
@@ -181,12 +182,18 @@ def trainer_callback(config: AttachConfig | Mapping[str, Any], reference: Refere
             return self.holder.gate
 
         def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-            """The trainer's `compute_loss_func`: labels are the inputs, as everywhere in transformers."""
+            """The trainer's `compute_loss_func`. Labels of causal language models are their inputs, as everywhere in
+            transformers; those of other models (encoder-decoder, masked, classifying) stand where their logits do. A
+            router's balance that the model returns counts with the weight in the model's config, on all rows. The trainer
+            takes labels out of the batch, so an encoder-decoder needs decoder_input_ids in it, which transformers'
+            DataCollatorForSeq2Seq(model=...) puts there."""
             logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs.logits
-            return _loss(self.holder, logits, labels, shift=True, normaliser=num_items_in_batch)
+            shift = labels.dim() > 1 and _shifts(outputs, self._model)
+            options = {"normaliser": num_items_in_batch, "others": _balance(outputs, self._model)}
+            return _loss(self.holder, logits, labels, shift=shift, **options)
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-            self._optimizer = given["optimizer"]
+            self._optimizer, self._model = given["optimizer"], given["model"]
             file = _checkpoint_file(args, state) if state.global_step else None
             self.holder.start(given["model"], [self._optimizer], state.global_step, file, state.max_steps)
             assert self.holder.gate is not None
@@ -209,7 +216,39 @@ def trainer_callback(config: AttachConfig | Mapping[str, Any], reference: Refere
 def _loss(holder: _Holder, logits: Tensor, labels: Tensor | None, **options: Any) -> Tensor:
     if holder.gate is not None:
         return holder.gate.loss(logits, labels, **options)
-    return plain_loss(logits, labels, options.get("shift", False), options.get("normaliser"))
+    others = options.get("others")
+    loss = plain_loss(logits, labels, options.get("shift", False), options.get("normaliser"))
+    return loss if others is None else loss + others
+
+
+def _shifts(outputs: Any, model: Any) -> bool:
+    """Whether row t of the logits predicts labels[:, t + 1]: of causal language models, by the class of their outputs or,
+    of classes that do not tell, by the model."""
+    kind = type(outputs).__name__
+    if "Causal" in kind:
+        return True
+    if any(word in kind for word in ("Seq2Seq", "Masked", "Classif")):
+        return False
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    return getattr(model, "loss_type", None) in (None, "ForCausalLM", "ForConditionalGeneration")
+
+
+def _balance(outputs: Any, model: Any) -> Tensor | None:
+    """A mixture of experts' balance, weighted as its own loss weights it; None where there is none."""
+    balance = outputs.get("aux_loss") if isinstance(outputs, Mapping) else getattr(outputs, "aux_loss", None)
+    if not isinstance(balance, Tensor) or not balance.requires_grad:
+        return None
+    config = getattr(model, "config", None)
+    weight = getattr(config, "router_aux_loss_coef", None)
+    if weight is None:
+        weight = getattr(getattr(config, "text_config", None), "router_aux_loss_coef", None)
+    if weight is None:
+        raise GateError(
+            "the model returns aux_loss, and its config has no router_aux_loss_coef: set model.config.router_aux_loss_coef "
+            "(0 for none)"
+        )
+    return balance * weight
 
 
 def load_gate_state(file: str) -> dict[str, Any]:

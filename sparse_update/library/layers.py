@@ -99,9 +99,15 @@ def restore(found: Found) -> None:
 def linear_forward(plain: Callable[..., Tensor], module: nn.Module, input: Tensor) -> Tensor:
     """The forward of a gated linear layer; `input` is the name that nn.Linear.forward has for it."""
     layers = module.__dict__.get(GATE)
-    if not layers or not layers[0].takes(input):
+    if not layers:
         return plain(module, input)
-    return layers[0].called(input, module.weight, module.bias)
+    layer = layers[0]
+    if not layer.watched:
+        return layer(input, module.weight, module.bias) if layer.works else plain(module, input)
+    layer.rows.trace.note(layer, input)
+    y = layer(input, module.weight, module.bias) if layer.works else plain(module, input)
+    layer.rows.trace.made(layer, y)
+    return y
 
 
 def _attention_layers(module: nn.MultiheadAttention, name: str, rows: Rows) -> tuple[Layer, ...]:

@@ -92,23 +92,19 @@ class Layer:
             raise GateError(f"{self.name}: its weight is computed from other parameters, so it is none itself")
         return weight
 
-    def takes(self, x: Tensor) -> bool:
-        """Whether the module's own forward would not do for this call with `x` (*lead, I). A watched forward notes it."""
-        if not torch.compiler.is_compiling():
-            if self.rows.trace is not None and self.rows.trace.watching:
-                self.rows.trace.note(self, x)
-            if torch._C._are_functorch_transforms_active():
-                return False
+    @property
+    def watched(self) -> bool:
+        """Whether this call belongs to a forward that is watched."""
+        return not torch.compiler.is_compiling() and self.rows.trace is not None and self.rows.trace.watching
+
+    @property
+    def works(self) -> bool:
+        """Whether the module's own forward would not do for a call now."""
         if not self.strips and (self.exact is False or not self.rows.wanted):
             return False
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return False
         return torch.is_grad_enabled()
-
-    def called(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's output (..., O); a watched forward notes it."""
-        y = self(x, weight, bias)
-        if not torch.compiler.is_compiling() and self.rows.trace is not None and self.rows.trace.watching:
-            self.rows.trace.made(self, y)
-        return y
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output (..., O), in autocast's type where that is on."""

@@ -82,6 +82,7 @@ class RowChoice:
     def __init__(self, cfg: BackwardConfig, model: nn.Module, vocab_size: int, seed: int) -> None:
         self.cfg = cfg
         self.generator = torch.Generator().manual_seed(seed)
+        self.began = False
         if cfg.unit == "none":
             return
         self.policy = make_policy(cfg.policy, dict(cfg.policy_options))
@@ -124,7 +125,7 @@ class RowChoice:
                 inputs = Batch(torch.cat((tokens, last), 1), torch.zeros(batch, dtype=torch.int8), torch.full((batch,), -1))
             score = self.signal.read(_View(loss_BT, given), inputs).float()
             if cfg.unit == "sequence":
-                if cfg.keep_fraction * batch < 1:
+                if cfg.keep_fraction * batch < 1 and not self.began:  # a last, smaller batch keeps one
                     raise ValueError(
                         f"backward.keep_fraction = {cfg.keep_fraction} of a batch of {batch} is less than one sequence: "
                         f"raise it to {1 / batch:g}, or take larger batches"
@@ -140,11 +141,12 @@ class RowChoice:
                     raise SignalError(
                         f"signal {cfg.signal!r} gives {tuple(score.shape)}, tokens need {tuple(loss_BT.shape)}"
                     )
-                if length < 2 or cfg.keep_fraction * length < 1:
+                if (length < 2 or cfg.keep_fraction * length < 1) and not self.began:
                     raise ValueError(
                         f"backward.keep_fraction = {cfg.keep_fraction} of {length} tokens is less than one row"
                     )
                 flat, weight = self._tokens(score, valid_BT)
+            self.began = True
             weight_K = torch.ones_like(flat, dtype=torch.float32) if weight is None else weight.to(flat.device)
             valid_K = valid_BT.flatten()[flat]
             weight_K = (weight_K * valid_K).to(loss_BT.dtype if loss_BT.dtype == torch.float64 else torch.float32)

@@ -156,7 +156,7 @@ class RowLoss:
         self.last_BT = loss_BT
         valid_BT = torch.ones_like(loss_BT, dtype=torch.bool) if labels is None else labels != NO_LABEL
         if self.vcas is not None and torch.is_grad_enabled():
-            self._learn(given, *loss_BT.shape, labels is not None)
+            self._learn(given, len(loss_BT), loss_BT.shape[1], labels is not None)
             return self._beside(self._sampled(self.vcas, logits, labels, valid_BT, normaliser, leaves, weight_B), others)
         if self.cfg.unit == "none" or not torch.is_grad_enabled():
             return _with(plain_loss(logits, labels, False, normaliser, weight_B), others)

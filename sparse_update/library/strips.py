@@ -127,8 +127,8 @@ class Strips:
     def _leaf(self, name: str, weight: Tensor, part: Part, before: Mapping[Any, nn.Parameter]) -> nn.Parameter:
         place, view = (name, part.dim, part.start, part.stop), part.of(weight)
         if part.rule == "sign":
-            self.fresh.append(leaf := nn.Parameter(view))
-            return leaf
+            self.fresh.append(signs := nn.Parameter(view))
+            return signs
         leaf = before.get(place)
         if leaf is None or leaf.data_ptr() != view.data_ptr() or leaf.dtype != view.dtype:
             leaf = nn.Parameter(view)

@@ -168,7 +168,7 @@ class Turns:
         for name, p in self.names.items():
             if not p.requires_grad:
                 p.grad = None
-            p.requires_grad_(self.requires_grad[name])
+            p.requires_grad_(self.requires_grad.get(name, p.requires_grad))
 
     # between two steps
 

@@ -43,8 +43,6 @@ class Mixing:
         """tensor -> gated layers whose rows were mixed on their way into it"""
         self.before: dict[Any, tuple[frozenset[Any], frozenset[Any]]] = {}
         """gated layer -> layers whose rows are its input's rows, and those that were mixed into it"""
-        self.seen: set[Any] = set()
-        """layers whose output was seen; a reentrant checkpoint calls its layers without gradient, and none is"""
 
     def same(self, old: Tensor, new: Tensor) -> None:
         self.origins[new], self.mixed[new] = self.origins.get(old, _NOBODY), self.mixed.get(old, _NOBODY)
@@ -54,7 +52,6 @@ class Mixing:
         self.before[layer] = origins | self.origins.get(x, _NOBODY), mixed | self.mixed.get(x, _NOBODY)
 
     def leaves(self, layer: Any, y: Tensor) -> None:
-        self.seen.add(layer)
         self.origins[y], self.mixed[y] = frozenset([layer]), self.before[layer][1]
 
     def follow(self, func: Any, args: Sequence[Tensor], outs: Sequence[Any], of: Lookup) -> None:
@@ -85,7 +82,7 @@ class Mixing:
         for layer, (origins, _) in self.before.items():
             if layer not in followed:
                 mixed |= origins
-        return (followed & self.seen) - mixed
+        return followed - mixed
 
 
 _NOBODY: frozenset[Any] = frozenset()

@@ -24,6 +24,8 @@ from sparse_update.library.tracking.mixing import Mixing
 from sparse_update.library.tracking.rules import Label, labels_of
 from sparse_update.library.tracking.tail import source_rows
 
+FORWARDS_KEPT = 16
+"""Forwards without a loss after which the watch begins anew."""
 FULLGRAPH = (
     "one forward is watched before the first gated loss: with fullgraph=True call gate.probe(inputs) before compiling"
 )
@@ -46,7 +48,10 @@ class Trace:
     def _clear(self) -> None:
         self.streams = [Streams(), Streams()] if self.whole else [Streams()]
         self.labels: list[WeakTensorKeyDictionary] = [WeakTensorKeyDictionary() for _ in self.streams]
-        self.notes: dict[Any, list[list[Label]]] = {}
+        self.notes: dict[Any, list[tuple[int, list[Label]]]] = {}
+        """by layer: number of the forward, and what it saw, for each call"""
+        self.marks: list[int] = []
+        """first fresh label of each forward"""
         self.outputs: list[Tensor] = []
         self.mixing = Mixing()
         self.source: Tensor | None = None
@@ -54,6 +59,7 @@ class Trace:
         self.called: set[int] = set()
         self.ahead = False
         self.forwards = 0
+        """number of the forward that is watched or was last, from 1; one may consist of several outermost calls"""
 
     # where it begins and ends
 
@@ -122,10 +128,14 @@ class Trace:
         if self.depth == 0:
             if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
                 return
-            if id(module) in self.called:  # a new forward, the one before had no loss
-                self._clear()
+            if id(module) in self.called:  # another forward, whose loss may come before or after
+                self.called = set()
+            if not self.called:
+                if self.forwards == FORWARDS_KEPT:
+                    self._clear()
+                self.forwards += 1
+                self.marks.append(self.streams[0].count)
             self.called.add(id(module))
-            self.forwards += 1
             self._stance = torch.compiler.set_stance("force_eager")
             self._stance.__enter__()
             self._name_inputs((args, kwargs))
@@ -166,7 +176,7 @@ class Trace:
             labels = [by_tensor.get(x) for by_tensor in self.labels]
             rows = [None if label is None else uniform(label, [-1])[..., 0] for label in labels]
             self.mixing.enters(layer, x)
-        self.notes.setdefault(layer, []).append(rows)
+        self.notes.setdefault(layer, []).append((self.forwards, rows))
 
     @torch.compiler.disable
     def made(self, layer: Any, y: Tensor) -> None:
@@ -192,19 +202,27 @@ class Trace:
             else:
                 rows_of, known = streams.rows_of(own), own >= 0
             if rows_of is not None and bool((rows_of >= 0).any()):
-                return {layer: self._layout(seen, at, rows_of, batch, length, known) for layer, seen in self.notes.items()}
+                which = self._forwards_of(own)
+                seen = {
+                    layer: [rows[at] for number, rows in notes if number in which] for layer, notes in self.notes.items()
+                }
+                return {layer: self._layout(rows, rows_of, batch, length, known) for layer, rows in seen.items() if rows}
         return None
 
     def clean(self, followed: Iterable[Any]) -> set[Any]:
         """Layers of `followed` whose dropped rows get no gradient from the loss that `layouts` was asked about."""
         return set() if self.source is None else self.mixing.clean(self.source, followed)
 
-    def _layout(
-        self, seen: list[list[Label]], at: int, rows_of: Tensor, batch: int, length: int, known: Tensor
-    ) -> Layout | str:
+    def _forwards_of(self, own: Tensor) -> set[int]:
+        """Numbers of the forwards that the labels of the loss's rows come from."""
+        if self.whole:
+            return set(range(1, self.forwards + 1))
+        marks = torch.tensor(self.marks, device=own.device)
+        return set(torch.bucketize(own[own >= 0].unique(), marks, right=True).tolist())
+
+    def _layout(self, seen: list[Label], rows_of: Tensor, batch: int, length: int, known: Tensor) -> Layout | str:
         found: set[Layout] = set()
-        for note in seen:
-            label = note[at]
+        for label in seen:
             if label is None:
                 return "its rows could not be followed through the operations before it, or those mix tokens"
             rows = rows_of[label.clamp(min=0).long()].masked_fill(label < 0, NONE)
