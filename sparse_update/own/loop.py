@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -119,9 +120,11 @@ class OwnTrainer:
         self.device = pick(cfg.device)
         seed_all(seed)
         self.model = task.make_model(seed, self.device)
+        self.gate = make_gate(task, self.model, arm, seed)
+        if self.gate is not None:
+            look_around(task, self.model, self.gate, seed, self.device)
         if resumed is not None:
             load_weights(self.model, resumed)
-        self.gate = make_gate(task, self.model, arm, seed)
         if resumed is not None and self.gate is not None:
             self.gate.load_state_dict(resumed.state["gate"])
         self.optimizer = task.make_optimizer(self.parameters())
@@ -270,12 +273,13 @@ def step(
     task: UserTask,
     model: nn.Module,
     gate: Gate | None,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     batch: Any,
     part: Part,
     progress: float = 0.0,
 ) -> tuple[float, int]:
-    """One step, its parts shown to `part`: (loss in nats, tokens of the batch). A loss that is not finite moves nothing.
+    """One step, its parts shown to `part`: (loss in nats, tokens of the batch). A loss that is not finite moves nothing;
+    without an optimizer it ends with the backward.
 
     Raises TaskError for labels that the model has no outputs for.
     """
@@ -294,6 +298,9 @@ def step(
     if math.isfinite(value):
         with part("backward"):
             loss.backward()
+    if optimizer is None:
+        return value, found.tokens
+    if math.isfinite(value):
         with part("optimizer"):
             optimizer.step()
         if gate is not None:
@@ -347,6 +354,24 @@ def make_gate(task: UserTask, model: nn.Module, arm: OwnArm, seed: int) -> Gate 
         cfg.total_steps = 1  # how far it is, the loop says itself
     asks = cfg.before.signal == "excess" or (cfg.backward.unit != "none" and cfg.backward.signal == "excess")
     return attach(model, cfg, reference=task.reference if asks else None)
+
+
+def look_around(task: UserTask, model: nn.Module, gate: Gate, seed: int, device: torch.device) -> None:
+    """Let a gate that drops rows have its first look at the model, on the first batch of the data, and leave no trace: a
+    process that resumes looks again, and its steps must not be others for that."""
+    if gate.cfg.backward.unit == "none":
+        return
+    generators, state = get_rng_state(), gate.state_dict()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        step(task, model, gate, None, to_device(next(iter(Batches(task, seed))), device), lambda part: nullcontext())
+    finally:
+        model.zero_grad()
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+        gate.load_state_dict(state)
+        set_rng_state(generators)
 
 
 def losses_of(task: UserTask) -> Callable[[nn.Module, Any], Tensor]:

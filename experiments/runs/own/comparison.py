@@ -75,6 +75,8 @@ def does_all(plan: Plan) -> dict[str, Any]:
                     continue
                 if result["status"] != "finished":
                     return {"status": "interrupted", "folder": str(plan.folder)}
+                if not math.isfinite(float(result["loss_nats"])):
+                    failed[f"{arm.name}-s{seed}"] = f"its held-out loss is {result['loss_nats']}"
                 runs.append(result)
         return _conclude(plan, runs, failed, prices)
 

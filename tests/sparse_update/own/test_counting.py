@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparse_update.library.attach import attach
 from sparse_update.own.counting import Count, Counting, Product, flops_of
 from tests.sparse_update.library.models import MODELS, data, logits_of
-from tests.sparse_update.own.tasks import Recurrent, mlp, rows
+from tests.sparse_update.own.tasks import Mixed, Recurrent, mlp, rows
 
 GATES = {
     "dense": None,
@@ -105,6 +105,7 @@ def test_a_gated_layer_multiplies_kept_rows_alone(fraction, below):
     gate = attach(model, {"backward": {"unit": "token", "keep_fraction": fraction, "below": below}})
     if below == "exact":
         gate.probe(x[:, :-1])
+    counted(model, gate, x[:, :-1], x[:, 1:])  # the first backward is looked at twice
     work, _ = counted(model, gate, x[:, :-1], x[:, 1:])
     n = x[:, 1:].numel()
     sizes = [layer.weight.numel() for layer in model if isinstance(layer, nn.Linear)]
@@ -127,7 +128,7 @@ def test_counting_changes_no_bit():
     x, losses = rows(8), []
     for on in (False, True):
         torch.manual_seed(3)
-        model = Recurrent()
+        model = Mixed()
         counting = Counting(model.parameters())
         if on:
             with counting.part("forward"):

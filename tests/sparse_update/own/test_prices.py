@@ -126,7 +126,7 @@ class Routed(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("model", "counted"), [(mlp, [True, True, False, False, False]), (Routed, [True] * 5)])
-def test_a_step_that_does_as_much_is_counted_twice_and_one_that_does_not_each_time(model, counted):
+def test_steps_alike_are_counted_twice_and_others_each_time(model, counted):
     small = task(model)
     made = small.make_model(0, CPU)
     clock = OwnClock(TABLE, OwnArm(DENSE), made, None, torch.optim.SGD(made.parameters(), lr=0.1))
