@@ -6,9 +6,11 @@ its verdicts. The same command again goes on where it stopped.
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,7 @@ def does_it_pay(
     device: str = "auto",
     progress: bool = True,
     tensorboard: bool = True,
+    show: bool = True,
 ) -> dict[str, Any]:
     """Train plain, by chance and gated on the same counted seconds, compare, and say whether the gate wins.
 
@@ -63,6 +66,7 @@ def does_it_pay(
         device: "auto", "cpu", "cuda".
         progress: bars and remarks on standard error.
         tensorboard: write the comparison's TensorBoard folder too.
+        show: print the comparison's table and the verdicts.
 
     Returns:
         What `comparison.json` holds, with "status" ("finished", or "interrupted" after Ctrl-C), "verdicts" (sentences),
@@ -90,10 +94,11 @@ def does_it_pay(
         tensorboard=tensorboard,
     )
     PaysConfig(  # the ranges that the command checks
-        module="a:b", seeds=plan.seeds, budget_steps=budget_steps, budget_reference_s=budget_reference_s,
+        module="a:b", seeds=list(seeds), budget_steps=budget_steps, budget_reference_s=budget_reference_s,
         learning_rates=list(learning_rates),
     )  # fmt: skip
-    return does_all(plan)
+    with nullcontext() if show else redirect_stdout(io.StringIO()):
+        return does_all(plan)
 
 
 def file_name(text: str) -> str:
@@ -107,12 +112,12 @@ def pays(cfg: PaysConfig) -> dict[str, Any]:
     settings = cfg.gate_settings()
     if not settings:
         raise ConfigError(
-            "gate = dense leaves nothing out, so there is nothing to compare: choose a gate, such as gate=surprise_tokens, "
-            "or a subset, such as subset=blocks"
+            "gate = dense leaves nothing out, so there is nothing to compare: choose a gate, such as gate=surprise_tokens, a "
+            "subset, such as subset=blocks, or a published method, such as attach.method=lisa"
         )
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    base = "gated" if cfg.gate.name == "dense" else cfg.gate.name
+    base = str(cfg.attach.get("method") or ("gated" if cfg.gate.name == "dense" else cfg.gate.name))
     name = base if cfg.subset.kind == "all" else f"{base}+{cfg.subset.name}"
     if cfg.gate.signal == "random":
         raise ConfigError("gate = random is the control, which is run anyway: choose the gate that it is to control")
