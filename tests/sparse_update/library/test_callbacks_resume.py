@@ -262,7 +262,9 @@ def test_lightning_leaves_out_steps_that_a_scaler_left_out():
     scales = [8.0]
     scaler = Part(get_scale=lambda: scales[-1])
     optimizer = torch.optim.AdamW(groups(model.named_parameters()))
-    trainer = Part(optimizers=[optimizer], global_step=0, precision_plugin=Part(scaler=scaler))
+    trainer = Part(
+        optimizers=[optimizer], global_step=0, estimated_stepping_batches=8, precision_plugin=Part(scaler=scaler)
+    )
     callback.on_train_start(trainer, model)
     steps = []
     for scale in (8.0, 4.0, 4.0, 8.0, 2.0):
