@@ -280,11 +280,13 @@ class Gate:
 
     def report(self) -> dict[str, Any]:
         """What the gate reaches: gated layers, modules left as they are, layers whose token rows could not be followed and,
-        in `why`, what hid them."""
+        in `why`, what hid them; `gone`: layers that were gated and are no longer in the model."""
         self._alive()
         assert self.found is not None
+        present = {id(module) for module in self.model.modules()}
         return {
-            "gated": [layer.name for layer in self.found.layers],
+            "gated": [layer.name for layer in self.found.layers if id(layer.module) in present],
+            "gone": [layer.name for layer in self.found.layers if id(layer.module) not in present],
             "left": self.found.left,
             "tied": self.found.tied,
             "rows_not_found": [layer.name for layer in self.found.layers if layer.dense_calls],
