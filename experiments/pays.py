@@ -112,8 +112,8 @@ def pays(cfg: PaysConfig) -> dict[str, Any]:
     settings = cfg.gate_settings()
     if not settings:
         raise ConfigError(
-            "gate = dense leaves nothing out, so there is nothing to compare: choose a gate, such as gate=surprise_tokens, a "
-            "subset, such as subset=blocks, or a published method, such as attach.method=lisa"
+            "gate = dense leaves nothing out, so there is nothing to compare: choose a gate, such as gate=surprise_tokens, "
+            "a subset, such as subset=blocks, or a published method, such as attach.method=lisa"
         )
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
