@@ -15,6 +15,7 @@ BENCHES = {
     "conversion": "loss, operations and speed of a trained model on the simulated chip",
     "clock": "CPU seconds of every kind of step and of scoring, for a shipped table of component times",
     "clock_fit": "the shipped table out of what `clock` measured, and how well it predicts",
+    "any_module": "steps of small networks of several kinds, for the shipped prices of a model of one's own",
     "account": "modelled joules and time of published networks against what was measured",
 }
 """Name -> what it measures; each lives in `experiments.benches.NAME`, with `main(arguments) -> exit code`."""

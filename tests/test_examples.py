@@ -53,6 +53,22 @@ def test_a_signal_of_ones_own_in_a_loop_of_ones_own(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_model_of_ones_own_on_the_counted_clock(tmp_path):
+    said = run("own_model", tmp_path, "transformers")
+    for arm in ("dense", "random", "gated"):
+        assert re.search(rf"^  {arm} +2 +{INTERVAL}", said, re.M), said
+    for control in ("dense", "random at the same rate"):
+        answer = re.search(rf"llama: gated beats {control}: (yes|no); .*n = 2.* p (=|<) ([\d.]+)\)", said)
+        assert answer, control
+        assert (answer[1] == "yes") == (float(answer[3]) < 0.05)
+    steps = dict(re.findall(r"^(\w+) +([\d.]+) of a plain step by the clock$", said, re.M))
+    assert float(steps["random"]) == pytest.approx(float(steps["gated"]), abs=0.03)
+    runs = sorted(path.parent.name for path in (tmp_path / "out" / "own_model").glob("*/result.json"))
+    assert runs == [f"{arm}-s{seed}" for arm in ("dense", "gated", "random") for seed in (0, 1)]
+    assert is_picture(tmp_path / "out" / "own_model.png")
+
+
+@pytest.mark.slow
 def test_a_network_of_snntorch_on_the_chip(tmp_path):
     said = run("spiking_digits", tmp_path, "snntorch", "sklearn")
     right = dict(

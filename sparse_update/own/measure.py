@@ -100,18 +100,18 @@ def measure(
     for arm in others:
         progress(f"prices: whole steps, dense and {arm.name} in turn")
         other = rehearse(task, arm, seed, device)
-        found = _in_turn({DENSE: _timed(dense.take, device), arm.name: _timed(other.take, device)}, rounds)
+        found = in_turn({DENSE: timed(dense.take, device), arm.name: timed(other.take, device)}, rounds)
         dense_s += found[DENSE]
         measured = statistics.median(a / b for a, b in zip(found[arm.name], found[DENSE], strict=True))
         counted = bare.total_s(other.work, DENSE) / bare.total_s(dense.work, DENSE)
         check[arm.name] = {"kind": arm.kind, "measured_over_dense": measured, "counted_over_dense": counted}
-    dense_s = dense_s or _in_turn({DENSE: _timed(dense.take, device)}, rounds)[DENSE]
+    dense_s = dense_s or in_turn({DENSE: timed(dense.take, device)}, rounds)[DENSE]
     for kind in {arm.kind for arm in others}:
         ratios = [one["measured_over_dense"] / one["counted_over_dense"] for one in check.values() if one["kind"] == kind]
         factors[kind] = max(1.0, statistics.fmean(ratios))
     scale = statistics.median(dense_s) / bare.total_s(dense.work, DENSE)
     low, _, high = statistics.quantiles(dense_s, n=4)
-    timed = {"dense_ms": 1000 * statistics.median(dense_s), "dense_spread": (high - low) / statistics.median(dense_s)}
+    dense_times = {"dense_ms": 1000 * statistics.median(dense_s), "dense_spread": (high - low) / statistics.median(dense_s)}
     return Prices(
         MEASURED,
         "measured",
@@ -121,7 +121,7 @@ def measure(
         _signals(task, others, seed, device, rounds),
         scale,
         _machine(device),
-        {"steps": check, **timed, "dense_flops": flops_of(dense.work)},
+        {"steps": check, **dense_times, "dense_flops": flops_of(dense.work)},
     )
 
 
@@ -135,7 +135,7 @@ def _now(device: torch.device) -> float:
     return time.thread_time() if device.type == "cpu" and torch.get_num_threads() == 1 else clock(device)
 
 
-def _timed(use: Callable[[], object], device: torch.device, times: int = 1) -> Callable[[], float]:
+def timed(use: Callable[[], object], device: torch.device, times: int = 1) -> Callable[[], float]:
     """A probe: seconds of one use."""
 
     def probe() -> float:
@@ -147,7 +147,7 @@ def _timed(use: Callable[[], object], device: torch.device, times: int = 1) -> C
     return probe
 
 
-def _in_turn(probes: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def in_turn(probes: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Seconds of every probe in every round; in each round all have their turn."""
     found: dict[str, list[float]] = {name: [] for name in probes}
     for turn in range(rounds + WARM_UP):
@@ -159,7 +159,7 @@ def _in_turn(probes: Mapping[str, Callable[[], float]], rounds: int) -> dict[str
 
 
 def _medians_ps(probes: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    return {name: 1e12 * statistics.median(values) for name, values in _in_turn(probes, rounds).items()}
+    return {name: 1e12 * statistics.median(values) for name, values in in_turn(probes, rounds).items()}
 
 
 def _products(products: Sequence[Product], device: torch.device, rounds: int) -> dict[str, float]:
@@ -178,7 +178,7 @@ def _product_probe(product: Product, device: torch.device) -> Callable[[], float
     start = clock(device)
     use()
     times = max(1, min(200, round(SHORTEST_S / max(clock(device) - start, 1e-7))))
-    return _timed(use, device, times)
+    return timed(use, device, times)
 
 
 def _operand(b: int, rows: int, columns: int, layout: str, dtype: str, device: torch.device) -> torch.Tensor:
@@ -206,10 +206,10 @@ def _others(
 
     ps = _medians_ps(
         {
-            "add": _timed(lambda: torch.add(one, two), device, 20),
-            "exp": _timed(lambda: torch.exp(one), device, 20),
-            "tiny": _timed(lambda: torch.add(tiny, tiny), device, 200),
-            "chain": _timed(chain, device),
+            "add": timed(lambda: torch.add(one, two), device, 20),
+            "exp": timed(lambda: torch.exp(one), device, 20),
+            "tiny": timed(lambda: torch.add(tiny, tiny), device, 200),
+            "chain": timed(chain, device),
         },
         rounds,
     )
@@ -240,7 +240,7 @@ def _signals(task: UserTask, arms: Sequence[OwnArm], seed: int, device: torch.de
             continue
         size = arm.config.before.pool
         found |= {
-            key: ps / size for key, ps in _medians_ps({signal.cost_key: _timed(signal.probe(size), device)}, rounds).items()
+            key: ps / size for key, ps in _medians_ps({signal.cost_key: timed(signal.probe(size), device)}, rounds).items()
         }
     return found
 
