@@ -35,8 +35,8 @@ CONVERSION = {"transformer": 0.85, "llama": 0.75}
 """Share of the counted saving that token rows should turn into time, at least."""
 MEMORY_WITHIN = 0.05
 """How far measured memory may be from what was promised."""
-WARM_UP = 2
-"""Rounds that are not counted: compilation, first state of the optimizer."""
+WARM_UP = 5
+"""Rounds that are not counted: compilation, first state of the optimizer, backwards that a gate still checks."""
 
 
 def arguments_parser() -> argparse.ArgumentParser:

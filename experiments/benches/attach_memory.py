@@ -9,10 +9,9 @@ the CPU the peak is that of torch's allocations, event by event from its profile
 from __future__ import annotations
 
 import os
-import platform
-import resource
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from typing import Any
@@ -46,18 +45,15 @@ class Promise:
 
 @dataclass(frozen=True)
 class Peak:
-    """Peak bytes of a process that made some steps, and what was promised. `resident`: how much its resident set grew,
-    the allocator's slack and the profiler's own records with it; None on a GPU."""
+    """Peak bytes of a process that made some steps, and what was promised."""
 
     promised: Promise
     measured: int
-    resident: int | None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         whole = {"promised": self.promised.total, **{f"promised_{k}": v for k, v in asdict(self.promised).items()}}
-        ratio = self.measured / self.promised.total
-        return {**whole, "measured": self.measured, "ratio": ratio, "resident": self.resident}
+        return {**whole, "measured": self.measured, "ratio": self.measured / self.promised.total}
 
 
 def promise(arm: Arm) -> Promise:
@@ -90,9 +86,7 @@ def promise(arm: Arm) -> Promise:
 def peak(name: str, shape: Shape, config: Mapping[str, Any] | None, device_name: str, threads: int) -> Peak:
     """Train in this process, which should be a new one, and say what it took."""
     torch.set_num_threads(threads)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own remarks
     device = torch.device(device_name)
-    before = _resident()
 
     def train() -> Promise:
         arm = Arm(build(name, shape, device), *tokens(shape, device), config)
@@ -105,16 +99,29 @@ def peak(name: str, shape: Shape, config: Mapping[str, Any] | None, device_name:
         torch.cuda.reset_peak_memory_stats(device)
         promised = train()
         torch.cuda.synchronize(device)
-        return Peak(promised, torch.cuda.max_memory_allocated(device), None)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        return Peak(promised, torch.cuda.max_memory_allocated(device))
+    with _unheard(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         promised = train()
-    return Peak(promised, _highest(record), _resident() - before)
+    return Peak(promised, _highest(record))
 
 
 def peak_apart(name: str, shape: Shape, config: Mapping[str, Any] | None, device: torch.device, threads: int) -> Peak:
     """`peak` in a process of its own."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         return pool.submit(peak, name, shape, config, str(device), threads).result()
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Standard error closed for the profiler, whose library writes there that it starts and stops; errors are raised."""
+    held = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(held, 2)
+            os.close(held)
 
 
 def _highest(record: profile) -> int:
@@ -127,9 +134,3 @@ def _highest(record: profile) -> int:
         now += change
         highest = max(highest, now)
     return highest
-
-
-def _resident() -> int:
-    """Largest resident set of this process so far, bytes."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if platform.system() == "Darwin" else most * 1024
