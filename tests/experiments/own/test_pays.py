@@ -241,6 +241,31 @@ def test_the_call_on_one_seed_says_that_it_proves_nothing(tmp_path, capsys, no_p
     assert found["streams"]["small"]["dense"]["bits_per_byte"] is None
 
 
+def test_ctrl_c_stops_between_two_steps_and_the_same_call_goes_on(tmp_path, no_pictures):
+    calls = []
+
+    def loss(model, batch):
+        calls.append(1)
+        if len(calls) == 30:
+            os.kill(os.getpid(), signal.SIGINT)
+        return model(batch[:, :-1]), batch[:, 1:]
+
+    def ask(name):
+        return does_it_pay(
+            task(mlp, loss=loss), {"weights": {"kind": "blocks", "active_fraction": 0.5, "block_rows": 4}},
+            seeds=[0], budget_steps=25, clock="modelled", folder=tmp_path / name, progress=False, show=False,
+        )  # fmt: skip
+
+    stopped = ask("a")
+    assert stopped["status"] == "interrupted"
+    assert len(calls) == 30
+    assert json.loads((tmp_path / "a" / "dense-s0" / "run.json").read_text())["status"] == "interrupted"
+    assert ask("a")["status"] == "finished"
+    assert ask("b")["status"] == "finished"
+    for run in ("dense-s0", "random-s0", "gated-s0"):
+        assert result(tmp_path / "a" / run)["loss_nats"] == result(tmp_path / "b" / run)["loss_nats"]
+
+
 class Explodes(nn.Module):
     """Trains for a while, then has no finite loss any more."""
 
