@@ -57,7 +57,7 @@ def wrong():
 
 value = 3
 """
-WORDS = ("module=my_own_net:task", "gate=surprise_tokens", "budget_steps=60", "clock=modelled", "progress=false")
+WORDS = ("module=my_own_net:task", "gate=surprise_tokens", "budget_steps=120", "clock=modelled", "progress=false")
 WORDS += ("evaluations=4",)
 PAYS = ("pays", *WORDS, "seeds=[0,1]", "folder=out", "tensorboard=false")
 
@@ -227,7 +227,7 @@ def test_the_call_on_one_seed_says_that_it_proves_nothing(tmp_path, capsys, no_p
     before = torch.get_rng_state()
     found = does_it_pay(
         task(mlp), {"weights": {"kind": "blocks", "active_fraction": 0.5, "block_rows": 4}},
-        seeds=[3], budget_steps=30, clock="modelled", folder=tmp_path / "one", progress=False, tensorboard=False,
+        seeds=[3], budget_steps=80, clock="modelled", folder=tmp_path / "one", progress=False, tensorboard=False,
         learning_rates=[1e-3, 1e-2],
     )  # fmt: skip
     assert torch.equal(torch.get_rng_state(), before)
