@@ -17,48 +17,7 @@ from torch import nn
 
 from sparse_update import attach
 from sparse_update.library.tracking.rows import GateError
-
-V, B, T, D = 11, 4, 6, 8
-HALF = {"backward": {"unit": "token", "keep_fraction": 0.5, "policy": "top"}}
-STRIPS = {"weights": {"kind": "blocks", "active_fraction": 0.5, "block_rows": 4}}
-
-
-def make(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Embedding(V, D), nn.Linear(D, 16), nn.ReLU(), nn.Linear(16, V))
-
-
-def data(batch=B, length=T, seed=1):
-    x = torch.randint(0, V, (batch, length), generator=torch.Generator().manual_seed(seed))
-    return x, (x * 3 + 1) % V
-
-
-def by_hand(x, y, seed=0, model=None):
-    """Gradients of the mean loss of the upper half of each sequence's tokens."""
-    model = make(seed) if model is None else model
-    losses = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
-    losses.topk(max(1, round(y.shape[1] / 2)), 1).values.mean().backward()
-    return grads(model)
-
-
-def grads(model):
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def same(found, expected, tolerance=1e-6):
-    assert found.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=tolerance, atol=tolerance)
-
-
-def gated(seed=0, config=HALF):
-    model = make(seed)
-    return model, attach(model, config)
-
-
-def plus(a, b):
-    return {n: a[n] + b[n] for n in a}
-
+from tests.sparse_update.library.chain import HALF, STRIPS, T, V, by_hand, data, gated, grads, make, plus, same
 
 # copies, pickles, exports
 
@@ -351,51 +310,6 @@ def test_an_optimizer_inside_of_the_backward_steps_once_for_each_parameter():
     assert len(steps) == 5
     moved = {n: (p0 - p).detach() / 0.1 for (n, p), p0 in zip(model.named_parameters(), make().parameters(), strict=True)}
     same(moved, by_hand(x, y), 1e-5)
-
-
-# other losses
-
-
-def distilled(logits, x):
-    return F.kl_div(logits.log_softmax(-1), make(3)(x).softmax(-1).detach(), reduction="batchmean")
-
-
-def test_another_loss_in_the_backward_is_refused_and_others_has_all_of_its_gradient():
-    x, y = data()
-    model, gate = gated()
-    logits = model(x)
-    with pytest.raises(GateError, match=r"^3: another loss runs in the backward"):
-        (gate.loss(logits, y) + distilled(logits, x)).backward()
-    model.zero_grad()
-    logits = model(x)
-    gate.loss(logits, y, others=distilled(logits, x)).backward()
-    plain = make()
-    distilled(plain(x), x).backward()
-    same(grads(model), plus(by_hand(x, y), grads(plain)))
-
-
-def test_a_penalty_on_parameters_is_no_loss_of_rows():
-    x, y = data()
-    model, gate = gated()
-    (gate.loss(model(x), y) + 0.5 * sum(p.square().sum() for p in model.parameters())).backward()
-    same(grads(model), plus(by_hand(x, y), {n: p.detach() for n, p in make().named_parameters()}))
-
-
-def test_a_second_head_in_the_same_backward_is_named():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.ahead = make(), nn.Linear(16, V)
-
-        def forward(self, x):
-            h = self.body[2](self.body[1](self.body[0](x)))
-            return self.body[3](h), self.ahead(h)
-
-    x, y = data()
-    gate = attach(model := Two(), HALF)
-    one, two = model(x)
-    with pytest.raises(GateError, match=r"^ahead: another loss"):
-        (gate.loss(one, y) + F.cross_entropy(two.flatten(0, 1), y.flatten())).backward()
 
 
 # batches of other sizes
