@@ -116,7 +116,25 @@ def _bits(budget: Budget, layer: LayerDemand, connection: Connection | Convoluti
     return weight_width(budget, layer, connection) + delay + getattr(connection, "tag_bits", 0)
 
 
-def resources(layer: LayerDemand, part: Part, budget: Budget, encoding: str | None = None) -> dict[str, int]:
+def mapped_by_position(layers: Mapping[str, LayerDemand]) -> frozenset[str]:
+    """Layers whose axon map has one entry per position (W, H), not one per neuron: convolutions read them, nothing else.
+
+    So it stands in published compiler output (nine of nine layers of a detector, four of five of PilotNet): a message
+    to a convolution names its position once for all channels. A layer that the host or a dense layer reads takes one
+    entry per neuron.
+    """
+    found: dict[str, bool] = {}
+    for layer in layers.values():
+        for connection in layer.connections:
+            source = layers[connection.source]
+            shared = isinstance(connection, Convolution) and connection.input_shape == source.box
+            found[source.name] = found.get(source.name, True) and shared
+    return frozenset(name for name, shared in found.items() if shared)
+
+
+def resources(
+    layer: LayerDemand, part: Part, budget: Budget, encoding: str | None = None, *, by_position: bool = False
+) -> dict[str, int]:
     """What the part takes of each resource the budget limits; output axons are counted once all parts are known.
 
     Args:
@@ -124,6 +142,7 @@ def resources(layer: LayerDemand, part: Part, budget: Budget, encoding: str | No
         part: which neurons and inputs.
         budget: the accounting.
         encoding: for connections that name none; None takes the budget's.
+        by_position: whether the layer is one of `mapped_by_position`.
     """
     count = part.neurons
     axons = words = longest = 0
@@ -140,14 +159,16 @@ def resources(layer: LayerDemand, part: Part, budget: Budget, encoding: str | No
     if not layer.connections:
         axons = 1  # an input held on the chip: the host's messages come through one axon
     neurons = count * layer.compartments
+    (w0, w1), (h0, h1), _ = part.box
+    mapped = (w1 - w0) * (h1 - h0) if by_position and part.role != "partial" else count
     taken = {
         "neurons": neurons,
         "axon_in": axons,
         "synapse_words": words,
         "words_per_axon": longest,
-        "axon_map": count,
+        "axon_map": mapped,
         "groups": 1,
-        "pool": axons + neurons + 1 + words + count,
+        "pool": axons + neurons + 1 + words + mapped,
     }
     return {name: taken[name] for name in RESOURCES if name in budget.limits and name in taken}
 

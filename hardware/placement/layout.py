@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hardware.chips.budget import Budget
 from hardware.chips.chip import Chip
-from hardware.placement.cost import Part, TooWide, over, resources, synops
+from hardware.placement.cost import Part, TooWide, mapped_by_position, over, resources, synops
 from hardware.placement.demand import Connection, Convolution, LayerDemand
 from hardware.placement.report import Core, DoesNotFit, Flow, LayerPlacement, Limit, Placement, plain_name
 from hardware.placement.split import CannotSplit, split_layer
@@ -41,6 +41,11 @@ def lay_out(demands: Sequence[LayerDemand], chip: Chip, budget: Budget, chips: i
     import numpy as np
 
     layers = {demand.name: demand for demand in _in_order(demands)}
+    positions = mapped_by_position(layers)
+
+    def need(part: Part, rule: Budget = budget) -> dict[str, int]:
+        return resources(layers[part.layer], part, rule, options.encoding, by_position=part.layer in positions)
+
     caps: dict[str, int] = {}
     alone: set[str] = set()
     most_parts = 0
@@ -48,13 +53,13 @@ def lay_out(demands: Sequence[LayerDemand], chip: Chip, budget: Budget, chips: i
     entries: np.ndarray = np.zeros(0, dtype=np.int64)
     distant: np.ndarray = np.zeros(0)
     for _ in range(MOST_ROUNDS):
-        parts_before, parts = parts, _split(layers, chip, budget, options, caps)
+        parts_before, parts = parts, _split(layers, chip, budget, options, caps, positions)
         most_parts = most_parts or MOST_GROWTH * len(parts)
         if len(parts) > most_parts:
             parts = parts_before
             break
         between = edges(parts, layers)
-        taken = [resources(layers[part.layer], part, budget, options.encoding) for part in parts]
+        taken = [need(part) for part in parts]
         if "axon_out" in budget.limits:
             entries = _entries(parts, between, np.zeros(len(between.source), dtype=bool))
             if _cap(parts, [[i] for i in range(len(parts))], entries, budget, layers, caps, alone, "axon_out"):
@@ -83,7 +88,7 @@ def lay_out(demands: Sequence[LayerDemand], chip: Chip, budget: Budget, chips: i
                 own["axon_out"] = int(count)
                 if "axon_out_far" in budget.limits:
                     own["axon_out_far"] = int(remote)
-        return _report(chip, budget, chips, options, layers, parts, taken, groups, chip_of, core_of, between)
+        return _report(chip, budget, chips, options, layers, parts, need, taken, groups, chip_of, core_of, between)
     worst, resource, used = _most_axons(parts, entries, distant, budget)
     limit = Limit(resource, used, budget.limits[resource])
     what = f"{plain_name(worst)}, cut into ever smaller parts,"
@@ -100,7 +105,12 @@ def _most_axons(parts: Sequence[Part], entries: np.ndarray, distant: np.ndarray,
 
 
 def _split(
-    layers: Mapping[str, LayerDemand], chip: Chip, budget: Budget, options: Options, caps: Mapping[str, int]
+    layers: Mapping[str, LayerDemand],
+    chip: Chip,
+    budget: Budget,
+    options: Options,
+    caps: Mapping[str, int],
+    positions: frozenset[str],
 ) -> list[Part]:
     parts: list[Part] = []
     for layer in layers.values():
@@ -115,6 +125,7 @@ def _split(
                 split=options.split,
                 encoding=options.encoding,
                 most_neurons=caps.get(layer.name),
+                by_position=layer.name in positions,
             )
         except TooWide as failure:
             limit = Limit(failure.resource, failure.used, failure.limit)
@@ -207,6 +218,7 @@ def _report(
     options: Options,
     layers: Mapping[str, LayerDemand],
     parts: Sequence[Part],
+    need: Callable[..., dict[str, int]],
     taken: Sequence[Mapping[str, int]],
     groups: Sequence[Sequence[int]],
     chip_of: np.ndarray,
@@ -237,12 +249,7 @@ def _report(
                 used={name: Limit(name, total[name], budget.limits[name]) for name in budget.limits if name in total},
                 synops=math.fsum(work.values()),
                 synops_of=work,
-                other_words={
-                    other.name: sum(
-                        resources(layers[part.layer], part, other, options.encoding)["synapse_words"] for part in held
-                    )
-                    for other in others
-                },
+                other_words={other.name: sum(need(part, other)["synapse_words"] for part in held) for other in others},
             )
         )
     placed = []
@@ -251,8 +258,8 @@ def _report(
             continue
         mine = [number for number, core in enumerate(cores) if any(part.layer == layer.name for part in core.parts)]
         whole = Part(layer.name, tuple((0, size) for size in layer.box))  # type: ignore[arg-type]
-        need = resources(layer, whole, budget, options.encoding)
-        worst = max(need, key=lambda name: need[name] / budget.limits[name])
+        all_of_it = need(whole)
+        worst = max(all_of_it, key=lambda name: all_of_it[name] / budget.limits[name])
         split = any(part.role == "sum" for part in parts if part.layer == layer.name)
         own = [synops(layer, part, layers) for part in parts if part.layer == layer.name]
         even = [
@@ -265,7 +272,7 @@ def _report(
                 name=layer.name,
                 neurons=layer.neurons,
                 cores=tuple(mine),
-                binding=Limit(worst, need[worst], budget.limits[worst]),
+                binding=Limit(worst, all_of_it[worst], budget.limits[worst]),
                 synops=math.fsum(own),
                 imbalance=max(even) * len(even) / math.fsum(even) if any(even) else 1.0,
                 partial_sums=split,
@@ -317,7 +324,7 @@ def _notes(budget: Budget, layers: Mapping[str, LayerDemand], parts: Sequence[Pa
         if dense or (budget.encoding == "dense" and connections):
             notes.append("index-free synapses: no published compiler table shows them; a published model implies them")
         if any(isinstance(c, Convolution) for c in connections):
-            notes.append("axon-map of convolutions is an upper estimate and axon-mem is left out: neither is decoded")
+            notes.append("axon-mem is left out: it is not decoded (at most 731 words in the published rows)")
         if any(c.max_delay for c in connections):
             notes.append("the delay field is the one of Loihi 1: no Loihi 2 table with delays is published")
     if any(part.role == "sum" for part in parts):

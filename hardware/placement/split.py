@@ -1,23 +1,61 @@
 """A layer becomes parts that fit one core each: by outputs, balanced in synaptic operations; by inputs where it must.
 
-Two ways to split: ``"fewest"`` takes the fewest parts that fit; ``"compiler"`` repeats what published logs of Intel's
-compiler show (the ratio of need to limit, multiplied until it fits; convolutions along W by the largest power of two).
+Two ways to split: ``"fewest"`` takes the fewest parts that fit (of a box (W, H, C) equal boxes, cut along all three
+axes); ``"compiler"`` repeats what published logs of Intel's compiler show (the ratio of need to limit, multiplied until
+it fits; convolutions along W by the largest power of two), where one column fits.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
 from hardware.chips.budget import Budget
+from hardware.placement.boxes import BoxSearch, Fits, even, received
 from hardware.placement.cost import Box, Part, Span, over, resources, synops
 from hardware.placement.demand import Convolution, LayerDemand
 from hardware.text import quoted
 
 SPLITS = ("fewest", "compiler")
-Fits = Callable[[Box], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """What a core offers the parts of one layer, and how they are counted.
+
+    Attributes:
+        layer, budget: whose parts, and what a core holds.
+        encoding: for connections that name none.
+        graded: whether the chip sends graded messages.
+        most_neurons: cap on neurons per part; None for the budget's alone.
+        by_position: as for `resources`.
+    """
+
+    layer: LayerDemand
+    budget: Budget
+    encoding: str | None
+    graded: bool
+    most_neurons: int | None
+    by_position: bool
+
+    def need(self, part: Part) -> dict[str, int]:
+        """What a part takes of each resource."""
+        return resources(self.layer, part, self.budget, self.encoding, by_position=self.by_position)
+
+    def over(self, part: Part) -> tuple[str, int, int] | None:
+        """The resource that a part exceeds by the largest factor, as (name, used, limit)."""
+        return over(self.need(part), self.budget)
+
+    @property
+    def neurons(self) -> int:
+        """Neurons that a part has at most."""
+        most = self.budget.limits["neurons"] // self.layer.compartments
+        return most if self.most_neurons is None else min(most, self.most_neurons)
+
+    def search(self, fits: Fits) -> BoxSearch:
+        """The boxes of the layer for which ``fits`` holds."""
+        return BoxSearch(self.layer, fits, self.neurons)
 
 
 class CannotSplit(ValueError):
@@ -37,6 +75,7 @@ def split_layer(
     split: str = "fewest",
     encoding: str | None = None,
     most_neurons: int | None = None,
+    by_position: bool = False,
 ) -> tuple[Part, ...]:
     """The parts of one layer, in the order of its neurons; partial parts stand before the sum they feed.
 
@@ -48,42 +87,42 @@ def split_layer(
         split: ``"fewest"`` or ``"compiler"``.
         encoding: for connections that name none.
         most_neurons: cap on neurons per part (output axons can ask for one).
+        by_position: whether the axon map has one entry per position (W, H) instead of one per neuron.
 
     Raises:
         CannotSplit: nothing fits, with the binding resource.
         TooWide: a weight or delay that no synapse holds.
     """
+    room = Room(layer, budget, encoding, graded, most_neurons, by_position)
 
     def part_of(box: Box) -> Part:
         return Part(layer.name, box)
 
-    def fits(box: Box) -> bool:
-        small = most_neurons is None or math.prod(high - low for low, high in box) <= most_neurons
-        return small and over(resources(layer, part_of(box), budget, encoding), budget) is None
-
+    search = room.search(lambda box: room.over(part_of(box)) is None)
     full: Box = ((0, layer.box[0]), (0, layer.box[1]), (0, layer.box[2]))
     load = _loads(layer, sources)
     if layer.cores is not None:
         boxes = [(span, full[1], full[2]) for span in _balanced(load, min(layer.cores, layer.box[0]))]
-        bad = next((box for box in boxes if not fits(box)), None)
-        if bad is None and len(boxes) == layer.cores:
+        bad = next((box for box in boxes if not search.fits(box)), None)
+        if bad is not None or len(boxes) != layer.cores:
+            boxes = search.exactly(layer.cores) or []
+        if boxes:
             return tuple(map(part_of, boxes))
-        taken = over(resources(layer, part_of(bad or full), budget, encoding), budget)
-        needed = len(split_layer(_free(layer), budget, sources, graded=graded, split=split, encoding=encoding))
+        taken = room.over(part_of(bad or full))
+        free = dataclasses.replace(layer, cores=None)
+        needed = len(
+            split_layer(free, budget, sources, graded=graded, split=split, encoding=encoding, by_position=by_position)
+        )
         where = f"asked for on {layer.cores} core{'s' * (layer.cores > 1)}"
         raise CannotSplit(layer, taken or ("cores", needed, layer.cores), f"split {{name}} over {needed} cores", where)
     found: list[Box] | None = None
     if split == "compiler" and most_neurons is None:
-        found = _as_compiler(layer, full, budget, encoding)
+        found = _as_compiler(room, full)
     if found is None:
-        found = _fewest(full, fits, load)
+        found = _fewest(search, load)
     if found is not None:
         return tuple(map(part_of, found))
-    return _by_inputs(layer, budget, load, graded=graded, encoding=encoding, most_neurons=most_neurons)
-
-
-def _free(layer: LayerDemand) -> LayerDemand:
-    return dataclasses.replace(layer, cores=None)
+    return _by_inputs(room, load)
 
 
 def _loads(layer: LayerDemand, sources: Mapping[str, LayerDemand]) -> list[float]:
@@ -97,18 +136,10 @@ def _loads(layer: LayerDemand, sources: Mapping[str, LayerDemand]) -> list[float
     return [synops(layer, column, sources) for column in columns]
 
 
-def _even(length: int, parts: int) -> list[Span]:
-    size, rest = divmod(length, parts)
-    ends = [0]
-    for number in range(parts):
-        ends.append(ends[-1] + size + (number < rest))
-    return list(itertools.pairwise(ends))
-
-
 def _balanced(load: Sequence[float], parts: int) -> list[Span]:
     """Contiguous ranges, none empty, whose largest load is as small as can be (by bisection on it)."""
     if min(load) == max(load):
-        return _even(len(load), parts)
+        return even(len(load), parts)
     low, high = max(max(load), math.fsum(load) / parts), math.fsum(load) * (1 + 1e-9)
     best = None
     for _ in range(40):
@@ -118,7 +149,7 @@ def _balanced(load: Sequence[float], parts: int) -> list[Span]:
             low = middle
         else:
             best, high = spans, middle
-    return best or _even(len(load), parts)
+    return best or even(len(load), parts)
 
 
 def _filled(load: Sequence[float], parts: int, most: float) -> list[Span] | None:
@@ -146,40 +177,36 @@ def _spans(length: int, load: Sequence[float] | None, good: Callable[[Span], boo
         middle = (low + high + 1) // 2
         low, high = (middle, high) if good((0, middle)) else (low, middle - 1)
     for parts in range(max(2, math.ceil(length / (2 * low + 1))), length + 1):
-        for spans in (_balanced(load, parts), _even(length, parts)) if load is not None else (_even(length, parts),):
+        for spans in (_balanced(load, parts), even(length, parts)) if load is not None else (even(length, parts),):
             if all(good(span) for span in spans):
                 return spans
     return None
 
 
-def _fewest(full: Box, fits: Fits, load: Sequence[float]) -> list[Box] | None:
-    """Cut along W; where one column is too much along H too; then along C."""
+def _fewest(search: BoxSearch, load: Sequence[float], most: int | None = None) -> list[Box] | None:
+    """Slices along W, balanced in synaptic operations, or equal boxes where those are fewer or receive fewer messages.
+
+    Args:
+        search: the layer and the test.
+        load: synaptic operations of each column W.
+        most: boxes there may be; None for any number.
+    """
+    width, height, channels = search.layer.box
     varied = load if min(load) != max(load) else None
-    width, height, channels = (span[1] for span in full)
-    rows, depths = full[1], full[2]
-    spans = _spans(width, varied or None, lambda w: fits((w, rows, depths)))
-    if spans is not None:
-        return [(w, rows, depths) for w in spans]
-    columns = [(w, w + 1) for w in range(width)]
-    spans = _spans(height, [1.0] * height, lambda h: all(fits((w, h, depths)) for w in _ends(columns)))
-    if spans is not None and all(fits((w, h, depths)) for w in columns for h in spans):
-        return [(w, h, depths) for w in columns for h in spans]
-    cells = [(h, h + 1) for h in range(height)]
-    if channels > 1:
-        spans = _spans(
-            channels, [1.0] * channels, lambda c: all(fits((w, h, c)) for w in _ends(columns) for h in _ends(cells))
-        )
-        if spans is not None and all(fits((w, h, c)) for w in columns for h in cells for c in spans):
-            return [(w, h, c) for w in columns for h in cells for c in spans]
-    return None
+    spans = _spans(width, varied, lambda w: search.fits((w, (0, height), (0, channels))))
+    slices: list[Box] = [(w, (0, height), (0, channels)) for w in spans or ()]
+    if height * channels == 1:
+        return slices or None
+    if slices and (most is None or len(slices) < most):
+        most = len(slices)
+    boxes = search.fewest(most)
+    if boxes is None or (len(slices) == len(boxes) and received(search.layer, slices) <= received(search.layer, boxes)):
+        return slices or None
+    return boxes
 
 
-def _ends(spans: Sequence[Span]) -> Sequence[Span]:
-    return spans if len(spans) < 4 else (spans[0], spans[len(spans) // 2], spans[-1])
-
-
-def _as_compiler(layer: LayerDemand, full: Box, budget: Budget, encoding: str | None) -> list[Box] | None:
-    width = layer.box[0]
+def _as_compiler(room: Room, full: Box) -> list[Box] | None:
+    width, limits = room.layer.box[0], room.budget.limits
 
     def boxes(size: int) -> list[Box]:
         return [((low, min(low + size, width)), full[1], full[2]) for low in range(0, width, size)]
@@ -188,11 +215,11 @@ def _as_compiler(layer: LayerDemand, full: Box, budget: Budget, encoding: str | 
         """By what whole factor the fullest slice is over a limit; 1 if none is."""
         factor = 1
         for box in boxes(size):
-            need = resources(layer, Part(layer.name, box), budget, encoding)
-            factor = max(factor, *(math.ceil(need[name] / budget.limits[name]) for name in need))
+            need = room.need(Part(room.layer.name, box))
+            factor = max(factor, *(math.ceil(need[name] / limits[name]) for name in need))
         return factor
 
-    if layer.box[1:] != (1, 1):
+    if room.layer.box[1:] != (1, 1):
         size = 1 << (width.bit_length() - 1)
         while size > 1 and excess(size) > 1:
             size //= 2
@@ -204,40 +231,33 @@ def _as_compiler(layer: LayerDemand, full: Box, budget: Budget, encoding: str | 
     return boxes(size) if excess(size) == 1 else None
 
 
-def _by_inputs(
-    layer: LayerDemand,
-    budget: Budget,
-    load: Sequence[float],
-    *,
-    graded: bool,
-    encoding: str | None,
-    most_neurons: int | None,
-) -> tuple[Part, ...]:
+def _by_inputs(room: Room, load: Sequence[float]) -> tuple[Part, ...]:
     """Partial sums on cores of their own, added up on another; the cheapest number of input ranges is looked for."""
+    layer, limits = room.layer, room.budget.limits
     units = [connection.units for connection in layer.connections]
     total = sum(units)
-    alone = resources(layer, Part(layer.name, _fullest(layer)), budget, encoding)
-    taken = over(alone, budget)
+    alone = room.need(Part(layer.name, _fullest(layer)))
+    taken = over(alone, room.budget)
     if taken is None:
-        name = "neurons" if layer.compartments > 1 else max(alone, key=lambda key: alone[key] / budget.limits[key])
-        taken = (name, alone[name], most_neurons or budget.limits[name])
+        name = "neurons" if layer.compartments > 1 else max(alone, key=lambda key: alone[key] / limits[key])
+        taken = (name, alone[name], room.most_neurons or limits[name])
     where = "even one neuron of it"
-    if not graded:
+    if not room.graded:
         raise CannotSplit(layer, taken, "prune inputs of {name}; partial sums need graded messages (Loihi 2)", where)
-    if total < 2 or over({"neurons": alone["neurons"]}, budget) is not None:
+    if total < 2 or over({"neurons": alone["neurons"]}, room.budget) is not None:
         raise CannotSplit(layer, taken, "fewer compartments per neuron in {name}", where)
     best: tuple[int, list[Box], list[tuple[Span, ...]]] | None = None
-    start = max(2, max(math.ceil(alone[name] / budget.limits[name]) for name in alone if name != "groups"))
+    start = max(2, max(math.ceil(alone[name] / limits[name]) for name in alone if name != "groups"))
     for count in range(start, min(total, 4 * start + 16) + 1):
-        ranges = [_ranges(units, span) for span in _even(total, count)]
+        ranges = [_ranges(units, span) for span in even(total, count)]
 
         def fits(box: Box, ranges: list[tuple[Span, ...]] = ranges, count: int = count) -> bool:
-            small = most_neurons is None or math.prod(high - low for low, high in box) <= most_neurons
             parts = [Part(layer.name, box, "sum", None, count)]
             parts += [Part(layer.name, box, "partial", inputs) for inputs in ranges]
-            return small and all(over(resources(layer, part, budget, encoding), budget) is None for part in parts)
+            return all(room.over(part) is None for part in parts)
 
-        boxes = _fewest(((0, layer.box[0]), (0, layer.box[1]), (0, layer.box[2])), fits, [1.0] * len(load))
+        most = None if best is None else (best[0] - 1) // (count + 1)
+        boxes = _fewest(room.search(fits), [1.0] * len(load), most) if most != 0 else None
         if boxes is not None and (best is None or len(boxes) * (count + 1) < best[0]):
             best = (len(boxes) * (count + 1), boxes, ranges)
     if best is None:
