@@ -7,7 +7,7 @@ Resources:
     words_per_axon: most words behind one input axon.
     axon_out: output-axon entries, one per neuron and receiving core, two if that core is on another chip.
     axon_out_far: those entries that lead to another chip.
-    axon_map: entries that map neurons to their receivers.
+    axon_map: entries that map neurons to their receivers; where convolutions alone read a layer, one per position (W, H).
     groups: neuron groups.
     pool: words of one memory shared by axon_in, neurons, synapse_words and axon_map.
 """

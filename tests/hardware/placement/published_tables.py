@@ -1,5 +1,6 @@
 """Tables that Intel's compiler printed into public notebooks, and networks that give them. Sources: lava-dl d825ac5,
-tutorials/lava/lib/dl/netx/{mnist/run,pilotnet_snn/benchmark,pilotnet_sdnn/benchmark}.ipynb."""
+tutorials/lava/lib/dl/netx/{mnist/run,pilotnet_snn/benchmark,pilotnet_sdnn/benchmark}.ipynb; the detector: yolo_kp/run.ipynb
+of the same folder at 21ba888."""
 
 from __future__ import annotations
 
@@ -25,6 +26,21 @@ PILOTNET = {
     "3->24": ((4, 32, 24), 2, 3072, 81, 81, 253, 25),
 }
 PILOTNET_INPUT = ((16, 66, 3), 1, 3168, 0, 13)
+
+# A detector of ten convolutions. (W = H of the layer, channels, kernel, stride, weight bits that the words imply),
+# slice, (axon-in, neurons, synapses, axon-map, axon-mem, total) in percent, cores
+DETECTOR = {
+    "1": ((224, 16, 3, 2, 5), (8, 28, 16), (0.01, 87.52, 0.34, 1.40, 0.70, 19.88), 224),
+    "2": ((112, 32, 3, 2, 6), (8, 14, 32), (0.01, 87.52, 3.60, 0.70, 0.35, 21.65), 112),
+    "3": ((56, 64, 3, 2, 5), (4, 14, 64), (0.01, 87.52, 10.80, 0.35, 0.17, 26.99), 56),
+    "4": ((28, 128, 3, 2, 5), (4, 7, 128), (0.01, 87.52, 39.60, 0.17, 0.35, 50.03), 28),
+    "5": ((28, 256, 3, 1, 5), (4, 7, 128), (0.01, 87.52, 79.20, 0.17, 0.17, 81.57), 56),
+    "6": ((14, 256, 3, 2, 4), (8, 7, 64), (0.01, 87.52, 72.00, 0.35, 2.80, 78.05), 16),
+    "7": ((14, 512, 3, 1, 5), (8, 7, 64), (0.01, 87.52, 86.40, 0.35, 0.35, 87.61), 32),
+    "8": ((14, 256, 1, 1, 5), (2, 7, 256), (0.01, 87.52, 67.20, 0.09, 0.35, 72.04), 14),
+    "9": ((14, 512, 3, 1, 5), (8, 7, 64), (0.01, 87.52, 86.40, 0.35, 0.17, 87.47), 32),
+    "10": ((14, 48, 1, 1, 7), (4, 14, 48), (0.01, 65.64, 19.20, 16.80, 0.00, 42.26), 4),
+}
 
 # Weight bits that the word counts imply; for two convolutions the weights may need 5 and the row fits 6.
 BITS = {
@@ -87,4 +103,50 @@ def pilotnet(kind: str, bits: dict[str, int] | None = None) -> list[LayerDemand]
     for name in ("2560->100", "100->50", "50->10", "10->1"):
         inputs, outputs = (int(n) for n in name.split("->"))
         found.append(LayerDemand(name, outputs, (Connection(found[-1].name, inputs, bits.get(name, 8)),)))
+    return found
+
+
+def convolved(
+    name: str, source: LayerDemand, channels: int, kernel: int, stride: int = 1, bits: int = 8, groups: int = 1
+) -> LayerDemand:
+    """A square convolution with the padding that keeps the size at stride 1."""
+    conv = Convolution(
+        source.name,
+        source.box,
+        channels,
+        (kernel, kernel),
+        (stride, stride),
+        (kernel // 2, kernel // 2),
+        groups=groups,
+        weight_bits=bits,
+    )
+    width, height, depth = conv.output_shape
+    return LayerDemand(name, width * height * depth, (conv,))
+
+
+def detector() -> list[LayerDemand]:
+    """The detector, its frames of 448 x 448 x 3 injected by the host."""
+    found = [LayerDemand("in", 448 * 448 * 3, shape=(448, 448, 3), on_chip=False)]
+    for name, ((_, channels, kernel, stride, bits), *_) in DETECTOR.items():
+        found.append(convolved(name, found[-1], channels, kernel, stride, bits))
+    return found
+
+
+def resnet18() -> list[LayerDemand]:
+    """ResNet-18 with 8-bit weights on frames of 224 x 224 x 3; pooling as an average, skips as synapses of their own."""
+    found = [LayerDemand("in", 224 * 224 * 3, shape=(224, 224, 3), on_chip=False)]
+    found.append(convolved("conv1", found[-1], 64, 7, 2))
+    found.append(convolved("pool", found[-1], 64, 3, 2, groups=64))
+    for stage, channels in enumerate((64, 128, 256, 512), 1):
+        for block in (0, 1):
+            source, stride = found[-1], 2 if stage > 1 and block == 0 else 1
+            found.append(convolved(f"{stage}.{block}.a", source, channels, 3, stride))
+            name = f"{stage}.{block}.b"
+            skip = convolved(name, source, channels, 1, stride, groups=1 if stride == 2 else channels)
+            after = convolved(name, found[-1], channels, 3)
+            found.append(LayerDemand(name, after.neurons, after.connections + skip.connections))
+    last = found[-1]
+    average = Convolution(last.name, last.box, 512, (7, 7), groups=512)
+    found.append(LayerDemand("average", 512, (average,)))
+    found.append(LayerDemand("fc", 1000, (Connection("average", 512),)))
     return found
