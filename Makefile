@@ -31,7 +31,7 @@ INSTALLED_READERS := $(READERS_VENV)/.spikegate-$(call key,constraints-readers.t
 INSTALLED_NEUROBENCH := $(NEUROBENCH_VENV)/.spikegate-$(call key,constraints-neurobench.txt)
 INSTALLED_ENERGY := $(ENERGY_VENV)/.spikegate-$(call key,constraints-energy.txt)
 
-.PHONY: help demo test soak coverage lint docs notebooks findings lava lava-if-possible readers neurobench energy-check install clean distclean
+.PHONY: help demo test soak coverage lint docs loops notebooks findings lava lava-if-possible readers neurobench energy-check install clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -57,6 +57,9 @@ lint: $(INSTALLED_DEV) ## ruff and mypy
 docs: $(INSTALLED_DEV) ## the documentation as a site in site/; a broken link or a warning fails
 	$(PY) -m sphinx -q -W --keep-going -E -b html docs site
 	@echo "Documentation: site/index.html"
+
+loops: $(INSTALLED_DEV) ## the gate in every loop, compilation and precision: docs/reference/loops.md, in some hours; ARGS="loop=ddp" for some
+	OMP_NUM_THREADS=1 $(PY) -W ignore -m tests.sparse_update.library.matrix.page $(ARGS)
 
 notebooks: $(INSTALLED_DEV) ## the examples as executed notebooks and as pages in build/notebooks/
 	@mkdir -p build/notebooks

@@ -115,6 +115,8 @@ class Gate:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What is updated now: active strips (under their weight's name) and the other parameters that ask for a
         gradient."""
+        if self.turns.follow():
+            self.row_loss.watch_again()  # whose hooks come before those of what exchanged them
         return self.turns.named_parameters()
 
     def parameters(self) -> list[nn.Parameter]:

@@ -64,7 +64,7 @@ class Links:
                     raise GateError(
                         "scaler.step(optimizer): this optimizer was loaded and held the strips of another turn until now, "
                         "so the scaler left the gradients of those that are active scaled. Call gate.adopt(optimizer) "
-                        "after optimizer.load_state_dict(...)"
+                        "before or after optimizer.load_state_dict(...)"
                     )
 
         handle = register_optimizer_step_pre_hook(before_step)

@@ -113,12 +113,13 @@ class Turns:
         for leaf in self.strips.fresh:
             leaf.register_post_accumulate_grad_hook(mean)
 
-    def follow(self) -> None:
+    def follow(self) -> bool:
         """Take up parameters that stand in the place of others since, as `fully_shard` exchanges all of them. In a forward
-        shards give place to whole weights, which are none to train.
+        shards give place to whole weights, which are none to train. Whether there were any.
 
         Raises GateError where strips were taken of weights that are sharded now.
         """
+        exchanged = False
         for name, home, leaf in self._homes:
             now = home.get(leaf)
             if now is self.names[name] or not isinstance(now, nn.Parameter) or _is_shard(self.names[name]):
@@ -131,6 +132,8 @@ class Turns:
             if name not in self.strips.layers:  # `Strips.check` sees to those
                 self._name_of.pop(id(self.names[name]), None)
                 self.names[name], self._name_of[id(now)] = now, name
+                exchanged = True
+        return exchanged
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Active strips, under their weight's name and in its place, and the other parameters that ask for a gradient."""
@@ -192,6 +195,8 @@ class Turns:
                 f"weights.inactive = 'sign': {type(other).__name__} is no torch.optim.Optimizer, whose step would move the "
                 "inactive weights along: derive it from that, or leave weights.inactive at 'frozen'"
             )
+        if steps == 1:
+            self._check_holds_any(given)
         self.links.know(given)
         if self.subset is None:
             return
@@ -255,6 +260,15 @@ class Turns:
         self.links.adopt(given)
         if self.subset is not None:
             self._check_optimizers(given)
+
+    def _check_holds_any(self, optimizers: list[Any]) -> None:
+        there = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        trained = [id(p) for _, p in self.named_parameters()]
+        if optimizers and trained and not any(p in there for p in trained):
+            raise GateError(
+                "gate.step(optimizer): the optimizer holds none of the parameters that the model has now, so it trains "
+                "nothing; fully_shard, for one, puts others in their place. Make it of gate.parameters() after that"
+            )
 
     def _check_optimizers(self, optimizers: Iterable[Any]) -> None:
         there = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}

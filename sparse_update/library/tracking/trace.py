@@ -40,7 +40,7 @@ class Trace:
 
     def __init__(self, whole: bool) -> None:
         self.whole = whole
-        self.handles: list[Any] = []
+        self.handles: dict[nn.Module, list[Any]] = {}
         self.depth = 0
         self.forwards = 0
         self._clear()
@@ -58,6 +58,12 @@ class Trace:
         """what the loss's rows come from, an output of the watched forward"""
         self.called: set[int] = set()
         self.ahead = False
+        self.leading = False
+        """a forward ahead of one with compiled regions is running"""
+        self.following: nn.Module | None = None
+        """what runs after a forward ahead of it"""
+        self.latest: list[Tensor] = []
+        """outputs of the outermost call that ended last"""
         self.forwards = 0
         """number of the forward that is watched or was last, from 1; one may consist of several outermost calls"""
 
@@ -76,30 +82,41 @@ class Trace:
         if self.armed:
             return
         self._clear()
-        self.modules = list(modules)
-        for module in self.modules:
-            self.handles.append(module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True))
-            self.handles.append(module.register_forward_hook(self._after, with_kwargs=True, always_call=True))
+        for module in modules:
+            self.handles[module] = [
+                module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
+                module.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            ]
 
     def disarm(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
+        self._leave_alone(list(self.handles))
         self._clear()
+
+    def _leave_alone(self, modules: Iterable[nn.Module]) -> None:
+        for module in modules:
+            for handle in self.handles.pop(module, ()):
+                handle.remove()
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():
             if not torch.compiler.is_exporting():
                 self._ahead(module, args, kwargs)
-        else:
-            self._enter(module, args, kwargs)
+        elif self.following is None:
+            if not (self.depth or self.leading) and torch.is_grad_enabled() and _has_regions(module):
+                self._lead(module, args, kwargs)
+            else:
+                self._enter(module, args, kwargs)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
             if not torch.compiler.is_exporting():
                 self._claim(output)
-        else:
+        elif self.following is None:
             self._leave(output)
+        elif self.following is module:
+            self.following = None
+            if output is not None:  # else it raised
+                self._claim(output)
 
     @torch.compiler.disable(reason=FULLGRAPH)
     def _ahead(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -108,21 +125,35 @@ class Trace:
             return
         with undisturbed(module):
             module(*args, **kwargs)
-        last = self.handles.pop(2 * self.modules.index(module) + 1)
-        for handle in self.handles:
-            handle.remove()
-        self.handles, self.ahead = [last], True
+        before, last = self.handles.pop(module)
+        before.remove()
+        self._leave_alone(list(self.handles))
+        self.handles, self.ahead = {module: [last]}, True
+
+    def _lead(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Regions of the module are compiled: an eager forward ahead is watched, so that they run compiled at once. What a
+        checkpoint computes again in the backward would else not be what it computed in the forward."""
+        if torch._C._are_functorch_transforms_active():
+            return
+        self.leading = True
+        try:
+            with undisturbed(module):
+                module(*args, **kwargs)
+        finally:
+            self.leading = False
+        self._leave_alone(part for part in module.modules() if part is not module)
+        self.following = module
 
     @torch.compiler.disable(reason=FULLGRAPH)
     def _claim(self, output: Any) -> None:
         """The compiled call's outputs are those of the forward ahead of it."""
         own = [t for t in _tensors(output) if t.requires_grad and t.dim() > 1]
-        for old, new in zip(self.outputs, own, strict=True):
+        for old, new in zip(self.latest, own, strict=True):
             for labels in self.labels:
                 if (label := labels.get(old)) is not None:
                     labels[new] = label
             self.mixing.same(old, new)
-        self.outputs = own
+        self.outputs = self.outputs[: len(self.outputs) - len(own)] + own
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.depth == 0:
@@ -150,7 +181,8 @@ class Trace:
         if self.depth == 0:
             self._mode.__exit__(None, None, None)
             self._stance.__exit__(None, None, None)
-            self.outputs += [t for t in _tensors(output) if t.requires_grad and t.dim() > 1]
+            self.latest = [t for t in _tensors(output) if t.requires_grad and t.dim() > 1]
+            self.outputs += self.latest
 
     def _name_inputs(self, given: Any) -> None:
         for tensor in _tensors(given):
@@ -252,6 +284,10 @@ class Trace:
                 own[reached[reached >= 0]] = flat[reached >= 0]
                 return own
         return None
+
+
+def _has_regions(module: nn.Module) -> bool:
+    return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in module.modules())
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from tests.sparse_update.library.matrix.parts import (
     T,
     batch,
     built,
+    count_of,
     is_frozen,
     is_slow,
     logits_of,
@@ -52,15 +53,13 @@ class End:
 def by_hand(cell: Cell) -> End:
     """What the cell's training comes to. Loops that mean the same share one."""
     shifts = cell.loop == "trainer"
-    pairs = 2 if cell.loop in ("ddp", "fully_shard") else 1
-    parts = pairs * (2 if cell.feature == "accumulation" else 1)
+    pairs, count = 2 if cell.loop in ("ddp", "fully_shard") else 1, count_of(cell)
     feature = cell.feature if cell.feature in ("clipping", "ema", "schedule", "groups", "frozen", "deepcopy") else ""
-    parts = 1 if cell.gate == "strips" else parts
-    return _train(shifts, parts, feature, cell.gate, cell.precision == "fp32")
+    return _train(shifts, 1 if cell.gate == "strips" else pairs, count, feature, cell.gate, cell.precision == "fp32")
 
 
 @functools.cache
-def _train(shifts: bool, parts: int, feature: str, gate: str, by_loss: bool) -> End:
+def _train(shifts: bool, pairs: int, count: int, feature: str, gate: str, by_loss: bool) -> End:
     model = built(shifts).double()
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     hooks = _Cut(model)
@@ -69,11 +68,12 @@ def _train(shifts: bool, parts: int, feature: str, gate: str, by_loss: bool) -> 
     average = {n: p.detach().clone() for n, p in model.named_parameters()}
     copied: dict[str, Tensor] = {}
     for step in range(STEPS):
-        x, y = batch(step, shifts)
+        x, y = batch(step, shifts, count)
         if feature == "deepcopy" and step == STEPS // 2:
             loss = F.cross_entropy(logits_of(model, x).flatten(0, 1), y.flatten(), ignore_index=-100)
             copied = dict(zip(start, torch.autograd.grad(loss, list(model.parameters())), strict=True))
         gradient = {n: torch.zeros_like(p) for n, p in moved.items()}
+        parts = pairs * count
         for part_x, part_y in zip(x.chunk(parts), y.chunk(parts), strict=True):
             loss = _loss(model, hooks, part_x, part_y, gate, by_loss) * (1 - 1 / T if shifts else 1)
             for n, g in zip(moved, torch.autograd.grad(loss, list(moved.values()), allow_unused=True), strict=True):

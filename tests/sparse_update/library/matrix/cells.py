@@ -88,9 +88,9 @@ def covering() -> list[Cell]:
     What is compiled keeps to one graph, for compilation is what takes long.
     """
     chosen = []
-    same_graph = ("clipping", "ema", "groups", "resume")
+    wholes, regionals = ("clipping", "ema", "groups", "resume"), ("checkpoint", "groups", "resume", "ema")
     for i, loop in enumerate(AXES["loop"]):
-        whole, regional = same_graph[i % 4], same_graph[(i + 1) % 4]
+        whole, regional = wholes[i % 4], regionals[i % 4]
         for j, feature in enumerate(AXES["feature"]):
             if feature in (whole, regional):
                 chosen.append(Cell(loop, "whole" if feature == whole else "regional", "fp32", feature, "tokens"))

@@ -20,6 +20,7 @@ from tests.sparse_update.library.matrix.parts import (
     compile_in_place,
     config,
     copy_gradients,
+    count_of,
     model_of,
     moved,
     optimizer_of,
@@ -100,7 +101,7 @@ def _fit(cell: Cell, folder: str, steps: int, resume: str | None, save: str = ""
     if cell.precision == "fp16":  # Lightning's own setting becomes bfloat16 on a CPU
         precision = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler_of(cell))]}
     automatic: dict[str, Any] = {
-        "accumulate_grad_batches": 2 if cell.feature == "accumulation" else 1,
+        "accumulate_grad_batches": count_of(cell),
         "gradient_clip_val": CLIP if cell.feature == "clipping" else None,
     }
     trainer = pl.Trainer(

@@ -1,11 +1,12 @@
 """`python -m tests.sparse_update.library.matrix.page [loop=plain,ddp] [feature=resume] ...`: runs cells, writes the page.
 
-All cells take hours on two cores, most of it compilation; values of axes run some of them again and keep what is known of
-the others. `--page` runs none. The results lie beside the page, as JSON.
+All cells take hours on two cores; values of axes run some of them again and keep what is known of the others, `--missing`
+runs those without a result, `--page` none. The results lie beside the page, as JSON; several processes may run cells.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sys
@@ -36,19 +37,17 @@ NAMES = {
 
 
 def main(argv: list[str]) -> int:
-    results = load()
+    wanted = only(all_cells(), [word for word in argv if not word.startswith("--")])
+    if "--missing" in argv:
+        known = load()
+        wanted = [cell for cell in wanted if of(known, cell) is None]
     bad = 0
-    if argv != ["--page"]:
-        for cell, outcome in outcomes(only(all_cells(), argv)):
-            results = load()  # another process may run other cells
-            row = results.setdefault(f"{cell.loop} {cell.compile} {cell.precision} {cell.gate}", {})
-            row.pop(cell.feature, None)
-            if isinstance(outcome, Exception):
-                bad += 1
-                print(f"{cell}: {outcome}", flush=True)
-            else:
-                row[cell.feature] = outcome if isinstance(outcome, str) else float(f"{outcome:.1e}")
-            save(results)
+    for cell, outcome in () if "--page" in argv else outcomes(wanted):
+        if isinstance(outcome, Exception):
+            bad += 1
+            print(f"{cell}: {outcome}", flush=True)
+        note(cell, outcome)
+    results = load()
     if missing := [str(cell) for cell in all_cells() if of(results, cell) is None]:
         print(f"{len(missing)} cells have no result, so there is no page: {', '.join(missing[:5])}, ...")
         return 1
@@ -84,6 +83,18 @@ def outcomes(cells: Iterable[Cell]) -> Iterator[tuple[Cell, Outcome | Exception]
 
 def load() -> dict[str, dict[str, Outcome]]:
     return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+
+
+def note(cell: Cell, outcome: Outcome | Exception) -> None:
+    """Into the file; a cell that is wrong has no result."""
+    with open(Path(tempfile.gettempdir(), "spikegate_loops.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = load()
+        row = results.setdefault(f"{cell.loop} {cell.compile} {cell.precision} {cell.gate}", {})
+        row.pop(cell.feature, None)
+        if not isinstance(outcome, Exception):
+            row[cell.feature] = outcome if isinstance(outcome, str) else float(f"{outcome:.1e}")
+        save(results)
 
 
 def save(results: Mapping[str, Mapping[str, Outcome]]) -> None:

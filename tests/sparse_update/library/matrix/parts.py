@@ -83,13 +83,14 @@ def is_slow(name: str) -> bool:
     return name.startswith(("blocks.0.", "transformer.h.0.", "head"))
 
 
-def batch(step: int, shifts: bool) -> tuple[Tensor, Tensor]:
-    """Inputs and labels (B, T) int64 of a step; `shifts`: labels that are the inputs' own next tokens, -100 at the end."""
-    tokens = torch.randint(0, V, (B, T + 1), generator=torch.Generator().manual_seed(50 + step))
+def batch(step: int, shifts: bool, count: int = 1) -> tuple[Tensor, Tensor]:
+    """Inputs and labels (count B, T) int64 of a step; `shifts`: labels that are the inputs' own next tokens, -100 at the
+    end."""
+    tokens = torch.randint(0, V, (count * B, T + 1), generator=torch.Generator().manual_seed(50 + step))
     if not shifts:
         return tokens[:, :-1], tokens[:, 1:]
     x = tokens[:, :-1]
-    return x, torch.cat((x[:, 1:], torch.full((B, 1), -100)), 1)
+    return x, torch.cat((x[:, 1:], torch.full((len(x), 1), -100)), 1)
 
 
 def logits_of(model: Any, x: Tensor) -> Tensor:
@@ -142,12 +143,17 @@ def compile_in_place(model: nn.Module, cell: Cell) -> None:
         module.compile(backend=cell.backend)
 
 
+def count_of(cell: Cell) -> int:
+    """Batches of B sequences in a step."""
+    return 2 if cell.feature == "accumulation" else 1
+
+
 def parts_of(cell: Cell, step: int, rank: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """What one process sees of a step: one batch, or two where gradients are accumulated."""
-    x, y = batch(step, False)
+    """What one process sees of a step: one batch, or two of the same size where gradients are accumulated."""
+    count = count_of(cell)
+    x, y = batch(step, False, count)
     if cell.loop in ("ddp", "fully_shard"):
         x, y = x.chunk(2)[rank], y.chunk(2)[rank]
-    count = 2 if cell.feature == "accumulation" else 1
     return list(zip(x.chunk(count), y.chunk(count), strict=True))
 
 

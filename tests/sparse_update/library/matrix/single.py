@@ -18,6 +18,7 @@ from tests.sparse_update.library.matrix.parts import (
     compile_in_place,
     config,
     copy_gradients,
+    count_of,
     lower,
     model_of,
     moved,
@@ -107,7 +108,7 @@ class Accelerated:
         self.accelerator = Accelerator(
             cpu=True,
             mixed_precision={"fp32": "no"}.get(cell.precision, cell.precision),
-            gradient_accumulation_steps=2 if cell.feature == "accumulation" else 1,
+            gradient_accumulation_steps=count_of(cell),
             dynamo_plugin=None if cell.compile == "none" else dynamo,
         )
         self.model = model_of(cell)

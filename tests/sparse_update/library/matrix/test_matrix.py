@@ -91,7 +91,7 @@ def test_a_scaler_before_a_loaded_optimizer_is_refused():
     states = torch.load(file, weights_only=True)
     for part, state in zip(again[1:3], states, strict=True):
         part.load_state_dict(state)
-    with pytest.raises(GateError, match=r"gate\.adopt\(optimizer\) after optimizer\.load_state_dict"):
+    with pytest.raises(GateError, match=r"gate\.adopt\(optimizer\) before or after optimizer\.load_state_dict"):
         step(*again)
 
 
@@ -100,3 +100,15 @@ def test_parameters_that_took_the_place_of_others_are_the_ones_that_train():
     gate = attach(model, {"backward": {"unit": "token", "keep_fraction": 0.5}})
     model.load_state_dict(built(False).state_dict(), assign=True)
     assert [id(p) for p in gate.parameters()] == [id(p) for p in model.parameters()]
+
+
+def test_an_optimizer_of_parameters_that_were_exchanged_is_refused():
+    model = Tiny()
+    gate = attach(model, {"backward": {"unit": "token", "keep_fraction": 0.5}})
+    optimizer = torch.optim.SGD(gate.parameters(), lr=0.1)
+    model.load_state_dict(built(False).state_dict(), assign=True)
+    x, y = batch(0, False)
+    gate.loss(model(x), y).backward()
+    optimizer.step()
+    with pytest.raises(GateError, match=r"trains nothing.*gate\.parameters\(\) after that"):
+        gate.step(optimizer)

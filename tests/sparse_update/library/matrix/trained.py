@@ -21,6 +21,7 @@ from tests.sparse_update.library.matrix.parts import (
     compile_in_place,
     config,
     copy_gradients,
+    count_of,
     model_of,
     moved,
     optimizer_of,
@@ -53,12 +54,11 @@ def trainer(cell: Cell, split: bool = False, folder: str = "") -> End:
 def _train(cell: Cell, folder: str, steps: int, resume: str | None) -> End:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    parts = 2 if cell.feature == "accumulation" else 1
     arguments = TrainingArguments(
         output_dir=folder,
         max_steps=steps,
-        per_device_train_batch_size=B // parts,
-        gradient_accumulation_steps=parts,
+        per_device_train_batch_size=B,
+        gradient_accumulation_steps=count_of(cell),
         max_grad_norm=CLIP if cell.feature == "clipping" else 0.0,
         torch_compile=cell.compile == "whole",
         torch_compile_backend=cell.backend if cell.compile == "whole" else None,
@@ -96,7 +96,7 @@ def _train(cell: Cell, folder: str, steps: int, resume: str | None) -> End:
             if average:
                 average[0].update_parameters(model)
 
-    rows = [{"input_ids": row, "labels": row} for step in range(STEPS) for row in batch(step, True)[0]]
+    rows = [{"input_ids": row, "labels": row} for step in range(STEPS) for row in batch(step, True, count_of(cell))[0]]
     Trainer(
         given,
         arguments,
