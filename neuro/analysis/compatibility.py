@@ -27,7 +27,7 @@ from hardware.chips.chip import Chip, list_chips, load_chip
 from hardware.text import listed, quoted
 from neuro.analysis.fit import Fit, Fitter
 from neuro.analysis.lookup import Table
-from neuro.analysis.pairs import find_pairs, inside_pairs
+from neuro.analysis.pairs import disjoint, find_pairs, inside_pairs
 from neuro.analysis.preparation import TransformError, convertible, prepare_named
 from neuro.analysis.registry import layer_rule
 from neuro.analysis.report import VERDICTS, CompatibilityReport, MlpPair, NothingToMap, Operation, Preparation
@@ -125,7 +125,7 @@ def _analysed(
     traced = _grouped(module, trace(module, example_inputs))
     fitter = Fitter(where.chip, graded=ROUTES[route]) if where.takes_route and where.chip.budgets else None
     linears, fits = _linear_calls(module, traced, where, fitter, mappable)
-    pairs = tuple(
+    pairs = disjoint(
         pair
         for pair in find_pairs(module, traced, linears)
         if pair.activation in PAIRS_OF[route] and (route == "graded" or not pair.threshold)

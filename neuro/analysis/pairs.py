@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -16,7 +16,9 @@ PASSING = ("dropout", "clone", "contiguous", "detach", "alias")
 
 
 def find_pairs(module: nn.Module, traced: Trace, linears: Mapping[int, str]) -> tuple[MlpPair, ...]:
-    """Chains without another reader on the way, in every call of both modules.
+    """Chains without another reader on the way, in every call of both modules, in the order in which fc1 is called first.
+
+    Pairs may overlap: of a longer chain every layer but the ends is in two. `disjoint` chooses.
 
     Args:
         traced: thresholds contracted. linears: index of the operation -> name of the mapped nn.Linear that runs it.
@@ -39,8 +41,22 @@ def find_pairs(module: nn.Module, traced: Trace, linears: Mapping[int, str]) -> 
         single = sum(pair.fc1 == p.fc1 or pair.fc2 == p.fc2 for p in seen) == 1
         gates = sum(op.target == THRESHOLD and op.module == pair.threshold for op in traced.ops)
         gated = gates if pair.threshold else count
-        if single and (not traced.complete or calls[pair.fc1] == calls[pair.fc2] == gated == count):
+        together = calls[pair.fc1] == calls[pair.fc2]
+        if single and together and (not traced.complete or calls[pair.fc1] == gated == count):
             kept.append(pair)
+    return tuple(kept)
+
+
+def disjoint(pairs: Iterable[MlpPair]) -> tuple[MlpPair, ...]:
+    """Of pairs that share a layer the earlier one: a chain 0, 2, 4, 6 becomes (0, 2), (4, 6), and a last layer that is left
+    over stands alone. No choice of pairs along a chain has more of them.
+    """
+    kept: list[MlpPair] = []
+    taken: set[str] = set()
+    for pair in pairs:
+        if not taken & {pair.fc1, pair.fc2}:
+            kept.append(pair)
+            taken |= {pair.fc1, pair.fc2}
     return tuple(kept)
 
 

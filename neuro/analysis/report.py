@@ -89,10 +89,10 @@ class CompatibilityReport:
     """What `analyse` found. `tokens`: rows the example holds; all "per token" figures are divided by it.
 
     `mapped`: names of the nn.Linear modules that go to the chip, in calling order; `pairs`: those of them that form an
-    MLP graph. `traced=False`: only leaf modules were seen, and `note` says why; functional operations then stand in one
-    row of `operations`, with their multiply-accumulates. `rows_per_token`: rows each mapped layer computes per token,
-    above 1 where a layer is shared by several places. `cores`: of the mapped layers, each on cores of its own, without
-    the populations that only a conversion adds, such as the product neurons of a square.
+    MLP graph, no layer in two of them. `traced=False`: only leaf modules were seen, and `note` says why; functional
+    operations then stand in one row of `operations`, with their multiply-accumulates. `rows_per_token`: rows each mapped
+    layer computes per token, above 1 where a layer is shared by several places. `cores`: of the mapped layers, each on
+    cores of its own, without the populations that only a conversion adds, such as the product neurons of a square.
     `preparation`: what could be mapped with more layers converted to nn.Linear; None where there are no such layers.
     """
 

@@ -31,7 +31,8 @@ class TracedOp:
     """One operation of the traced module.
 
     `target` is the ATen name without namespace and overload ("linear", "relu"), or the class name of a leaf module in
-    a fallback trace. `module` is the path of the innermost module that ran it ("" = the root). `inputs` are indices of
+    a fallback trace. `module` is the path of the innermost module that ran it ("" = the root), the first one where a
+    module stands in several places. `inputs` are indices of
     the operations that produced its tensor arguments; `weights` are the fully qualified names of parameters and buffers
     it reads, and names of constant tensors. `stack`: calls of the modules around it, outermost first, "mlp@1" being the
     second call of "mlp". `floating=False`: its result holds whole numbers or truth values. `parts`: of a module taken as
@@ -153,13 +154,19 @@ def trace(module: nn.Module, example: Example) -> Trace:
                 f"torch.export could not follow the module ({type(error).__name__}: {str(error).splitlines()[0][:160]})"
             )
             return _trace_leaves(module, args, kwargs, reason)
-    ops = tuple(_exported_ops(exported))
+    ops = tuple(_exported_ops(exported, _first_names(module)))
     calls = {n.name: i for i, n in enumerate(n for n in exported.graph.nodes if n.op == "call_function")}
     outputs = [source.name for n in exported.graph.nodes if n.op == "output" for source in n.all_input_nodes]
     return Trace(ops=ops, complete=True, returned=frozenset(calls[name] for name in outputs if name in calls))
 
 
-def _exported_ops(exported: torch.export.ExportedProgram) -> Iterator[TracedOp]:
+def _first_names(module: nn.Module) -> dict[str, str]:
+    """Every path that leads to a module -> the first of those that lead there, the one that `named_modules` gives."""
+    first: dict[int, str] = {}
+    return {path: first.setdefault(id(part), path) for path, part in module.named_modules(remove_duplicate=False)}
+
+
+def _exported_ops(exported: torch.export.ExportedProgram, names: Mapping[str, str]) -> Iterator[TracedOp]:
     signature = exported.graph_signature
     held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
     index_of: dict[str, int] = {}
@@ -169,11 +176,12 @@ def _exported_ops(exported: torch.export.ExportedProgram) -> Iterator[TracedOp]:
         index_of[node.name] = len(index_of)
         stack = node.meta.get("nn_module_stack") or {}
         calls = tuple(str(entry[0]) for entry in stack.values())
+        path = strip_calls(calls[-1] if calls else "")
         sources = [n for n in node.all_input_nodes if n.name not in held]
         yield TracedOp(
             index=index_of[node.name],
             target=_aten_name(node.target),
-            module=strip_calls(calls[-1] if calls else ""),
+            module=names.get(path, path),
             inputs=tuple(index_of[n.name] for n in sources if n.name in index_of),
             weights=tuple(held[n.name] for n in node.all_input_nodes if n.name in held),
             in_shapes=tuple(_shape(n.meta.get("val")) for n in node.all_input_nodes),
@@ -278,10 +286,10 @@ def _trace_leaves(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
     def counted(op: TracedOp) -> TracedOp:
         """With the multiply-accumulates that torch's counter found inside the module, shared over its calls."""
-        root = type(module).__name__
-        inside = counter.get_flop_counts().get(f"{root}.{op.module}" if op.module else root, {})
+        paths = [f"{root}.{path}" if path else root for path, first in names.items() if first == op.module]
+        flops = sum(sum(found.get(path, {}).values()) for path in paths)
         calls = sum(other.module == op.module for other in ops)
-        return replace(op, leaf_macs=sum(inside.values()) / 2 / calls)
+        return replace(op, leaf_macs=flops / 2 / calls)
 
     for name, leaf in module.named_modules():
         if not any(True for _ in leaf.children()) or isinstance(leaf, nn.MultiheadAttention):
@@ -295,5 +303,7 @@ def _trace_leaves(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     finally:
         for handle in handles:
             handle.remove()
-    found = tuple(counted(op) for op in ops)
-    return Trace(ops=found, complete=False, note=reason, total_macs=counter.get_total_flops() // 2)
+    found, root, names = counter.get_flop_counts(), type(module).__name__, _first_names(module)
+    return Trace(
+        ops=tuple(counted(op) for op in ops), complete=False, note=reason, total_macs=counter.get_total_flops() // 2
+    )

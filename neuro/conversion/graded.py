@@ -59,10 +59,10 @@ from neuro.conversion.mapped import (
     common_notes,
     delay_line,
     dense,
-    host_work,
     layer_and_range,
     one_to_one,
     pieces,
+    plan_of,
     room,
 )
 from neuro.conversion.narrowing import PREFIX, narrow_in_neurons
@@ -164,7 +164,7 @@ def convert(
     if config.narrow == "neuron":
         segments = [replace(segment, graph=narrow_in_neurons(segment.graph)) for segment in segments]
     notes = (*common_notes(report), *_notes(segments))
-    return Plan("graded", report.chip, type(module).__name__, tuple(segments), host_work(report), notes)
+    return plan_of("graded", module, report, segments, notes)
 
 
 def _notes(segments: Sequence[Segment]) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import nn
 
 from hardware.text import quoted
 from neuro.analysis.compatibility import CompatibilityReport, MlpPair, NothingToMap
+from neuro.analysis.pairs import disjoint
 from neuro.conversion.calibration import Calibration, LayerRange
 from neuro.conversion.integers import headroom_bits
-from neuro.conversion.plan import Headroom, HostWork, fingerprint
+from neuro.conversion.plan import Headroom, HostWork, Plan, Segment, check_complete, fingerprint
 from neuro.graph import Population, Projection
 
 
@@ -49,15 +50,16 @@ class Piece:
 def pieces(
     module: nn.Module, report: CompatibilityReport, activations: tuple[str, ...], thresholds: bool = False
 ) -> Iterator[Piece]:
-    """Segments of a report in calling order; pairs of other activations as two layers, and so, but for `thresholds`, those
-    with a threshold module inside.
+    """Segments of a report in calling order, every mapped layer in one; pairs of other activations as two layers, and so,
+    but for `thresholds`, those with a threshold module inside.
 
     Raises NothingToMap where the report maps nothing.
     """
     if not report.mapped:
         raise NothingToMap(f"the report of {type(module).__name__} maps nothing to {report.chip}")
     whole = [p for p in report.pairs if p.activation in activations and (thresholds or not p.threshold)]
-    firsts, seconds = {p.fc1: p for p in whole}, {p.fc2 for p in whole}
+    chosen = disjoint(p for p in whole if {p.fc1, p.fc2} <= set(report.mapped))
+    firsts, seconds = {p.fc1: p for p in chosen}, {p.fc2 for p in chosen}
     rows, taken = dict(report.rows_per_token), set[str]()
     for name in report.mapped:
         if name not in seconds:
@@ -92,13 +94,25 @@ def layer_and_range(module: nn.Module, name: str, calibration: Calibration) -> t
     return layer, calibration.layers[name]
 
 
-def host_work(report: CompatibilityReport) -> tuple[HostWork, ...]:
-    """What stays on the host and costs something."""
-    return tuple(
+def plan_of(
+    route: str, module: nn.Module, report: CompatibilityReport, segments: Iterable[Segment], notes: Iterable[str]
+) -> Plan:
+    """The plan of these segments, and of what the report leaves on the host.
+
+    Raises LostLayer where the two together are not all of the report.
+    """
+    layers: dict[str, float] = {}
+    for op in report.operations:
+        if op.macs_per_token:
+            layers[op.name] = layers.get(op.name, 0.0) + op.macs_per_token
+    host = tuple(
         HostWork(op.name, op.kind, op.macs_per_token, op.bytes)
         for op in report.operations
         if op.runs_on == "host" and (op.macs_per_token or op.bytes)
     )
+    plan = Plan(route, report.chip, type(module).__name__, tuple(segments), host, tuple(notes), layers=layers)
+    check_complete(plan)
+    return plan
 
 
 SPARSE_ABOVE = 0.25  # share of weights that are 0 from which a projection is worth storing without them

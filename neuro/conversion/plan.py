@@ -7,7 +7,8 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -18,10 +19,19 @@ from neuro.graph import FILE_SUFFIX, GraphError, SpikingGraph, load_graph, save_
 from neuro.graph.values import checked_name
 
 SCHEMA = 1
+ROOT = "(root)"
+"""What the report calls a module that is itself the layer."""
+
+COUNTED_WITHIN = 1e-6
+"""Relative difference within which two counts of a layer's multiply-accumulates per token are the same."""
 
 
 class PlanFileError(ValueError):
     """A plan folder that cannot be read: missing, damaged, or written by another version."""
+
+
+class LostLayer(ValueError):
+    """A layer that the report counted and that neither the plan's segments nor its host work hold as often."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,12 @@ class Segment:
     input_code: str = ""
     threshold_module: str = ""
 
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(inputs, outputs) of each of its linear layers, in order."""
+        widths = [n for n in (self.n_in, self.n_hidden, self.n_out) if n]
+        return tuple(pairwise(widths))
+
 
 @dataclass(frozen=True)
 class HostWork:
@@ -106,7 +122,8 @@ class HostWork:
 @dataclass(frozen=True)
 class Plan:
     """Everything `deploy` needs besides the module itself. `notes`: what a reader should know, in sentences; `prepared`:
-    paths of layers that were converted to nn.Linear first, as `deploy` does again.
+    paths of layers that were converted to nn.Linear first, as `deploy` does again. `layers`: every layer that the report
+    counted -> its dense multiply-accumulates per token, on the chip or on the host; empty in plans of older versions.
     """
 
     route: str
@@ -116,6 +133,7 @@ class Plan:
     host: tuple[HostWork, ...]
     notes: tuple[str, ...]
     prepared: tuple[str, ...] = ()
+    layers: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -139,6 +157,29 @@ class Plan:
             )
         first = self.notes[:1] if self.prepared else ()
         return "\n".join([*first, *lines, *self.notes[len(first) :]])
+
+
+def check_complete(plan: Plan) -> None:
+    """Compare segments and host work with `plan.layers`, layer by layer.
+
+    Raises LostLayer for the first layer whose multiply-accumulates per token are not those that the report counted: it
+    would run uncounted, or be counted twice. A plan without `layers` is not checked.
+    """
+    found: dict[str, float] = {}
+    for segment in plan.segments:
+        for name, (n_in, n_out) in zip(segment.modules, segment.sizes, strict=True):
+            found[name or ROOT] = found.get(name or ROOT, 0.0) + segment.rows_per_token * n_in * n_out
+    for work in plan.host:
+        found[work.layer or ROOT] = found.get(work.layer or ROOT, 0.0) + work.macs_per_token
+    for name in (*plan.layers, *(name for name in found if plan.layers)):
+        wanted, macs = plan.layers.get(name, 0.0), found.get(name, 0.0)
+        if abs(wanted - macs) > COUNTED_WITHIN * max(wanted, macs):
+            what = "lost" if macs < wanted else "counted too often"
+            raise LostLayer(
+                f"layer {quoted(name)} would be {what}: the report counts {wanted:,.6g} multiply-accumulates a token for "
+                f"it, segments and host work of the plan {macs:,.6g}. Analyse and convert this module again; where that "
+                "gives the same, keep the layer on the host with mappable="
+            )
 
 
 def fingerprint(layer: nn.Linear) -> str:
@@ -178,6 +219,7 @@ def save_plan(plan: Plan, folder: str | os.PathLike[str]) -> Path:
         "host": [asdict(work) for work in plan.host],
         "notes": list(plan.notes),
         "prepared": list(plan.prepared),
+        "layers": dict(plan.layers),
     }
     temporary = folder / f".plan.json.{os.getpid()}.tmp"
     temporary.write_text(json.dumps(document, indent=1, allow_nan=False), encoding="utf-8")
@@ -209,6 +251,7 @@ def load_plan(folder: str | os.PathLike[str]) -> Plan:
             segments=tuple(_segment(folder, fields) for fields in document["segments"]),
             host=tuple(_checked(HostWork(**work)) for work in document["host"]),
             prepared=_tuples(document.get("prepared", [])),
+            layers=document.get("layers", {}),
             **named,
         )
         return _checked(plan)

@@ -37,7 +37,7 @@ from hardware.text import quoted
 from neuro.analysis.compatibility import CompatibilityReport
 from neuro.conversion.calibration import Calibration, LayerRange
 from neuro.conversion.integers import INT8_MAX, bias_registers, payload_bits, scale_for, shift_for
-from neuro.conversion.mapped import Piece, common_notes, dense, host_work, layer_and_range, one_to_one, pieces, room
+from neuro.conversion.mapped import Piece, common_notes, dense, layer_and_range, one_to_one, pieces, plan_of, room
 from neuro.conversion.plan import Plan, Segment
 from neuro.conversion.settings import check_factor, check_whole, check_word
 from neuro.conversion.weights import IntegerLayer, integer_layer
@@ -125,7 +125,7 @@ def convert(
         for r in segment.headroom
         if r.static_bits < 0 and r.population == "out"
     ]
-    return Plan("rate", report.chip, type(module).__name__, segments, host_work(report), tuple(notes))
+    return plan_of("rate", module, report, segments, notes)
 
 
 @dataclass(frozen=True)

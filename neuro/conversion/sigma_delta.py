@@ -45,10 +45,10 @@ from neuro.conversion.mapped import (
     common_notes,
     delay_line,
     dense,
-    host_work,
     layer_and_range,
     one_to_one,
     pieces,
+    plan_of,
     room,
 )
 from neuro.conversion.plan import Plan, Segment
@@ -135,7 +135,7 @@ def convert(
             for r in segment.headroom
             if r.static_bits < 0
         ]
-    return Plan("sigma_delta", report.chip, type(module).__name__, segments, host_work(report), tuple(notes))
+    return plan_of("sigma_delta", module, report, segments, notes)
 
 
 def _integers(name: str, layer: nn.Linear, found: LayerRange, config: SigmaDeltaConfig) -> tuple[IntegerLayer, float]:

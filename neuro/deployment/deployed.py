@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from hardware.text import quoted
 from neuro.analysis.preparation import move_hooks, prepared_copy, replace_module
 from neuro.analysis.state import Account, detached_copy
 from neuro.analysis.tracing import check_ready
-from neuro.conversion.plan import Plan, PlanFileError, Segment, fingerprint, load_plan, save_plan
+from neuro.conversion.plan import ROOT, Plan, PlanFileError, Segment, check_complete, fingerprint, load_plan, save_plan
 from neuro.deployment.routes import runner_for
 from neuro.deployment.runner import BACKENDS, SegmentHealth, SegmentRunner
 from neuro.deployment.stand_ins import PairFirst, PairLast, SingleLinear
@@ -56,6 +57,7 @@ def deploy(module: nn.Module, plan: Plan, backend: str = "fixed_point", mode: st
             registers wrap. Weights then lose bits wherever a graph has a negative exponent beyond -1; `notes()` says where.
 
     Raises:
+        LostLayer: the plan's segments and host work leave out a layer that the report counted, or count it twice.
         ValueError: unknown backend or mode, mode "chip" without the simulator; a lazy, pruned or compiled module; a layer
             of the plan that the module lacks, or whose weights are not the plan's.
     """
@@ -68,6 +70,7 @@ def deploy(module: nn.Module, plan: Plan, backend: str = "fixed_point", mode: st
             f"mode {quoted(mode)} is one of the simulator's; backend {quoted(backend)} has no events and no registers"
         )
     check_ready(module)
+    check_complete(plan)
     source = prepared_copy(module, plan.prepared) if plan.prepared else module
     for segment in plan.segments:
         for name, expected in zip(segment.modules, segment.fingerprints, strict=True):
@@ -118,6 +121,55 @@ class _HostTokens(Account):
     tokens: int = 0
 
 
+class _Unforeseen(Account):
+    """Rows of every nn.Linear that the report never saw run and the plan so knows nothing of: a branch that the example did
+    not take, for instance. They run in float on the host and are counted as what they are.
+    """
+
+    def __init__(self, twin: nn.Module, plan: Plan) -> None:
+        known = {*plan.layers, *(work.layer for work in plan.host)}
+        self.rows: dict[str, int] = {}
+        self.layers = {
+            name or ROOT: layer
+            for name, layer in twin.named_modules()
+            if isinstance(layer, nn.Linear) and (name or ROOT) not in known
+        }
+        for name, layer in self.layers.items():
+            layer.register_forward_hook(self._counting(name))
+
+    def _counting(self, name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, _: Any, output: Tensor) -> None:
+            self.rows[name] = self.rows.get(name, 0) + math.prod(output.shape[:-1])
+
+        return hook
+
+    def counts(self) -> list[Counts]:
+        """One record for each that ran."""
+        found = []
+        for name, rows in self.rows.items():
+            weight = self.layers[name].weight
+            size = weight.numel() * weight.element_size()
+            found.append(_on_host(f"{name}:linear", rows, rows * weight.numel(), size))
+        return found
+
+
+def _on_host(name: str, tokens: int, macs: int, size: int) -> Counts:
+    """What the host computes: multiply-accumulates and bytes of weights, no event."""
+    return Counts(
+        layer=name,
+        tokens=tokens,
+        synops=0,
+        events=0,
+        neuron_updates_active=0,
+        neuron_updates_inactive=0,
+        dense_macs=macs,
+        weight_bytes=size,
+        graded=False,
+        payload_bits=0,
+        host=True,
+    )
+
+
 class Deployed(nn.Module):
     """What `deploy` returns; call it as the original. `module` is the copy, `plan`, `backend` and `mode` say what it runs.
 
@@ -134,6 +186,7 @@ class Deployed(nn.Module):
         self.mode = mode
         self._runners = runners
         self._host = _HostTokens()
+        self._unforeseen = _Unforeseen(module, plan)
         self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -170,7 +223,8 @@ class Deployed(nn.Module):
         return tuple(dict(runner.layers) for runner in self._runners)
 
     def counts(self) -> list[Counts]:
-        """Events per layer since the last reset; operations on the host follow with `host=True`.
+        """Events per layer since the last reset; operations on the host follow with `host=True`, and last those linear
+        layers that ran though the report of the plan never saw them run.
 
         With backend "quantised" there are no events, and every layer is listed with `host=True` and its dense MACs.
         """
@@ -181,23 +235,8 @@ class Deployed(nn.Module):
             entry[0] += work.macs_per_token
             entry[1] += work.weight_bytes
         tokens = self._host.tokens
-        lines += [
-            Counts(
-                layer=name,
-                tokens=tokens,
-                synops=0,
-                events=0,
-                neuron_updates_active=0,
-                neuron_updates_inactive=0,
-                dense_macs=round(macs * tokens),
-                weight_bytes=int(size),
-                graded=False,
-                payload_bits=0,
-                host=True,
-            )
-            for name, (macs, size) in host.items()
-        ]
-        return lines
+        lines += [_on_host(name, tokens, round(macs * tokens), int(size)) for name, (macs, size) in host.items()]
+        return lines + self._unforeseen.counts()
 
     def health(self) -> tuple[SegmentHealth, ...]:
         """Clipped inputs, wraps and values beyond their word, per segment, since the last reset."""
@@ -245,6 +284,7 @@ class Deployed(nn.Module):
     def reset_counts(self) -> None:
         """Forget all counts."""
         self._host.tokens = 0
+        self._unforeseen.rows.clear()
         for runner in self._runners:
             runner.reset()
 

@@ -71,20 +71,14 @@ def part_of(plan: Plan, names: Collection[str]) -> Plan:
 
 def macs_per_token(segment: Segment) -> float:
     """Dense multiply-accumulates of a segment's linear layers per token."""
-    return float(segment.rows_per_token * sum(a * b for a, b in _sizes(segment)))
-
-
-def _sizes(segment: Segment) -> list[tuple[int, int]]:
-    if not segment.n_hidden:
-        return [(segment.n_in, segment.n_out)]
-    return [(segment.n_in, segment.n_hidden), (segment.n_hidden, segment.n_out)]
+    return float(segment.rows_per_token * sum(a * b for a, b in segment.sizes))
 
 
 def _host_work(segment: Segment) -> list[HostWork]:
     """Its layers as the host runs them, with float32 weights."""
     return [
         HostWork(layer, "linear", segment.rows_per_token * a * b, 4 * a * b)
-        for layer, (a, b) in zip(segment.modules, _sizes(segment), strict=True)
+        for layer, (a, b) in zip(segment.modules, segment.sizes, strict=True)
     ]
 
 
