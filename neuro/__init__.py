@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from neuro.conversion.calibration import Calibration, calibrate
     from neuro.conversion.graded import GradedConfig
     from neuro.conversion.norm import rms_norm_graph
-    from neuro.conversion.plan import Plan, Segment, load_plan, save_plan
+    from neuro.conversion.plan import LostLayer, Plan, Segment, load_plan, save_plan
     from neuro.conversion.rate import RateConfig
     from neuro.conversion.routes import convert
     from neuro.conversion.sigma_delta import SigmaDeltaConfig
@@ -38,6 +38,7 @@ _HOME = {
     "SigmaDeltaConfig": "neuro.conversion.sigma_delta",
     "GradedConfig": "neuro.conversion.graded",
     "split_attention": "neuro.modules.attention",
+    "LostLayer": "neuro.conversion.plan",
     "Plan": "neuro.conversion.plan",
     "Segment": "neuro.conversion.plan",
     "save_plan": "neuro.conversion.plan",
@@ -70,6 +71,7 @@ __all__ = [
     "EventThreshold",
     "GradedConfig",
     "LayerRule",
+    "LostLayer",
     "NothingToMap",
     "Plan",
     "Population",

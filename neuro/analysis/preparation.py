@@ -1,8 +1,9 @@
 """A copy of a module in which layers that no chip takes as they are have become nn.Linear layers that compute the same.
 
-Two kinds are converted: layers with a converter in the registry (Hugging Face's Conv1D, nn.MultiheadAttention, one's own),
-and nn.Linear layers whose weight is computed before each call, by a parametrization or by the older hooks of torch.nn.utils
-(weight_norm, spectral_norm, prune), which get the finished weight.
+Three kinds are converted: layers with a converter in the registry (Hugging Face's Conv1D, nn.MultiheadAttention, one's
+own); nn.Linear layers whose weight is computed before each call, by a parametrization or by the older hooks of
+torch.nn.utils (weight_norm, spectral_norm, prune), which get the finished weight; and an nn.BatchNorm1d that follows an
+nn.Linear in an nn.Sequential, whose scale and shift in evaluation go into that layer.
 
 `prepare` shows on an example that nothing changes. `analyse` does so too, and says what it gains; `calibrate`, `convert`
 and `deploy` then work on `prepared_copy`, so that the module itself is never changed.
@@ -14,6 +15,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,6 +32,21 @@ Calls = list[tuple[tuple[Any, ...], dict[str, Any], Any]]
 
 class TransformError(ValueError):
     """A converter that failed, or whose result does not compute the same as its layer."""
+
+
+class FoldedNorm(nn.Identity):
+    """Stands where a batch norm stood that the linear layer before it computes too.
+
+    Raises ValueError for anything but rows (N, features): of (N, tokens, features) a batch norm scales the tokens.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # as nn.Identity names it
+        if input.dim() != 2:
+            raise ValueError(
+                f"a batch norm went into the linear layer before it, which is right for rows (N, features), not for shape "
+                f"{tuple(input.shape)}; flatten the rows before both"
+            )
+        return input
 
 
 def prepare(module: nn.Module, example_inputs: Example, *, tolerance: float = 1e-4) -> nn.Module:
@@ -60,6 +77,8 @@ def prepare_named(module: nn.Module, example: Example, tolerance: float = 1e-4) 
     kinds = {name: _kind(wanted[name]) for name in reached}
 
     def check(name: str, new: nn.Module) -> None:
+        if isinstance(new, FoldedNorm):
+            return  # it is right together with its linear layer only; the whole module is compared below
         for args, kwargs, expected in calls[name]:
             with evaluating(new):
                 _same(f"layer {quoted(name or '(root)')} ({kinds[name]})", new(*args, **kwargs), expected, tolerance)
@@ -83,8 +102,10 @@ def prepared_copy(module: nn.Module, names: Collection[str] | None = None) -> nn
 
 
 def convertible(module: nn.Module) -> dict[str, nn.Module]:
-    """Path -> layer, for those that have a converter, or a weight that is computed before each call."""
-    found = {}
+    """Path -> layer, for those that have a converter, a weight that is computed before each call, or are batch norms that
+    the layer before them can take over.
+    """
+    found: dict[str, nn.Module] = {path: norm for path, (_, norm) in _folds(module).items()}
     for name, layer in module.named_modules():
         rule = layer_rule(layer)
         if (rule is not None and rule.to_linear is not None) or _is_parametrised_linear(layer) or weight_hooks(layer):
@@ -114,7 +135,56 @@ def _is_parametrised_linear(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) and is_parametrized(layer) and type(layer).__bases__ == (nn.Linear,)
 
 
+def _folds(module: nn.Module) -> dict[str, tuple[str, nn.BatchNorm1d]]:
+    """Path of a batch norm -> path of the nn.Linear right before it in an nn.Sequential, and the norm.
+
+    Neither stands in a second place, has hooks, or shares parameters with others; the norm has the statistics it needs.
+    """
+    places = Counter(id(part) for _, part in module.named_modules(remove_duplicate=False))
+    owners = Counter(id(value) for _, value in module.named_parameters(remove_duplicate=False))
+    found = {}
+    for path, parent in module.named_modules():
+        if type(parent).forward is not nn.Sequential.forward:
+            continue
+        prefix = f"{path}." if path else ""
+        for (a, first), (b, norm) in pairwise(parent._modules.items()):
+            if not isinstance(norm, nn.BatchNorm1d) or type(norm).forward is not nn.BatchNorm1d.forward:
+                continue
+            plain = type(first) is nn.Linear or _is_parametrised_linear(first)
+            if not plain or norm.running_var is None or norm.num_features != first.out_features:
+                continue
+            alone = places[id(first)] == places[id(norm)] == 1
+            unshared = all(owners[id(value)] == 1 for part in (first, norm) for value in part.parameters())
+            hooked = any(part._forward_hooks or part._forward_pre_hooks for part in (first, norm))
+            if alone and unshared and not hooked:
+                found[prefix + b] = prefix + a, norm
+    return found
+
+
+def _folded(layer: nn.Linear, norm: nn.BatchNorm1d) -> nn.Linear:
+    """The layer that computes norm(layer(x)) with the norm's running statistics: the rows of its weight scaled by
+    gamma / sqrt(var + eps), and the bias moved along.
+    """
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    with torch.no_grad():
+        scale_O = (norm.running_var.double() + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale_O = scale_O * norm.weight.double()
+        bias_O = -norm.running_mean.double() if layer.bias is None else layer.bias.double() - norm.running_mean.double()
+        bias_O = bias_O * scale_O
+        if norm.bias is not None:
+            bias_O = bias_O + norm.bias.double()
+        weight = layer.weight
+        new = nn.Linear(layer.in_features, layer.out_features, device="meta")
+        new.weight = nn.Parameter((weight.double() * scale_O[:, None]).to(weight.dtype), weight.requires_grad)
+        new.bias = nn.Parameter(bias_O.to(weight.dtype), weight.requires_grad)
+    return new.eval()
+
+
 def _kind(layer: nn.Module) -> str:
+    if isinstance(layer, nn.BatchNorm1d):
+        return "Linear with BatchNorm1d behind it"
     if weight_hooks(layer):
         return "Linear with a weight hook"
     return "parametrised Linear" if _is_parametrised_linear(layer) else type(layer).__name__
@@ -131,8 +201,15 @@ def _converted(
     twin: nn.Module, wanted: Mapping[str, nn.Module], check: Callable[[str, nn.Module], None] | None = None
 ) -> nn.Module:
     """The root with the wanted layers replaced; each is checked before the old one's hooks move to it."""
-    for name, layer in wanted.items():
-        new = _one(name, layer)
+    folds = _folds(twin)
+    for name, layer in sorted(wanted.items(), key=lambda item: item[0] in folds):  # finished weights first
+        if name in folds:
+            linear = twin.get_submodule(folds[name][0])
+            assert isinstance(linear, nn.Linear)
+            twin = replace_module(twin, linear, _folded(linear, folds[name][1]))
+            new: nn.Module = FoldedNorm()
+        else:
+            new = _one(name, layer)
         if check is not None:
             check(name, new)
         move_hooks(layer, new)

@@ -195,10 +195,13 @@ class CompatibilityReport:
             return ""
         if found.report is None:
             return f"Preparing failed, so these layers stay on the host: {found.failure}"
+        before, after = self.crossings_per_token, found.report.crossings_per_token
+        fewer = f", with {after:g} host crossings per token instead of {before:g}" if after < before else ""
         return (
             f"Preparing gains: with {counted_kinds(found.layers)} as nn.Linear, {found.report.mac_share:.1%} of "
             "the MACs run on "
-            f"the chip instead of {self.mac_share:.1%}. neuro.convert and neuro.deploy do this by themselves, on a copy."
+            f"the chip instead of {self.mac_share:.1%}{fewer}. neuro.convert and neuro.deploy do this by themselves, on a "
+            "copy."
         )
 
     def table(self) -> str:

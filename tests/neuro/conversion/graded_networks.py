@@ -57,9 +57,9 @@ REPORTS: dict[tuple[Any, ...], CompatibilityReport] = {}
 
 
 def report_of(module: nn.Module, batch: Tensor) -> CompatibilityReport:
-    """`analyse`, once for all modules of one structure: what it maps does not depend on sizes or weights."""
+    """`analyse`, once for all modules of one structure and size: what it maps does not depend on weights."""
     kind = tuple((name, type(part)) for name, part in module.named_modules())
-    key = (*kind, getattr(module, "activation", ""))
+    key = (*kind, *(p.shape for p in module.parameters()), getattr(module, "activation", ""))
     if key not in REPORTS:
         REPORTS[key] = analyse(module, batch[:2])
     return REPORTS[key]
