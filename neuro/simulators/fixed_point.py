@@ -65,6 +65,7 @@ def simulate(
     device: torch.device | str | None = None,
     placement: Placement | None = None,
     fused: Fused = None,
+    steps: int | None = None,
 ) -> Activity:
     """Run a graph from rest.
 
@@ -80,6 +81,8 @@ def simulate(
         placement: population -> core of each neuron, for counts per core.
         fused: the compiled scan of the lif kinds: True and False force it on and off, None takes it where it pays. That
             is a loop in C on the CPU and torch.compile on CUDA; "torch" takes the latter on either. The bits are the same.
+        steps: how many to run, from 1, of a graph without input populations (neurons that their biases drive); such a run
+            is one sample. Elsewhere the inputs say it, and None is needed.
 
     Returns:
         Activity, its tensors int32 on the device, with counts over all samples and steps.
@@ -87,15 +90,30 @@ def simulate(
     Raises:
         ValueError: a mode or a scan that does not exist.
         GraphError: a kind that the mode does not have (lif_refractory in mode "lava"), or a placement that does not fit.
-        InputError: inputs missing, unknown, not integer, of a wrong shape or too wide.
+        InputError: inputs missing, unknown, not integer, of a wrong shape or too wide; `steps` missing or not needed.
         FixedPointOverflow: strict only; names population, step, sample, neuron, value and width. The first one met in
             the order of evaluation: by chunks of steps, and within one by population.
     """
-    values = _values(graph, inputs, mode, device)
-    batch, steps = next(iter(values.values())).shape[:2]
+    batch = 1
+    if graph.inputs and steps is not None:
+        raise InputError(
+            f"steps is {quoted(steps)}, but the graph has inputs, whose length says how many there are; leave it"
+        )
+    if graph.inputs or steps is None:
+        values = _values(graph, inputs, mode, device)
+        batch, steps = next(iter(values.values())).shape[:2]
+        device = _device(values)
+    else:
+        values = {}
+        _check_mode(graph, mode)
+        if inputs:
+            raise InputError(f"input {quoted(next(iter(inputs)))} is unknown; the graph has no input population")
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise InputError(f"steps is {quoted(steps)}; a whole number from 1 is needed")
     windows = {population.name: (0, steps) for population in graph.populations}
     tally = Tally(graph, checked_placement(graph, placement))
-    run = Run(graph, batch, _device(values), mode, strict, recorded(graph, record), windows, delayed=True)
+    where = torch.device(device or "cpu")
+    run = Run(graph, batch, where, mode, strict, recorded(graph, record), windows, delayed=True)
     engine = _Engine(run, tally, fused)
     engine.advance(values, steps)
     return engine.activity(batch, steps)
@@ -146,6 +164,11 @@ def run_pipelined(
 def _values(
     graph: SpikingGraph, inputs: Mapping[str, Integers], mode: str, device: torch.device | str | None
 ) -> dict[str, Tensor]:
+    _check_mode(graph, mode)
+    return checked_inputs(graph, inputs, device)
+
+
+def _check_mode(graph: SpikingGraph, mode: str) -> None:
     if mode not in MODES:
         raise ValueError(f"mode {quoted(mode)} does not exist; there is: {', '.join(MODES)}")
     for population in graph.populations:
@@ -156,7 +179,6 @@ def _values(
                 "so mode 'lava'"
                 " has nothing to equal; use mode 'chip'"
             )
-    return checked_inputs(graph, inputs, device)
 
 
 def _device(values: Mapping[str, Tensor]) -> torch.device:

@@ -35,7 +35,9 @@ def checked_inputs(
         InputError: missing, unknown, not integer, of a wrong shape, or too wide for a projection they feed.
     """
     if not graph.inputs:
-        raise InputError("the graph has no input population, so nothing says how many steps to run; add one")
+        raise InputError(
+            "the graph has no input population, so nothing says how many steps to run; give simulate steps=, or add one"
+        )
     for given, needed, word in ((inputs, graph.inputs, "unknown"), (graph.inputs, inputs, "missing")):
         for name in given:
             if name not in needed:

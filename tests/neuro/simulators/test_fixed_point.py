@@ -315,3 +315,35 @@ def test_cuda_gives_the_same_bits(seed: int, lif_graph: Any, mlp_graph: Any, mes
         compiled = simulate(graph, inputs, record=RECORD_ALL, device="cuda", fused=True)  # a fallback would warn: an error
         assert compare(here, compiled).equal
         assert (here.projections, here.populations) == (compiled.projections, compiled.populations)
+
+
+@pytest.mark.parametrize("mode", ["lava", "chip"])
+def test_neurons_that_only_their_biases_drive_run_for_the_steps_that_are_asked_for(mode):
+    bias, theta, steps = np.array([40, 100, 7]), 64, 200
+    lif = {"du": 4095, "dv": 0, "vth": 1, "bias_mant": bias, "bias_exp": 0}
+    graph = SpikingGraph(
+        [Population("drive", "lif", 3, lif), Population("sum", "graded", 1, {"vth": 0})],
+        [Projection("w", "drive", "sum", "a_in", np.array([[2, 4, 8]]), -1)],
+        ["drive", "sum"],
+    )
+    v, spikes = np.zeros(3, dtype=np.int64), np.zeros((steps, 3), dtype=np.int64)
+    for t in range(steps):
+        v += bias
+        spikes[t] = v > theta
+        v[v > theta] = 0
+    sums = np.concatenate([[0], (spikes @ [1, 2, 4])[:-1]])  # a projection takes a step
+    activity = simulate(graph, {}, mode=mode, steps=steps)
+    assert activity.spikes["drive"].shape == (1, steps, 3)
+    assert np.array_equal(activity.spikes["drive"][0].numpy(), spikes)
+    assert np.array_equal(activity.spikes["sum"][0, :, 0].numpy(), sums)
+    assert activity.projections["w"].events == spikes.sum()
+    for values, more, message in (
+        ({}, {}, "give simulate steps=, or add one"),
+        ({}, {"steps": 0}, "steps is 0; a whole number from 1"),
+        ({"x": np.zeros((1, 2, 3))}, {"steps": 3}, "input 'x' is unknown"),
+    ):
+        with pytest.raises(InputError, match=message):
+            simulate(graph, values, **more)
+    fed = SpikingGraph([Population("x", "input", 1)], [], ["x"])
+    with pytest.raises(InputError, match="the graph has inputs, whose length says"):
+        simulate(fed, {"x": np.zeros((1, 2, 1), dtype=np.int64)}, steps=2)
