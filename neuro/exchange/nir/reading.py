@@ -257,16 +257,36 @@ def _in_order(nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]]) -> lis
     while after[order[-1]]:
         name = order[-1]
         if len(after[name]) > 1 or len(before[after[name][0]]) > 1:
-            raise NotInNir(
-                f"node {quoted(name)} ({kinds[name]}) is at a branch or a loop; from_nir takes layers one behind the other."
-                " Convert the branches apart; of loops, files of ours keep the integers"
-            )
+            raise NotInNir(_off_the_way(name, kinds[name], after))
         order = [*order, after[name][0]]
     if order[-1] != ends["Output"][0]:
         raise NotInNir(f"the way from the input ends at node {quoted(order[-1])} ({kinds[order[-1]]}), not at the output")
     if left := [name for name in kinds if name not in order]:
         raise NotInNir(f"node {quoted(left[0])} ({kinds[left[0]]}) is not on the way from the input to the output")
     return order
+
+
+def _off_the_way(name: str, kind: str, after: Mapping[str, Sequence[str]]) -> str:
+    """What is wrong at a node behind which there is no single way, a loop or a branch, and the remedy."""
+    where = f"node {quoted(name)} ({kind})"
+    takes = "from_nir takes layers one behind the other"
+    if any(_returns(at, after) for at in (name, after[name][0])):
+        return (
+            f"{where} is at a loop; {takes}. Only a file with our integers (write_nir, `spikegate export`) keeps its "
+            "loops, and read_nir, or `spikegate import` without --nodes, reads them"
+        )
+    return f"{where} is at a branch; {takes}. Write a file for each way from the input to the output"
+
+
+def _returns(name: str, after: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a way leads from a node back to it."""
+    reached, waiting = set[str](), list(after[name])
+    while waiting:
+        at = waiting.pop()
+        if at not in reached:
+            reached.add(at)
+            waiting += after[at]
+    return name in reached
 
 
 def _values(node: Any, name: str, key: str) -> np.ndarray:
@@ -298,7 +318,7 @@ def _neuron(
         if not (np.allclose(r, 1) or np.allclose(r, 1 / dt_s)):
             raise NotInNir(
                 f"{where}: r is {r[0]:g}; tools write 1, or 1/dt = {1 / dt_s:g}, for weights that count per step."
-                " Multiply the weights by it, or give the dt_s it was written for"
+                " Multiply the weights by it, or give the dt_s (`spikegate import --dt`) it was written for"
             )
         beta, gain, drive = np.ones(size), np.ones(size), np.zeros(size)
     else:
@@ -325,7 +345,7 @@ def _neuron(
 
 def _longer(tau: np.ndarray, dt_s: float, what: str) -> np.ndarray:
     if np.any(tau < dt_s * (1 - 1e-9)):
-        raise NotInNir(f"{what} is {tau.min():g} s, shorter than the step of {dt_s:g} s; give the dt_s it was made for")
+        raise NotInNir(f"{what} is {tau.min():g} s, shorter than the step of {dt_s:g} s; give dt_s (--dt) as it was made")
     return tau
 
 

@@ -167,8 +167,8 @@ REFUSED_NODES = {
     "tail": (lambda: foreign(lif(3), nir.Linear(np.ones((2, 3)))), "'linear': weights behind the last"),
     "size": (lambda: foreign(nir.Linear(np.ones((2, 5))), lif(2)), "'linear' .* does not fit"),
     "NaN": (lambda: foreign(nir.Linear(np.full((2, 3), np.nan)), lif(2)), "weight holds NaN"),
-    "branch": (lambda: _branch(), "branch or a loop"),
-    "loop": (lambda: load_loop(), "is at a branch or a loop"),
+    "branch": (lambda: _branch(), r"is at a branch; .* a file for each way"),
+    "loop": (lambda: load_loop(), "is at a loop; .* without --nodes, reads them"),
     "nothing": (lambda: foreign(), "no spiking neurons"),
     "no shape": (
         lambda: _joined(nir.Input(None), [("input", "n"), ("n", "output")], w=None, n=nir.AvgPool2d(2, 2, 0)),
