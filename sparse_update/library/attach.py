@@ -282,7 +282,12 @@ class Gate:
 
     def report(self) -> dict[str, Any]:
         """What the gate reaches: gated layers, modules left as they are, layers whose token rows could not be followed and,
-        in `why`, what hid them; `gone`: layers that were gated and are no longer in the model."""
+        in `why`, what hid them; `gone`: layers that were gated and are no longer in the model.
+
+        `reach`: of the FLOPs of a plain forward and backward, the share in products whose cost falls with the rows that
+        are kept, by the formulas of torch's counter for the forward that was watched, as if all of it reached the loss;
+        None before the first loss, where no rows are dropped, and with reentrant checkpoints.
+        """
         self._alive()
         assert self.found is not None
         present = {id(module) for module in self.model.modules()}
@@ -293,6 +298,7 @@ class Gate:
             "tied": self.found.tied,
             "rows_not_found": [layer.name for layer in self.found.layers if layer.dense_calls],
             "why": {layer.name: layer.why_dense for layer in self.found.layers if layer.dense_calls and layer.why_dense},
+            "reach": self.row_loss.reach(),
             "active_fraction": self.active_fraction(),
             "kept": self.pool.kept,
             "offered": self.pool.offered,

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -102,6 +103,8 @@ def linear_forward(plain: Callable[..., Tensor], module: nn.Module, input: Tenso
     if not layers:
         return plain(module, input)
     layer = layers[0]
+    if not torch.compiler.is_compiling() and layer.leaves_out(input):
+        return plain(module, input)
     if not layer.watched:
         return layer(input, module.weight, module.bias) if layer.works else plain(module, input)
     layer.rows.trace.note(layer, input)

@@ -25,6 +25,12 @@ from sparse_update.library.tracking.rows import GateError, Rows
 
 __all__ = ["GateError", "Layer", "Rows", "Strip"]
 
+TRANSFORMED = "it is called under one of torch.func's transforms, such as vmap"
+NESTED = "its input is a nested tensor"
+UNSEEN = (TRANSFORMED, NESTED)
+"""reasons that are known before a loss is"""
+MIXED = "samples that the loss drops have a gradient here: something above mixes samples, such as batch statistics"
+
 
 @dataclass(eq=False)
 class Strip:
@@ -69,6 +75,10 @@ class Layer:
     """in words, why its rows cannot be told"""
     dense_calls: int = 0
     """backward products of gated losses that were formed in full, because the rows could not be told"""
+    mixed: bool = False
+    """dropped samples were seen to have a gradient here"""
+    products: float = 0.0
+    """FLOPs of its products in a backward with all rows, as of the forward that was watched"""
     number: int = field(default_factory=itertools.count().__next__)
 
     def __post_init__(self) -> None:
@@ -96,6 +106,22 @@ class Layer:
     def watched(self) -> bool:
         """Whether this call belongs to a forward that is watched."""
         return not torch.compiler.is_compiling() and self.rows.trace is not None and self.rows.trace.watching
+
+    def leaves_out(self, x: Tensor) -> bool:
+        """Whether a call with `x` (*lead, I) is one that no gate can serve, which `why_dense` says then.
+
+        Raises GateError where the module has active strips, which the module's own forward would not train.
+        """
+        if not x.is_nested and not torch._C._are_functorch_transforms_active():
+            return False
+        if x.is_nested and self.strips:
+            raise GateError(
+                f"{self.name}: nested tensors cannot be multiplied with active strips: exclude = ['{self.name}'], or "
+                "weights.kind = 'layers'"
+            )
+        if self.rows.wanted and torch.is_grad_enabled():
+            self.dense_calls, self.why_dense = self.dense_calls + 1, NESTED if x.is_nested else TRANSFORMED
+        return True
 
     @property
     def works(self) -> bool:
@@ -170,6 +196,10 @@ def _products(g: Tensor, x: Tensor | None, weight: Tensor, layer: Layer, wants: 
             places, group = found_rows
             if layer.clean:
                 rows.check_alone(layer.name, g, places, group)
+            elif rows.samples_mix(g, places, group):
+                layer.mixed, layer.layout, layer.why_dense = True, None, MIXED
+                layer.dense_calls += 1
+                places, group = None, 1
 
     def take(y: Tensor) -> Tensor:
         flat = y.reshape(-1, y.shape[-1])

@@ -5,6 +5,7 @@ Shape letters: B batch, T token, V vocabulary, N = B T, K kept rows.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_update.library.layers import Found
+from sparse_update.library.linear import MIXED, UNSEEN, Layer
 from sparse_update.library.methods.scoring import output_losses
 from sparse_update.library.methods.vcas import Vcas
 from sparse_update.library.processes import world_size
@@ -91,6 +93,10 @@ class RowLoss:
         """what samples the gradient, where it is sampled"""
         self.last_BT: Tensor | None = None
         """Losses per token of the last forward, nats."""
+        self.missed = 0
+        """products of layers that are not sure of their rows, formed in full until the last watched forward"""
+        self.step_flops = math.nan
+        """of the watched forward with its backward"""
         self.steps = 0
         """Optimizer steps so far."""
 
@@ -201,8 +207,9 @@ class RowLoss:
         trace = self.rows.trace
         assert trace is not None
         if not trace.armed:
-            unsure = any(layer.layout is not None and layer.layout.unsure for layer in self.found.layers)
-            if unsure and batch > 1 and (length > 1 or trace.whole):
+            more = batch > 1 and (length > 1 or trace.whole)
+            unsure = self._unsure()
+            if unsure and (more or sum(layer.dense_calls for layer in unsure) > self.missed):
                 self.watch()
             return
         if not trace.forwards:
@@ -211,12 +218,27 @@ class RowLoss:
         if layouts is None or all(isinstance(found, str) for found in layouts.values()):
             warnings.warn(NOT_FOLLOWED, stacklevel=4)
         for layer in self.found.layers:
-            found = FOREIGN if layouts is None else layouts.get(layer, UNCALLED)
+            layer.products = trace.count.own.get(layer, 0.0)
+            if layer.why_dense in UNSEEN:
+                continue
+            found = MIXED if layer.mixed else FOREIGN if layouts is None else layouts.get(layer, UNCALLED)
             layer.layout, layer.why_dense = (None, found) if isinstance(found, str) else (found, "")
         clean = trace.clean(layer for layer in self.found.layers if layer.layout is not None)
         for layer in self.found.layers:
             layer.clean = layer in clean
+        self.step_flops = math.inf if layouts is None else trace.count.step  # nothing of it is reached
+        self.missed = sum(layer.dense_calls for layer in self._unsure())
         trace.disarm()
+
+    def _unsure(self) -> list[Layer]:
+        return [layer for layer in self.found.layers if layer.layout is not None and layer.layout.unsure]
+
+    def reach(self) -> float | None:
+        """Of the FLOPs of a forward and backward, the share in backward products that fall with the rows that are kept;
+        None where no forward was watched yet, or its count is not known."""
+        own = sum(layer.products for layer in self.found.layers if layer.layout is not None and layer.compact)
+        share = own / self.step_flops if self.step_flops else math.nan
+        return share if math.isfinite(share) else None
 
     def _sampled(
         self,

@@ -2,7 +2,8 @@
 
 A label is a whole number that names the token (or the sample) that an element of a tensor belongs to; -1 stands for none.
 The label of a tensor has the tensor's own shape, int32; dimensions along which it does not change have stride 0, so that it
-takes B T numbers for an activation of any width. `None` in the place of a label: no element has one.
+takes B T numbers for an activation of any width. `None` in the place of a label: no element has one. A label with the bit
+DATA holds in this forward alone: the element came to its place by an index that was computed from the inputs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 NONE = -1
+DATA = 1 << 30
 
 
 def narrow(label: Tensor) -> Tensor:
@@ -49,10 +51,24 @@ def uniform(label: Tensor, dims: Sequence[int]) -> Tensor:
     return low.where(low == high, torch.full_like(low, NONE)).expand(shape)
 
 
-class Streams:
-    """Fresh labels, a run of numbers for each place where rows begin; and which numbers turned out to be the same row."""
+def settled(label: Tensor) -> Tensor:
+    """The same label without DATA."""
+    return label.where(label < 0, label & (DATA - 1))
 
-    def __init__(self) -> None:
+
+def moved_by_data(label: Tensor) -> Tensor:
+    """The same label with DATA."""
+    return label.where(label < 0, label | DATA)
+
+
+class Streams:
+    """Fresh labels, a run of numbers for each place where rows begin; and which numbers turned out to be the same row.
+
+    `whole`: labels are those of whole samples, which have nothing to do with each other.
+    """
+
+    def __init__(self, whole: bool = False) -> None:
+        self.whole = whole
         self.starts: list[int] = []
         self.count = 0
         self.pairs: list[Tensor] = []
@@ -67,10 +83,14 @@ class Streams:
         self.count += size
         return torch.arange(self.count - size, self.count, dtype=torch.int32, device=device).view(*lead)
 
+    def fits(self, size: int) -> bool:
+        """Whether so many samples are as many as those before."""
+        return not self.starts or size == (self.starts[1] if len(self.starts) > 1 else self.count)
+
     def merge(self, labels: Sequence[Tensor], shape: Sequence[int]) -> Tensor | None:
         """The label of an elementwise result of this shape. Elements without a label take the other operand's. Where two
-        rows of one stream meet, the result is no row's own; where rows of two streams meet, the one counts that is a row
-        (constant along the last dimension), that is not shared by more rows, and that began first."""
+        rows of one stream meet, see `_own`; where rows of two streams meet, the one counts that is a row (constant along
+        the last dimension), that is not shared by more rows, and that began first."""
         found: Tensor | None = None
         for label in labels:
             small = narrow(label)
@@ -78,21 +98,48 @@ class Streams:
             found = small if found is None else self._meet(found, small)
         return None if found is None else found.expand(shape)
 
-    def _meet(self, a: Tensor, b: Tensor) -> Tensor:
-        a, b = a.expand(torch.broadcast_shapes(a.shape, b.shape)), b.expand(torch.broadcast_shapes(a.shape, b.shape))
-        clash = (a >= 0) & (b >= 0) & (a != b)
-        if not bool(clash.any()):
-            return narrow(a.where(a >= 0, b))
-        starts = torch.tensor(self.starts, dtype=torch.int32, device=a.device)
-        same = torch.bucketize(a.contiguous(), starts, right=True) == torch.bucketize(b.contiguous(), starts, right=True)
-        first, second = (a, b) if self._rank(a) >= self._rank(b) else (b, a)
-        both = torch.stack((second[clash & ~same], first[clash & ~same]))
-        if both.shape[1]:
-            pairs = torch.unique(both, dim=1)
-            if pairs.shape[1] == len(torch.unique(pairs[0])):  # one row meets one row
-                self.pairs.append(pairs)
-        found = first.where(first >= 0, second)
-        return narrow(found.where(~(clash & same), torch.full_like(found, NONE)))
+    def _meet(self, first: Tensor, second: Tensor) -> Tensor:
+        size = torch.broadcast_shapes(first.shape, second.shape)
+        a, b = settled(first).expand(size), settled(second).expand(size)
+        found, clash = a.where(a >= 0, b), (a >= 0) & (b >= 0) & (a != b)
+        if bool(clash.any()):
+            starts = torch.tensor(self.starts, dtype=torch.int32, device=a.device)
+            same = torch.bucketize(a.contiguous(), starts, right=True) == torch.bucketize(
+                b.contiguous(), starts, right=True
+            )
+            old, young = (a, b) if self._rank(a) >= self._rank(b) else (b, a)
+            both = torch.stack((young[clash & ~same], old[clash & ~same]))
+            if both.shape[1]:
+                pairs = torch.unique(both, dim=1)
+                if pairs.shape[1] == len(torch.unique(pairs[0])):  # one row meets one row
+                    self.pairs.append(pairs)
+            found = old.where(old >= 0, young)
+            if bool((clash & same).any()):
+                found = found.where(~(clash & same), self._own(a, b))
+        # an operand that is in its place whatever the inputs says where the result is
+        moved = (found >= 0) & ~((found == first) | (found == second))
+        return narrow(found.where(~moved, found | DATA))
+
+    def _own(self, a: Tensor, b: Tensor) -> Tensor:
+        """Which of two rows of one stream a mixture of both is. All rows of the stream beside some of them, or beside
+        moved ones with gaps: the mixture is the row of the former (a token mixed with the one before it, a skip
+        connection). Parts of the stream both: the later row, as in a recurrence. Else, and for samples, neither."""
+        none = torch.full_like(a, NONE)
+        if self.whole:
+            return none
+        full_a, full_b = self._complete(a), self._complete(b)
+        if full_a and full_b:
+            return none
+        return a if full_a else b if full_b else torch.maximum(a, b)
+
+    def _complete(self, label: Tensor) -> bool:
+        values = narrow(label).flatten()
+        low = int(values.min())
+        if low not in self.starts:
+            return False
+        stop = min((start for start in self.starts if start > low), default=self.count)
+        every = torch.arange(low, stop, dtype=values.dtype, device=values.device)
+        return len(values) == stop - low and torch.equal(values.sort().values, every)
 
     @staticmethod
     def _rank(label: Tensor) -> tuple[bool, int, int]:
@@ -104,31 +151,45 @@ class Streams:
         """Loss rows of every label, int64 (count,), NONE where it is no row of the loss, for `labels`, those of the loss's
         own rows. Two rows with one label stand for no row at all."""
         flat = labels.flatten().long()
-        known = flat >= 0
+        known = (flat >= 0) & (flat < DATA)
         rows = torch.full((self.count + 1,), NONE, dtype=torch.int64, device=labels.device)
         if len(torch.unique(flat[known])) < int(known.sum()):
             return rows[:-1]
         rows[flat[known]] = torch.arange(len(flat), device=labels.device)[known]
-        for _ in range(2):
+        return self.linked(rows)[:-1]
+
+    def linked(self, rows: Tensor) -> Tensor:
+        """Rows of labels, handed on to those that were found to be the same row."""
+        before = -1
+        while (known := int((rows >= 0).sum())) != before:
+            before = known
             for pairs in reversed(self.pairs):
                 young, old = pairs.long()
                 rows[young] = rows[young].where(rows[young] >= 0, rows[old])
                 rows[old] = rows[old].where(rows[old] >= 0, rows[young])
-        return rows[:-1]
+        return rows
 
 
-def product(a: Tensor | None, b: Tensor | None, shape: Sequence[int]) -> Tensor | None:
-    """The label of a matrix product (..., M, K) @ (..., K, N): a row of the first factor, else a column of the second."""
+def product(a: Tensor | None, b: Tensor | None, shape: Sequence[int], samples: Streams | None = None) -> Tensor | None:
+    """The label of a matrix product (..., M, K) @ (..., K, N): a row of the first factor, else a column of the second.
+
+    `samples`: labels are whole samples, whose streams say what is made of two of them.
+    """
     parts = []
     if a is not None:
-        parts.append(uniform(a, [-1]))
+        parts.append(uniform(a, [-1]).expand(*a.shape[:-1], shape[-1]))
     if b is not None:
-        parts.append(uniform(b, [-2]))
+        parts.append(uniform(b, [-2]).expand(*b.shape[:-2], *shape[-2:]))
     if not parts:
         return None
-    found = parts[0].expand(*parts[0].shape[:-2], *shape[-2:])
-    if len(parts) > 1:
-        found = found.where(found >= 0, parts[1].expand(*parts[1].shape[:-2], *shape[-2:]))
+    if len(parts) == 1:
+        found = parts[0]
+    elif samples is None:
+        found = parts[0].where(parts[0] >= 0, parts[1])
+    else:
+        merged = samples.merge(parts, shape)
+        assert merged is not None
+        found = merged
     return compress(found.expand(shape))
 
 

@@ -20,6 +20,7 @@ class Layout:
     Both are the same dimension where sequences and tokens are counted in one; `inner` says which of the two changes faster
     there, "token" or "batch". `before`, `after`: places of a sequence that are no token of the loss (a class token, the
     last input of a shifted loss); they always stay. `whole`: rows belong to sequences, and all other dimensions to them.
+    `parts`: the loss counts all tokens in one sequence, and the layer has `batch_dim` of them with equal shares.
     `unsure`: several rules fit what was seen, for it was one sequence or one token.
     """
 
@@ -29,7 +30,14 @@ class Layout:
     before: int = 0
     after: int = 0
     whole: bool = False
+    parts: bool = False
     unsure: bool = False
+
+    def shape(self, lead: tuple[int, ...], batch: int, length: int) -> tuple[int, int]:
+        """B and T as the layer has them."""
+        if not self.parts or len(lead) <= self.batch_dim or not lead[self.batch_dim] or length % lead[self.batch_dim]:
+            return batch, length
+        return lead[self.batch_dim], length // lead[self.batch_dim]
 
     def split(self, lead: tuple[int, ...], batch: int) -> tuple[list[int], int, int] | None:
         """The layer's dimensions with sequences and tokens apart, and which ones they are; None where `lead` does not
@@ -55,6 +63,7 @@ class Layout:
 
         Returns: indices of groups of rows, and how many rows a group has.
         """
+        batch, length = self.shape(lead, batch, length)
         found = self.split(lead, batch)
         if found is None:
             return None
@@ -80,6 +89,7 @@ class Layout:
 
     def units(self, lead: tuple[int, ...], batch: int, length: int, device: torch.device) -> Tensor | None:
         """The sequence or the token that each row belongs to by this rule, -1 for none: int64 (*lead)."""
+        batch, length = self.shape(lead, batch, length)
         found = self.split(lead, batch)
         if found is None:
             return None
@@ -104,6 +114,8 @@ def find_layout(rows: Tensor, batch: int, length: int, known: Tensor, whole: boo
     """
     lead = tuple(rows.shape)
     candidates = _of_sequences(lead, batch) if whole else _of_tokens(rows, batch, length)
+    if batch == 1 and not whole:
+        candidates += _of_parts(rows, length)
     found = [c for c in candidates if _fits(c, rows, batch, length, known)]
     if not found:
         return None
@@ -133,6 +145,15 @@ def _of_tokens(rows: Tensor, batch: int, length: int) -> list[Layout]:
         for inner, at in (("token", place[d] % each if each else 0), ("batch", place[d] // batch)):
             made.append(Layout(d, d, inner, at - token, each - length - at + token))
     return [c for c in made if c.before >= 0 and c.after >= 0]
+
+
+def _of_parts(rows: Tensor, length: int) -> list[Layout]:
+    made = []
+    for d, n in enumerate(rows.shape):
+        if n > 1 and length % n == 0:
+            found = _of_tokens(rows, n, length // n)
+            made += [replace(c, parts=True) for c in found if c.batch_dim == d != c.token_dim]
+    return made
 
 
 def _fits(layout: Layout, rows: Tensor, batch: int, length: int, known: Tensor) -> bool:

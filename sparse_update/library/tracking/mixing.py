@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sparse_update.library.tracking.labels import narrow
+from sparse_update.library.tracking.labels import DATA, narrow
 from sparse_update.library.tracking.rules import (
     COPIES,
     MOVES,
@@ -54,8 +54,8 @@ class Mixing:
     def leaves(self, layer: Any, y: Tensor) -> None:
         self.origins[y], self.mixed[y] = frozenset([layer]), self.before[layer][1]
 
-    def follow(self, func: Any, args: Sequence[Tensor], outs: Sequence[Any], of: Lookup) -> None:
-        """`func` made `outs` of tensors `args`, whose labels `of` gives."""
+    def follow(self, func: Any, args: Sequence[Tensor], outs: Sequence[Any], of: Lookup, by_place: bool) -> None:
+        """`func` made `outs` of tensors `args`, whose labels `of` gives; `by_place`: whatever the inputs are."""
         kept, mixed = _NOBODY, _NOBODY
         made = next((o for o in outs if isinstance(o, Tensor)), None)
         if made is None:
@@ -63,12 +63,12 @@ class Mixing:
         for at, a in enumerate(args):
             mixed |= self.mixed.get(a, _NOBODY)
             if origins := self.origins.get(a, _NOBODY):
-                if _aligned(func, at, args, of(a), of(made)):
+                if _aligned(func, at, args, of(a), of(made), by_place):
                     kept |= origins
                 else:
                     mixed |= origins
         for out in outs:
-            if isinstance(out, Tensor) and out.is_floating_point():
+            if isinstance(out, Tensor) and (out.is_floating_point() or out.is_complex()):
                 self.origins[out], self.mixed[out] = kept, mixed
                 if out._base is not None and out is args[0]:  # written in place
                     self.origins[out._base] = self.origins.get(out._base, _NOBODY) | kept
@@ -88,7 +88,7 @@ class Mixing:
 _NOBODY: frozenset[Any] = frozenset()
 
 
-def _aligned(func: Any, at: int, args: Sequence[Tensor], label: Label, made: Label) -> bool:
+def _aligned(func: Any, at: int, args: Sequence[Tensor], label: Label, made: Label, by_place: bool) -> bool:
     """Whether row for row of this argument goes over into a row of the same token."""
     if label is None or made is None:
         return False
@@ -97,6 +97,8 @@ def _aligned(func: Any, at: int, args: Sequence[Tensor], label: Label, made: Lab
         return at == 0
     if base in PRODUCTS:
         return at == PRODUCTS[base][0]
+    if at and base in WRITES and not by_place:
+        return bool(((made < 0) | (made >= DATA)).all())  # else the places keep the rows that they had
     if base in ALIGNED:
         return True
     if not is_pointwise(func):

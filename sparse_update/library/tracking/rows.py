@@ -76,16 +76,23 @@ class Rows:
 
         Raises GateError where another loss puts its gradient there.
         """
-        if self.backwards > CHECKED_AT_FIRST and self.backwards % CHECKED_EVERY:
-            return
-        dropped = g.reshape(-1, group * g.shape[-1]).index_fill(0, places, 0)
-        if bool((dropped.nan_to_num(0.0, 0.0, 0.0) != 0).any()):
+        if self._drops(g, places, group):
             self.disarm()
             raise GateError(
                 f"{name}: another loss runs in the backward of gate.loss, and would lose its gradient on the rows that the "
                 "gate drops. Give it to the gate, gate.loss(logits, labels, others=other_loss), or run two backwards: "
                 "gate.loss(...).backward(retain_graph=True), then other_loss.backward()"
             )
+
+    def samples_mix(self, g: Tensor, places: Tensor, group: int) -> bool:
+        """At a layer whose samples something mixes: do those that the loss drops have a gradient here?"""
+        return self.trace is not None and self.trace.whole and self.sampler is None and self._drops(g, places, group)
+
+    def _drops(self, g: Tensor, places: Tensor, group: int) -> bool:
+        if self.backwards > CHECKED_AT_FIRST and self.backwards % CHECKED_EVERY:
+            return False
+        dropped = g.reshape(-1, group * g.shape[-1]).index_fill(0, places, 0)
+        return bool((dropped.nan_to_num(0.0, 0.0, 0.0) != 0).any())
 
     def places(self, layout: Layout | None, lead: tuple[int, ...]) -> tuple[Tensor, int] | None:
         """Indices of kept groups of rows of a layer whose rows are (*lead), and how many rows a group has; None where that

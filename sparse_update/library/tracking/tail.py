@@ -7,11 +7,31 @@ cross-entropy for each token. A gradient that is put into one row of their resul
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 NONE = -1
+ELEMENTWISE = {
+    "Mul",
+    "Add",
+    "Sub",
+    "Div",
+    "Neg",
+    "Pow",
+    "Exp",
+    "Relu",
+    "Gelu",
+    "Silu",
+    "Tanh",
+    "Sigmoid",
+    "LeakyRelu",
+    "Elu",
+}
+ELEMENTWISE |= {"ToCopy", "Clone", "Alias", "NativeDropout", "Softplus", "Clamp", "MaskedFill", "NativeLayerNorm"}
+"""names of autograd's nodes: each row of what they give is made of that row of what they took"""
 
 
 def source_rows(result: Tensor, output: Tensor, rows: int) -> Tensor | None:
@@ -48,6 +68,32 @@ def source_rows(result: Tensor, output: Tensor, rows: int) -> Tensor | None:
         found += one.long() << bit
         other += (~zero).long() << bit
     return found.where(there & (found == other), torch.full_like(found, NONE))
+
+
+def elementwise_source(result: Tensor, outputs: Sequence[Tensor]) -> Tensor | None:
+    """The one of `outputs` of which `result`, of the same shape, was made by operations on single elements or rows alone;
+    None where there is none, or more than one. Read from the graph, of which nothing runs: parts of it may run only once.
+    """
+    ends = {output.grad_fn: output for output in outputs if output.grad_fn is not None and output.shape == result.shape}
+    if result.grad_fn is None or not ends:
+        return None
+    found: set[Any] = set()
+    waiting, seen = [result.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in ends:
+            found.add(node)
+            continue
+        name = node.name().removesuffix("Backward0").removesuffix("Backward1")
+        if name == "torch::autograd::AccumulateGrad":
+            continue
+        if name not in ELEMENTWISE:
+            return None
+        waiting += [before for before, _ in node.next_functions if before is not None]
+    return ends[found.pop()] if len(found) == 1 else None
 
 
 def _column(seed: Tensor, result: Tensor, rows: int) -> Tensor:

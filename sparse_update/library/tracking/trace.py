@@ -10,7 +10,7 @@ Shape letters: B sequences, T tokens of each in the loss, N = B T.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,17 +18,36 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sparse_update.library.tracking.labels import NONE, Streams, uniform
+from sparse_update.library.tracking.flops import Count
+from sparse_update.library.tracking.labels import DATA, NONE, Streams, settled, uniform
 from sparse_update.library.tracking.layout import Layout, find_layout
 from sparse_update.library.tracking.mixing import Mixing
 from sparse_update.library.tracking.rules import Label, labels_of
-from sparse_update.library.tracking.tail import source_rows
+from sparse_update.library.tracking.tail import elementwise_source, source_rows
 
 FORWARDS_KEPT = 16
 """Forwards without a loss after which the watch begins anew."""
+UNKNOWN = "its rows could not be followed through the operations before it, or those mix tokens"
+OTHERS = "its rows are none of the loss's tokens"
+MOVED = "which token each of its rows is depends on the inputs, as where tokens are sorted or sent to experts"
+PARTS = "the loss's tokens are among its rows in an order that no rule describes, or only some of them"
+SEVERAL = "it is called several times, with rows in different orders"
 FULLGRAPH = (
     "one forward is watched before the first gated loss: with fullgraph=True call gate.probe(inputs) before compiling"
 )
+
+
+class _Hook:
+    """A hook of the watch. Copies and pickles of the module have one in its place that does nothing and needs no gate."""
+
+    def __init__(self, call: Any) -> None:
+        self.call = call
+
+    def __call__(self, *given: Any) -> Any:
+        return self.call(*given)
+
+    def __reduce__(self) -> Any:
+        return getattr, (nullcontext(), "__exit__")
 
 
 class Trace:
@@ -46,8 +65,11 @@ class Trace:
         self._clear()
 
     def _clear(self) -> None:
-        self.streams = [Streams(), Streams()] if self.whole else [Streams()]
+        self.streams = [Streams(True), Streams(True)] if self.whole else [Streams()]
         self.labels: list[WeakTensorKeyDictionary] = [WeakTensorKeyDictionary() for _ in self.streams]
+        self.fixed = WeakTensorKeyDictionary()
+        """tensors that are the same for all inputs of this shape: buffers, and what is made of these and numbers alone"""
+        self.count = Count()
         self.notes: dict[Any, list[tuple[int, list[Label]]]] = {}
         """by layer: number of the forward, and what it saw, for each call"""
         self.marks: list[int] = []
@@ -84,8 +106,8 @@ class Trace:
         self._clear()
         for module in modules:
             self.handles[module] = [
-                module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
-                module.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+                module.register_forward_pre_hook(_Hook(self._before), prepend=True, with_kwargs=True),
+                module.register_forward_hook(_Hook(self._after), with_kwargs=True, always_call=True),
             ]
 
     def disarm(self) -> None:
@@ -169,6 +191,7 @@ class Trace:
             self.called.add(id(module))
             self._stance = torch.compiler.set_stance("force_eager")
             self._stance.__enter__()
+            self.fixed.update(dict.fromkeys(module.buffers(), True))
             self._name_inputs((args, kwargs))
             self._mode = _Mode(self)
             self._mode.__enter__()
@@ -186,18 +209,31 @@ class Trace:
 
     def _name_inputs(self, given: Any) -> None:
         for tensor in _tensors(given):
+            if self._comes_from_before(tensor):
+                continue
             if self.whole:
                 for dim, (labels, streams) in enumerate(zip(self.labels, self.streams, strict=True)):
                     size = tensor.shape[dim] if tensor.dim() > dim else 0
-                    if size and streams.count in (0, size) and tensor not in labels:
-                        streams.count, streams.starts = size, [0]
-                        index = torch.arange(size, dtype=torch.int32, device=tensor.device)
+                    if size and streams.fits(size) and tensor not in labels:
                         shape = [-1 if d == dim else 1 for d in range(tensor.dim())]
-                        labels[tensor] = index.view(shape).expand(tensor.shape)
+                        labels[tensor] = streams.fresh([size], tensor.device).view(shape).expand(tensor.shape)
             elif tensor.is_floating_point() and tensor.dim() > 1 and tensor not in self.labels[0]:
                 self.labels[0][tensor] = (
                     self.streams[0].fresh(tensor.shape[:-1], tensor.device)[..., None].expand(tensor.shape)
                 )
+
+    def _comes_from_before(self, tensor: Tensor) -> bool:
+        """Whether `tensor` was made, element by element, from what an earlier call gave; its rows are those then."""
+        if any(tensor in labels for labels in self.labels):
+            return False
+        output = elementwise_source(tensor, self.outputs)
+        if output is None:
+            return False
+        for labels in self.labels:
+            if (label := labels.get(output)) is not None:
+                labels[tensor] = label
+        self.mixing.same(output, tensor)
+        return True
 
     # what the layers see
 
@@ -208,12 +244,14 @@ class Trace:
             labels = [by_tensor.get(x) for by_tensor in self.labels]
             rows = [None if label is None else uniform(label, [-1])[..., 0] for label in labels]
             self.mixing.enters(layer, x)
+        self.count.enters(layer, x, self.forwards)
         self.notes.setdefault(layer, []).append((self.forwards, rows))
 
     @torch.compiler.disable
     def made(self, layer: Any, y: Tensor) -> None:
         """A gated layer gave `y` (*lead, width)."""
         self.mixing.leaves(layer, y)
+        self.count.leaves()
 
     # what the loss makes of it
 
@@ -238,6 +276,7 @@ class Trace:
                 seen = {
                     layer: [rows[at] for number, rows in notes if number in which] for layer, notes in self.notes.items()
                 }
+                self.count.close(which)
                 return {layer: self._layout(rows, rows_of, batch, length, known) for layer, rows in seen.items() if rows}
         return None
 
@@ -256,15 +295,17 @@ class Trace:
         found: set[Layout] = set()
         for label in seen:
             if label is None:
-                return "its rows could not be followed through the operations before it, or those mix tokens"
-            rows = rows_of[label.clamp(min=0).long()].masked_fill(label < 0, NONE)
+                return UNKNOWN
+            rows = rows_of[settled(label).clamp(min=0).long()].masked_fill(label < 0, NONE)
+            if bool((label >= DATA).any()):
+                return MOVED
             if bool((rows < 0).all()):
-                return "its rows are none of the loss's tokens"
+                return OTHERS
             layout = find_layout(rows, batch, length, known, self.whole)
             if layout is None:
-                return "the loss's tokens are among its rows in an order that changes, or only some of them"
+                return PARTS
             found.add(layout)
-        return found.pop() if len(found) == 1 else "it is called several times, with rows in different orders"
+        return found.pop() if len(found) == 1 else SEVERAL
 
     def _result_label(self, result: Tensor, labels: WeakTensorKeyDictionary, rows: int, has_columns: bool) -> Tensor | None:
         """Labels of the loss's rows (N,)."""
@@ -315,21 +356,44 @@ class _Mode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         trace = self.trace
-        before = [[_get(labels, a) for a in _first_level(args, kwargs)] for labels in trace.labels]
+        given, fixed = _first_level(args, kwargs), trace.fixed.__contains__
+        before = [[_get(labels, a) for a in given] for labels in trace.labels]
+        alike = _is_fixed(func, given, trace.fixed)
         out = func(*args, **kwargs)
+        outs = [out] if isinstance(out, Tensor) else list(out) if isinstance(out, (tuple, list)) else []
+        trace.count.add(func, args, kwargs, out, trace.forwards)
+        if any(isinstance(t, Tensor) and t.is_nested for t in (*given, *outs)):
+            return out
         for labels, streams, olds in zip(trace.labels, trace.streams, before, strict=True):
             known = {id(a): old for a, old in zip(_first_level(args, kwargs), olds, strict=True)}
 
             def of(x: Any, known: Any = known, labels: Any = labels) -> Label:
                 return known[id(x)] if id(x) in known else _get(labels, x)
 
-            found = labels_of(func, args, kwargs, out, of, streams, not trace.whole)
-            outs = [out] if isinstance(out, Tensor) else list(out) if isinstance(out, (tuple, list)) else []
+            found = labels_of(func, args, kwargs, out, of, streams, fixed)
             for tensor, label in zip(outs, [found] if isinstance(out, Tensor) else found or [], strict=False):
                 _put(labels, tensor, label, args and tensor is args[0])
-        outs = [out] if isinstance(out, Tensor) else list(out) if isinstance(out, (tuple, list)) else []
-        trace.mixing.follow(func, _first_level(args, kwargs), outs, trace.labels[0].get)
+        for tensor in outs:
+            _mark(trace.fixed, tensor, alike)
+        by_place = all(t in trace.fixed or t.is_floating_point() for t in given)
+        trace.mixing.follow(func, given, outs, trace.labels[0].get, by_place)
         return out
+
+
+def _is_fixed(func: Any, given: list[Tensor], fixed: WeakTensorKeyDictionary) -> bool:
+    """Whether what `func` gives is the same for all inputs: made of fixed tensors or of none, and not drawn."""
+    return torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()) and all(t in fixed for t in given)
+
+
+def _mark(fixed: WeakTensorKeyDictionary, tensor: Any, alike: bool) -> None:
+    if not isinstance(tensor, Tensor):
+        return
+    if alike:
+        fixed[tensor] = True
+        return
+    for written in (tensor, tensor._base):
+        if written is not None and written in fixed and (written is tensor or tensor._is_view()):
+            del fixed[written]
 
 
 def _get(labels: WeakTensorKeyDictionary, x: Any) -> Label:
@@ -382,8 +446,8 @@ def _sequences(own: Tensor, batch: int, length: int, streams: Streams) -> Tensor
     rows_BT = own.view(batch, length)
     high = rows_BT.amax(1)
     low = rows_BT.where(rows_BT >= 0, high[:, None]).amin(1)
-    if bool((high < 0).any()) or bool((low != high).any()) or len(torch.unique(high)) < batch:
+    if bool((high < 0).any()) or bool((low != high).any()) or len(torch.unique(high)) < batch or bool((high >= DATA).any()):
         return None
     rows = torch.full((streams.count,), NONE, dtype=torch.int64, device=own.device)
     rows[high.long()] = torch.arange(batch, device=own.device)
-    return rows
+    return streams.linked(rows)
