@@ -70,7 +70,9 @@ class Streams:
     def __init__(self, whole: bool = False) -> None:
         self.whole = whole
         self.starts: list[int] = []
-        self.count = 0
+        self.count = self.samples = 0
+        self.marks: list[int] = []
+        """first label of each forward"""
         self.pairs: list[Tensor] = []
         """(2, M): a label, and the older one that it always meets"""
 
@@ -83,9 +85,15 @@ class Streams:
         self.count += size
         return torch.arange(self.count - size, self.count, dtype=torch.int32, device=device).view(*lead)
 
+    def begin(self) -> None:
+        """A forward begins, whose batch may be of another size."""
+        self.marks.append(self.count)
+        self.samples = 0
+
     def fits(self, size: int) -> bool:
-        """Whether so many samples are as many as those before."""
-        return not self.starts or size == (self.starts[1] if len(self.starts) > 1 else self.count)
+        """Whether so many samples are as many as this forward's others."""
+        self.samples = self.samples or size
+        return size == self.samples
 
     def merge(self, labels: Sequence[Tensor], shape: Sequence[int]) -> Tensor | None:
         """The label of an elementwise result of this shape. Elements without a label take the other operand's. Where two

@@ -72,8 +72,6 @@ class Trace:
         self.count = Count()
         self.notes: dict[Any, list[tuple[int, list[Label]]]] = {}
         """by layer: number of the forward, and what it saw, for each call"""
-        self.marks: list[int] = []
-        """first fresh label of each forward"""
         self.outputs: list[Tensor] = []
         self.mixing = Mixing()
         self.source: Tensor | None = None
@@ -187,7 +185,8 @@ class Trace:
                 if self.forwards == FORWARDS_KEPT:
                     self._clear()
                 self.forwards += 1
-                self.marks.append(self.streams[0].count)
+                for streams in self.streams:
+                    streams.begin()
             self.called.add(id(module))
             self._stance = torch.compiler.set_stance("force_eager")
             self._stance.__enter__()
@@ -272,7 +271,7 @@ class Trace:
             else:
                 rows_of, known = streams.rows_of(own), own >= 0
             if rows_of is not None and bool((rows_of >= 0).any()):
-                which = self._forwards_of(own)
+                which = _forwards_of(own, streams)
                 seen = {
                     layer: [rows[at] for number, rows in notes if number in which] for layer, notes in self.notes.items()
                 }
@@ -283,13 +282,6 @@ class Trace:
     def clean(self, followed: Iterable[Any]) -> set[Any]:
         """Layers of `followed` whose dropped rows get no gradient from the loss that `layouts` was asked about."""
         return set() if self.source is None else self.mixing.clean(self.source, followed)
-
-    def _forwards_of(self, own: Tensor) -> set[int]:
-        """Numbers of the forwards that the labels of the loss's rows come from."""
-        if self.whole:
-            return set(range(1, self.forwards + 1))
-        marks = torch.tensor(self.marks, device=own.device)
-        return set(torch.bucketize(own[own >= 0].unique(), marks, right=True).tolist())
 
     def _layout(self, seen: list[Label], rows_of: Tensor, batch: int, length: int, known: Tensor) -> Layout | str:
         found: set[Layout] = set()
@@ -439,6 +431,13 @@ def _tensors(given: Any) -> list[Tensor]:
     elif hasattr(given, "__dataclass_fields__"):
         given = [getattr(given, name) for name in given.__dataclass_fields__]
     return [t for part in given for t in _tensors(part)] if isinstance(given, (tuple, list)) else []
+
+
+def _forwards_of(own: Tensor, streams: Streams) -> set[int]:
+    """Numbers, from 1, of the forwards that the labels of the loss's rows come from."""
+    marks = torch.tensor(streams.marks, device=own.device)
+    known = settled(own[own >= 0]).unique().to(marks.dtype)
+    return set(torch.bucketize(known, marks, right=True).tolist())
 
 
 def _sequences(own: Tensor, batch: int, length: int, streams: Streams) -> Tensor | None:

@@ -159,3 +159,30 @@ def test_a_flat_loss_is_followed_on_batches_of_other_sizes():
             module.register_forward_hook(lambda m, a, out: torch.where(keep[..., None], out, out.detach()))
     (F.cross_entropy(reference(x).reshape(-1, V), x.flatten(), reduction="none")[keep.flatten()]).mean().backward()
     same(gradients(model), gradients(reference), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("unit", ["token", "sequence"])
+def test_losses_after_several_forwards_of_other_sizes(unit):
+    """Two forwards, then their losses, the first one with fewer sequences: as each one by itself."""
+    torch.manual_seed(0)
+    model = ours().double()
+    cfg = {"backward": {"unit": unit, "keep_fraction": 0.5, "policy": "top"}}
+    parts = [torch.randint(0, V, (batch, T), generator=torch.Generator().manual_seed(batch)) for batch in (2, 4)]
+    alone = []
+    for x in parts:
+        gate = attach(model, cfg)
+        gate.loss(model(x), x).backward()
+        alone.append(gradients(model))
+        assert gate.report()["rows_not_found"] == []
+        model.zero_grad()
+        gate.detach()
+    for order in ((0, 1), (1, 0)):
+        gate = attach(model, cfg)
+        logits = [model(x) for x in parts]
+        for at in order:
+            gate.loss(logits[at], parts[at]).backward()
+            same(gradients(model), alone[at], rtol=1e-9, atol=1e-13)
+            model.zero_grad()
+        assert gate.report()["rows_not_found"] == []
+        assert 0.5 < gate.report()["reach"] < 2 / 3
+        gate.detach()
