@@ -36,6 +36,8 @@ def compress(label: Tensor) -> Tensor | None:
             small = first
     if not small.numel() or bool((small < 0).all()):
         return None
+    if small.untyped_storage().nbytes() > 2 * small.numel() * small.element_size():  # a view that holds a whole label
+        small = small.clone()
     return small.expand(shape)
 
 

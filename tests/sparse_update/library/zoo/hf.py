@@ -64,6 +64,13 @@ def _llava(attention: str) -> nn.Module:
     return _made("LlavaForConditionalGeneration", "LlavaConfig", attention, **values)
 
 
+def _qwen2_vl(attention: str) -> nn.Module:
+    rotary = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    text = {**SMALL, "num_key_value_heads": 1, "rope_parameters": rotary}
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "patch_size": 4}
+    return _made("Qwen2VLForConditionalGeneration", "Qwen2VLConfig", attention, text_config=text, vision_config=vision)
+
+
 def _causal(model: nn.Module, batch: int, length: int) -> Tensor:
     return logits_of(model(tokens(batch, length), use_cache=False))
 
@@ -126,6 +133,7 @@ HF: dict[str, Entry] = {
         "DeepseekV3Config",
         {**DEEPSEEK, "num_key_value_heads": 2, "first_k_dense_replace": 1},
     ),
+    "qwen2_vl": Entry("Qwen2-VL on text (positions of three dimensions)", _qwen2_vl, _causal),
     "bert": _lm("BERT, masked tokens", "BertForMaskedLM", "BertConfig", BERT, call=_masked),
     "albert": _lm(
         "ALBERT, shared layers", "AlbertForMaskedLM", "AlbertConfig", {**BERT, "embedding_size": 8}, call=_masked

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from tests.sparse_update.library.models import ours
+from tests.sparse_update.library.models import Encoder, ours
 from tests.sparse_update.library.zoo.entry import Entry, V, noise, time_first, tokens
 
 
@@ -58,6 +58,10 @@ def _image(model: nn.Module, batch: int, length: int) -> Tensor:
 PLAIN: dict[str, Entry] = {
     "ours": Entry("our own transformer", lambda a: ours(), _call),
     "tied": Entry("our own transformer, head tied to the embedding", lambda a: ours(tie=True), _call),
+    "encoder": Entry("nn.TransformerEncoder", lambda a: Encoder(), _call, ("sequence",), attentions=("sdpa",)),
+    "encoder_time_first": Entry(
+        "nn.TransformerEncoder, time first", lambda a: Encoder(False), _call, ("sequence",), attentions=("sdpa",)
+    ),
     "lstm": Entry("LSTM", lambda a: Recurrent(nn.LSTM, True), _call, attentions=("",)),
     "gru": Entry("GRU, time first", lambda a: Recurrent(nn.GRU, False), _call, attentions=("",), rows={"*": time_first}),
     "conv": Entry("convolutions, classes of images", lambda a: Convolved(False), _image, ("sequence",), attentions=("",)),

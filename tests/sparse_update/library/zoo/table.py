@@ -32,17 +32,12 @@ def row(entry: Entry) -> str:
 
 
 def _names(names: list[str]) -> str:
-    """Names with numbers of layers left out, each once."""
-    short = dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names)
-    groups: dict[str, list[str]] = {}
-    for name in short:
-        at, _, last = name.rpartition(".")
-        groups.setdefault(at, []).append(last)
-    parts = [
-        f"`{at}.`{', '.join(f'`{n}`' for n in last)}" if at else ", ".join(f"`{n}`" for n in last)
-        for at, last in groups.items()
-    ]
-    return ", ".join(parts)
+    """Names with numbers of layers left out, each once, those of one module together."""
+    groups: dict[str, dict[str, None]] = {}
+    for name in names:
+        at, _, last = re.sub(r"\.\d+(?=\.|$)", ".*", name).rpartition(".")
+        groups.setdefault(at, {})[last] = None
+    return ", ".join(f"`{at}{'.' if at else ''}{'|'.join(last)}`" for at, last in groups.items()).replace("|", "/")
 
 
 def table() -> str:
@@ -51,10 +46,10 @@ def table() -> str:
 
 
 def main() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
+    lines = table()
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{BEGIN}\n{lines}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
