@@ -63,7 +63,7 @@ NOT_FOLLOWED = (
 )
 
 
-FOREIGN = "the loss does not come from the forward that was watched"
+FOREIGN = "the loss's tokens or samples were not found in what the watched forward gave"
 UNCALLED = "it was not called in the forward that was watched"
 
 

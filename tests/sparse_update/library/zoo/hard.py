@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -141,6 +142,16 @@ def one_by_one(m: Any, h: Tensor) -> Tensor:
     return h + m.c(torch.stack(out, 1))
 
 
+def packed(m: Any, h: Tensor) -> Tensor:
+    """Attention within pieces of four, whatever else is in the row."""
+    return h + m.attn(h.view(-1, 4, D)).view_as(h)
+
+
+def one_row(lead: tuple[int, ...], batch: int, length: int) -> Tensor | None:
+    """(1, B T), and (B T / 4, 4) in attention."""
+    return torch.arange(batch * length).view(lead) if math.prod(lead) == batch * length else None
+
+
 class Encoded(nn.Module):
     """Used by two calls of its parts with operations in between."""
 
@@ -238,7 +249,7 @@ HARD: dict[str, Entry] = {
         lambda m, h: m.b(h + m.a(h).flip(1)),
         "a b",
         {"token": ("a", "b", "head")},
-        why="does not come from|none of the loss|could not be followed",
+        why="not found|none of the loss|could not be followed",
     ),
     "experts": _of("experts by index", experts, "after", ("experts.*",), **_experts()),
     "sorted": _of("experts by sorting", sorted_experts, "a", ("a",), router=lambda: nn.Linear(D, 2)),
@@ -296,5 +307,14 @@ HARD: dict[str, Entry] = {
     ),
     "tables": Entry("positions first", lambda _: TwoTables(True), _call, attentions=("",)),
     "tables_last": Entry("positions last", lambda _: TwoTables(False), _call, attentions=("",)),
+    "packed": Entry(
+        "all sequences in one row",
+        lambda _: Model(packed, attn=Attention()),
+        _packed,
+        dense={"sequence": ("*",)},  # the model sees one sample
+        rows={"*": one_row},
+        why="not found",
+        attentions=("",),
+    ),
     "two_calls": Entry("two calls, operations between", lambda _: Encoded(), two_calls, attentions=("",)),
 }
