@@ -32,7 +32,7 @@ from sparse_update.own.prices import FLOPS, MODELLED, SCHEMA
 from sparse_update.own.task import UserTask
 from sparse_update.transformer import ModelConfig, Transformer
 
-GUESS = {"forward_flops": 15, "dx_flops": 20, "dw_flops": 15, "moved_bytes": 100, "hard_elements": 1500}
+GUESS: dict[str, float] = {"forward_flops": 15, "dx_flops": 20, "dw_flops": 15, "moved_bytes": 100, "hard_elements": 1500}
 GUESS |= {"operations": 1.2e7, "step": 3e8}
 """Picoseconds, by rule of thumb."""
 HOLD = 0.1
