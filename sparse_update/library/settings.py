@@ -35,7 +35,7 @@ class AttachConfig:
     """Optimizer steps of the whole training, for settings that end before it does (before.anneal_fraction, weights.until);
     0: `Gate.step(progress=...)` says how far it is."""
     method: str = field(default="", init=False)
-    """Name of the published method that these settings began with (`from_dict({"method": ...})`)."""
+    """Name of the published method that these settings began with: the key "method" of `from_dict`."""
 
     def __post_init__(self) -> None:
         if self.total_steps < 0:

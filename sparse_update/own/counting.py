@@ -120,11 +120,7 @@ def flops_of(work: Mapping[str, Count]) -> int:
 
 
 class Counting(TorchDispatchMode):
-    """Counts what runs inside the `with` block of one of its parts.
-
-        counting = Counting(model.parameters())
-        with counting.part("forward"):
-            loss = model(x)
+    """Counts what runs inside the `with` block of one of its parts, such as that of `counting.part("forward")`.
 
     Args:
         weights: parameters and strips; a product of the backward that reads none of them forms a weight's gradient.
