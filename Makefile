@@ -58,7 +58,7 @@ docs: $(INSTALLED_DEV) ## the documentation as a site in site/; a broken link or
 	$(PY) -m sphinx -q -W --keep-going -E -b html docs site
 	@echo "Documentation: site/index.html"
 
-loops: $(INSTALLED_DEV) ## the gate in every loop, compilation and precision: docs/reference/loops.md, in some hours; ARGS="loop=ddp" for some
+loops: $(INSTALLED_DEV) ## the gate in every loop, compilation and precision: docs/reference/loops.md, in an hour or two; ARGS="loop=ddp" for some
 	OMP_NUM_THREADS=1 $(PY) -W ignore -m tests.sparse_update.library.matrix.page $(ARGS)
 
 notebooks: $(INSTALLED_DEV) ## the examples as executed notebooks and as pages in build/notebooks/

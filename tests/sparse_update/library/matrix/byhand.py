@@ -51,11 +51,11 @@ class End:
 
 
 def by_hand(cell: Cell) -> End:
-    """What the cell's training comes to. Loops that mean the same share one."""
+    """What the cell's training comes to. Loops that mean the same share one. The gate "" is none."""
     shifts = cell.loop == "trainer"
     pairs, count = 2 if cell.loop in ("ddp", "fully_shard") else 1, count_of(cell)
     feature = cell.feature if cell.feature in ("clipping", "ema", "schedule", "groups", "frozen", "deepcopy") else ""
-    return _train(shifts, 1 if cell.gate == "strips" else pairs, count, feature, cell.gate, cell.precision == "fp32")
+    return _train(shifts, 1 if cell.gate in ("strips", "") else pairs, count, feature, cell.gate, cell.precision == "fp32")
 
 
 @functools.cache
@@ -118,7 +118,7 @@ def _loss(model: nn.Module, hooks: _Cut, x: Tensor, y: Tensor, gate: str, by_los
         return F.cross_entropy(logits_of(model, x).flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
 
     valid = y != -100
-    if gate == "strips":
+    if gate in ("strips", ""):
         return losses(x, y).sum() / valid.sum()
     with torch.no_grad():
         score = (losses(x, y) if by_loss else place_score(x).double()).masked_fill(~valid, 0.0)

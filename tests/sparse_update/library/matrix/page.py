@@ -1,6 +1,6 @@
 """`python -m tests.sparse_update.library.matrix.page [loop=plain,ddp] [feature=resume] ...`: runs cells, writes the page.
 
-All cells take hours on two cores; values of axes run some of them again and keep what is known of the others, `--missing`
+All cells take an hour or two on two cores; values of axes run some of them again and keep what is known of the others, `--missing`
 runs those without a result, `--page` none. The results lie beside the page, as JSON; several processes may run cells.
 """
 
@@ -25,6 +25,7 @@ from tests.sparse_update.library.matrix.run import Differs, run
 DOCS = Path(__file__).resolve().parents[4] / "docs" / "reference"
 RESULTS, PAGE, TEXT = DOCS / "loops.json", DOCS / "loops.md", Path(__file__).with_name("page.txt")
 Outcome = float | str
+NINE = "An entry stands for nine cells: three ways of compiling in three precisions."
 NAMES = {
     "plain": "A loop of one's own",
     "accelerate": "accelerate",
@@ -126,7 +127,7 @@ def page(results: Mapping[str, Mapping[str, Outcome]]) -> str:
         cells=len(found), equal=count["equal"], refused=count["refused"], worst=_worst(found), **PRECISE
     )
     refusals = [f"{number}. `{text}`" for number, text in enumerate(words, 1)]
-    return "\n".join([parts.rstrip(), "", "## Every cell", "", *tables, "## Refusals", "", *refusals, ""])
+    return "\n".join([parts.rstrip(), "", "## Every cell", "", NINE, "", *tables, "## Refusals", "", *refusals, ""])
 
 
 def _table(loop: str, results: Mapping[str, Mapping[str, Outcome]], words: list[str]) -> str:

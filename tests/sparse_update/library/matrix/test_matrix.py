@@ -11,7 +11,7 @@ from sparse_update.library.attach import attach
 from sparse_update.library.tracking.rows import GateError
 from tests.sparse_update.library.matrix.byhand import by_hand
 from tests.sparse_update.library.matrix.cells import AXES, PAIRED, PRECISE, Cell, all_cells, covering
-from tests.sparse_update.library.matrix.page import outcomes
+from tests.sparse_update.library.matrix.page import PAGE, load, of, outcomes, page
 from tests.sparse_update.library.matrix.pair import Pair
 from tests.sparse_update.library.matrix.parts import Tiny, batch, built, config, scaler_of
 from tests.sparse_update.library.matrix.run import distance, run
@@ -46,7 +46,8 @@ def test_two_processes_come_to_what_the_loop_by_hand_does(tmp_path):
 def test_the_selection_meets_every_value_and_every_pair_of_loop_and_feature():
     cells = covering()
     assert {(c.loop, c.feature) for c in cells} == {(a, b) for a in AXES["loop"] for b in AXES["feature"]}
-    for axis in ("compile", "precision", "gate"):
+    assert {c.compile for c in cells} == set(AXES["compile"])
+    for axis in ("precision", "gate"):
         for loop in AXES["loop"]:
             assert {getattr(c, axis) for c in cells if c.loop == loop} == set(AXES[axis]), (loop, axis)
 
@@ -57,13 +58,24 @@ def test_all_cells():
     assert not bad, "\n".join(bad)
 
 
+def test_the_page_shows_the_results_of_all_cells():
+    results = load()
+    for cell in all_cells():
+        outcome = of(results, cell)
+        assert outcome is not None, f"{cell} has no result: make loops"
+        assert isinstance(outcome, str) == bool(cell.refusal), cell
+        assert isinstance(outcome, str) or outcome < PRECISE[cell.precision], cell
+    assert PAGE.read_text(encoding="utf-8") == page(results), "make loops ARGS=--page"
+
+
 def test_without_a_gate_a_loop_would_come_to_something_else():
     for loop in ("plain", "trainer"):
         if loop == "trainer":
             pytest.importorskip("transformers", reason="needs the extra hub")
-        ends = [by_hand(Cell(loop, "none", "fp32", "schedule", gate)).changed for gate in AXES["gate"]]
-        for a in range(3):
-            assert distance(ends[a], ends[a - 1]) > 5 * max(PRECISE.values())
+        plain = by_hand(Cell(loop, "none", "fp32", "schedule", "")).changed
+        for gate in AXES["gate"]:
+            gated = by_hand(Cell(loop, "none", "fp32", "schedule", gate)).changed
+            assert distance(gated, plain) > 5 * max(PRECISE.values())
 
 
 def test_a_scaler_before_a_loaded_optimizer_is_refused():
