@@ -95,7 +95,7 @@ COMPILED = {
 
 
 def covering() -> list[Cell]:
-    """Every pair of a loop and a feature; the other axes turn with them, so that each loop meets every precision and gate."""
+    """Every pair of a loop and a feature; the other axes turn with them: each loop meets every precision and gate."""
     chosen = []
     for i, loop in enumerate(AXES["loop"]):
         for j, feature in enumerate(AXES["feature"]):

@@ -1,7 +1,8 @@
 """`python -m tests.sparse_update.library.matrix.page [loop=plain,ddp] [feature=resume] ...`: runs cells, writes the page.
 
-All cells take an hour or two on two cores; values of axes run some of them again and keep what is known of the others, `--missing`
-runs those without a result, `--page` none. The results lie beside the page, as JSON; several processes may run cells.
+All cells take an hour or two on two cores; values of axes run some of them again and keep what is known of the others,
+`--missing` runs those without a result, `--page` none. The results lie beside the page, as JSON; several
+processes may run cells.
 """
 
 from __future__ import annotations
