@@ -14,7 +14,7 @@ from sparse_update.gates.choice import make_gate
 from sparse_update.gates.config import GateConfig
 from sparse_update.gates.gate import Gate, GateContext
 from sparse_update.gates.rates import Rate
-from sparse_update.gates.sampling import _distance
+from sparse_update.gates.variance import distance
 from sparse_update.step.plan import SparseStep, StepPlan, View
 from sparse_update.transformer import ModelConfig, Transformer
 
@@ -352,6 +352,6 @@ def test_a_distance_of_gradients_is_summed_in_their_own_order():
     expected = 0.0
     for value in values:
         expected += float(value.square())
-    assert _distance(gradients, {}) == _distance({}, gradients) == expected
+    assert distance(gradients, {}) == distance({}, gradients) == expected
     missing = dict(list(gradients.items())[:30])
-    assert _distance(missing, gradients) == sum(float(value.square()) for value in values[30:])
+    assert distance(missing, gradients) == sum(float(value.square()) for value in values[30:])
