@@ -59,7 +59,7 @@ def test_a_model_of_ones_own_on_the_counted_clock(tmp_path):
         assert re.search(rf"^  {arm} +2 +{INTERVAL}", said, re.M), said
     for control in ("dense", "random at the same rate"):
         answer = re.search(rf"llama: gated beats {control}: (yes|no); .*n = 2.* p (=|<) ([\d.]+)\)", said)
-        assert answer, control
+        assert answer, said
         assert (answer[1] == "yes") == (float(answer[3]) < 0.05)
     steps = dict(re.findall(r"^(\w+) +([\d.]+) of a plain step by the clock$", said, re.M))
     assert float(steps["random"]) == pytest.approx(float(steps["gated"]), abs=0.03)
