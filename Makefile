@@ -74,7 +74,7 @@ notebooks: $(INSTALLED_DEV) ## the examples as executed notebooks and as pages i
 
 findings: ## what libraries of this field do that one would guess wrong, in environments of their own: half an hour
 	@changed=(); skipped=(); \
-	for script in findings/*.sh; do \
+	for script in findings/*/*.sh; do \
 		printf '\n%s\n' "$$script"; code=0; "./$$script" || code=$$?; \
 		case $$code in 0) ;; 77) skipped+=("$$script");; *) changed+=("$$script (exit code $$code)");; esac; \
 	done; \
