@@ -3,7 +3,9 @@
 `mode="lava"` equals Lava 0.10's models tagged `fixed_pt` bit for bit. `mode="chip"` has the register widths and
 roundings of the silicon as published emulators give them (nengo-loihi, brian2_loihi; see `neuro/simulators/neurons.py`):
 weight exponents act on each synapse and round down, a lif kind receives 16 bits, u wraps at 24, other registers wrap at
-24, messages at their width, and there is a refractory period. Neither was compared with silicon.
+24, messages at their width, and there is a refractory period. Of silicon, both were compared with one published trace:
+1,000 steps of a lif without wraps and shifts on a Loihi 2 board, equal but for a marker of its probe
+(tests/neuro/simulators/test_silicon.py).
 
 Populations that lie on no loop are evaluated layer by layer: one exact matrix product over all samples and steps of a
 chunk, then one elementwise update (stateless kinds) or a scan over time. Only populations on a loop go step by step.
