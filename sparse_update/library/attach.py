@@ -169,11 +169,23 @@ class Gate:
 
         Args:
             logits: (B, T, V) with `labels`; or per-token losses (B, T) of your own, with their graph, without `labels`.
-            labels: int64 (B, T), -100 for none.
+                (B, V), or losses (B,), where the loss has one row for a sample: unit "sequence" takes them as B sequences
+                of one token, unit "token" as one sequence of B tokens.
+            labels: int64 (B, T) or (B,), -100 for none.
             shift: labels are the inputs, as with transformers: row t predicts labels[:, t + 1].
             tokens: inputs (B, T), for signals that look at them.
             normaliser: divides the summed loss in place of the number of kept tokens.
             reference_losses: (B, T), of a reference, for the signal "excess"; without them its forward is run.
+            others: another loss of the same forward, (), such as a router's or an auxiliary one: it is added, and its
+                gradient is formed for all rows, in a backward of its own inside of this one.
+
+        Returns: the loss, (), nats where it is a cross-entropy.
+
+        Raises:
+            GateError: the gate was detached; 512 losses without `step` where weights take turns; signal "excess" without
+                a reference's losses or what its forward needs; `others` with several processes. In the backward: another
+                loss runs along, or two gated ones; create_graph=True.
+            ValueError: shapes other than these, or a setting that needs logits or tokens given losses alone.
 
         Sequences that a policy of `filter` gave weights count with them; a step learns which batch it is by its labels.
         Without gradient, or with backward.unit = "none", the plain mean over all tokens.
@@ -192,7 +204,7 @@ class Gate:
         if torch.is_grad_enabled() and self.pool.listens:
             given = self.pool.of(labels, shift, len(logits))
         weight_B = None if given is None else given.weight_B
-        loss = self.row_loss(logits, labels, shift, tokens, normaliser, others, self._leaves(), weight_B, reference_losses)
+        loss = self.row_loss(logits, labels, shift, tokens, normaliser, others, self._leaves, weight_B, reference_losses)
         if given is not None and self.row_loss.last_BT is not None:
             self.pool.trained(given, self.row_loss.last_BT, labels, shift)
         return loss
@@ -210,7 +222,7 @@ class Gate:
             output = getattr(output, "logits", output)
             if not isinstance(output, Tensor) or output.dim() not in (2, 3):
                 raise GateError("gate.probe: the model's output is no tensor (B, T, V) and has no `logits` of that form")
-            self.row_loss.look(output, self._leaves())
+            self.row_loss.look(output, self._leaves)
         return self.exact_layers()
 
     def exact_layers(self) -> list[str]:
@@ -285,8 +297,8 @@ class Gate:
         in `why`, what hid them; `gone`: layers that were gated and are no longer in the model.
 
         `reach`: of the FLOPs of a plain forward and backward, the share in products whose cost falls with the rows that
-        are kept, by the formulas of torch's counter for the forward that was watched, as if all of it reached the loss;
-        None before the first loss, where no rows are dropped, and with reentrant checkpoints.
+        are kept, by the formulas of torch's counter for the forward that was watched and the backward of its loss; None
+        before the first loss, where no rows are dropped, and with reentrant checkpoints.
         """
         self._alive()
         assert self.found is not None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -123,14 +123,14 @@ class RowLoss:
             self.rows.trace.disarm()
             self.watch()
 
-    def look(self, output: Tensor, leaves: Sequence[Tensor]) -> None:
+    def look(self, output: Tensor, leaves: Callable[[], Sequence[Tensor]]) -> None:
         """Read a watched forward by its logits (B, T, V) or (B, V), and find the exact layers where that is asked for."""
         wide = output if output.dim() == 3 else output.unsqueeze(0 if self.cfg.unit == "token" else 1)
         batch, length = wide.shape[:2]
         if self.rows.trace is not None:
             self._learn(output, batch, length, True)
         if self.cfg.below == "exact":
-            self.probe(output, (batch, length), leaves)
+            self.probe(output, (batch, length), leaves())
 
     def stop(self) -> None:
         """Watch no more."""
@@ -145,13 +145,14 @@ class RowLoss:
         tokens: Tensor | None,
         normaliser: Tensor | float | None,
         others: Tensor | None,
-        leaves: Sequence[Tensor],
+        leaves: Callable[[], Sequence[Tensor]],
         weight_B: Tensor | None = None,
         reference_BT: Tensor | None = None,
     ) -> Tensor:
         """The loss, as `Gate.loss` describes it.
 
-        `leaves`: what is updated, for the look at one backward. `weight_B`: of whole sequences, known before the forward.
+        `leaves`: gives what is updated, for the look at one backward. `weight_B`: of whole sequences, known before the
+        forward.
         """
         given = logits
         logits, labels = _as_batch(logits, labels, self.cfg.unit)
@@ -176,7 +177,7 @@ class RowLoss:
         if self.rows.trace is not None:
             self._learn(given, batch, length, labels is not None)
         if self.cfg.below == "exact" and any(layer.exact is None for layer in self.found.layers):
-            self.probe(given, (batch, length), leaves)
+            self.probe(given, (batch, length), leaves())
         weight_K = kept.weight_K
         if weight_B is not None:
             weight_K = weight_K * weight_B.to(weight_K)[kept.flat_K // length]
@@ -247,7 +248,7 @@ class RowLoss:
         labels: Tensor | None,
         valid_BT: Tensor,
         normaliser: Tensor | float | None,
-        leaves: Sequence[Tensor],
+        leaves: Callable[[], Sequence[Tensor]],
         weight_B: Tensor | None,
     ) -> Tensor:
         """The plain loss, whose backward samples; before it a test of the rates, where it is time for one."""
@@ -259,7 +260,7 @@ class RowLoss:
             return plain_loss(logits, labels, False, count, weights_B)
 
         if vcas.due(self.steps):
-            vcas.test(self.steps, loss_of, (batch, length), leaves)
+            vcas.test(self.steps, loss_of, (batch, length), leaves())
         return vcas.sampled(plain_loss(logits, labels, False, count, weight_B), batch, length)
 
     def _reference(self, loss_BT: Tensor, labels: Tensor | None, tokens: Tensor | None, given_BT: Tensor | None) -> Tensor:

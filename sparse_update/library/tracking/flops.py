@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 aten = torch.ops.aten
 BACKWARD_OF_ATTENTION = 2.5
 """five products to two: the scores are formed again"""
+UNNUMBERED = -1
+"""where no node is made, as inside of a checkpoint that computes again"""
 FACTORS = {aten.mm: (0, 1), aten.bmm: (0, 1), aten.addmm: (1, 2), aten.baddbmm: (1, 2), aten.convolution: (0, 1)}
 
 
@@ -37,23 +39,35 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[float, float]
 
 
 class Count:
-    """FLOPs of watched forwards and of their backwards, by number of the forward."""
+    """FLOPs of watched forwards, and of those backwards through them that a loss sets off.
+
+    Autograd numbers its nodes in the order in which a thread makes them. An operation's backward, and a gated layer's, is
+    counted under the number of its node, so that the graph of a loss tells which of them it runs through.
+    """
 
     def __init__(self) -> None:
-        self.total: dict[int, float] = {}
+        self.forward: dict[int, float] = {}
+        """by number of the forward"""
+        self.backward: dict[int, float] = {}
+        """by number of the node: of operations outside of gated layers"""
         self.products: dict[Any, dict[int, float]] = {}
-        """by gated layer: those of its products in the backward"""
+        """by gated layer and number of the node: its products in the backward"""
         self.inside = False
+        self.found = 0.0
+        """of the gated layer that is called now"""
         self.step = math.nan
-        """of the forwards that the loss came from, with their backward"""
+        """of the forwards that the loss came from, with its backward"""
         self.own: dict[Any, float] = {}
 
     def add(self, func: Any, args: Any, kwargs: Any, out: Any, number: int) -> None:
-        """An operation of the forward that is watched."""
+        """An operation of the forward that is watched; its node has just been made."""
         forward, backward = flops_of(func, args, kwargs, out)
-        self.total[number] = self.total.get(number, 0.0) + forward + (0.0 if self.inside else backward)
+        self.forward[number] = self.forward.get(number, 0.0) + forward
+        if backward and not self.inside:
+            node = torch.autograd._get_sequence_nr() - 1
+            self.backward[node] = self.backward.get(node, 0.0) + backward
 
-    def enters(self, layer: Any, x: Tensor, number: int) -> None:
+    def enters(self, layer: Any, x: Tensor) -> None:
         """A gated layer is called with `x` (*lead, I); what its operations cost backward is known from its shapes."""
         self.inside = True
         rows = x.numel() // layer.inputs
@@ -61,16 +75,20 @@ class Count:
         whole = layer.inputs * layer.outputs
         weight = whole if getattr(layer.module, layer.weight_name).requires_grad else strips
         asked = x.requires_grad if torch.is_grad_enabled() else math.nan  # recomputed: nobody knows yet
-        found = 2.0 * rows * (whole * asked + weight)
-        calls = self.products.setdefault(layer, {})
-        calls[number] = calls.get(number, 0.0) + found
-        self.total[number] = self.total.get(number, 0.0) + found
+        self.found = 2.0 * rows * (whole * asked + weight)
 
-    def leaves(self) -> None:
+    def leaves(self, layer: Any, y: Tensor) -> None:
+        """It gave `y` (*lead, O)."""
         self.inside = False
+        node = UNNUMBERED if y.grad_fn is None else y.grad_fn._sequence_nr()
+        calls = self.products.setdefault(layer, {})
+        calls[node] = calls.get(node, 0.0) + self.found
 
-    def close(self, numbers: Iterable[int]) -> None:
-        """A loss came from these forwards."""
-        numbers = set(numbers)
-        self.step = sum(self.total.get(n, 0.0) for n in numbers)
-        self.own = {layer: sum(calls.get(n, 0.0) for n in numbers) for layer, calls in self.products.items()}
+    def close(self, numbers: Iterable[int], nodes: Set[int]) -> None:
+        """A loss came from these forwards, and its backward runs through these nodes."""
+        self.own = {
+            layer: sum(found for node, found in calls.items() if node in nodes or node == UNNUMBERED)
+            for layer, calls in self.products.items()
+        }
+        self.step = sum(self.forward.get(n, 0.0) for n in set(numbers)) + sum(self.own.values())
+        self.step += sum(found for node, found in self.backward.items() if node in nodes)

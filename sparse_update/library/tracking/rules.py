@@ -30,32 +30,13 @@ Fixed = Callable[[Any], bool]
 COPIES = {"clone", "_to_copy", "contiguous", "detach", "alias", "lift_fresh", "to", "detach_", "view_as", "_conj", "conj"}
 MOVES = {"view", "_unsafe_view", "reshape", "_reshape_alias", "transpose", "permute", "t", "expand", "slice", "select"}
 MOVES |= {"unsqueeze", "squeeze", "split", "split_with_sizes", "chunk", "unbind", "narrow", "diagonal", "unfold", "flip"}
-MOVES |= {
-    "unsafe_split",
-    "unsafe_split_with_sizes",
-    "unsafe_chunk",
-    "roll",
-    "repeat",
-    "index_select",
-    "gather",
-    "movedim",
-    "swapaxes",
-    "tensor_split",
-    "triu",
-    "tril",
-}
+MOVES |= {"unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "roll", "repeat", "index_select", "gather", "movedim"}
+MOVES |= {"swapaxes", "tensor_split", "triu", "tril"}
 SHAPES = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
 KEEPS = {"native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"}
 KEEPS |= {"native_group_norm", "native_dropout", "cumsum", "cumprod", "logcumsumexp", "_batch_norm_with_update"}
-ROWWISE = {
-    "native_layer_norm",
-    "_fused_rms_norm",
-    "_softmax",
-    "_log_softmax",
-    "softmax",
-    "_safe_softmax",
-    "_masked_softmax",
-}
+ROWWISE = {"native_layer_norm", "_fused_rms_norm", "_softmax", "_log_softmax", "softmax", "_safe_softmax"}
+ROWWISE |= {"_masked_softmax"}
 REDUCES = {"sum", "mean", "amax", "amin", "prod", "var", "std", "logsumexp", "any", "all", "linalg_vector_norm", "norm"}
 REDUCES |= {"max", "min", "argmax", "argmin"}
 PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2), "matmul": (0, 1), "_grouped_mm": (0, 1)}

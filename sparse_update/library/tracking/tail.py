@@ -7,30 +7,16 @@ cross-entropy for each token. A gradient that is put into one row of their resul
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
-NONE = -1
-ELEMENTWISE = {
-    "Mul",
-    "Add",
-    "Sub",
-    "Div",
-    "Neg",
-    "Pow",
-    "Exp",
-    "Relu",
-    "Gelu",
-    "Silu",
-    "Tanh",
-    "Sigmoid",
-    "LeakyRelu",
-    "Elu",
-}
-ELEMENTWISE |= {"ToCopy", "Clone", "Alias", "NativeDropout", "Softplus", "Clamp", "MaskedFill", "NativeLayerNorm"}
+from sparse_update.library.tracking.labels import NONE
+
+ELEMENTWISE = {"Mul", "Add", "Sub", "Div", "Neg", "Pow", "Exp", "Relu", "Gelu", "Silu", "Tanh", "Sigmoid", "LeakyRelu"}
+ELEMENTWISE |= {"Elu", "ToCopy", "Clone", "Alias", "NativeDropout", "Softplus", "Clamp", "MaskedFill", "NativeLayerNorm"}
 """names of autograd's nodes: each row of what they give is made of that row of what they took"""
 
 
@@ -94,6 +80,21 @@ def elementwise_source(result: Tensor, outputs: Sequence[Tensor]) -> Tensor | No
             return None
         waiting += [before for before, _ in node.next_functions if before is not None]
     return ends[found.pop()] if len(found) == 1 else None
+
+
+def nodes_below(result: Tensor, replaced: Mapping[Any, Set[int]]) -> set[int]:
+    """Autograd's numbers of all nodes that a backward of `result` runs through, with those that a node of `replaced` stands
+    for. Read from the graph, of which nothing runs."""
+    found: set[int] = set()
+    waiting, seen = [result.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found.add(node._sequence_nr())
+            found |= replaced.get(node, frozenset())
+            waiting += [before for before, _ in node.next_functions]
+    return found
 
 
 def _column(seed: Tensor, result: Tensor, rows: int) -> Tensor:

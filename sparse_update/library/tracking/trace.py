@@ -24,7 +24,7 @@ from sparse_update.library.tracking.layout import Layout, find_layout
 from sparse_update.library.tracking.mixing import Mixing
 from sparse_update.library.tracking.mode import Mode
 from sparse_update.library.tracking.rules import Label
-from sparse_update.library.tracking.tail import elementwise_source, source_rows
+from sparse_update.library.tracking.tail import elementwise_source, nodes_below, source_rows
 
 FORWARDS_KEPT = 16
 """Forwards without a loss after which the watch begins anew."""
@@ -83,6 +83,8 @@ class Trace:
         """a forward ahead of one with compiled regions is running"""
         self.following: nn.Module | None = None
         """what runs after a forward ahead of it"""
+        self.replaced: dict[Any, set[int]] = {}
+        """node of a compiled call -> numbers of the nodes of the forward ahead that it stands for"""
         self.latest: list[Tensor] = []
         """outputs of the outermost call that ended last"""
         self.forwards = 0
@@ -174,6 +176,7 @@ class Trace:
                 if (label := labels.get(old)) is not None:
                     labels[new] = label
             self.mixing.same(old, new)
+            self.replaced[new.grad_fn] = nodes_below(old, self.replaced)
         self.outputs = self.outputs[: len(self.outputs) - len(own)] + own
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -244,14 +247,14 @@ class Trace:
             labels = [by_tensor.get(x) for by_tensor in self.labels]
             rows = [None if label is None else uniform(label, [-1])[..., 0] for label in labels]
             self.mixing.enters(layer, x)
-        self.count.enters(layer, x, self.forwards)
+        self.count.enters(layer, x)
         self.notes.setdefault(layer, []).append((self.forwards, rows))
 
     @torch.compiler.disable
     def made(self, layer: Any, y: Tensor) -> None:
         """A gated layer gave `y` (*lead, width)."""
         self.mixing.leaves(layer, y)
-        self.count.leaves()
+        self.count.leaves(layer, y)
 
     # what the loss makes of it
 
@@ -276,7 +279,7 @@ class Trace:
                 seen = {
                     layer: [rows[at] for number, rows in notes if number in which] for layer, notes in self.notes.items()
                 }
-                self.count.close(which)
+                self.count.close(which, nodes_below(result, self.replaced))
                 return {layer: self._layout(rows, rows_of, batch, length, known) for layer, rows in seen.items() if rows}
         return None
 

@@ -186,3 +186,36 @@ def test_losses_after_several_forwards_of_other_sizes(unit):
         assert gate.report()["rows_not_found"] == []
         assert 0.5 < gate.report()["reach"] < 2 / 3
         gate.detach()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns of itself
+def test_the_reach_of_a_compiled_model_is_that_of_the_plain_one():
+    """The compiled call stands for the forward ahead of it, and branches that no gradient comes back from are left out."""
+
+    class Aside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.unread = ours(), nn.Linear(V, V)
+
+        def forward(self, x):
+            logits = self.body(x)
+            return logits, self.unread(logits).detach()
+
+    x, y = data()
+    reached = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = Aside()
+        gate = attach(model, TOKENS)
+        run = torch.compile(model, backend="eager") if compiled else model
+        for _ in range(2):
+            gate.loss(run(x)[0], y).backward()
+        reached.append(gate.report()["reach"])
+        gate.detach()
+    alone = ours()
+    gate = attach(alone, TOKENS)
+    gate.loss(alone(x), y).backward()
+    forward = 2 * B * T * V * V  # of the layer that is not read: its forward is all that it costs
+    share = gate.report()["reach"]
+    products = share * gate.row_loss.step_flops
+    assert reached[0] == reached[1] == pytest.approx(products / (gate.row_loss.step_flops + forward))

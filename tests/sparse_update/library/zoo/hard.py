@@ -289,6 +289,11 @@ HARD: dict[str, Entry] = {
         dict.fromkeys(BOTH, ("a",)),
     ),
     "dropout": _of("dropout", lambda m, h: h + F.dropout(m.a(h), 0.0), "a"),
+    "unread": _of(
+        "branches that no gradient comes back from",
+        lambda m, h: (m.a(m.b(h)), h + m.c(h) + m.d(h).detach())[1],
+        "a b c d",
+    ),
     "custom": _of(
         "an operator that torch does not know",
         lambda m, h: h + m.b(torch.ops.spikegate_tests.double(m.a(h))),

@@ -21,7 +21,7 @@ pytestmark = [
 ]
 ALL = {**HF, **PLAIN, **HARD}
 OFTEN = ("gpt2", "mixtral", "albert", "vit", "lstm", "gru", "conv_norm", *HARD)
-APART = ("recomputed", "reentrant", "experts", "sorted", "sorted_plain", "buckets", "mamba", "mamba2", "wav2vec2")
+APART = ("recomputed", "reentrant", "mamba", "mamba2", "wav2vec2")
 """models where torch counts otherwise: what is computed again; no backward for a router that gives an argmax alone; the
 backward of convolutions in groups as if there were one group"""
 
