@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from hardware.text import quoted
 from neuro.conversion.integers import BIAS_LIMIT, bias_registers, payload_bits
+from neuro.conversion.spiking.description import NotConvertible
 from neuro.graph import Population, Projection, SpikingGraph
 
 SUM_LIMIT = 2**15 - 1  # 16 bits, sign included, reach a neuron
@@ -34,10 +35,6 @@ V_LIMIT = 2**23 - 1
 VTH_LIMIT = 2**17 - 1
 WEIGHT_LIMIT = 254  # even, mixed signs
 LOWEST_EXP, HIGHEST_EXP = -1, 7
-
-
-class NotConvertible(ValueError):
-    """A float network that the chip's neurons have no equivalent of, or whose ranges fit no exponent."""
 
 
 @dataclass(frozen=True)
