@@ -2,7 +2,8 @@
 
 One table for populations, one for projections; the graph checks against them, the simulators and the Lava worker build
 from them, and whoever generates random networks draws from them. Register widths are those that lava-nc 0.10.0 writes
-beside its process models (lava/proc/lif, sdn, graded, prodneuron, dense, sparse, conv); Lava itself enforces none.
+beside its process models (lava/proc/lif, rf, rf_iz, sdn, graded, prodneuron, dense, sparse, conv); Lava itself enforces
+none.
 
 No imports beyond the standard library: the Lava worker reads this file under Python 3.10.
 """
@@ -71,6 +72,14 @@ _DELTA = {
     "corrected": Parameter(0, 1, default=0),  # 0: the residue model of lava-nc 0.10.0; 1: the model of Lava's repository
 }
 
+# A complex state that turns by an angle at every step and shrinks: sin and cos of the angle times what is kept, in 1/4096.
+_RESONATOR = {
+    "sin_decay": Parameter(0, 4095, per_neuron=True),
+    "cos_decay": Parameter(0, 4095, per_neuron=True),
+    "vth": VTH_17,  # in the unit of what arrives; kept as vth << state_exp
+    "state_exp": Parameter(0, 7, default=6),
+}
+
 KINDS: dict[str, Kind] = {
     "input": Kind("RingBuffer", ()),
     "lif": Kind("LIF", ("a_in",), {**_LIF, "vth": VTH_17}, ("u", "v"), silent_ports=True),
@@ -111,6 +120,9 @@ KINDS: dict[str, Kind] = {
         extends="LIF",
         instead="use kind lif or lif_reset (reset='hard' in the rate route)",
     ),
+    # resonate-and-fire: rf fires where its angle passes 0, rf_iz where its imaginary part reaches vth, and restarts there
+    "rf": Kind("RF", ("a_real_in", "a_imag_in"), _RESONATOR, ("real", "imag"), silent_ports=True),
+    "rf_iz": Kind("RF_IZ", ("a_real_in", "a_imag_in"), _RESONATOR, ("real", "imag"), silent_ports=True),
     "sigma": Kind("Sigma", ("a_in",), {}, ("sigma",)),
     "delta": Kind("Delta", ("a_in",), _DELTA, ("act", "residue", "error")),
     "sigma_delta": Kind(
@@ -126,7 +138,8 @@ KINDS: dict[str, Kind] = {
     "norm": Kind("NormVecDelay", ("a_in1", "a_in2"), {"vth": VTH_24}, ("v",), outs=("s_out", "s2_out")),
 }
 LIF_KINDS = ("lif", "ternary_lif", "lif_reset", "lif_refractory", "lif_soft")
-BINARY_KINDS = ("lif", "lif_reset", "lif_refractory", "lif_soft")  # send 0 or 1
+RESONATORS = ("rf", "rf_iz")
+BINARY_KINDS = ("lif", "lif_reset", "lif_refractory", "lif_soft", *RESONATORS)  # send 0 or 1
 STATELESS = ("input", "graded", "graded_relu", "product")
 
 # Kind of projection -> Lava's process class.

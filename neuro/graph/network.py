@@ -15,6 +15,10 @@ Arithmetic (lava-nc 0.10.0, process models tagged `fixed_pt`; the simulators imp
   sends -1 below `vth_lo << 6` too; `lif_reset` starts from u = v = 0 where `t mod reset_interval = reset_offset mod
   reset_interval`, t from 1; `lif_refractory` keeps v at 0 for `refractory` steps, its spike's own included (chip mode).
   `lif_soft` is lif with soft reset: v loses `vth << 6` where it fires; with a `reset_interval` it restarts as lif_reset.
+* `rf`: `real <- cos real - sin imag + (a_real << state_exp)`, `imag <- sin real + cos imag + (a_imag << state_exp)`, where
+  sin and cos are `sin_decay / 4096` and `cos_decay / 4096`, each product toward zero and both parts clipped to 24 bits; a
+  spike where `real >= vth << state_exp` and imag came from below 0 to 0 or above; nothing is reset. `rf_iz`: a spike where
+  `imag >= vth << state_exp`; there real becomes 0 and imag one less than the threshold.
 * `sigma`: `sigma <- sigma + a`, sent whole. `delta`: sends changes of `a << (spike_exp + state_exp)` of at least vth, `>>
   state_exp`. `sigma_delta`: sigma, then relu(sigma + bias) or sigma + bias, then the delta stage.
 * `graded`, `graded_relu`: the input is sent on where `|a| > vth`, or `a > vth`; nothing is kept.

@@ -144,7 +144,8 @@ class Projection:
     Attributes:
         name: unique within the graph.
         source, target: names of populations; they may be the same one (a loop takes one step like any projection).
-        port: "a_in", or "a_in1" / "a_in2" of a population with two. Several projections to a port add up.
+        port: "a_in", or one of a population's two ("a_in1", "a_in2", or of an rf kind "a_real_in", "a_imag_in").
+            Several projections to a port add up.
         weight: integers, as an array, a CPU tensor or nested lists; kept as read-only int32. dense, sparse, delay_dense:
             (n_target, n_source), in the sign mode's range and multiples of `weight_step(sign_mode, num_weight_bits)` (mixed
             signs with 8 bits: even; `truncate_weights` makes them so). sparse: a synapse exists where the weight is not 0.

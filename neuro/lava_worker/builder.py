@@ -23,10 +23,12 @@ def make_population(population, lava_name: str, data):
     from lava.proc.io.source import RingBuffer
     from lava.proc.lif.process import LIF, LIFReset, TernaryLIF
     from lava.proc.prodneuron.process import ProdNeuron
+    from lava.proc.rf.process import RF
+    from lava.proc.rf_iz.process import RF_IZ
     from lava.proc.sdn.process import ActivationMode, Delta, Sigma, SigmaDelta
 
     classes = (RingBuffer, LIF, LIFReset, TernaryLIF, Sigma, Delta, SigmaDelta, GradedVec, GradedReluVec)
-    known = {cls.__name__: cls for cls in (*classes, ProdNeuron, NormVecDelay)}
+    known = {cls.__name__: cls for cls in (*classes, ProdNeuron, NormVecDelay, RF, RF_IZ)}
     params = _plain(population.params)
     if params.pop("corrected", 0):
         raise NotInLava(
@@ -44,12 +46,29 @@ def make_population(population, lava_name: str, data):
         params["act_mode"] = ActivationMode.RELU if params.pop("relu") else ActivationMode.UNIT
     if "cum_error" in params:
         params["cum_error"] = bool(params["cum_error"])
+    if "sin_decay" in params:
+        return make_resonator(known[lava_name], population.size, params)
     thresholds = params.get("vth")
     if not isinstance(thresholds, np.ndarray):
         return known[lava_name](shape=(population.size,), **params)
     process = known[lava_name](shape=(population.size,), **{**params, "vth": 0})
     process.vth.shape = (population.size,)  # Lava's constructor takes one threshold; its model compares neuron by neuron
     process.vth.init = thresholds
+    return process
+
+
+def make_resonator(lava_class, size: int, params: dict):
+    """A process of Lava's RF or RF_IZ with these very integers.
+
+    Its constructor takes a period and a decay instead, and rounds what it computes from them down: the period and decay of
+    sin_decay 2,000 and cos_decay 3,000 come out as 1,999 and 3,000.
+    """
+    process = lava_class(shape=(size,), period=4, alpha=0, vth=params["vth"], state_exp=params["state_exp"], decay_bits=12)
+    for variable in (process.sin_decay, process.cos_decay):
+        value = params[variable.name]
+        if isinstance(value, np.ndarray):
+            variable.shape = (size,)
+        variable.init = value
     return process
 
 

@@ -13,7 +13,7 @@ from neuro.graph import PORTS, GraphError, Population, SpikingGraph
 from neuro.graph.kinds import KINDS
 
 # What `record` may name. "a_in" stands for every port of a population; "spikes2" is what leaves by a second port.
-VARIABLES = ("spikes", "spikes2", "u", "v", "sigma", "act", "residue", "error", "a_in")
+VARIABLES = ("spikes", "spikes2", "u", "v", "real", "imag", "sigma", "act", "residue", "error", "a_in")
 RECORD_ALL = VARIABLES
 
 
@@ -43,7 +43,7 @@ class PopulationCounts:
 
     Attributes:
         updates_active, updates_inactive: neuron updates that sent a message, and that sent none.
-        saturations_v: times v was clipped at +-(2^23 - 1) (lif kinds).
+        saturations_v: times v was clipped at +-(2^23 - 1) (lif kinds), or a part of an rf kind's state was.
         wraps_u: times u left 24 bits and was wrapped (lif kinds).
         wide_a: sums beyond 16 bits, sign included, that reached a lif kind. Lava writes that width beside its port and
             passes them on; mode "chip" wraps them.
@@ -51,7 +51,7 @@ class PopulationCounts:
         wide_v: values that a 24-bit register could not hold (all other kinds). Lava passes them on unharmed; mode "chip"
             wraps them.
         max_abs_payload, max_abs_u, max_abs_v: largest magnitudes of messages, u, and v before its reset. For graded
-            populations v is the sum that arrived, for a product the product after its shift.
+            populations v is the sum that arrived, for a product the product after its shift, for an rf kind its imag.
     """
 
     updates_active: int = 0
@@ -143,7 +143,7 @@ def recorded(graph: SpikingGraph, record: Iterable[str]) -> dict[str, set[str]]:
     for population in graph.populations:
         chosen[population.name] = {"spikes"} if population.name in graph.outputs else set()
         for variable in ("spikes", *state_names(population)):
-            general = "a_in" if variable.startswith("a_in") else variable
+            general = "a_in" if variable in PORTS[population.kind] else variable
             single = {f"{population.name}.{variable}", f"{population.name}.{general}"}
             known |= single
             if entries & (single | {general}):

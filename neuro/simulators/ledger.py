@@ -214,7 +214,7 @@ class Ledger:
                 total += shifted
                 seen += [dot, shifted, total]
             sums.append(total)
-        if len(sums) == 2:
+        if population.kind in ("product", "norm"):
             seen.append(sums[0] * sums[1])
         return max(seen, key=abs)
 

@@ -1,9 +1,10 @@
 """Neuron updates of Lava's fixed-point models over a block of steps, in integers.
 
 Layout: (T, B, N) = steps, samples, neurons; time first, so that one step is one contiguous slice. Equations: the
-models tagged `fixed_pt` of lava-nc 0.10.0 (lava/proc/lif, sdn, graded, prodneuron), whose int32 arithmetic is
+models tagged `fixed_pt` of lava-nc 0.10.0 (lava/proc/lif, rf, rf_iz, sdn, graded, prodneuron), whose int32 arithmetic is
 reproduced as it is. In mode "chip" every register wraps at its width, after published emulators: 16 bits for what a
-lif kind receives, 24 for u and for everything the other kinds hold; v of a lif kind saturates in both modes. `lif_soft`
+lif kind receives, 24 for u and for everything the other kinds hold; v of a lif kind and both parts of a resonator
+saturate in both modes. `lif_soft`
 is Lava's LIF but for its reset: v loses the threshold where it fires. Lava has no such model.
 """
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from neuro.graph import Population
-from neuro.graph.kinds import KINDS
+from neuro.graph.kinds import KINDS, RESONATORS
 from neuro.simulators import scan as scans
 from neuro.simulators.exact import Arrived, outside, wrap
 
@@ -184,6 +185,8 @@ class Other:
             block = self._product(sums[0], sums[1], bound, findings)
         elif kind == "norm":
             block = self._norm(sums[0], sums[1], findings)
+        elif kind in RESONATORS:
+            block = self._resonator(sums[0], sums[1], findings)
         elif kind == "sigma":
             block = self._sigma(sums[0], findings)
         else:
@@ -235,6 +238,46 @@ class Other:
         self.state["v"] = first[-1].clone()
         square = self._held(square, findings)
         return Block({"s_out": self._gated(value), "s2_out": square}, v=value, states={"v": first}, findings=findings)
+
+    def _resonator(self, a_real: Tensor, a_imag: Tensor, findings: list[Finding]) -> Block:
+        """Turn and shrink the complex state, step by step; rf fires at angle 0 and goes on, rf_iz restarts."""
+        exponent = _parameter(self._population, "state_exp")
+        threshold = _parameter(self._population, "vth") << exponent
+        batch = self._shape[0]
+        sin, cos = (
+            per_neuron(self._population, self._population.params[key], batch, self._device)
+            .view(self._shape)
+            .to(torch.int64)
+            for key in ("sin_decay", "cos_decay")
+        )
+        shifted = [part.to(torch.int64) << exponent for part in (a_real, a_imag)]
+        for name, part in zip(("a_real_in", "a_imag_in"), shifted, strict=True):
+            mask = outside(part, 32)
+            if bool(mask.any()):
+                findings.append(Finding("wraps_sum", mask, part, f"{name} << state_exp", "32 bits of numpy's int32"))
+        into_real, into_imag = (wrap(part, 32) for part in shifted)
+        real, imag = (self.state[name].to(torch.int64) for name in ("real", "imag"))
+        kept: dict[str, list[Tensor]] = {key: [] for key in ("real", "imag", "s", "raw_real", "raw_imag")}
+        for t in range(len(a_real)):
+            raw_real = _shrunk(cos * real) - _shrunk(sin * imag) + into_real[t]
+            raw_imag = _shrunk(sin * real) + _shrunk(cos * imag) + into_imag[t]
+            before = imag
+            real, imag = (part.clamp(1 - REGISTER_LIMIT, REGISTER_LIMIT - 1) for part in (raw_real, raw_imag))
+            if self._population.kind == "rf":
+                fire = (real >= threshold) & (imag >= 0) & (before < 0)
+            else:
+                fire = imag >= threshold
+                real, imag = real.masked_fill(fire, 0), imag.masked_fill(fire, threshold - 1)
+            for key, value in zip(kept, (real, imag, fire, raw_real, raw_imag), strict=True):
+                kept[key].append(value)
+        self.state.update(real=real.to(torch.int32), imag=imag.to(torch.int32))
+        whole = {key: torch.stack(values) for key, values in kept.items()}
+        for key in ("real", "imag"):
+            over = whole[f"raw_{key}"].abs() >= REGISTER_LIMIT
+            if bool(over.any()):
+                findings.append(Finding("saturations_v", over, whole[f"raw_{key}"], key, "24 bits of its register"))
+        states = {key: whole[key].to(torch.int32) for key in ("real", "imag")}
+        return Block({"s_out": whole["s"].to(torch.int32)}, v=states["imag"], states=states, findings=findings)
 
     def _sigma(self, value: Tensor, findings: list[Finding]) -> Block:
         sigma = self._accumulated(value, findings)
@@ -296,6 +339,11 @@ class Other:
                 kept[name].append(now)
         self.state.update(act=act, residue=residue, error=error)
         return sent, {name: torch.stack(values) for name, values in kept.items()}
+
+
+def _shrunk(product: Tensor) -> Tensor:
+    """Integers / 4096, toward zero."""
+    return torch.div(product, 4096, rounding_mode="trunc")
 
 
 def join(blocks: list[Block]) -> Block:

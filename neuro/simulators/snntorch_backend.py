@@ -39,6 +39,8 @@ NOT_HERE: dict[str, str] = {
     "ternary_lif": "snnTorch's leaky neurons send no negative spikes",
     "lif_refractory": "snnTorch's leaky neurons have no refractory period",
     "lif_soft": "snnTorch's own soft reset acts a step later; this backend resets to zero",
+    "rf": "snnTorch has no resonate-and-fire neuron",
+    "rf_iz": "snnTorch has no resonate-and-fire neuron",
     "sigma": _SIGMA_DELTA,
     "delta": _SIGMA_DELTA,
     "sigma_delta": _SIGMA_DELTA,

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 
 from neuro.graph import Convolution, GraphError, Population, Projection, SpikingGraph, truncate_weights
-from neuro.graph.kinds import KINDS, LIF_KINDS
+from neuro.graph.kinds import KINDS, LIF_KINDS, RESONATORS
 
-LAVA_KINDS = [name for name, kind in KINDS.items() if kind.lava and name != "input"]
+# Resonators have networks of their own, below, so that these, and the files made from them, stay what they are.
+LAVA_KINDS = [name for name, kind in KINDS.items() if kind.lava and name not in ("input", *RESONATORS)]
+RING_SIZE, RING_SOURCES = 6, 5
 BINARY = ("lif", "lif_reset", "lif_refractory")
 
 
@@ -144,3 +146,38 @@ def messages(graph: SpikingGraph, seed: int, batch: int, steps: int) -> dict[str
     binary = any(p.num_message_bits == 0 for p in graph.outgoing("x"))
     values = rng.integers(0 if binary else -99, 2 if binary else 100, (batch, steps, graph.population("x").size))
     return {"x": (values * (rng.random(values.shape) < 0.6)).astype(np.int32)}
+
+
+def resonators(kind: str, seed: int, each: bool = False, loop: bool = False, strength: int = 40) -> SpikingGraph:
+    """Inputs of 8 bits into one population, whose spikes reach a second one and, on a loop, itself."""
+    rng = np.random.default_rng(seed)
+    angle, kept = rng.uniform(0.1, 1.5, RING_SIZE if each else 1), rng.uniform(0.85, 0.999, RING_SIZE if each else 1)
+    decays: dict[str, Any] = {
+        "sin_decay": (4096 * kept * np.sin(angle)).astype(int),
+        "cos_decay": (4096 * kept * np.cos(angle)).astype(int),
+    }
+    params = {key: value if each else int(value[0]) for key, value in decays.items()}
+    params |= {"vth": int(rng.integers(40, 200)), "state_exp": int(rng.integers(3, 8))}
+
+    def wires(name: str, source: str, target: str, sources: int, bits: int) -> list[Projection]:
+        found = []
+        for port in ("a_real_in", "a_imag_in"):
+            weight = truncate_weights(np.rint(rng.normal(0, strength, (RING_SIZE, sources))).astype(int), "mixed")
+            found.append(Projection(f"{name}_{port}", source, target, port, weight, num_message_bits=bits))
+        return found
+
+    projections = [*wires("w", "x", "rf", RING_SOURCES, 8), *wires("q", "rf", "next", RING_SIZE, 0)]
+    if loop:
+        projections += wires("r", "rf", "rf", RING_SIZE, 0)
+    populations = (
+        Population("x", "input", RING_SOURCES),
+        Population("rf", kind, RING_SIZE, params),
+        Population("next", kind, RING_SIZE, {"sin_decay": 1200, "cos_decay": 3800, "vth": 60}),
+    )
+    return SpikingGraph(populations, tuple(projections), ("next",))
+
+
+def rings(seed: int, batch: int = 1, steps: int = 60) -> dict[str, np.ndarray]:
+    """Input for it, sparse, of a few units."""
+    rng = np.random.default_rng(seed + 1000)
+    return {"x": rng.integers(-4, 5, (batch, steps, RING_SOURCES)) * (rng.random((batch, steps, RING_SOURCES)) < 0.3)}

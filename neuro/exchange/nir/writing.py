@@ -45,6 +45,8 @@ VTH_UNIT = 64
 REFUSED = {
     "ternary_lif": "NIR's spikes have no sign. Use kind lif, two populations for two signs",
     "lif_refractory": "NIR has no refractory steps. Use kind lif, or refractory=1, which is the same",
+    "rf": "NIR has no resonate-and-fire neuron. Keep the graph file",
+    "rf_iz": "NIR has no resonate-and-fire neuron. Keep the graph file",
     "lif_soft": "NIR resets to v_reset, not by subtraction. Use kind lif or lif_reset (reset='hard' in the rate route)",
     "sigma": "NIR has no sigma-delta nodes. Use the rate route, or keep the graph file",
     "delta": "NIR has no sigma-delta nodes. Use the rate route, or keep the graph file",

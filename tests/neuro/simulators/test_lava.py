@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from neuro.graph import Population, Projection, SpikingGraph, identical, load_graph, save_graph
-from neuro.graph.kinds import KINDS, PROJECTIONS
+from neuro.graph.kinds import KINDS, PROJECTIONS, RESONATORS
 from neuro.simulators.activity import RECORD_ALL, Activity
 from neuro.simulators.fixed_point import simulate
 from neuro.simulators.lava.client import LavaUnsupported, LavaWorker, compare
 
 GOLDEN = {"lif_loop": 3, "lif_self_loop": 4, "lif_deep": 7, "mlp_relu": 1, "mlp_squared": 2}
-GOLDEN |= {f"all_kinds_{seed}": seed for seed in (78, 200, 201, 121, 6, 33)}
+GOLDEN |= {f"all_kinds_{seed}": seed for seed in (78, 200, 201, 121, 6, 33)} | {"rf": 3, "rf_iz": 5}
 NETWORKS, PER_TEST, STEPS = 210, 5, 20
 # Of the generated networks a small set that shows every trait of them all (a greedy cover) and reaches every line of the
 # simulator that they all reach; the others run under soak.
@@ -37,6 +37,8 @@ def cases(lif_graph: Any, mlp_graph: Any, messages: Any, networks: ModuleType) -
 
     def case(name: str) -> tuple[SpikingGraph, dict[str, np.ndarray]]:
         seed = GOLDEN[name]
+        if name in RESONATORS:
+            return networks.resonators(name, seed, each=True, loop=True), networks.rings(seed, 2)
         if name.startswith("all_kinds"):
             graph = networks.network(seed)
             return graph, networks.messages(graph, seed, 2, STEPS)
@@ -102,7 +104,7 @@ def test_the_generated_networks_hold_every_kind_and_are_not_silent(networks: Mod
         graph = networks.network(seed)
         sent = simulate(graph, networks.messages(graph, seed, 1, STEPS)).spikes[graph.outputs[0]]
         active.append(bool(torch.count_nonzero(sent)))
-    assert kinds == {name for name, kind in KINDS.items() if kind.lava}
+    assert kinds == {"input", *networks.LAVA_KINDS} == {n for n, k in KINDS.items() if k.lava and n not in RESONATORS}
     assert ways == set(PROJECTIONS)
     assert min(exponents) < 0 < max(exponents)
     assert loops > 20

@@ -33,6 +33,8 @@ PARAMS = {
     "lif_reset": {**LIF, "vth": 1, "reset_interval": 3},
     "lif_refractory": {**LIF, "vth": 1, "refractory": 2},
     "lif_soft": {**LIF, "vth": 1},
+    "rf": {"sin_decay": 2000, "cos_decay": 3000, "vth": 1},
+    "rf_iz": {"sin_decay": 2000, "cos_decay": 3000, "vth": 1},
     "sigma": {},
     "delta": {"vth": 1},
     "sigma_delta": {"vth": 1},
