@@ -120,6 +120,27 @@ KINDS: dict[str, Kind] = {
         extends="LIF",
         instead="use kind lif or lif_reset (reset='hard' in the rate route)",
     ),
+    # lif with one decay and threshold per neuron and a choice of reset, as a chip with programmable neurons has it:
+    # reset 0: v to zero, 1: v loses the threshold, 2: none; reset_delay 1: in the step after the spike
+    "lif_general": Kind(
+        "",
+        ("a_in",),
+        {
+            "du": Parameter(0, 4095, per_neuron=True),
+            "dv": Parameter(0, 4095, per_neuron=True),
+            "bias_mant": _LIF["bias_mant"],
+            "bias_exp": _LIF["bias_exp"],
+            "vth": Parameter(0, 2**17 - 1, per_neuron=True),
+            "reset": Parameter(0, 2, default=0),
+            "reset_delay": Parameter(0, 1, default=0),
+            "reset_interval": Parameter(0, 2**16 - 1, default=0),
+            "reset_offset": Parameter(0, 2**16 - 1, default=0),
+        },
+        ("u", "v"),
+        silent_ports=True,
+        extends="LIF",
+        instead="Lava's LIF resets to zero at once, with one decay and threshold for all: train with those, or stay here",
+    ),
     # resonate-and-fire: rf fires where its angle passes 0, rf_iz where its imaginary part reaches vth, and restarts there
     "rf": Kind("RF", ("a_real_in", "a_imag_in"), _RESONATOR, ("real", "imag"), silent_ports=True),
     "rf_iz": Kind("RF_IZ", ("a_real_in", "a_imag_in"), _RESONATOR, ("real", "imag"), silent_ports=True),
@@ -137,9 +158,9 @@ KINDS: dict[str, Kind] = {
     # s_out: a_in1[t-1] a_in2[t] where its magnitude exceeds vth; s2_out: a_in1[t]^2
     "norm": Kind("NormVecDelay", ("a_in1", "a_in2"), {"vth": VTH_24}, ("v",), outs=("s_out", "s2_out")),
 }
-LIF_KINDS = ("lif", "ternary_lif", "lif_reset", "lif_refractory", "lif_soft")
+LIF_KINDS = ("lif", "ternary_lif", "lif_reset", "lif_refractory", "lif_soft", "lif_general")
 RESONATORS = ("rf", "rf_iz")
-BINARY_KINDS = ("lif", "lif_reset", "lif_refractory", "lif_soft", *RESONATORS)  # send 0 or 1
+BINARY_KINDS = ("lif", "lif_reset", "lif_refractory", "lif_soft", "lif_general", *RESONATORS)  # send 0 or 1
 STATELESS = ("input", "graded", "graded_relu", "product")
 
 # Kind of projection -> Lava's process class.

@@ -15,6 +15,9 @@ Arithmetic (lava-nc 0.10.0, process models tagged `fixed_pt`; the simulators imp
   sends -1 below `vth_lo << 6` too; `lif_reset` starts from u = v = 0 where `t mod reset_interval = reset_offset mod
   reset_interval`, t from 1; `lif_refractory` keeps v at 0 for `refractory` steps, its spike's own included (chip mode).
   `lif_soft` is lif with soft reset: v loses `vth << 6` where it fires; with a `reset_interval` it restarts as lif_reset.
+  `lif_general`: decays and thresholds may differ from neuron to neuron; where it fires v becomes 0 (`reset` 0), loses the
+  threshold (1) or stays (2). With `reset_delay` 1 the next step does so: after the update v becomes 0, whatever arrived,
+  or loses the threshold. With a `reset_interval` it restarts as lif_reset, a delayed reset forgotten.
 * `rf`: `real <- cos real - sin imag + (a_real << state_exp)`, `imag <- sin real + cos imag + (a_imag << state_exp)`, where
   sin and cos are `sin_decay / 4096` and `cos_decay / 4096`, each product toward zero and both parts clipped to 24 bits; a
   spike where `real >= vth << state_exp` and imag came from below 0 to 0 or above; nothing is reset. `rf_iz`: a spike where

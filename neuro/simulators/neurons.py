@@ -5,7 +5,8 @@ models tagged `fixed_pt` of lava-nc 0.10.0 (lava/proc/lif, rf, rf_iz, sdn, grade
 reproduced as it is. In mode "chip" every register wraps at its width, after published emulators: 16 bits for what a
 lif kind receives, 24 for u and for everything the other kinds hold; v of a lif kind and both parts of a resonator
 saturate in both modes. `lif_soft`
-is Lava's LIF but for its reset: v loses the threshold where it fires. Lava has no such model.
+is Lava's LIF but for its reset: v loses the threshold where it fires. Lava has no such model,
+nor one of `lif_general`, whose decays and thresholds may differ from neuron to neuron and whose reset is a choice.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ _FLAGS = {
     "lif_reset": 0,
     "lif_refractory": scans.REFRACTORY,
     "lif_soft": scans.SOFT,
+    "lif_general": scans.GENERAL,
 }
+_RESETS = (0, scans.SOFT, scans.FREE)  # of lif_general
 
 
 @dataclass
@@ -82,14 +85,22 @@ class Lif:
     def __init__(self, population: Population, batch: int, device: torch.device, mode: str, fused: bool | None) -> None:
         ternary = population.kind == "ternary_lif"
         mantissa = np.asarray(population.params["bias_mant"], dtype=np.int64)
+        flags, each, numbers = _FLAGS[population.kind], None, population.params
+        if population.kind == "lif_general":
+            reset = _parameter(population, "reset")
+            flags |= _RESETS[reset] | (scans.LATE if reset < 2 and _parameter(population, "reset_delay") else 0)
+            rows = (4095 - np.asarray(numbers["du"]), 4096 - np.asarray(numbers["dv"]), np.asarray(numbers["vth"]) << 6)
+            each = torch.stack([per_neuron(population, row, batch, device) for row in rows])
+            numbers = {"du": 0, "dv": 0, "vth": 0}
         self.scan = scans.Scan(
-            flags=_FLAGS[population.kind] | (scans.CHIP if mode == "chip" else 0),
-            keep_u=4096 - (_parameter(population, "du") + 1),  # Lava: ds_offset = 1
-            keep_v=4096 - _parameter(population, "dv"),  # dm_offset = 0
-            high=_parameter(population, "vth_hi" if ternary else "vth") << 6,
+            flags=flags | (scans.CHIP if mode == "chip" else 0),
+            keep_u=4096 - (int(numbers["du"]) + 1),  # Lava: ds_offset = 1
+            keep_v=4096 - int(numbers["dv"]),  # dm_offset = 0
+            high=int(numbers["vth_hi" if ternary else "vth"]) << 6,
             low=_parameter(population, "vth_lo") << 6 if ternary else -(2**31),
             refractory=_parameter(population, "refractory") if population.kind == "lif_refractory" else 0,
             bias_M=per_neuron(population, mantissa << np.asarray(population.params["bias_exp"]), batch, device),
+            each_3M=each,
         )
         self._interval = _parameter(population, "reset_interval") if "reset_interval" in population.params else 0
         if self._interval:

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 LIMIT = 2**23
-CHIP, TERNARY, REFRACTORY, SOFT = 1, 2, 4, 8
+CHIP, TERNARY, REFRACTORY, SOFT, GENERAL, FREE, LATE = 1, 2, 4, 8, 16, 32, 64
 STATS = ("wide_a", "wraps_u", "saturations_v", "fired", "max_abs_u", "max_abs_v")
 SOURCE = Path(__file__).with_name("scan.c")
 PLAIN_STEP_S, PLAIN_NEURON_S = 1e-4, 2e-8  # what plain torch takes for a step and for a neuron in it (measured)
@@ -50,9 +50,11 @@ class Scan:
     """Parameters of one population, ready for either loop.
 
     Attributes:
-        flags: CHIP, TERNARY, REFRACTORY or SOFT (reset by subtraction), added up.
+        flags: added up: CHIP, TERNARY, REFRACTORY, SOFT (reset by subtraction), GENERAL (`each_3M` counts), and only with
+            that one: FREE (no reset), LATE (the reset acts in the next step).
         keep_u, keep_v: 4096 minus the decay. high, low: thresholds << 6. refractory: steps.
         bias_M: int32.
+        each_3M: with GENERAL, int32: keep_u, keep_v and high of each neuron, instead of the numbers.
         in_chunks: whether `plain` takes whole chunks of steps through torch.compile. None: on CUDA, once plain torch has
             taken as long as compiling would.
     """
@@ -65,15 +67,18 @@ class Scan:
     refractory: int
     bias_M: Tensor
     in_chunks: bool | None = None
+    each_3M: Tensor | None = None
 
     @property
-    def numbers(self) -> tuple[int, int, int, int, int]:
+    def numbers(self) -> tuple[int | Tensor, int | Tensor, int | Tensor, int, int]:
+        if self.each_3M is not None:
+            return (*self.each_3M.unbind(), self.low, self.refractory)  # type: ignore[return-value]
         return self.keep_u, self.keep_v, self.high, self.low, self.refractory
 
 
 @dataclass
 class State:
-    """u, v and the refractory counter, int32 (M,), changed in place."""
+    """u, v and the refractory counter (with LATE: whether it fired a step before), int32 (M,), changed in place."""
 
     u: Tensor
     v: Tensor
@@ -124,12 +129,17 @@ def step(
     raw_v = decay(v, keep_v) + drive
     if flags & REFRACTORY:
         raw_v = raw_v.masked_fill(rest > 0, 0)
+    if flags & LATE:
+        raw_v = torch.where(rest > 0, raw_v - high, raw_v) if flags & SOFT else raw_v.masked_fill(rest > 0, 0)
     v = raw_v.clamp(1 - LIMIT, LIMIT - 1)
     fire = (v > high).to(torch.int8)
     if flags & TERNARY:
         fire = fire - (v < low).to(torch.int8)
     fired = fire != 0
-    v = torch.where(fired, v - high, v) if flags & SOFT else v.masked_fill(fired, 0)
+    if flags & LATE:
+        rest = fired.to(torch.int32)
+    elif not flags & FREE:
+        v = torch.where(fired, v - high, v) if flags & SOFT else v.masked_fill(fired, 0)
     if flags & REFRACTORY:
         rest = (torch.where(fired, refractory, rest) - 1).clamp_min(0)
     return u, v, rest, fire, raw_u, raw_v, over | under
@@ -162,6 +172,8 @@ def plain(
     for t in range(done, len(a_TM)):
         if reset_T is not None and bool(reset_T[t]):
             state.u, state.v = torch.zeros_like(state.u), torch.zeros_like(state.v)
+            if scan.flags & LATE:
+                state.rest = torch.zeros_like(state.rest)
         a = a_TM[t]
         u, v, rest, fire, raw_u, raw_v, wraps = step(scan.flags, scan.numbers, a, state.u, state.v, state.rest, scan.bias_M)
         stat_6M[0] += (a > 32767) | (a < -32768)
@@ -248,11 +260,11 @@ def _try_chunks(
 ) -> list[int] | None:
     """`_chunks` where it is wanted, or None, with nothing changed but messages; a failure is warned of once.
 
-    Soft reset stays with plain torch.
+    Soft reset and kind lif_general stay with plain torch.
     """
     device = a_TM.device.type
     wanted = device == "cuda" and _plain_s.get(device, 0.0) > WORTH_CHUNKS_S if scan.in_chunks is None else scan.in_chunks
-    if not wanted or device in _without or scan.flags & SOFT:
+    if not wanted or device in _without or scan.flags & (SOFT | GENERAL):
         return None
     try:
         with warnings.catch_warnings():
@@ -378,9 +390,9 @@ def compiled(
     numbers = (scan.keep_u, scan.keep_v, scan.high, scan.low, max(-exponent, 0), max(exponent, 0), scan.refractory)
     parameters = (ctypes.c_int32 * len(numbers))(*numbers)
     reset = None if reset_T is None else reset_T.to(torch.uint8).contiguous()
-    tensors = (a_TM, s_TM, *(keep or (None, None)), state.u, state.v, state.rest, scan.bias_M, reset)
+    tensors = (a_TM, s_TM, *(keep or (None, None)), state.u, state.v, state.rest, scan.bias_M, reset, scan.each_3M)
     assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
-    pointers = [None if tensor is None else ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+    *pointers, each = [None if tensor is None else ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
     function = library().lif_scan
 
     fired = None if fired_M is None else ctypes.c_void_p(fired_M.data_ptr())
@@ -388,7 +400,7 @@ def compiled(
     def part(begin: int, end: int) -> list[int]:
         stat = (ctypes.c_int64 * len(STATS))()
         sizes = [ctypes.c_size_t(number) for number in (steps, neurons, begin, end)]
-        function(ctypes.c_int(scan.flags), *pointers, parameters, stat, fired, *sizes)
+        function(ctypes.c_int(scan.flags), *pointers, parameters, each, stat, fired, *sizes)
         return list(stat)
 
     threads = min(torch.get_num_threads(), max(1, steps * neurons // THREAD_VALUES))

@@ -41,6 +41,7 @@ NOT_HERE: dict[str, str] = {
     "lif_soft": "snnTorch's own soft reset acts a step later; this backend resets to zero",
     "rf": "snnTorch has no resonate-and-fire neuron",
     "rf_iz": "snnTorch has no resonate-and-fire neuron",
+    "lif_general": "snnTorch has such neurons, and this backend does not build them",
     "sigma": _SIGMA_DELTA,
     "delta": _SIGMA_DELTA,
     "sigma_delta": _SIGMA_DELTA,

@@ -48,6 +48,7 @@ REFUSED = {
     "rf": "NIR has no resonate-and-fire neuron. Keep the graph file",
     "rf_iz": "NIR has no resonate-and-fire neuron. Keep the graph file",
     "lif_soft": "NIR resets to v_reset, not by subtraction. Use kind lif or lif_reset (reset='hard' in the rate route)",
+    "lif_general": "NIR resets to v_reset at once. Use kind lif or lif_reset, or keep the graph file",
     "sigma": "NIR has no sigma-delta nodes. Use the rate route, or keep the graph file",
     "delta": "NIR has no sigma-delta nodes. Use the rate route, or keep the graph file",
     "sigma_delta": "NIR has no sigma-delta nodes. Use the rate route, or keep the graph file",

@@ -244,6 +244,7 @@ UNSAYABLE = {
     "ternary_lif": ({"du": 0, "dv": 0, "vth_hi": 1, "vth_lo": -1}, "no sign"),
     "lif_refractory": ({**LIF, "refractory": 2}, "refractory"),
     "lif_soft": (LIF, "not by subtraction"),
+    "lif_general": (LIF, "resets to v_reset at once"),
     "sigma": ({}, "sigma-delta"),
     "delta": ({"vth": 1}, "sigma-delta"),
     "sigma_delta": ({"vth": 1}, "sigma-delta"),

@@ -43,7 +43,7 @@ def reference_lif(kind: str, p: dict[str, int], sums: list[int], mode: str) -> l
     rows = []
     for t, total in enumerate(sums, start=1):
         if p.get("reset_interval") and t % p["reset_interval"] == p.get("reset_offset", 0) % p["reset_interval"]:
-            u = v = 0
+            u = v = rest = 0
         a = wrapped(total, 16) if mode == "chip" else total
         u = toward_zero(u * (4095 - p["du"])) + (a << 6)
         drive = p["bias_mant"] << p["bias_exp"]
@@ -55,16 +55,20 @@ def reference_lif(kind: str, p: dict[str, int], sums: list[int], mode: str) -> l
             v = toward_zero(v * (4096 - p["dv"])) + u + drive
         if rest > 0 and kind == "lif_refractory":
             v = 0
+        late, soft = p.get("reset_delay"), kind == "lif_soft" or p.get("reset") == 1
+        if late and rest:
+            v = v - (p["vth"] << 6) if soft else 0
         v = max(1 - 2**23, min(2**23 - 1, v))
         high, low = (p["vth_hi"], p["vth_lo"]) if kind == "ternary_lif" else (p["vth"], -(2**20))
         fire = int(v > high << 6) - int(v < low << 6)
-        if fire:
-            v = v - (p["vth"] << 6) if kind == "lif_soft" else 0
-        rest = max((p.get("refractory", 0) if fire else rest) - 1, 0)
+        if fire and not late and p.get("reset") != 2:
+            v = v - (p["vth"] << 6) if soft else 0
+        rest = fire if late else max((p.get("refractory", 0) if fire else rest) - 1, 0)
         rows.append((u, v, fire))
     return rows
 
 
+EACH = {"du": [700, 4095, 900], "dv": [90, 0, 4095], "vth": [60, 3, 900]}
 KINDS = {
     "lif": LIF,
     "ternary_lif": {k: v for k, v in LIF.items() if k != "vth"} | {"vth_hi": 60, "vth_lo": -40},
@@ -72,6 +76,11 @@ KINDS = {
     "lif_refractory": LIF | {"refractory": 4},
     "lif_soft": LIF,
     "lif_soft, restarting": LIF | {"reset_interval": 7, "reset_offset": 3},
+    "lif_general, zero": LIF | EACH | {"reset": 0},
+    "lif_general, zero a step later": LIF | EACH | {"reset": 0, "reset_delay": 1},
+    "lif_general, subtract": LIF | EACH | {"reset": 1},
+    "lif_general, subtract a step later": LIF | EACH | {"reset": 1, "reset_delay": 1, "reset_interval": 6},
+    "lif_general, none": LIF | EACH | {"reset": 2},
 }
 
 
@@ -91,7 +100,8 @@ def test_lif_kinds_equal_the_reference(case: str, mode: str, fused: bool, larges
     fired = 0
     for sample in range(2):
         for neuron in range(3):
-            rows = reference_lif(kind, params, [0, *(2 * x[sample, :-1, neuron]).tolist()], mode)
+            own = {key: value[neuron] if isinstance(value, list) else value for key, value in params.items()}
+            rows = reference_lif(kind, own, [0, *(2 * x[sample, :-1, neuron]).tolist()], mode)
             for index, got in enumerate((found.states["y"]["u"], found.states["y"]["v"], found.spikes["y"])):
                 assert got[sample, :, neuron].tolist() == [row[index] for row in rows]
             fired += sum(abs(row[2]) for row in rows)

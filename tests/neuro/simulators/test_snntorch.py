@@ -127,6 +127,7 @@ NEURON = {
     "ternary_lif": {**EXACT, "vth_hi": 1, "vth_lo": -1},
     "lif_refractory": {**EXACT, "vth": 1, "refractory": 2},
     "lif_soft": {**EXACT, "vth": 1},
+    "lif_general": {**EXACT, "vth": 1},
     "rf": {"sin_decay": 1, "cos_decay": 1, "vth": 1},
     "rf_iz": {"sin_decay": 1, "cos_decay": 1, "vth": 1},
     "delta": {"vth": 1},

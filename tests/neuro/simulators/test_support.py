@@ -33,6 +33,7 @@ PARAMS = {
     "lif_reset": {**LIF, "vth": 1, "reset_interval": 3},
     "lif_refractory": {**LIF, "vth": 1, "refractory": 2},
     "lif_soft": {**LIF, "vth": 1},
+    "lif_general": {**LIF, "vth": 1},
     "rf": {"sin_decay": 2000, "cos_decay": 3000, "vth": 1},
     "rf_iz": {"sin_decay": 2000, "cos_decay": 3000, "vth": 1},
     "sigma": {},
@@ -147,6 +148,7 @@ def test_rows_by_hand():
     assert "| lif | yes | yes | yes | yes |" in lines
     assert "| lif_refractory | no | yes | no | no |" in lines
     assert "| lif_soft | yes | yes | no | no |" in lines
+    assert "| lif_general | yes | yes | no | no |" in lines
     assert "| sigma_delta | residue, corrected | residue, corrected | residue | no |" in lines
     assert "| delay_dense | yes | yes | yes | no |" in lines
     assert "| sigma | Sigma | a_in | sigma | - |" in kinds_table()
