@@ -32,6 +32,7 @@ OWN = {
     "verify": "experiments.commands.verify",
     "simulate": "experiments.commands.simulate",
     "place": "experiments.commands.place",
+    "account": "experiments.commands.account",
     "compat": "experiments.commands.compat",
     "export": "experiments.commands.export",
     "import": "experiments.commands.importing",

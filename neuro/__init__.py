@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from neuro.accounting.account import GraphAccount, graph_account
     from neuro.analysis.compatibility import CompatibilityReport, NothingToMap, analyse
     from neuro.analysis.preparation import prepare
     from neuro.analysis.registry import LayerRule, register_layer, unregister_layer
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from neuro.training.loop import TrainSettings, fine_tune
 
 _HOME = {
+    "graph_account": "neuro.accounting.account",
+    "GraphAccount": "neuro.accounting.account",
     "analyse": "neuro.analysis.compatibility",
     "CompatibilityReport": "neuro.analysis.compatibility",
     "NothingToMap": "neuro.analysis.compatibility",
@@ -70,6 +73,7 @@ __all__ = [
     "Deployed",
     "EventThreshold",
     "GradedConfig",
+    "GraphAccount",
     "LayerRule",
     "LostLayer",
     "NothingToMap",
@@ -87,6 +91,7 @@ __all__ = [
     "deploy",
     "fine_tune",
     "generate",
+    "graph_account",
     "insert_thresholds",
     "load_deployed",
     "load_graph",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from experiments.commands.inputs import add_input_arguments, check_device, read_inputs
 from experiments.runs.output import add_json_argument, entry, finish
 from neuro.graph import FILE_SUFFIX, GraphError, SpikingGraph, load_graph
 
@@ -35,7 +36,7 @@ class UsageError(ValueError):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("graph", type=Path, help=f"NAME{FILE_SUFFIX}")
-    parser.add_argument("input", type=Path, help="NAME.npz, one integer array (batch, steps, size) per input population")
+    add_input_arguments(parser)
     parser.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help="simulator (default: fixed_point, ours)")
     parser.add_argument(
         "--mode", choices=("lava", "chip"), default=None, help="arithmetic (default: lava; snntorch computes in float)"
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from neuro.simulators.fixed_point import FixedPointOverflow
     from neuro.simulators.inputs import InputError, checked_inputs
     from neuro.simulators.lava.client import LavaError
-    from neuro.simulators.results import ResultFileError, load_inputs, save_result
+    from neuro.simulators.results import ResultFileError, save_result
     from neuro.simulators.snntorch_backend import SnnTorchUnavailable
 
     try:
@@ -69,10 +70,11 @@ def run(args: argparse.Namespace) -> int:
         _check_out(args)
         graph = load_graph(args.graph)
         _check_kinds(graph, args.backend, mode)
-        inputs = load_inputs(args.input, graph)
-        checked_inputs(graph, inputs)
+        inputs, steps = read_inputs(graph, args.input, args.steps)
+        if inputs:
+            checked_inputs(graph, inputs)
         start = time.perf_counter()
-        activity = _simulate(args, graph, inputs, mode)
+        activity = _simulate(args, graph, inputs, mode, steps)
         seconds = time.perf_counter() - start
         extra = {
             "backend": args.backend,
@@ -139,21 +141,8 @@ def _mode(args: argparse.Namespace) -> str:
     if args.device is not None and args.backend == "lava":
         raise UsageError("--device goes with fixed_point and snntorch; Lava runs on the CPU")
     if args.device is not None:
-        _check_device(args.device)
+        check_device(args.device)
     return args.mode or modes[0]
-
-
-def _check_device(name: str) -> None:
-    import torch
-
-    try:
-        kind = torch.device(name).type
-    except RuntimeError as error:
-        raise UsageError(f"--device is {name!r}, which is none: {error}") from error
-    if kind not in ("cpu", "cuda"):
-        raise UsageError(f"--device is {name!r}; the integer arithmetic runs on cpu and cuda")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device is {name!r}, and this machine has no CUDA device; leave --device out")
 
 
 def _check_out(args: argparse.Namespace) -> None:
@@ -162,7 +151,8 @@ def _check_out(args: argparse.Namespace) -> None:
         raise UsageError(f"--out is {args.out}; a result is a file NAME.npz")
     if not args.out.parent.is_dir():
         raise UsageError(f"--out is {args.out}; the folder {args.out.parent} does not exist, make it first")
-    if args.out.resolve() in (args.graph.resolve(), args.input.resolve()):
+    read = [path.resolve() for path in (args.graph, args.input) if path is not None]
+    if args.out.resolve() in read:
         raise UsageError(f"--out is {args.out}, which is also read; give another name")
 
 
@@ -176,17 +166,21 @@ def _check_kinds(graph: SpikingGraph, backend: str, mode: str) -> None:
         raise UsageError(f"backend {backend}, mode {mode}: {found[0]}{rest}{remedy}")
 
 
-def _simulate(args: argparse.Namespace, graph: SpikingGraph, inputs: dict[str, np.ndarray], mode: str) -> Activity:
+def _simulate(
+    args: argparse.Namespace, graph: SpikingGraph, inputs: dict[str, np.ndarray], mode: str, steps: int | None
+) -> Activity:
     from neuro.simulators import fixed_point, snntorch_backend
     from neuro.simulators.activity import RECORD_ALL
     from neuro.simulators.lava import client as lava_client
 
     record = RECORD_ALL if args.record == EVERYTHING else tuple(name for name in args.record.split(",") if name)
     if args.backend == "lava":
-        return lava_client.run(graph, inputs, record=record, timeout_s=args.timeout or LAVA_TIMEOUT_S)
+        return lava_client.run(graph, inputs, record=record, timeout_s=args.timeout or LAVA_TIMEOUT_S, steps=steps)
     if args.backend == "snntorch":
-        return snntorch_backend.run(graph, inputs, record=record, device=args.device)
-    return fixed_point.simulate(graph, inputs, mode=mode, strict=args.strict, record=record, device=args.device)
+        return snntorch_backend.run(graph, inputs, record=record, device=args.device, steps=steps)
+    return fixed_point.simulate(
+        graph, inputs, mode=mode, strict=args.strict, record=record, device=args.device, steps=steps
+    )
 
 
 @entry

@@ -80,7 +80,7 @@ def verify(
         0 equal in every value; 1 not, or Lava or the board failed; 2 a wrong argument, graph or input.
     """
     from hardware import BoardUnavailable
-    from neuro.simulators.inputs import InputError, checked_inputs
+    from neuro.simulators.inputs import InputError, checked_run
     from neuro.simulators.lava.client import LavaError, LavaWorker
     from neuro.simulators.results import ResultFileError, load_inputs
 
@@ -95,9 +95,9 @@ def verify(
             for path in paths:
                 graph = load_graph(path)
                 given = random_inputs(graph, steps, seed) if input_path is None else load_inputs(input_path, graph)
-                values = checked_inputs(graph, given)
-                steps = next((len(value[0]) for value in values.values()), steps)  # a file brings its own number
-                result, document = (_on_board if board else _in_lava)(graph, values, worker, timeout_s)
+                alone = None if graph.inputs else steps  # neurons that their biases drive
+                values, _, steps = checked_run(graph, given, alone)  # a file brings its own number
+                result, document = (_on_board if board else _in_lava)(graph, values, alone, worker, timeout_s)
                 name = path.name.removesuffix(FILE_SUFFIX)
                 if name in graphs:
                     name = path.relative_to(target).as_posix().removesuffix(FILE_SUFFIX)
@@ -133,22 +133,22 @@ def _problem(target: Path, paths: list[Path], steps: int, input_path: Path | Non
 
 
 def _in_lava(
-    graph: SpikingGraph, values: dict[str, torch.Tensor], worker: LavaWorker, timeout_s: float
+    graph: SpikingGraph, values: dict[str, torch.Tensor], steps: int | None, worker: LavaWorker, timeout_s: float
 ) -> tuple[Comparison, dict[str, Any]]:
     from neuro.simulators.activity import RECORD_ALL, compare
     from neuro.simulators.fixed_point import simulate
 
-    lava = worker.run(graph, values, record=RECORD_ALL, timeout_s=timeout_s)
-    ours = simulate(graph, values, record=RECORD_ALL)
+    lava = worker.run(graph, values, record=RECORD_ALL, timeout_s=timeout_s, steps=steps)
+    ours = simulate(graph, values, record=RECORD_ALL, steps=steps)
     return compare(lava, ours), {"expected": lava.ran_on, "got": ours.ran_on}
 
 
 def _on_board(
-    graph: SpikingGraph, values: dict[str, torch.Tensor], worker: LavaWorker, timeout_s: float
+    graph: SpikingGraph, values: dict[str, torch.Tensor], steps: int | None, worker: LavaWorker, timeout_s: float
 ) -> tuple[Comparison, dict[str, Any]]:
     from neuro.simulators.lava.board import run_on_board
 
-    found = run_on_board(graph, values, record=BOARD_STATES, worker=worker, timeout_s=timeout_s)
+    found = run_on_board(graph, values, record=BOARD_STATES, worker=worker, timeout_s=timeout_s, steps=steps)
     document = {"expected": "simulated (ours, chip)", "got": found.activity.ran_on}
     return found.comparison, {**document, "offset": found.offset, "profile": found.profile}
 

@@ -150,7 +150,7 @@ def series(probe, key: str, size: int, steps: int) -> np.ndarray:
     return values.reshape(size, steps).T.astype(np.int32)
 
 
-def run_on_board(graph, inputs: dict, sample: int, record: dict, path: str, board: dict) -> dict:
+def run_on_board(graph, inputs: dict, sample: int, record: dict, path: str, board: dict, steps: int) -> dict:
     """Build, run for all steps, stop; the arrays are at `path` then, and what the profilers measured is returned."""
     open_route(board)
     from builder import build
@@ -168,7 +168,6 @@ def run_on_board(graph, inputs: dict, sample: int, record: dict, path: str, boar
 
     kinds = sys.modules["neuro.graph.kinds"].KINDS
     populations, synapses = build(graph, kinds, inputs, sample, entrance)
-    steps = next(iter(inputs.values())).shape[1]
     messages, exits, probes = [], [], {}
     for name, wanted in record.items():
         population = graph.population(name)

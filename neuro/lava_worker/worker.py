@@ -67,7 +67,7 @@ def wiring(graph, kinds, populations: dict, synapses: list, record: dict) -> tup
     return messages, variables, sources
 
 
-def run_sample(graph, inputs: dict, sample: int, record: dict, path: str, fault: str) -> None:
+def run_sample(graph, inputs: dict, sample: int, record: dict, path: str, fault: str, steps: int) -> None:
     """Build, run for all steps, stop; the recorder has then written `path`."""
     from builder import build
     from lava.magma.core.run_conditions import RunSteps
@@ -76,7 +76,6 @@ def run_sample(graph, inputs: dict, sample: int, record: dict, path: str, fault:
 
     kinds = sys.modules["neuro.graph.kinds"].KINDS
     populations, synapses = build(graph, kinds, inputs, sample)
-    steps = next(iter(inputs.values())).shape[1]
     messages, variables, sources = wiring(graph, kinds, populations, synapses, record)
     recorder = make_recorder(messages, variables, steps, path, fault)
     for index, ports in enumerate(sources):
@@ -99,13 +98,13 @@ def answer(load_graph, request: dict) -> dict:
         inputs = {name: archive[name] for name in graph.inputs}
     path = os.path.join(request["folder"], "sample%d.npz")
     told = {}
-    for sample in range(next(iter(inputs.values())).shape[0]):
+    for sample in range(request["batch"]):
         if request.get("board"):
             from board import run_on_board
 
-            told = run_on_board(graph, inputs, sample, request["record"], path % sample, request["board"])
+            told = run_on_board(graph, inputs, sample, request["record"], path % sample, request["board"], request["steps"])
         else:
-            run_sample(graph, inputs, sample, request["record"], path % sample, request["fault"])
+            run_sample(graph, inputs, sample, request["record"], path % sample, request["fault"], request["steps"])
     return told
 
 

@@ -33,7 +33,7 @@ from neuro.graph import PORTS, GraphError, Population, Projection, SpikingGraph
 from neuro.graph.kinds import BINARY_KINDS, KINDS, LIF_KINDS, STATELESS
 from neuro.simulators.activity import Activity, recorded
 from neuro.simulators.exact import Arrived, Synapses, add, join_arrived, magnitude, narrow
-from neuro.simulators.inputs import InputError, Integers, checked_inputs
+from neuro.simulators.inputs import InputError, Integers, checked_inputs, checked_run
 from neuro.simulators.ledger import CHIP_NOTE, FixedPointOverflow, Ledger, Run
 from neuro.simulators.lines import Line
 from neuro.simulators.neurons import Block, Lif, Other, join
@@ -96,29 +96,15 @@ def simulate(
         FixedPointOverflow: strict only; names population, step, sample, neuron, value and width. The first one met in
             the order of evaluation: by chunks of steps, and within one by population.
     """
-    batch = 1
-    if graph.inputs and steps is not None:
-        raise InputError(
-            f"steps is {quoted(steps)}, but the graph has inputs, whose length says how many there are; leave it"
-        )
-    if graph.inputs or steps is None:
-        values = _values(graph, inputs, mode, device)
-        batch, steps = next(iter(values.values())).shape[:2]
-        device = _device(values)
-    else:
-        values = {}
-        _check_mode(graph, mode)
-        if inputs:
-            raise InputError(f"input {quoted(next(iter(inputs)))} is unknown; the graph has no input population")
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise InputError(f"steps is {quoted(steps)}; a whole number from 1 is needed")
-    windows = {population.name: (0, steps) for population in graph.populations}
+    _check_mode(graph, mode)
+    values, batch, length = checked_run(graph, inputs, steps, device)
+    where = _device(values) if values else torch.device(device or "cpu")
+    windows = {population.name: (0, length) for population in graph.populations}
     tally = Tally(graph, checked_placement(graph, placement))
-    where = torch.device(device or "cpu")
     run = Run(graph, batch, where, mode, strict, recorded(graph, record), windows, delayed=True)
     engine = _Engine(run, tally, fused)
-    engine.advance(values, steps)
-    return engine.activity(batch, steps)
+    engine.advance(values, length)
+    return engine.activity(batch, length)
 
 
 def run_pipelined(

@@ -67,6 +67,33 @@ def checked_inputs(
     return values
 
 
+def checked_run(
+    graph: SpikingGraph,
+    inputs: Mapping[str, Integers],
+    steps: int | None,
+    device: torch.device | str | None = None,
+) -> tuple[dict[str, Tensor], int, int]:
+    """Inputs as of `checked_inputs`, batch and steps of a run; a graph without input populations is one sample of `steps`.
+
+    Raises:
+        InputError: as `checked_inputs`; `steps` missing where nothing else says it, given where the inputs do, or no whole
+            number from 1.
+    """
+    if graph.inputs and steps is not None:
+        raise InputError(
+            f"steps is {quoted(steps)}, but the graph has inputs, whose length says how many there are; leave it"
+        )
+    if graph.inputs or steps is None:
+        values = checked_inputs(graph, inputs, device)
+        batch, length = next(iter(values.values())).shape[:2]
+        return values, int(batch), int(length)
+    if inputs:
+        raise InputError(f"input {quoted(next(iter(inputs)))} is unknown; the graph has no input population")
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise InputError(f"steps is {quoted(steps)}; a whole number from 1 is needed")
+    return {}, 1, steps
+
+
 def _tensor(name: str, raw: Integers) -> Tensor:
     """Integers or truth values as a tensor of a signed type, or of bool."""
     where = f"input {quoted(name)}"

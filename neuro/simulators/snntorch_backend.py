@@ -28,7 +28,7 @@ from torch import Tensor
 from hardware.text import quoted
 from neuro.graph import GraphError, Population, Projection, SpikingGraph
 from neuro.simulators.activity import Activity, recorded
-from neuro.simulators.inputs import Integers, checked_inputs
+from neuro.simulators.inputs import Integers, checked_run
 
 MODE = "float"
 POPULATIONS = ("input", "lif", "lif_reset")
@@ -112,12 +112,13 @@ def run(
     *,
     record: Iterable[str] = ("spikes",),
     device: torch.device | str | None = None,
+    steps: int | None = None,
 ) -> Activity:
     """Run a graph from rest in snnTorch.
 
     Args:
         graph: populations of kind input, lif and lif_reset, projections of kind dense, sparse and conv; loops allowed.
-        inputs, record, device: as `fixed_point.simulate`.
+        inputs, record, device, steps: as `fixed_point.simulate`.
 
     Returns:
         Activity with `mode = "float"` and `ran_on = "snnTorch VERSION (float64)"`, without counts. Messages are int32, as
@@ -130,11 +131,10 @@ def run(
         InputError, GraphError: as `fixed_point.simulate`.
     """
     notes = list(differences(graph))
-    values = checked_inputs(graph, inputs, device)
+    values, batch, length = checked_run(graph, inputs, steps, device)
     keep = recorded(graph, record)
-    where = next(iter(values.values())).device
+    where = next((value.device for value in values.values()), torch.device(device or "cpu"))
     version, neurons = _neurons(graph, where)
-    batch, steps = next(iter(values.values())).shape[:2]
     synapses = {p.name: _Synapses(p, where) for p in graph.projections}
     kept: dict[tuple[str, str], list[Tensor]] = {}
     beyond = {name: [0, 0] for name in neurons}
@@ -146,7 +146,7 @@ def run(
     u = {name: zeros(graph.population(name)) for name in neurons}
     v = {name: zeros(graph.population(name)) for name in neurons}
     with torch.no_grad():
-        for step in range(steps):
+        for step in range(length):
             now = {name: value[:, step].to(torch.float64) for name, value in values.items()}
             for name, neuron in neurons.items():
                 population = graph.population(name)
@@ -180,7 +180,7 @@ def run(
         spikes={name: value for (name, variable), value in stacked.items() if variable == "spikes"},
         states=states,
         batch=batch,
-        steps=steps,
+        steps=length,
         ran_on=f"snnTorch {version} (float64)",
         notes=tuple(notes),
         mode=MODE,

@@ -16,7 +16,7 @@ from neuro.graph import PORTS, SpikingGraph
 from neuro.graph.demand import layer_demands
 from neuro.simulators.activity import Activity, Comparison, compare, recorded
 from neuro.simulators.fixed_point import simulate
-from neuro.simulators.inputs import Integers, checked_inputs
+from neuro.simulators.inputs import Integers, checked_run
 from neuro.simulators.lava.client import LavaUnsupported, LavaWorker, activity_of, unsupported
 
 BOARD_TIMEOUT_S = 900.0  # a queue for the board and the boot are in it
@@ -53,11 +53,12 @@ def run_on_board(
     worker: LavaWorker | None = None,
     timeout_s: float = BOARD_TIMEOUT_S,
     max_offset: int = 3,
+    steps: int | None = None,
 ) -> BoardRun:
     """Run a graph on the board that the environment names, and compare it with our simulator.
 
     Args:
-        graph, inputs: as `fixed_point.simulate`.
+        graph, inputs, steps: as `fixed_point.simulate`.
         record: "spikes" and states, as in `simulate`; what arrives at a port cannot be read from a board, and messages of
             inputs need not be.
         mode: of the simulator to compare with, "chip" or "lava".
@@ -73,7 +74,7 @@ def run_on_board(
         LavaError: the route, the extension or the run failed; its own text is in it.
         InputError, GraphError: as `simulate`.
     """
-    values = checked_inputs(graph, inputs, device="cpu")
+    values, batch, length = checked_run(graph, inputs, steps, device="cpu")
     wanted = {
         name: sorted(names)
         for name, names in recorded(graph, record).items()
@@ -92,12 +93,14 @@ def run_on_board(
     board = {**asdict(route), "route": route.kind}
     own = worker if worker is not None else LavaWorker(timeout_s=timeout_s)
     try:
-        samples, profile = own.exchange(graph, values, wanted, {"board": board, "fault": ""}, timeout_s)
+        samples, profile = own.exchange(
+            graph, values, wanted, {"board": board, "fault": "", "batch": batch, "steps": length}, timeout_s
+        )
     finally:
         if worker is None:
             own.close()
     activity = activity_of(graph, samples, ran_on=route.name, mode="")
-    ours = simulate(graph, values, mode=mode, record=record)
+    ours = simulate(graph, values, mode=mode, record=record, steps=steps)
     comparison, offset = compare_shifted(ours, activity, max_offset)
     return BoardRun(activity, comparison, offset, profile)
 

@@ -25,7 +25,7 @@ from hardware.text import listed, quoted
 from neuro.graph import SpikingGraph, save_graph
 from neuro.graph.kinds import KINDS
 from neuro.simulators.activity import Activity, Comparison, Divergence, compare, recorded
-from neuro.simulators.inputs import Integers, checked_inputs
+from neuro.simulators.inputs import Integers, checked_run
 from neuro.simulators.lava.errors import (
     LavaCrash,
     LavaError,
@@ -135,11 +135,12 @@ class LavaWorker:
         *,
         record: Iterable[str] = ("spikes",),
         timeout_s: float | None = None,
+        steps: int | None = None,
     ) -> Activity:
         """Run a graph in Lava, sample by sample, each from rest.
 
         Args:
-            graph, inputs, record: as `fixed_point.simulate`.
+            graph, inputs, record, steps: as `fixed_point.simulate`.
             timeout_s: limit on the whole call in seconds of wall clock, a start (about 1 s) included; default the
                 worker's.
 
@@ -155,14 +156,15 @@ class LavaWorker:
             LavaError: Lava failed otherwise.
             InputError: as `fixed_point.simulate`.
         """
-        values = checked_inputs(graph, inputs, device="cpu")
+        values, batch, length = checked_run(graph, inputs, steps, device="cpu")
         chosen = {name: sorted(names) for name, names in recorded(graph, record).items() if names}
         lacking = unsupported(graph)
         if lacking:
             raise LavaUnsupported(listed(lacking, limit=400, between="; "))
         fault = os.environ.get(ENV_FAULT, "")
         check_shared_memory(graph, chosen)
-        samples, _ = self.exchange(graph, values, chosen, {"fault": fault}, timeout_s)
+        extent = {"batch": batch, "steps": length}
+        samples, _ = self.exchange(graph, values, chosen, {"fault": fault, **extent}, timeout_s)
         return activity_of(graph, samples, ran_on=RAN_ON)
 
     def exchange(
@@ -173,7 +175,7 @@ class LavaWorker:
         request: Mapping[str, Any],
         timeout_s: float | None = None,
     ) -> tuple[list[dict[str, np.ndarray]], dict[str, Any]]:
-        """Hand one request to the worker: what `run` and a board run share.
+        """Hand one request to the worker: what `run` and a board run share. `request` holds "batch" and "steps".
 
         Returns:
             (arrays "population/variable" (steps, size) of each sample, what the worker told beside them).
@@ -195,8 +197,7 @@ class LavaWorker:
                     **request,
                 }
                 told = process.request(whole, end, f"{limit:g} s")
-                batch = len(next(iter(values.values())))
-                return [_load(folder / f"sample{index}.npz") for index in range(batch)], told
+                return [_load(folder / f"sample{index}.npz") for index in range(request["batch"])], told
         except BaseException:  # Ctrl-C too
             self.close()
             raise
@@ -218,10 +219,11 @@ def run(
     python: str | os.PathLike[str] | None = None,
     timeout_s: float = 120.0,
     record: Iterable[str] = ("spikes",),
+    steps: int | None = None,
 ) -> Activity:
     """Run one graph in a worker of its own: `LavaWorker.run`, for which see arguments, result and errors."""
     with LavaWorker(python, timeout_s=timeout_s) as worker:
-        return worker.run(graph, inputs, record=record)
+        return worker.run(graph, inputs, record=record, steps=steps)
 
 
 def activity_of(graph: SpikingGraph, samples: list[dict[str, np.ndarray]], ran_on: str, mode: str = "lava") -> Activity:

@@ -269,6 +269,22 @@ def test_kinds_that_a_backend_does_not_have(files, words, kind, params, message,
     assert command(*files[:2], "--mode", "chip", "--out", files[2]) == 0
 
 
+@pytest.mark.parametrize("backend", ["fixed_point", "snntorch"])
+def test_a_graph_without_inputs_runs_for_the_steps_that_are_named(files, tmp_path, backend, capsys):
+    bias = {**LIF, "bias_mant": 64 * 11}  # v in units of 64: 11, 22 and a spike, 11, 22 and a spike, ...
+    alone = save_graph(SpikingGraph((Population("y", "lif", 2, bias),), (), ("y",)), tmp_path / "alone.graph.npz")
+    assert command(alone, "--steps", 6, "--backend", backend, "--out", files[2]) == 0
+    assert load_result(files[2]).spikes["y"][0, :, 0].tolist() == [0, 1, 0, 1, 0, 1]
+    files[2].unlink()
+    for words, message in (((), "give --steps N"), ((files[1], "--steps", 3), "leave the file out")):
+        assert command(alone, *words, "--out", files[2]) == 2
+        assert message in capsys.readouterr().err
+    assert command(*files[:2], "--steps", 4, "--out", files[2]) == 0
+    assert (load_result(files[2]).steps, load_result(files[2]).batch) == (4, 3)
+    want = expected(files)
+    assert torch.equal(load_result(files[2]).spikes["y"], want.spikes["y"][:, :4])
+
+
 def test_an_older_result_stays_whole_when_a_run_fails(files):
     assert command(*files[:2], "--out", files[2]) == 0
     before = files[2].read_bytes()

@@ -84,6 +84,20 @@ def test_generated_networks_equal_lava_in_every_state_at_every_step(
     assert lava.started == before  # one worker served them all
 
 
+@pytest.mark.lava
+def test_neurons_that_their_biases_drive_equal_lava_without_an_input(lava: LavaWorker) -> None:
+    drive = {"du": 4095, "dv": 300, "vth": 30, "bias_mant": np.array([90, 200, 700]), "bias_exp": 2}
+    graph = SpikingGraph(
+        [Population("drive", "lif", 3, drive), Population("out", "lif", 2, {"du": 300, "dv": 0, "vth": 9})],
+        [Projection("w", "drive", "out", "a_in", np.array([[2, 4, 8], [6, -4, 2]]))],
+        ["out"],
+    )
+    ours = simulate(graph, {}, record=RECORD_ALL, steps=STEPS)
+    result = compare(lava.run(graph, {}, record=RECORD_ALL, steps=STEPS), ours)
+    assert result.equal, result
+    assert torch.count_nonzero(ours.spikes["out"]) > 3
+
+
 def test_the_generated_networks_hold_every_kind_and_are_not_silent(networks: ModuleType) -> None:
     kinds: set[str] = set()
     ways: set[str] = set()
