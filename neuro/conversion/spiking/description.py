@@ -241,6 +241,8 @@ class Description:
     def depths(self) -> dict[str, int]:
         """Layers between the input (0) and each layer, itself included, on the longest way; in the order of evaluation.
 
+        A layer that lives on its bias alone stands one before the first layer that it leads to.
+
         Raises NotConvertible for a loop over several layers, and for a layer that nothing reaches.
         """
         ahead: dict[str, set[str]] = {layer.name: set() for layer in self.neurons}
@@ -261,7 +263,10 @@ class Description:
                     " layers of the loop into one, whose own spikes reach it a step later"
                 )
             for name in ready:
-                depth[name] = 1 + max((depth[source] for source in ahead[name]), default=0)
+                depth[name] = 1 + max((depth[source] for source in ahead[name]), default=-1)
+        for name in [name for name, sources in ahead.items() if not sources]:  # its first step comes when it is needed
+            behind = [depth[item.target] for item in self.synapses if item.source == name and not item.recurrent]
+            depth[name] = min(behind, default=2) - 1
         return depth
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from hardware.text import quoted
 from neuro.graph.archive import DEFLATE_RATIO, MOST_BYTES
 
@@ -69,6 +71,39 @@ def check_claims(path: Path) -> None:
     with h5py.File(path, "r") as file:
         look("", file)
         file.visititems(look)
+
+
+def hdf5_tree(path: Path) -> dict[str, Any]:
+    """Groups of an HDF5 file as dicts, datasets as numpy values, byte strings as text. `check_claims` comes first."""
+    import h5py
+
+    def taken(group: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, item in group.items():
+            if isinstance(item, h5py.Group):
+                found[key] = taken(item)
+            else:
+                value = item[()]
+                found[key] = value.decode("utf8") if isinstance(value, bytes) else value
+        return found
+
+    with h5py.File(path, "r") as file:
+        return taken(file)
+
+
+def values(node: Any, name: str, key: str) -> np.ndarray:
+    """A parameter of a node as float64.
+
+    Raises NotInNir: it is not there, holds no numbers, or NaN or infinity.
+    """
+    where = f"node {quoted(name)} ({type(node).__name__}): {key}"
+    try:
+        found = np.array(getattr(node, key), dtype=np.float64)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise NotInNir(f"{where} holds no numbers: {quoted(getattr(node, key, None))}") from error
+    if not np.isfinite(found).all():
+        raise NotInNir(f"{where} holds NaN or infinity")
+    return found
 
 
 def in_order(names: Iterable[str], edges: Iterable[tuple[str, str]]) -> list[str]:

@@ -12,7 +12,6 @@ import operator
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,40 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hardware.text import listed, quoted, short
+from hardware.text import listed, quoted
 from neuro.conversion.lif import LifNetwork, convert_lif
 from neuro.exchange.nir.carried import restored
-from neuro.exchange.nir.library import DT_S, NirFileError, NotInNir, check_claims, nir_library
+from neuro.exchange.nir.library import DT_S, NirFileError, NotInNir
+from neuro.exchange.nir.loading import load_nir
 from neuro.exchange.nir.nesting import flattened
 from neuro.exchange.nir.writing import FORM, KEY, to_nir
 from neuro.graph import SpikingGraph
 
 LARGEST_MATRIX = 2**26  # weights of one layer multiplied out
-
-
-def load_nir(path: str | os.PathLike[str]) -> Any:
-    """The nir.NIRGraph of a file, types unchecked (files of older versions lack them).
-
-    Raises:
-        FileNotFoundError: no such file.
-        NirFileError: not HDF5, or not NIR; damaged, larger than its bytes can be, or pointing to other files.
-        NirUnavailable: nir is not installed.
-    """
-    library, path = nir_library(), Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        check_claims(path)
-        made = library.read(str(path), type_check=False)
-    except NirFileError:
-        raise
-    except Exception as error:  # h5py and nir raise nearly anything on a damaged file
-        raise NirFileError(
-            f"{path}: not a readable NIR file: {type(error).__name__}: {short(str(error), limit=300)}"
-        ) from error
-    if not isinstance(made, library.NIRGraph):
-        raise NirFileError(f"{path}: holds a single {type(made).__name__} node; a graph is needed")
-    return made
 
 
 def read_nir(path: str | os.PathLike[str]) -> SpikingGraph:

@@ -1,8 +1,8 @@
 """A NIR graph run by Euler's rule in float64, from the definitions of its nodes; nothing of neuro is used.
 
-`tau dv/dt = (v_leak - v) + r I` over a step dt, then a spike where v > v_threshold and v = v_reset there. IF takes its
-input per step (r = 1). A neuron in a nested graph sees its own spikes of the step before; Delay(tau) gives the input of
-tau/dt steps before.
+`tau dv/dt = (v_leak - v) + r I` over a step dt, then a spike where v > v_threshold and v = v_reset there, or v less the
+threshold where `reset` is "subtract"; v starts at v_reset. IF and I take their input per step (r = 1). A neuron in a loop
+sees its own spikes of the step before; Delay(tau) gives the input of tau/dt steps before.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch.nn import functional
 
 
-def run(graph: Any, x_TF: np.ndarray, dt_s: float = 1e-4) -> dict[str, np.ndarray]:
+def run(graph: Any, x_TF: np.ndarray, dt_s: float = 1e-4, reset: str = "zero") -> dict[str, np.ndarray]:
     """One sample from rest: output name -> (T, size), flattened in NIR's order. `x_TF`: (T, ...), or a dict of them."""
     inputs = [name for name, node in graph.nodes.items() if type(node).__name__ == "Input"]
     given = x_TF if isinstance(x_TF, dict) else {inputs[0]: x_TF}
-    machine = Machine(graph, dt_s)
+    machine = Machine(graph, dt_s, reset)
     rows = [
         machine.step({name: np.asarray(value[t], dtype=np.float64) for name, value in given.items()})
         for t in range(len(next(iter(given.values()))))
@@ -29,14 +29,14 @@ def run(graph: Any, x_TF: np.ndarray, dt_s: float = 1e-4) -> dict[str, np.ndarra
 class Machine:
     """States of one graph."""
 
-    def __init__(self, graph: Any, dt_s: float) -> None:
-        self.graph, self.dt = graph, dt_s
+    def __init__(self, graph: Any, dt_s: float, reset: str = "zero") -> None:
+        self.graph, self.dt, self.reset = graph, dt_s, reset
         self.before: dict[str, list[str]] = {name: [s for s, t in graph.edges if t == name] for name in graph.nodes}
         self.state: dict[str, Any] = {}
         self.last: dict[str, np.ndarray] = {}
         for name, node in graph.nodes.items():
             if type(node).__name__ == "NIRGraph":
-                self.state[name] = Machine(node, dt_s)
+                self.state[name] = Machine(node, dt_s, reset)
 
     def step(self, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         done: dict[str, np.ndarray] = {}
@@ -55,8 +55,8 @@ class Machine:
             if kind == "Input":
                 out = given[name].reshape(tuple(node.input_type["input"]))
             else:
-                shape = tuple(np.asarray(next(iter(node.input_type.values()))).reshape(-1))
-                out = self.through(name, node, sum((value(s) for s in self.before[name]), np.zeros(shape)))
+                arrived = [value(source) for source in self.before[name]]
+                out = self.through(name, node, sum(arrived[1:], arrived[0]))
             open_.discard(name)
             done[name] = out
             return out
@@ -83,7 +83,7 @@ class Machine:
             (entry,) = node.input_type
             (out,) = self.state[name].step({entry: x}).values()
             return out
-        if kind == "Output":
+        if kind in ("Output", "Identity"):
             return x
         if kind in ("Linear", "Affine"):
             return node.weight @ x + (node.bias if kind == "Affine" else 0)
@@ -91,16 +91,31 @@ class Machine:
             return node.scale * x
         if kind == "Flatten":
             return x.reshape(-1)
-        if kind == "AvgPool2d":
+        if kind in ("AvgPool2d", "SumPool2d"):
             kernel, stride, padding = (tuple(int(n) for n in v) for v in (node.kernel_size, node.stride, node.padding))
-            return functional.avg_pool2d(torch.from_numpy(x)[None], kernel, stride, padding)[0].numpy()
-        if kind == "Conv2d":
-            geometry = {k: tuple(int(n) for n in getattr(node, k)) for k in ("stride", "padding", "dilation")}
-            weight, bias = torch.from_numpy(node.weight), torch.from_numpy(node.bias)
-            return functional.conv2d(torch.from_numpy(x)[None], weight, bias, **geometry)[0].numpy()
-        state = self.state.setdefault(name, {"v": np.zeros(x.shape), "i": np.zeros(x.shape)})
+            mean = functional.avg_pool2d(torch.from_numpy(x)[None], kernel, stride, padding)[0].numpy()
+            return mean * (np.prod(kernel) if kind == "SumPool2d" else 1)
+        if kind in ("Conv1d", "Conv2d"):
+            geometry = {
+                k: v if isinstance(v := getattr(node, k), str) else tuple(int(n) for n in np.atleast_1d(v))
+                for k in ("stride", "padding", "dilation")
+            }
+            weight, bias = (torch.from_numpy(v.astype(np.float64)) for v in (node.weight, node.bias))
+            convolve = functional.conv1d if kind == "Conv1d" else functional.conv2d
+            return convolve(torch.from_numpy(x)[None], weight, bias, **geometry, groups=int(node.groups))[0].numpy()
+        if kind == "Threshold":
+            return (x > node.threshold).astype(np.float64)
+        start = np.zeros(x.shape) + getattr(node, "v_reset", 0.0)
+        state = self.state.setdefault(name, {"v": start, "i": np.zeros(x.shape)})
+        if kind == "I":
+            state["v"] = state["v"] + x
+            return state["v"]
         if kind == "LI":
             state["v"] = state["v"] + self.dt / node.tau * (node.v_leak - state["v"] + node.r * x)
+            return state["v"]
+        if kind == "CubaLI":
+            state["i"] = state["i"] + self.dt / node.tau_syn * (-state["i"] + node.w_in * x)
+            state["v"] = state["v"] + self.dt / node.tau_mem * (node.v_leak - state["v"] + node.r * state["i"])
             return state["v"]
         if kind == "IF":
             assert np.all(node.r == 1)
@@ -112,5 +127,6 @@ class Machine:
             state["i"] = state["i"] + self.dt / node.tau_syn * (-state["i"] + node.w_in * x)
             v = state["v"] + self.dt / node.tau_mem * (node.v_leak - state["v"] + node.r * state["i"])
         spikes = v > node.v_threshold
-        state["v"] = np.where(spikes, node.v_reset, v)
+        down = v - (node.v_threshold - node.v_reset) if self.reset == "subtract" else node.v_reset
+        state["v"] = np.where(spikes, down, v)
         return spikes.astype(np.float64)
