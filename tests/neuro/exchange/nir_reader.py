@@ -1,10 +1,13 @@
 """Runs NIR files in other tools: `python nir_reader.py FOLDER`, in an environment with norse, nirtorch and snnTorch.
 
-FOLDER/jobs.json lists jobs. {"name", "reader": "snntorch" or "norse", "file", "input"}: read FILE with that tool and send
-the samples of INPUT.npy (samples, steps, ...) through it. {"name", "exporter": "snntorch", "layers", "input"}: build the
-layers (see `build`), send the samples through them, export them with snnTorch's own exporter, read that with its importer
-and send the samples through the result. FOLDER/results.json says for each job what went wrong, "" if nothing; NAME.npy
-holds the spikes (samples, steps, neurons), NAME.model.npy those of the layers themselves.
+FOLDER/jobs.json lists jobs. {"name", "reader": "snntorch" or "norse", "file", "input"}: read FILE with that tool and
+send the samples of INPUT.npy (samples, steps, ...) through it; with "reset": "subtract", its neurons reset by
+subtraction. "reader": "snntorch_cells" builds snnTorch's modules node by node, one behind the other, with IF as `Leaky`
+of beta 1 and SumPool2d as a pool without its division, for which its own reader has a wrong module or none. {"name",
+"exporter": "snntorch", "layers", "input"}: build the layers (see `build`), send the samples through them, export them
+with snnTorch's own exporter, read that with its importer and send the samples through the result. FOLDER/results.json
+says for each job what went wrong, "" if nothing; NAME.npy holds the spikes (samples, steps, neurons), NAME.model.npy
+those of the layers themselves.
 """
 
 from __future__ import annotations
@@ -65,15 +68,71 @@ def run_layers(model: nn.Sequential, x: np.ndarray) -> np.ndarray:
     return torch.stack(out).numpy()
 
 
-def run_graph(graph: Any, reader: str, x: np.ndarray) -> np.ndarray:
+def snntorch_reader(graph: Any, reset: str) -> Any:
+    """snnTorch's own import; it makes every neuron with reset to zero, so that the other reset is put in here."""
+    import snntorch
+    from snntorch import import_nir
+
+    own = {name: getattr(snntorch, name) for name in ("Leaky", "Synaptic", "RLeaky", "RSynaptic")}
+    try:
+        for name, make in own.items():
+            setattr(snntorch, name, lambda *a, _make=make, **k: _make(*a, **{**k, "reset_mechanism": reset}))
+        return import_nir.import_from_nir(graph)
+    finally:
+        for name, make in own.items():
+            setattr(snntorch, name, make)
+
+
+class Cells(nn.Module):
+    """Nodes of a chain as modules of snnTorch, one behind the other; neurons keep their own state."""
+
+    def __init__(self, graph: Any) -> None:
+        super().__init__()
+        import snntorch
+        from snntorch.import_nir import _nir_to_snntorch_module
+
+        after = dict(graph.edges)
+        name = next(name for name, node in graph.nodes.items() if type(node).__name__ == "Input")
+        self.cells, self.state = nn.ModuleList(), {}
+        while name in after:
+            name = after[name]
+            node, kind = graph.nodes[name], type(graph.nodes[name]).__name__
+            if kind == "IF":
+                (threshold,) = set(node.v_threshold.reshape(-1).tolist())
+                cell = snntorch.Leaky(1.0, threshold=threshold, reset_mechanism="zero", reset_delay=False)
+            elif kind == "SumPool2d":
+                size = [int(n) for n in node.kernel_size]
+                cell = nn.AvgPool2d(size, [int(n) for n in node.stride], divisor_override=1)
+            elif kind != "Output":
+                cell = _nir_to_snntorch_module(node)
+            else:
+                continue
+            self.cells.append(cell)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x[None]
+        for at, cell in enumerate(self.cells):
+            if isinstance(cell, nn.Flatten):
+                x = x.flatten(1)
+            elif hasattr(cell, "reset_mem"):
+                out = cell(x, *self.state.get(at, cell.reset_mem() if hasattr(cell, "syn") else (cell.reset_mem(),)))
+                x, self.state[at] = out[0], out[1:]
+            else:
+                x = cell(x)
+        return x
+
+
+def run_graph(graph: Any, reader: str, x: np.ndarray, reset: str = "zero") -> np.ndarray:
     if reader == "norse":
         import norse.torch
+        from norse.torch.functional import reset as resets
 
-        make = lambda: norse.torch.from_nir(graph, dt=DT_S)  # noqa: E731
+        method = {"zero": resets.reset_value, "subtract": resets.reset_subtract}[reset]
+        make = lambda: norse.torch.from_nir(graph, dt=DT_S, reset_method=method)  # noqa: E731
+    elif reader == "snntorch_cells":
+        make = lambda: Cells(graph)  # noqa: E731
     else:
-        from snntorch.import_nir import import_from_nir
-
-        make = lambda: import_from_nir(graph)  # noqa: E731
+        make = lambda: snntorch_reader(graph, reset)  # noqa: E731
     out = []
     for sample in torch.from_numpy(x).float():
         model, state, rows = make(), None, []
@@ -91,7 +150,10 @@ def run_job(job: dict[str, Any], folder: Path) -> None:
 
     x = np.load(folder / job["input"])
     if "reader" in job:
-        np.save(folder / f"{job['name']}.npy", run_graph(nir.read(str(folder / job["file"])), job["reader"], x))
+        np.save(
+            folder / f"{job['name']}.npy",
+            run_graph(nir.read(str(folder / job["file"])), job["reader"], x, job.get("reset", "zero")),
+        )
         return
     from snntorch.export_nir import export_to_nir
 

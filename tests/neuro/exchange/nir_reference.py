@@ -1,8 +1,10 @@
 """A NIR graph run by Euler's rule in float64, from the definitions of its nodes; nothing of neuro is used.
 
 `tau dv/dt = (v_leak - v) + r I` over a step dt, then a spike where v > v_threshold and v = v_reset there, or v less the
-threshold where `reset` is "subtract"; v starts at v_reset. IF and I take their input per step (r = 1). A neuron in a loop
-sees its own spikes of the step before; Delay(tau) gives the input of tau/dt steps before.
+threshold where `reset` is "subtract"; v starts at v_reset. `reset` "snntorch" is snnTorch's subtraction without delay:
+where a reset leaves v above the threshold, it goes off once more before the next step is compared. IF and I take their
+input per step (r = 1). A neuron in a loop sees its own spikes of the step before; Delay(tau) gives the input of tau/dt
+steps before.
 """
 
 from __future__ import annotations
@@ -126,6 +128,11 @@ class Machine:
             assert kind == "CubaLIF", kind
             state["i"] = state["i"] + self.dt / node.tau_syn * (-state["i"] + node.w_in * x)
             v = state["v"] + self.dt / node.tau_mem * (node.v_leak - state["v"] + node.r * state["i"])
+        if self.reset == "snntorch":
+            held = state["v"] > node.v_threshold
+            spikes = v - held * node.v_threshold > node.v_threshold
+            state["v"] = v - spikes * node.v_threshold
+            return spikes.astype(np.float64)
         spikes = v > node.v_threshold
         down = v - (node.v_threshold - node.v_reset) if self.reset == "subtract" else node.v_reset
         state["v"] = np.where(spikes, down, v)
