@@ -49,7 +49,7 @@ THIRD_PARTIES = {
     "tokenizers": ("sparse_update/data/tokens.py",),
     "snntorch": ("neuro/modules/spiking.py", "neuro/simulators/snntorch_backend.py"),
     "nir": ("neuro/exchange/nir/",),
-    "h5py": ("neuro/exchange/nir/library.py",),
+    "h5py": ("neuro/exchange/hdf5.py",),
     "transformers": ("sparse_update/library/callbacks.py", "experiments/benches/attach_arms.py"),
     "accelerate": ("sparse_update/library/callbacks.py",),
     "datasets": ("sparse_update/data/hub.py",),

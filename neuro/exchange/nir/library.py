@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hardware.text import quoted
-from neuro.graph.archive import DEFLATE_RATIO, MOST_BYTES
+from neuro.exchange import hdf5
 
 DT_S = 1e-4  # one step, in seconds: NIR has time constants and no step, and snnTorch's reader knows this one only
 
@@ -37,58 +37,13 @@ def nir_library() -> ModuleType:
 
 
 def check_claims(path: Path) -> None:
-    """Hold an HDF5 file against its length before anything of it is read.
-
-    Raises:
-        NirFileError: values that take more than `MOST_BYTES` or than deflate can hold in the file, or parts that lie in
-            other files.
-        OSError: no HDF5 file.
-    """
-    import h5py  # nir brings it
-
-    length = path.stat().st_size
-    claimed = 0
-
-    def look(name: str, item: Any) -> None:
-        nonlocal claimed
-        if isinstance(item, h5py.Group):
-            for key in item:
-                if isinstance(item.get(key, getlink=True), h5py.ExternalLink):
-                    raise NirFileError(
-                        f"{path}: {quoted(f'{name}/{key}')} points to another file; write the graph as one file"
-                    )
-        elif isinstance(item, h5py.Dataset):
-            if item.external or item.is_virtual:
-                raise NirFileError(f"{path}: the values of {quoted(name)} lie in another file; write the graph as one file")
-            claimed += item.size * item.dtype.itemsize if item.size else 0
-            most = min(MOST_BYTES, length * DEFLATE_RATIO)
-            if claimed > most:
-                raise NirFileError(
-                    f"{path}: with {quoted(name)} its values take {claimed:,} bytes; {most:,} are the limit for a file of"
-                    f" {length:,} bytes"
-                )
-
-    with h5py.File(path, "r") as file:
-        look("", file)
-        file.visititems(look)
+    """Hold a NIR file against its length before anything of it is read; raises NirFileError or OSError."""
+    hdf5.check_claims(path, NirFileError)
 
 
 def hdf5_tree(path: Path) -> dict[str, Any]:
-    """Groups of an HDF5 file as dicts, datasets as numpy values, byte strings as text. `check_claims` comes first."""
-    import h5py
-
-    def taken(group: Any) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, item in group.items():
-            if isinstance(item, h5py.Group):
-                found[key] = taken(item)
-            else:
-                value = item[()]
-                found[key] = value.decode("utf8") if isinstance(value, bytes) else value
-        return found
-
-    with h5py.File(path, "r") as file:
-        return taken(file)
+    """Groups of a NIR file as dicts, datasets as numpy values, byte strings as text. `check_claims` comes first."""
+    return hdf5.tree(path)
 
 
 def values(node: Any, name: str, key: str) -> np.ndarray:
