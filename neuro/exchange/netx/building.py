@@ -320,7 +320,7 @@ class _Builder:
         reset = None if self._interval is None else Reset(self._interval, depth + 1)
         found = neurons(layer, bias, reset)
         params = dict(found.params)
-        for key in ("sin_decay", "cos_decay"):
+        for key in ("sin_decay", "cos_decay", "du", "dv", "vth"):
             if isinstance(params.get(key), np.ndarray):
                 params[key] = self._per_neuron(layer, params[key], shape, key)
         self._add(Population(f"layer{layer.index}", found.kind, math.prod(shape), params), shape, depth)

@@ -3,11 +3,12 @@
 | in the file | here |
 |---|---|
 | type LOIHI or CUBA: iDecay, vDecay, vThMant | lif: du = iDecay - 1 (4096: no current memory), dv = vDecay, vth = vThMant |
+| one of them per channel or neuron (shared_param=False) | lif_general, with one per neuron |
 | bias of such a layer | bias_mant, with bias_exp 6 |
 | refDelay 1 | nothing: the step of the spike itself; above 1 kind lif_refractory |
 | type SDNN: vThMant, bias | sigma_delta with spike_exp = state_exp = 6; sigma where there is a `sigma_output` |
 | type RF_PHASE, or RF_IZHIKEVICH: sinDecay, cosDecay, vThMant | rf, or rf_iz, with state_exp 6 |
-| no neurons (lava-dl's Affine) | sigma: the running sum, which lava-dl's reader holds as u / 64 of a lif that never fires |
+| no neurons (lava-dl's Affine) | sigma: it sends the running sum; with a reset lif_reset, its v / 64 |
 
 Source: lava-dl 0.6.0, lava/lib/dl/netx/hdf5.py, `get_neuron_params`. It hands period and decay of an RF neuron to Lava,
 which loses a unit of sinDecay or cosDecay in 42 % of their pairs; here they are the file's.
@@ -77,16 +78,13 @@ def neurons(layer: Layer, bias: np.ndarray | int, reset: Reset | None) -> Neuron
         return _cuba(layer, bias, reset)
     if kind in REFUSED:
         raise NotInNetx(f"{layer.where}: neurons of type {quoted(kind)}: {REFUSED[kind]}")
+    if not kind:
+        return _read_out(layer, bias, reset)
     if reset is not None:
         raise NotInNetx(
-            f"{layer.where}: neurons of type {quoted(kind or 'none')} have no reset; leave reset_interval out and run"
-            f" each sample"
-            " by itself"
+            f"{layer.where}: neurons of type {quoted(kind)} have no reset; leave reset_interval out and run each sample by"
+            " itself"
         )
-    if not kind:
-        if np.any(bias):
-            raise NotInNetx(f"{layer.where} has a bias and no neurons; a running sum has none. Give the layer neurons")
-        return Neurons("sigma", bits=GRADED_BITS)
     if kind == "SDNN":
         return _sigma_delta(layer, bias)
     if kind.startswith("RF"):
@@ -97,37 +95,47 @@ def neurons(layer: Layer, bias: np.ndarray | int, reset: Reset | None) -> Neuron
 
 
 def _cuba(layer: Layer, bias: np.ndarray | int, reset: Reset | None) -> Neurons:
-    current, voltage = layer.number("neuron/iDecay"), layer.number("neuron/vDecay")
-    if not 1 <= current <= 4096:
+    found = {key: layer.each(f"neuron/{key}") for key in ("iDecay", "vDecay", "vThMant")}
+    current, voltage = found["iDecay"], found["vDecay"]
+    if np.min(current) < 1 or np.max(current) > 4096:
         raise NotInNetx(
-            f"{layer.where}: iDecay is {current}; the chip's register holds 1..4096. For a current that never decays,"
-            f" put the"
-            " memory into v: iDecay 4096 and a smaller vDecay"
+            f"{layer.where}: iDecay reaches from {np.min(current)} to {np.max(current)}; the chip's register holds 1..4096."
+            " For a current that never decays, put the memory into v: iDecay 4096 and a smaller vDecay"
         )
-    if not 0 <= voltage <= 4095:
+    if np.min(voltage) < 0 or np.max(voltage) > 4095:
         raise NotInNetx(
-            f"{layer.where}: vDecay is {voltage}; the chip's register holds 0..4095. For a voltage without memory, put the"
-            " memory into u: train with voltage_decay of at most 0.9997"
+            f"{layer.where}: vDecay reaches from {np.min(voltage)} to {np.max(voltage)}; the chip's register holds 0..4095."
+            " For a voltage without memory, put the memory into u: train with voltage_decay of at most 0.9997"
         )
     if layer.number("neuron/gradedSpike", 0):
         raise NotInNetx(
-            f"{layer.where}: gradedSpike is on, and spikes of a lif kind are 0 or 1. Train with graded_spike=False,"
-            f" or as SDNN"
+            f"{layer.where}: gradedSpike is on, and spikes of a lif kind are 0 or 1. Train with graded_spike=False, or as"
+            " SDNN"
         )
-    params: dict[str, Any] = {"du": current - 1, "dv": voltage, "vth": layer.number("neuron/vThMant")}
+    params: dict[str, Any] = {"du": current - 1, "dv": voltage, "vth": found["vThMant"]}
     if np.any(bias):
         params |= {"bias_mant": bias, "bias_exp": EXPONENT}
+    timing = {} if reset is None else {"reset_interval": reset.interval, "reset_offset": reset.offset}
+    differ = [key for key, value in found.items() if isinstance(value, np.ndarray)]
     refractory = layer.number("neuron/refDelay", 1)
     if refractory > 1:
-        if reset is not None:
+        if reset is not None or differ:
             raise NotInNetx(
-                f"{layer.where}: refDelay is {refractory}, and no kind has refractory steps and a reset; leave one of"
-                f" them out"
+                f"{layer.where}: refDelay is {refractory}, and no kind has refractory steps beside"
+                f" {'a reset' if reset is not None else f'{differ[0]} per neuron'}; leave one of them out"
             )
         return Neurons("lif_refractory", {**params, "refractory": refractory})
+    return Neurons("lif_general" if differ else "lif" if reset is None else "lif_reset", {**params, **timing})
+
+
+def _read_out(layer: Layer, bias: np.ndarray | int, reset: Reset | None) -> Neurons:
+    """A running sum: sent by a sigma, or, where it restarts, v / 64 of a lif that fires at its register's end only."""
+    if np.any(bias):
+        raise NotInNetx(f"{layer.where} has a bias and no neurons; a running sum has none. Give the layer neurons")
     if reset is None:
-        return Neurons("lif", params)
-    return Neurons("lif_reset", {**params, "reset_interval": reset.interval, "reset_offset": reset.offset})
+        return Neurons("sigma", bits=GRADED_BITS)
+    timing = {"reset_interval": reset.interval, "reset_offset": reset.offset}
+    return Neurons("lif_reset", {"du": 4095, "dv": 0, "vth": 2**17 - 1, **timing})
 
 
 def _sigma_delta(layer: Layer, bias: np.ndarray | int) -> Neurons:

@@ -89,11 +89,15 @@ class Layer:
         value = self.whole(key)
         if value.size > 1 and (value != value.flat[0]).any():
             raise NotInNetx(
-                f"{self.where}: {key} differs from neuron to neuron ({int(value.min())}..{int(value.max())}); a"
-                f" population has"
-                " one. Train with shared_param=True, or set the array to one value"
+                f"{self.where}: {key} differs from neuron to neuron ({int(value.min())}..{int(value.max())}), and a"
+                f" population of type {quoted(self.neuron)} has one. Train with shared_param=True, or set it to one value"
             )
         return int(value.flat[0])
+
+    def each(self, key: str) -> int | np.ndarray:
+        """An integer for the whole layer, or int64 (n,) where they differ, n channels or neurons in the file's order."""
+        value = self.whole(key).reshape(-1)
+        return value if (value != value[0]).any() else int(value[0])
 
     def pair(self, key: str, default: int) -> tuple[int, int]:
         """(along x, along y) of a value that the file has as one number or as (y, x)."""

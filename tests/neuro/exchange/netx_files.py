@@ -83,19 +83,24 @@ class Neurons:
     def reset(self) -> None:
         self.u[:], self.v[:] = 0, 0
 
+    def each(self, key: str, axes: int) -> np.ndarray:
+        """A parameter, one for all or one for each channel, as an array that meets a layer's."""
+        return np.asarray(self.get[key]).astype(np.int64).reshape((-1,) + (1,) * (axes - 1))
+
     def step(self, a: np.ndarray, imag: np.ndarray | None = None) -> np.ndarray:
         if self.type in ("LOIHI", "CUBA"):
-            self.u = toward_zero(self.u * (4096 - int(self.get["iDecay"]))) + 64 * a
-            self.v = toward_zero(self.v * (4096 - int(self.get["vDecay"]))) + self.u + 64 * self.bias
+            current, voltage, threshold = (self.each(key, a.ndim) for key in ("iDecay", "vDecay", "vThMant"))
+            self.u = toward_zero(self.u * (4096 - current)) + 64 * a
+            self.v = toward_zero(self.v * (4096 - voltage)) + self.u + 64 * self.bias
             self.v[self.wait > 0] = 0
             self.wait = np.maximum(self.wait - 1, 0)
-            fire = self.v > 64 * int(self.get["vThMant"])
+            fire = self.v > 64 * threshold
             self.v[fire] = 0
             self.wait[fire] = int(self.get.get("refDelay", 1)) - 1
             return fire.astype(np.int64)
         if self.type.startswith("RF"):
             assert imag is not None
-            sin, cos = (np.asarray(self.get[k]).reshape((-1,) + (1,) * (a.ndim - 1)) for k in ("sinDecay", "cosDecay"))
+            sin, cos = (self.each(key, a.ndim) for key in ("sinDecay", "cosDecay"))
             before = self.v
             real = toward_zero(cos * self.u) - toward_zero(sin * self.v) + 64 * a
             self.v = toward_zero(sin * self.u) + toward_zero(cos * self.v) + 64 * imag

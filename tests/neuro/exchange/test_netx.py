@@ -9,9 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-pytest.importorskip("h5py")
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -123,6 +120,24 @@ def resonating(rng: np.random.Generator) -> Layers:
     return [{"type": "input", "shape": [6]}, first, second]
 
 
+def resonating_conv(rng: np.random.Generator) -> Layers:
+    layer = conv(rng, [3, 3, 2], (3, 2, 2, 3, 1), {**RF, "vThMant": 30})
+    layer["weight/real"], layer["weight/imag"] = layer.pop("weight"), even(rng, (3, 2, 2, 3, 1))
+    return [{"type": "input", "shape": [2, 4, 4]}, layer]
+
+
+def each_its_decay(rng: np.random.Generator) -> Layers:
+    """What shared_param=False gives: one decay for each channel."""
+    of_channels = {**CUBA, "vThMant": 8, "iDecay": np.array([900, 1000, 4096]), "vDecay": np.array([100, 0, 4095])}
+    of_neurons = {**CUBA, "vThMant": np.array([2, 4, 9, 3])}
+    return [
+        {"type": "input", "shape": [2, 3, 4]},
+        conv(rng, [3, 2, 3], (3, 2, 2, 2), of_channels),
+        {"type": "flatten", "shape": [18]},
+        dense(rng, 4, 18, of_neurons),
+    ]
+
+
 def read_out(rng: np.random.Generator) -> Layers:
     return [{"type": "input", "shape": [6]}, dense(rng, 5, 6, LOIHI), dense(rng, 3, 5, None)]
 
@@ -155,7 +170,7 @@ LAYOUTS: dict[str, Callable[[np.random.Generator], Layers]] = {
     made.__name__: made
     for made in (
         *(lif_dense, cuba_dense, lif_conv, grouped_conv, sigma_delta_conv, pooled, uneven_pool, flattened, averaged),
-        *(recurrent, resonating, read_out, skipping, odd_and_exponents),
+        *(recurrent, resonating, resonating_conv, each_its_decay, read_out, skipping, odd_and_exponents),
     )
 }
 
@@ -200,19 +215,19 @@ def test_every_message_is_what_the_file_says(name: str, tmp_path: Path) -> None:
         assert identical(load_graph(save_graph(graph, tmp_path / f"{seed}.graph.npz")), graph)
 
 
-@pytest.mark.parametrize("name", ["lif_dense", "cuba_dense", "lif_conv", "grouped_conv", "pooled"])
+@pytest.mark.parametrize("name", ["lif_dense", "cuba_dense", "lif_conv", "grouped_conv", "pooled", "each_its_decay"])
 @pytest.mark.parametrize("interval", [1, 5])
 def test_a_reset_reaches_each_layer_with_the_first_step_of_a_sample(name: str, interval: int, tmp_path: Path) -> None:
     rng = np.random.default_rng([interval, *name.encode()])
     layers = LAYOUTS[name](rng)
     for layer in layers:  # bigger steps, so that one of them is enough to fire
-        if layer["type"] != "input":
+        if layer["type"] not in ("input", "flatten"):
             layer["weight"] = 2 * layer["weight"]
     path = write(tmp_path / "a.net", layers)
     graph = load_netx(path, reset_interval=interval)
     loud = 8 if graph.meta["netx"]["input"]["neurons"] else 1
     assert_equal(path, graph, loud * frames_for(layers, rng), reset=interval)
-    offsets = [p.params["reset_offset"] for p in graph.populations if p.kind == "lif_reset"]
+    offsets = [p.params["reset_offset"] for p in graph.populations if "reset_offset" in p.params]
     assert offsets == list(range(2, 2 + len(offsets)))
 
 
@@ -227,6 +242,21 @@ def test_two_samples_in_a_row_give_what_each_gives_alone(tmp_path: Path) -> None
     alone = run(graph, second)["layer2"]
     assert alone.any()
     np.testing.assert_array_equal(both[12:22], alone[2:12])
+
+
+def test_a_read_out_without_neurons_sums_up_to_each_reset(tmp_path: Path) -> None:
+    rng = np.random.default_rng(9)
+    layers = read_out(rng)
+    path, frames = write(tmp_path / "a.net", layers), frames_for(layers, rng)
+    graph = load_netx(path, reset_interval=6)
+    sent = evaluate(path, frames, STEPS, reset=6)[1]
+    inputs = {"input": from_frames(graph, "input", frames[None])}
+    v = simulate(graph, inputs, record=("v",)).states["layer2"]["v"][0].numpy()
+    weight = layers[2]["weight"].astype(np.int64)
+    for t in range(3, STEPS):  # its first sample begins at step 2, the messages of step t arrive at t + 1
+        begin = 2 + (t - 2) // 6 * 6
+        np.testing.assert_array_equal(v[t], 64 * (weight @ sent[begin - 1 : t].sum(axis=0)))
+    assert v.any()
 
 
 @given(seed=st.integers(0, 2**32 - 1))
