@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from experiments.views.chip_figure import chip_figure
 from experiments.views.rasters import raster_figure
-from hardware import Counts, account, break_even, estimate, load_profile, load_rates, place
+from neuro import graph_account
 from neuro.conversion.lif import convert_lif
-from neuro.graph.demand import layer_demands
 from neuro.modules.spiking import count_loss, predicted, rate_code
 from neuro.simulators import snntorch_backend
 from neuro.simulators.fixed_point import simulate
@@ -129,56 +128,25 @@ raster.savefig(FOLDER / "spiking_digits_raster.png", dpi=150)
 raster
 
 # %% [markdown]
-# ## The cores
+# ## The account
 #
-# Which cores of a Loihi 1 chip hold which layer, and which limit binds. The traffic that was just simulated decides what
-# lies close together.
+# One call runs the graph and says what it costs: every synaptic operation, message and update of a neuron is counted; the
+# cores of a Loihi 1 chip, the joules and the microseconds are modelled from the counts, each with its source. Each figure
+# stands with what it takes for granted. `spikegate account GRAPH INPUT --chip loihi1` prints the same of files.
 
 # %%
-placement = place(layer_demands(integers.graph, activity), "loihi1")
-print(placement)
-cores = chip_figure(placement)
+found = graph_account(integers.graph, inputs, chip="loihi1")
+assert found.placement is not None
+print(found.placement)
+cores = chip_figure(found.placement)
 cores.savefig(FOLDER / "spiking_digits_cores.png", dpi=150)
 cores
 
 # %% [markdown]
-# ## The energy
-#
-# The simulator counted every synaptic operation, every spike and every update of a neuron. A profile gives the energy of
-# each, with its source. No chip was measured here, so every figure is "modelled" and has an interval. Static power
-# needs a time, which the latency model gives for these cores; it is the larger part by far.
+# No chip was measured here, so energy is "modelled" and has an interval. Static power needs a time, which the latency model
+# gives for these cores; it is the larger part by far. The dense equivalent stands beside it twice: evaluated once an image,
+# as a network without spikes would be, and in every time step. It counts arithmetic and memory reads and no static power.
 
 # %%
-SAMPLES = len(test)
-counts = []
-for layer, projection in (("layer1", "fc1"), ("layer2", "fc2")):
-    work, traffic = activity.populations[layer], activity.projections[projection]
-    weights = next(p.weight for p in integers.graph.projections if p.name == projection)
-    counts.append(
-        Counts(
-            layer,
-            tokens=SAMPLES,  # a "token" is one image here
-            time_steps=activity.steps,
-            synops=traffic.synops,
-            events=traffic.events,
-            neuron_updates_active=work.updates_active,
-            neuron_updates_inactive=work.updates_inactive,
-            dense_macs=weights.size * SAMPLES,
-            weight_bytes=weights.size,
-            graded=False,
-            payload_bits=1,
-        )
-    )
-latency = estimate(counts, placement, load_rates("loihi1_davies2018"))
-seconds = latency.run(SAMPLES)
-for name in ("loihi1_davies2018", "loihi1_sanafe"):
-    profile = load_profile(name)
-    report = account(counts, profile, placement=placement, time=seconds)
-    print(f"source: {report.source}")
-    print(report.table().replace("uJ/token", "uJ/image"))
-reference = account(counts, load_profile("digital45_int8_sram"))
-print(f"source: {reference.source}")
-print(reference.table().replace("uJ/token", "uJ/image"))
-print(break_even(counts, load_profile("loihi1_davies2018"), load_profile("digital45_int8_sram")).sentence)
-print("The digital reference counts arithmetic and memory reads of the dense network, once an image, and no static power.")
+print(found.table())
 print(f"pictures: {FOLDER / 'spiking_digits_raster.png'}, {FOLDER / 'spiking_digits_cores.png'}")

@@ -24,7 +24,7 @@ def account_table(found: GraphAccount) -> str:
     lines += ["", *_aligned([HEAD, *_figures(found)], range(1, 4)), ""]
     lines += [entry.sentence(found.samples) for entry in found.zeros]
     for often, compared in found.break_evens.items():
-        lines += [f"break-even, dense {often}: {one.sentence}" for one in compared]
+        lines += [f"break-even, dense {often}, static power left out: {one.sentence}" for one in compared]
     if found.placement is None:
         lines.append(f"not placed: {found.placement_reason}")
     if not found.latencies:
@@ -75,6 +75,9 @@ def _figures(found: GraphAccount) -> list[Row]:
             kind += ", hypothetical"
         microjoules = tuple(f"{1e6 * value:.4g}" for value in priced.per_sample_j)
         rows.append((name, *microjoules, "uJ/sample", kind, short(report.source, SOURCE_LIMIT)))
+        if static := report.by_group().get("static"):
+            microjoules = tuple(f"{1e6 * value / report.tokens:.4g}" for value in static)
+            rows.append(("  of it static power", *microjoules, "uJ/sample", report.kind, "over the modelled time"))
     for latency in found.latencies:
         kind = "modelled" + (", at least" if latency.lower_bound else "")
         for name, span, unit in (("time", latency.token, "us/sample"), ("time of a step", latency.step, "us")):

@@ -132,6 +132,8 @@ def test_loihi1_static_power_is_that_of_its_chips_over_the_modelled_time() -> No
     seconds = steps * latency.step.to("s")[1]
     assert latency.depth == 2
     assert davies.report.by_group()["static"][1] / SAMPLES == pytest.approx(STATIC_W * seconds)
+    static = 1e6 * davies.report.by_group()["static"][1] / SAMPLES
+    assert f"{static:.4g}" in next(line for line in found.table().splitlines() if "of it static power" in line)
     # Both layers lie on a core of their own; the busiest updates three neurons a step, two of four kinds of time.
     want, rates = by_hand(False), load_rates("loihi1_davies2018").rates
     each = {name: rates[name].time.to("ns")[1] for name in ("neuron_active", "neuron_inactive")}
