@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -29,9 +29,11 @@ from neuro.analysis.fit import Fit, Fitter
 from neuro.analysis.lookup import Table
 from neuro.analysis.pairs import disjoint, find_pairs, inside_pairs
 from neuro.analysis.preparation import TransformError, convertible, prepare_named
-from neuro.analysis.registry import layer_rule
+from neuro.analysis.registry import LayerRule, layer_rule
 from neuro.analysis.report import VERDICTS, CompatibilityReport, MlpPair, NothingToMap, Operation, Preparation
 from neuro.analysis.rules import LINEARS, ROUTES, Rule, Where, is_matrix, rules_for
+from neuro.analysis.spiking.neurons import LIF, numbered, spiking_layers, spiking_neurons
+from neuro.analysis.spiking.report import spiking_report
 from neuro.analysis.tracing import Example, Trace, TracedOp, check_ready, contracted, strip_calls, trace
 from neuro.modules.thresholds import EventThreshold
 
@@ -77,7 +79,8 @@ def analyse(
             length).
         chip: name of a shipped chip, path of a chip file, or a `Chip`. Loihi 1's binary spikes take nothing by the
             graded and sigma-delta routes.
-        route: "graded", "sigma_delta" or "rate"; default: graded, and rate on a chip without payloads.
+        route: "graded", "sigma_delta", "rate" or "lif"; default: lif where the module has spiking neurons, else graded,
+            and rate on a chip without payloads.
         tokens: rows the example stands for; default: the largest number of rows any linear operation sees.
         mappable: says per nn.Linear (name, module) whether it may leave the host; default: all may.
         chips: chips there are: all mapped layers are then placed on them. Default: as many as it takes.
@@ -91,14 +94,15 @@ def analyse(
             run or hold nothing; a lazy, pruned or compiled module (`neuro.analysis.tracing.check_ready`).
     """
     found = _chip(chip)
-    route = ("graded" if found.graded else "rate") if route is None else route
+    if route is None:
+        route = LIF if spiking_layers(module) else "graded" if found.graded else "rate"
     if not isinstance(route, str) or route not in ROUTES:
         raise ValueError(f"route {quoted(route)} is unknown; known: {', '.join(ROUTES)}")
     where = Where(found, route, table or Table())
     check_ready(module)
     _refuse_non_finite(module)
     settings = (example_inputs, where, tokens, mappable, chips)
-    if not convertible(module):
+    if route == LIF or not convertible(module):
         return _analysed(module, *settings, strict)
     try:
         twin, layers = prepare_named(module, example_inputs)
@@ -123,6 +127,12 @@ def _analysed(
     """The report of the module as it is."""
     route = where.route
     traced = _grouped(module, trace(module, example_inputs))
+    if route == LIF:
+        neurons = spiking_layers(module)
+        report = spiking_report(module, traced, where, neurons, mappable=mappable, tokens=tokens, chips=chips)
+        if strict and not report.mapped:
+            raise NothingToMap(_nothing(module, where, list(report.operations)))
+        return report
     fitter = Fitter(where.chip, graded=ROUTES[route]) if where.takes_route and where.chip.budgets else None
     linears, fits = _linear_calls(module, traced, where, fitter, mappable)
     pairs = disjoint(
@@ -217,28 +227,52 @@ def _grouped(module: nn.Module, traced: Trace) -> Trace:
     targets = {
         name: target
         for name, part in modules.items()
-        if (target := _target(part)) and not any(isinstance(inner, nn.Linear) for inner in part.modules())
+        if (target := _target(part))
+        and (spiking_neurons(part) is not None or not any(isinstance(inner, nn.Linear) for inner in part.modules()))
     }
     if not traced.complete:
-        return replace(traced, ops=tuple(replace(op, target=targets.get(op.module, op.target)) for op in traced.ops))
+        owner = {
+            op.module: next((name for name in _outwards(op.module) if name in targets), op.module) for op in traced.ops
+        }
+        named = (replace(op, module=owner[op.module], target=targets.get(owner[op.module], op.target)) for op in traced.ops)
+        return replace(traced, ops=tuple(named))
+
+    calls = [next((call for call in op.stack if strip_calls(call) in targets), None) for op in traced.ops]
+    turns = numbered(calls)  # the export does not tell the calls of a loop over time apart
 
     def group(op: TracedOp) -> tuple[str, str] | None:
-        call = next((call for call in op.stack if strip_calls(call) in targets), None)
-        return None if call is None else (call, targets[strip_calls(call)])
+        call = calls[op.index]
+        if call is None:
+            return None
+        again = spiking_neurons(modules[strip_calls(call)]) is not None
+        return (f"{call}@{turns[op.index]}" if again else call, targets[strip_calls(call)])
 
     return contracted(traced, group)
+
+
+def _outwards(path: str) -> Iterator[str]:
+    """The path and those of the modules around it, the innermost first."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
 
 
 def _target(part: nn.Module) -> str:
     """What a module is called when it is taken as one operation, or "" where it is looked into."""
     name = type(part).__name__
-    if layer_rule(part) is not None:
+    if _known(part) is not None:
         return name
     if type(part).__module__.startswith("torch.nn."):
         return ""
     if name.endswith("RMSNorm"):
         return "RMSNorm"
     return "LayerNorm" if name.endswith("LayerNorm") else ACTIVATION_CLASSES.get(name, "")
+
+
+def _known(part: nn.Module) -> LayerRule | None:
+    """The rule of a registered layer, or of a layer of spiking neurons."""
+    neurons = spiking_neurons(part)
+    return layer_rule(part) or (None if neurons is None else neurons.elsewhere())
 
 
 def _rows(op: TracedOp) -> int:
@@ -316,7 +350,7 @@ def _operations(
                 in_pair=inside.get(op.index, ""),
                 kept_because="" if not isinstance(owner, nn.Linear) else reparametrised if is_parametrized(owner) else kept,
                 fit=fits.get(op.module) if op.target in LINEARS else None,
-                layer=layer_rule(owner) if whole and owner is not None and op.target == type(owner).__name__ else None,
+                layer=_known(owner) if whole and owner is not None and op.target == type(owner).__name__ else None,
             )
         )
     # A parameter read by several operations counts where it reaches the chip, else at the first.

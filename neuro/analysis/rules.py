@@ -21,7 +21,7 @@ from neuro.conversion.norm import FLOOR_BITS, REACH_BITS, inverse_root
 
 __all__ = ["ROUTES", "VERDICTS", "Rule", "Where", "is_matrix", "linear_macs", "rules_for"]
 
-ROUTES = {"graded": True, "sigma_delta": True, "rate": False}
+ROUTES = {"graded": True, "sigma_delta": True, "rate": False, "lif": False}
 """Route -> whether it needs messages with a payload."""
 
 

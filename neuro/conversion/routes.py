@@ -8,6 +8,7 @@ from torch import nn
 
 from neuro.analysis.compatibility import CompatibilityReport
 from neuro.analysis.preparation import counted_kinds, prepared_copy
+from neuro.analysis.spiking.neurons import CONVERTER, LIF
 from neuro.conversion import graded, rate, sigma_delta
 from neuro.conversion.calibration import Calibration
 from neuro.conversion.graded import GradedConfig
@@ -38,9 +39,14 @@ def convert(
 
     Raises:
         NothingToMap, ValueError: as the route's own `convert`.
-        ValueError: the graded or the sigma-delta route on Loihi 1.
+        ValueError: the graded or the sigma-delta route on Loihi 1; a report of a network of spiking neurons by route "lif".
         TypeError: a configuration of another type.
     """
+    if report.route == LIF:
+        raise ValueError(
+            f"the report is of route {LIF!r}, whose neurons and layers become one graph: {CONVERTER} makes it. For layers "
+            "one by one, with the neurons on the host, take the report of analyse(module, example, route='graded')"
+        )
     if report.preparation is not None and report.preparation.report is not None:
         layers = report.preparation.layers
         plan = convert(prepared_copy(module, layers), calibration, report.preparation.report, config)

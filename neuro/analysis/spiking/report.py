@@ -1,0 +1,344 @@
+"""The report of route "lif": neurons, the layers whose sums reach them, and what is left on the host.
+
+A linear or convolution layer goes to the chip where all that reads it, past reshapes and dropout, are neurons that convert.
+Spikes go from layer to layer within the graph, so that only the ends of a chain cross to the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from hardware.chips.chip import Chip
+from hardware.placement import Connection, Convolution, DoesNotFit, LayerDemand, place
+from hardware.placement.cost import Part, resources
+from hardware.placement.report import Limit
+from neuro.analysis.report import CompatibilityReport, Operation
+from neuro.analysis.rules import AFFINE_NORMS, CONVOLUTIONS, LAYOUT, LINEARS, Rule, Where, rules_for
+from neuro.analysis.spiking.neurons import CONVERTER, LIF, Neurons
+from neuro.analysis.tracing import Trace, TracedOp
+
+WEIGHT_BITS = 8
+PASSING = LAYOUT | AFFINE_NORMS
+SYNAPSES = LINEARS | CONVOLUTIONS
+STARVED = "no linear or convolution layer on the chip is right in front of it"
+BEHIND = "more than a layer of spiking neurons that converts reads its sums, or nothing does"
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer of synapses that goes to the chip: its demands, the cores it takes alone, and where it is full."""
+
+    demands: tuple[LayerDemand, LayerDemand]
+    cores: int = 0
+    limit: Limit | None = None
+    remedy: str = ""
+
+
+def spiking_report(
+    module: nn.Module,
+    traced: Trace,
+    where: Where,
+    neurons: Mapping[str, Neurons],
+    *,
+    mappable: Callable[[str, nn.Linear], bool] | None = None,
+    tokens: int | None = None,
+    chips: int | None = None,
+) -> CompatibilityReport:
+    """The report of a network of spiking neurons.
+
+    Args:
+        module: the network. traced: its operations, each layer of neurons contracted to one.
+        where: chip and route "lif".
+        neurons: path -> what is known of it, from `spiking_layers`.
+        mappable, tokens, chips: as in `neuro.analyse`.
+
+    Raises:
+        DoesNotFit: all layers together need more than `chips` chips.
+        ValueError: an example without rows.
+    """
+    found = _Network(module, traced, where, neurons, mappable)
+    rows = tokens or max((_rows(op) for op in traced.ops if op.target in SYNAPSES), default=1)
+    if rows < 1:
+        raise ValueError("the example inputs hold no row, and all figures are per row; pass a batch that is not empty")
+    if chips is not None and found.layers:
+        place([demand for layer in found.layers.values() for demand in layer.demands], where.chip, chips)
+    seen: Counter[str] = Counter()
+    for op in traced.ops:
+        if op.index in found.on_chip and op.module in found.layers:
+            seen[op.module] += _rows(op)
+    crossings, size = found.crossings(rows)
+    used = {name for op in traced.ops for name in op.weights}
+    names = dict(module.named_parameters(remove_duplicate=False))
+    used_ids = {id(names[name]) for name in used if name in names}
+    return CompatibilityReport(
+        chip=where.chip.name,
+        traced=traced.complete,
+        note=traced.note,
+        tokens=rows,
+        operations=tuple(found.operations(rows)),
+        mapped=tuple(found.layers),
+        pairs=(),
+        rows_per_token=tuple((name, seen[name] / rows) for name in found.layers),
+        unused_parameters=tuple(name for name, p in module.named_parameters() if id(p) not in used_ids),
+        tied=(),
+        total_parameters=sum(p.numel() for p in module.parameters()),
+        crossings_per_token=crossings,
+        crossing_bytes_per_token=size,
+        route=LIF,
+        cores=sum(layer.cores for layer in found.layers.values()),
+        cores_per_chip=where.chip.cores,
+    )
+
+
+def _rows(op: TracedOp) -> int:
+    if op.target in CONVOLUTIONS:
+        return op.out_shape[0] if op.out_shape else 1
+    return math.prod(op.out_shape[:-1]) if op.out_shape else 1
+
+
+class _Network:
+    """Who is on the chip: `on_chip` indices of operations, `layers` of synapses by module path, `refused` by index."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        traced: Trace,
+        where: Where,
+        neurons: Mapping[str, Neurons],
+        mappable: Callable[[str, nn.Linear], bool] | None,
+    ) -> None:
+        self.module, self.traced, self.where, self.neurons = module, traced, where, neurons
+        self.modules = dict(module.named_modules())
+        self.state = dict(module.named_parameters(remove_duplicate=False))
+        self.readers: dict[int, list[TracedOp]] = {}
+        for op, sources in zip(traced.ops, _sources(traced), strict=True):
+            for source in sources:
+                self.readers.setdefault(source, []).append(op)
+        self.layers: dict[str, _Layer] = {}
+        self.refused: dict[int, _Layer] = {}
+        self.on_chip = {op.index for op in traced.ops if self.is_neuron(op) and neurons[op.module].converts}
+        self.passed: set[int] = set()
+        for op in traced.ops:
+            if op.target in SYNAPSES and not self.is_neuron(op) and self._owned(op, mappable) and self._reaches(op):
+                self._take(op)
+        sources = _by_index(traced)
+        self.starved = {i for i in self.on_chip if self.is_neuron(traced.ops[i]) and not self._fed(i, sources)}
+        self.on_chip -= self.starved
+
+    def is_neuron(self, op: TracedOp) -> bool:
+        return op.module in self.neurons and op.target == self.neurons[op.module].name
+
+    def _owned(self, op: TracedOp, mappable: Callable[[str, nn.Linear], bool] | None) -> bool:
+        owner = self.modules.get(op.module)
+        if not isinstance(owner, nn.Linear | nn.Conv1d | nn.Conv2d) or not owner.weight.is_floating_point():
+            return False
+        if isinstance(owner, nn.Linear) and mappable is not None and not mappable(op.module, owner):
+            return False
+        return not self.traced.complete or any(self.state.get(name) is owner.weight for name in op.weights)
+
+    def _reaches(self, op: TracedOp) -> bool:
+        """Whether neurons on the chip read it, past reshapes, and nothing else does."""
+        waiting, seen = [op], set[int]()
+        while waiting:
+            at = waiting.pop()
+            following = self.readers.get(at.index, [])
+            if not following or at.index in self.traced.returned:
+                return False
+            for reader in following:
+                if (reader.index in self.on_chip and self.is_neuron(reader)) or reader.index in seen:
+                    continue
+                if reader.target not in PASSING:
+                    return False
+                seen.add(reader.index)
+                waiting.append(reader)
+        self.passed |= seen
+        return True
+
+    def _fed(self, index: int, sources: Mapping[int, tuple[int, ...]]) -> bool:
+        """Whether sums of synapses on the chip reach it, past reshapes."""
+        waiting, seen = list(sources[index]), set[int]()
+        while waiting:
+            at = waiting.pop()
+            op = self.traced.ops[at]
+            if at in self.on_chip and op.target in SYNAPSES:
+                return True
+            if at not in seen and op.target in PASSING:
+                waiting += sources[at]
+            seen.add(at)
+        return False
+
+    def _take(self, op: TracedOp) -> None:
+        if op.module not in self.layers:
+            layer = _fitted(_demands(op.module or "(root)", self.modules[op.module], op), self.where.chip)
+            if layer.remedy:
+                self.refused[op.index] = layer
+                return
+            self.layers[op.module] = layer
+        self.on_chip.add(op.index)
+
+    def crossings(self, rows: int) -> tuple[float, float]:
+        """Transfers a token between host and chip and their bytes: one for each value that goes in or comes out."""
+        count = size = 0.0
+        sources = _by_index(self.traced)
+        for op in self.traced.ops:
+            if op.index not in self.on_chip:
+                continue
+            times = (op.out_shape[0] if op.out_shape else 1) / rows
+            if op.module in self.layers and not any(self._from_chip(i, sources) for i in sources[op.index]):
+                count += times
+                size += times * self.layers[op.module].demands[0].neurons
+            if self.is_neuron(op) and not self._stays(op):
+                count += times
+                size += math.prod(op.out_shape) / rows
+        return count, size
+
+    def _from_chip(self, index: int, sources: Mapping[int, tuple[int, ...]]) -> bool:
+        op = self.traced.ops[index]
+        if index in self.on_chip:
+            return True
+        return op.target in PASSING and any(self._from_chip(i, sources) for i in sources[index])
+
+    def _stays(self, op: TracedOp) -> bool:
+        """Whether only operations on the chip read it."""
+        return op.index not in self.traced.returned and all(
+            reader.index in self.on_chip or (reader.target in PASSING and self._stays(reader))
+            for reader in self.readers.get(op.index, [])
+        )
+
+    def operations(self, rows: int) -> list[Operation]:
+        """A row for each operation; parameters counted where first read."""
+        counted: set[int] = set()
+        found = []
+        for op in self.traced.ops:
+            for position, rule in enumerate(self._rules(op)):
+                parameters = size = 0
+                for name in op.weights if position == 0 else ():
+                    weight = self.state.get(name)
+                    if weight is not None and id(weight) not in counted:
+                        counted.add(id(weight))
+                        parameters += weight.numel()
+                        size += weight.numel() * (1 if rule.runs_on == "chip" else weight.element_size())
+                macs = (rule.macs(op) if op.leaf_macs is None or rule.unseen else op.leaf_macs) / rows
+                found.append(
+                    Operation(
+                        name=op.module or "(root)",
+                        kind=rule.kind,
+                        verdict=rule.verdict,
+                        runs_on=rule.runs_on,
+                        reason=rule.reason,
+                        remedy=rule.remedy,
+                        macs_per_token=macs,
+                        parameters=parameters,
+                        bytes=size,
+                        chip=self.where.chip.name,
+                        error_bound=rule.error_bound,
+                        bound_of=rule.bound_of,
+                        limit=rule.limit,
+                        need=rule.need,
+                        have=rule.have,
+                        cores=rule.cores,
+                    )
+                )
+        return found
+
+    def _rules(self, op: TracedOp) -> tuple[Rule, ...]:
+        if self.is_neuron(op):
+            known = self.neurons[op.module]
+            plain = rules_for(op, self.where)[0]
+            on = "chip" if op.index in self.on_chip else "host"
+            if op.index in self.starved:
+                return (Rule(known.kind, known.verdict, on, STARVED, "", plain.macs),)
+            return (Rule(known.kind, known.verdict, on, known.reason, known.remedy, plain.macs),)
+        if op.target in SYNAPSES:
+            return (self._synapses(op),)
+        between = op.target in PASSING and self._from_chip(op.index, _by_index(self.traced)) and self._stays(op)
+        if op.index in self.passed or between:
+            reason = "folds into the weights in front" if op.target in AFFINE_NORMS else "the order of the synapses"
+            return tuple(
+                replace(r, verdict="after transform", runs_on="chip", reason=reason) for r in rules_for(op, self.where)
+            )
+        return rules_for(op, self.where)
+
+    def _synapses(self, op: TracedOp) -> Rule:
+        kind = "linear" if op.target in LINEARS else "convolution"
+        plain = rules_for(op, self.where)[0]
+        refused = self.refused.get(op.index)
+        if refused is not None and refused.limit is not None:
+            limit = refused.limit
+            reason = f"does not fit: {limit.resource} {limit.used:,} of {limit.limit:,}"
+            rule = Rule(kind, "native", "host", reason, refused.remedy, plain.macs)
+            return replace(rule, limit=limit.resource, need=limit.used, have=limit.limit)
+        if op.index not in self.on_chip:
+            remedy = f"put neurons behind it, without reset for a read-out: {CONVERTER} takes (layer, neurons) pairs"
+            return Rule(kind, "native", "host", BEHIND, remedy, plain.macs)
+        layer = self.layers[op.module]
+        rule = Rule(kind, "native", "chip", f"int8 synapses of the neurons behind it; {CONVERTER}", "", plain.macs)
+        if layer.limit is None:
+            return rule
+        return replace(rule, limit=layer.limit.resource, need=layer.limit.used, have=layer.limit.limit, cores=layer.cores)
+
+
+def _sources(traced: Trace) -> list[tuple[int, ...]]:
+    """Who each operation reads; in a trace of leaf modules alone, the one that ran before it."""
+    if traced.complete:
+        return [op.inputs for op in traced.ops]
+    return [(op.index - 1,) if op.index else () for op in traced.ops]
+
+
+def _by_index(traced: Trace) -> dict[int, tuple[int, ...]]:
+    return dict(zip((op.index for op in traced.ops), _sources(traced), strict=True))
+
+
+def _demands(name: str, layer: nn.Module, op: TracedOp) -> tuple[LayerDemand, LayerDemand]:
+    """The layer's input on the host, and its neurons."""
+    source = f"{name}:input"
+    if isinstance(layer, nn.Linear):
+        connection: Connection | Convolution = Connection(source, layer.in_features, WEIGHT_BITS)
+        return LayerDemand(source, layer.in_features, on_chip=False), LayerDemand(name, layer.out_features, (connection,))
+    assert isinstance(layer, nn.Conv1d | nn.Conv2d)
+    channels, *extent = op.in_shapes[0][1:] if len(op.in_shapes[0]) > layer.weight.dim() - 1 else op.in_shapes[0]
+    width, height = extent[-1], extent[0] if len(extent) > 1 else 1
+
+    def pair(value: object, single: int) -> tuple[int, int]:
+        """(along W, along H) of a setting that torch orders (H, W), or (W,)."""
+        numbers = tuple(value)  # type: ignore[call-overload]
+        return (int(numbers[-1]), int(numbers[0]) if len(numbers) > 1 else single)
+
+    if layer.padding == "valid":
+        padding = (0, 0)
+    elif layer.padding == "same":
+        kernel, dilation = pair(layer.kernel_size, 1), pair(layer.dilation, 1)
+        padding = (dilation[0] * (kernel[0] - 1) // 2, dilation[1] * (kernel[1] - 1) // 2)
+    else:
+        padding = pair(layer.padding, 0)
+    convolution = Convolution(
+        source,
+        (width, height, channels),
+        channels=layer.out_channels,
+        kernel=pair(layer.kernel_size, 1),
+        stride=pair(layer.stride, 1),
+        padding=padding,
+        dilation=pair(layer.dilation, 1),
+        groups=layer.groups,
+        weight_bits=WEIGHT_BITS,
+    )
+    neurons = math.prod(convolution.output_shape)
+    return LayerDemand(source, convolution.inputs, on_chip=False), LayerDemand(name, neurons, (convolution,))
+
+
+def _fitted(demands: tuple[LayerDemand, LayerDemand], chip: Chip) -> _Layer:
+    if not chip.budgets:
+        return _Layer(demands)
+    try:
+        placed = place(demands, chip)
+    except DoesNotFit as failure:
+        return _Layer(demands, 0, failure.binding, "; ".join(failure.remedies) or "a smaller layer")
+    budget, (width, height, channels) = next(iter(chip.budgets.values())), demands[1].box
+    need = resources(demands[1], Part(demands[1].name, ((0, width), (0, height), (0, channels))), budget)
+    limits = (Limit(name, used, budget.limits[name]) for name, used in need.items() if name != "groups")
+    return _Layer(demands, len(placed.cores), max(limits, key=lambda limit: limit.share))
