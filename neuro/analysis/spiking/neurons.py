@@ -75,11 +75,11 @@ CONVERTED = ("Leaky", "Synaptic", "RLeaky", "RSynaptic")
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
         "Alpha": "its membrane is the sum of an exciting and an inhibiting current: the chip's neurons have one",
-        "Lapicque": "it computes its decay from R and C at every call",
+        "Lapicque": "a Leaky of decay 1 - time_step / (R C) whose input is scaled by time_step / C",
         "SLSTM": "gates multiply activations",
         "SConv2dLSTM": "gates multiply activations",
-        "DeltaLeaky": "it compares its potential with that of the step before",
-        "LeakyParallel": "it is trained without a reset of its state; its weights belong in a Leaky",
+        "DeltaLeaky": "it fires where its potential has changed since the step before, and never resets",
+        "LeakyParallel": "a linear layer, a rectifying recurrent one and a threshold in one module",
     }
 )
 

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -126,8 +127,8 @@ class _Network:
         for op in traced.ops:
             if op.target in SYNAPSES and not self.is_neuron(op) and self._owned(op, mappable) and self._reaches(op):
                 self._take(op)
-        sources = _by_index(traced)
-        self.starved = {i for i in self.on_chip if self.is_neuron(traced.ops[i]) and not self._fed(i, sources)}
+        before = _by_index(traced)
+        self.starved = {i for i in self.on_chip if self.is_neuron(traced.ops[i]) and not self._fed(i, before)}
         self.on_chip -= self.starved
 
     def is_neuron(self, op: TracedOp) -> bool:
@@ -304,9 +305,9 @@ def _demands(name: str, layer: nn.Module, op: TracedOp) -> tuple[LayerDemand, La
     channels, *extent = op.in_shapes[0][1:] if len(op.in_shapes[0]) > layer.weight.dim() - 1 else op.in_shapes[0]
     width, height = extent[-1], extent[0] if len(extent) > 1 else 1
 
-    def pair(value: object, single: int) -> tuple[int, int]:
+    def pair(value: Any, single: int) -> tuple[int, int]:
         """(along W, along H) of a setting that torch orders (H, W), or (W,)."""
-        numbers = tuple(value)  # type: ignore[call-overload]
+        numbers: tuple[int, ...] = tuple(value)
         return (int(numbers[-1]), int(numbers[0]) if len(numbers) > 1 else single)
 
     if layer.padding == "valid":
