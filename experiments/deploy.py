@@ -1,5 +1,8 @@
 """Put a trained run on the simulated chip: `python -m experiments.deploy run=RUN`, or `spikegate deploy ...`.
 
+`spikegate deploy module=PACKAGE:FUNCTION data=NAME` puts any torch module on it, judged on any samples
+(`experiments.runs.samples`).
+
 `route` chooses the conversion; its settings are under `conversion` (graded), `sigma_delta` and `rate`. Losses of the float
 model, of its quantised twin and of the simulated chip are over the same held-out tokens; intervals are 95 % t-intervals
 over windows, of differences paired.
@@ -45,9 +48,14 @@ from experiments.runs.output import finish
 from experiments.runs.placed import extrapolated, host_energy, price, put_on_cores, thresholds, with_time_steps
 from experiments.runs.plain_json import write_json
 from experiments.runs.progress import Bar
+from experiments.runs.samples.deployment import EXPECTED as EXPECTED_OF_MODULE
+from experiments.runs.samples.deployment import deploy_module
+from experiments.runs.samples.settings import DeployModuleConfig
 from experiments.runs.trained import EXPECTED, calibration_windows, converted, load_run
 from experiments.views.chip_figure import chip_figure
 from experiments.views.rasters import raster_figure
+from experiments.views.samples.tables import lines
+from experiments.views.samples.written import PAGE
 from experiments.views.tracking import Tracker
 from hardware.energy.account import load_profile
 from hardware.meters.meter import Meter, total
@@ -65,6 +73,16 @@ HEADLINE = ["folder", "run", "stream", "arm", "seed", "chip", "route", "ran_on",
 HEADLINE += ["loss_simulated_nats", "delta_simulated", "val_tokens", "mapped_mac_share", "macs_per_token"]
 HEADLINE += ["mapped_macs_per_token", "events_per_token", "synops_per_token", "synops_fraction", "max_payload_bits"]
 HEADLINE += ["saturations", "wraps", "energy"]
+HEADLINE_OF_MODULE = ["folder", "module", "data", "route", "chip", "ran_on", "samples", "accuracy", "nrmse", "less_float"]
+HEADLINE_OF_MODULE += [
+    "agreement",
+    "mapped_mac_share",
+    "macs_per_sample",
+    "synops_per_sample",
+    "events_per_sample",
+    "cores",
+]
+HEADLINE_OF_MODULE += ["chips", "clipped_inputs", "saturations", "wraps"]
 
 
 def deploy(cfg: DeployConfig) -> dict[str, Any]:
@@ -259,8 +277,26 @@ def _tell(document: Mapping[str, Any]) -> None:
     finish(document, "deploy", file=Path(document["folder"]) / "deploy.json", headline=HEADLINE)
 
 
+def _tell_module(document: Mapping[str, Any]) -> None:
+    print(*lines(document), sep="\n")
+    print(f"all of it: {Path(document['folder']) / PAGE}")
+    finish(document, "deploy", file=Path(document["folder"]) / "deploy.json", headline=HEADLINE_OF_MODULE)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `spikegate deploy`; see `run_app` for exit codes."""
+    words = sys.argv[1:] if argv is None else argv
+    if any(word.startswith(("module=", "data=")) for word in words):
+        return run_app(
+            "deploy_module",
+            DeployModuleConfig,
+            deploy_module,
+            argv,
+            expected=EXPECTED_OF_MODULE,
+            tell=_tell_module,
+            command="deploy",
+            configs="configs.modules",
+        )
     return run_app("deploy", DeployConfig, deploy, argv, expected=EXPECTED, tell=_tell)
 
 

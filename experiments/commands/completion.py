@@ -90,7 +90,7 @@ def groups(application: str) -> list[str]:
         f"{group.name}={choice.name.removesuffix('.yaml')}"
         for root in roots
         for group in root.iterdir()
-        if group.is_dir() and group.name not in ("sweep", "published")
+        if group.is_dir() and group.name not in ("sweep", "published", "modules")
         if application == "train" or group.name in ("gate", "subset")
         for choice in group.iterdir()
         if choice.name.endswith(".yaml")

@@ -57,7 +57,7 @@ def begin(folder: Path, settings: Any, resume: bool | str, may_differ: Collectio
         raise ConfigError(f"{folder} already holds a run: {again}, run=FOLDER takes another folder")
     if record.get("kind") != "train":
         raise ConfigError(f"{folder} holds a {record.get('kind')}, not a training run: name another folder with run=FOLDER")
-    differ = _differences(folder, settings, may_differ, required=saved)
+    differ = differences(folder, settings, may_differ, required=saved)
     if differ and (finished or resume != "auto"):
         what = "resume=true" if resume is True else f"resume={resume}"
         raise ConfigError(
@@ -82,7 +82,7 @@ def clear(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _differences(folder: Path, settings: Any, may_differ: Collection[str], required: bool) -> list[str]:
+def differences(folder: Path, settings: Any, may_differ: Collection[str], required: bool) -> list[str]:
     """ "key was VALUE, is VALUE" of every setting that changed; keys that came later than the run are none."""
     path = folder / "config.yaml"
     try:

@@ -16,13 +16,9 @@ DIGITAL_PROFILES = ["digital45_int8_sram", "digital45_int8_dram", "digital45_fp3
 
 
 @dataclass
-class DeployConfig:
-    """One deployment of one trained run."""
+class RouteConfig:
+    """How a model is converted and priced, whatever it is."""
 
-    run: str = "???"
-    """Folder of the training run."""
-    out: str = ""
-    """Folder of the deployment; empty: RUN/deploy."""
     chip: str = "loihi2"
     chips: int = 0
     """Chips there are; 0: as many as it takes."""
@@ -32,11 +28,41 @@ class DeployConfig:
     """Settings of the graded route."""
     sigma_delta: SigmaDeltaConfig = field(default_factory=SigmaDeltaConfig)
     rate: RateConfig = field(default_factory=RateConfig)
-    calibration_tokens: int = 8192
-    """Training tokens that set the ranges."""
     calibration_method: str = "percentile"
     """percentile | mse: how inputs are clipped."""
     percentile: float = DEFAULT_PERCENTILE
+    profiles: list[str] = field(default_factory=lambda: [*CHIP_PROFILES, *DIGITAL_PROFILES])
+    """Names of energy profiles, or paths of profile files."""
+    threads: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        check_least(self, 0, "chips", "threads")
+        if self.route not in ROUTES:
+            raise ValueError(f"route is {short(self.route)!r}; it is one of {', '.join(ROUTES)}")
+        if self.calibration_method not in METHODS:
+            raise ValueError(f"calibration_method is {short(self.calibration_method)!r}; it is one of {', '.join(METHODS)}")
+        if not 0 < self.percentile <= 100:
+            raise ValueError(f"percentile is {self.percentile}; it lies above 0 and up to 100")
+
+    @property
+    def settings(self) -> GradedConfig | SigmaDeltaConfig | RateConfig:
+        """The chosen route's."""
+        if self.route == "rate":
+            return self.rate
+        return self.sigma_delta if self.route == "sigma_delta" else self.conversion
+
+
+@dataclass
+class DeployConfig(RouteConfig):
+    """One deployment of one trained run."""
+
+    run: str = "???"
+    """Folder of the training run."""
+    out: str = ""
+    """Folder of the deployment; empty: RUN/deploy."""
+    calibration_tokens: int = 8192
+    """Training tokens that set the ranges."""
     eval_tokens: int = 32768
     """Held-out tokens for the three losses and the counts; the same ones for all."""
     layer_tokens: int = 2048
@@ -51,28 +77,16 @@ class DeployConfig:
     generate_tokens: int = 100
     temperature: float = 0.0
     """Of the text; 0 takes the likeliest token."""
-    profiles: list[str] = field(default_factory=lambda: [*CHIP_PROFILES, *DIGITAL_PROFILES])
-    """Names of energy profiles, or paths of profile files."""
-    threads: int = 0
-    progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("calibration_tokens", "eval_tokens", "sensitivity_tokens", "generate_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("chips", "layer_tokens", "mode_chip_tokens", "threads", "temperature"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
-        if self.route not in ROUTES:
-            raise ValueError(f"route is {short(self.route)!r}; it is one of {', '.join(ROUTES)}")
-        if self.calibration_method not in METHODS:
-            raise ValueError(f"calibration_method is {short(self.calibration_method)!r}; it is one of {', '.join(METHODS)}")
-        if not 0 < self.percentile <= 100:
-            raise ValueError(f"percentile is {self.percentile}; it lies above 0 and up to 100")
+        super().__post_init__()
+        check_least(self, 1, "calibration_tokens", "eval_tokens", "sensitivity_tokens", "generate_tokens")
+        check_least(self, 0, "layer_tokens", "mode_chip_tokens", "temperature")
 
-    @property
-    def settings(self) -> GradedConfig | SigmaDeltaConfig | RateConfig:
-        """The chosen route's."""
-        if self.route == "rate":
-            return self.rate
-        return self.sigma_delta if self.route == "sigma_delta" else self.conversion
+
+def check_least(settings: object, least: int, *names: str) -> None:
+    """Raise ValueError for the first of the settings that is below `least`."""
+    for name in names:
+        value = getattr(settings, name)
+        if value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")

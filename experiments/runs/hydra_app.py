@@ -60,18 +60,19 @@ def run_app(
     expected: tuple[type[Exception], ...] = (),
     tell: Callable[[Mapping[str, Any]], None] | None = None,
     command: str = "",
+    configs: str = "configs",
 ) -> int:
     """Run `function` on the configuration Hydra composes from `configs/NAME.yaml` and `argv`; return the exit code.
 
     `schema` is the dataclass every key must be a field of; `argv` is what follows the command's name (None: what
     sys.argv holds); `expected` are the errors whose message says all (a missing corpus, say): no traceback for them.
     `tell` prints the document's line, with `experiments.runs.output.finish`, where not all of it matters alike.
-    `command` is what the user typed, where that is not NAME.
+    `command` is what the user typed, where that is not NAME; `configs` is the package that holds NAME.yaml.
     Exit codes: 0; 1 the job failed; 2 the configuration is wrong, or names a run that is not there; 130 interrupted, by
     Ctrl-C or by a job that says so itself (`status` is "interrupted"). SPIKEGATE_TRACEBACK=1 shows tracebacks for all.
     Raises whatever `function` raises beyond that.
     """
-    return entry(lambda words: _run(name, schema, function, words or (), expected, tell, command or name))(argv)
+    return entry(lambda words: _run(name, schema, function, words or (), expected, tell, command or name, configs))(argv)
 
 
 def _run(
@@ -82,6 +83,7 @@ def _run(
     expected: tuple[type[Exception], ...],
     tell: Callable[[Mapping[str, Any]], None] | None,
     command: str,
+    configs: str,
 ) -> int:
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -114,7 +116,7 @@ def _run(
     verbose = os.environ.get("SPIKEGATE_TRACEBACK") == "1"
     try:
         with _command_line(command, _with_quiet(given)):
-            hydra.main(version_base="1.3", config_path="pkg://configs", config_name=name)(task)()
+            hydra.main(version_base="1.3", config_path=f"pkg://{configs}", config_name=name)(task)()
         if held:
             raise held[0]
     except SystemExit as stop:  # --help and argparse's own complaints

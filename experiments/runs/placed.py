@@ -6,6 +6,7 @@ often is measured on a few held-out tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -63,8 +64,13 @@ class Placed:
 
 def with_time_steps(counts: Sequence[Counts], plan: Plan) -> list[Counts]:
     """Counts whose layers on the chip say how many steps a token takes them."""
-    steps = max(segment.time_steps for segment in plan.segments)
+    steps = max(map(_steps, plan.segments))
     return [item if item.host else replace(item, time_steps=steps) for item in counts]
+
+
+def _steps(segment: Segment) -> int:
+    """Steps that one token takes a segment: of a token that is a whole sample, those of all its rows."""
+    return segment.time_steps * max(1, math.ceil(segment.rows_per_token))
 
 
 def put_on_cores(
@@ -231,7 +237,7 @@ def _series(plan: Plan, demands: Sequence[LayerDemand]) -> int:
     for segment in plan.segments:
         mine = demands[at : at + len(segment.graph.populations)]
         at += len(mine)
-        total += max(depth[demand.name] for demand in mine) + segment.time_steps - 1
+        total += max(depth[demand.name] for demand in mine) + _steps(segment) - 1
     return total
 
 

@@ -100,7 +100,7 @@ def page(comparison: Comparison, document: Mapping[str, Any], pictures: Mapping[
     found = blocks(comparison)
     head = [block for block in found if block.meanings]
     rest = [block for block in found if not block.meanings]
-    drawn = [_picture(figure, caption, i) for i, (caption, figure) in enumerate(pictures.items())]
+    drawn = [picture(figure, caption, i) for i, (caption, figure) in enumerate(pictures.items())]
     count = sum(row["n"] for row in document["table"] if row["kind"] == "arm")
     deployed = len(document["deployments"])
     parts = [
@@ -108,21 +108,26 @@ def page(comparison: Comparison, document: Mapping[str, Any], pictures: Mapping[
         f"<p>{count} training run{_s(count)}, {deployed} deployed model{_s(deployed)}, {len(document['excluded'])} left"
         " out. Loss is held-out nats per token, lower is better.</p>",
         *_verdicts(document["verdicts"]),
-        *map(_table, head),
+        *map(table, head),
         *drawn,
-        *map(_table, rest),
+        *map(table, rest),
         *_excluded(document["excluded"]),
         _folders(comparison),
         "<footer><p>A joule is counted and modelled, extrapolated, or measured, and says so; the three share no column. "
         "&gt;= marks a sum with a part missing, and what is missing is named. Hypothetical: a constant used outside its "
         "domain. The same numbers, unrounded: <code>comparison.json</code> beside this file.</p></footer>",
     ]
+    return shell("Comparison", parts)
+
+
+def shell(title: str, parts: Sequence[str]) -> str:
+    """Parts of a body as a page that needs nothing else: the policy, style and the script that sorts its tables."""
     body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Comparison</title>\n<style>{STYLE}</style></head>\n<body><main>\n{body}\n</main>\n"
+        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style></head>\n<body><main>\n{body}\n</main>\n"
         f"<script>{SCRIPT}</script></body></html>\n"
     )
 
@@ -151,7 +156,8 @@ def _coloured(found: re.Match[str]) -> str:
     return f': <span class="{found[1]}">{found[1]}</span>'
 
 
-def _table(block: Block) -> str:
+def table(block: Block) -> str:
+    """A block as a card with a table that can be sorted."""
     words = [all(not _numeric(row[i]) for row in block.rows) for i in range(len(block.header))]
     meanings = block.meanings or [""] * len(block.header)
     heads = []
@@ -206,7 +212,8 @@ def _folders(comparison: Comparison) -> str:
     )
 
 
-def _picture(figure: Figure, caption: str, number: int) -> str:
+def picture(figure: Figure, caption: str, number: int) -> str:
+    """A figure and its caption as a card; `number` tells pictures of one page apart."""
     drawn = inline_svg(figure, f"p{number}")
     said = f"<figcaption>{html.escape(caption)}</figcaption>"
     return f'<section class="card"><figure><div class="wide">{drawn}</div>{said}</figure></section>'

@@ -10,13 +10,12 @@ from typing import Any
 
 from experiments.runs.claim import RESUME
 from experiments.runs.hydra_app import ConfigError
+from experiments.runs.own.reference import check_module
 from hardware.text import short
 from sparse_update.gates.config import GateConfig
 from sparse_update.library.settings import AttachConfig
 from sparse_update.own.arms import DENSE, OwnArm, attachable, gated
 from sparse_update.weights.subset import SubsetConfig
-
-EXAMPLE = "module=my_model:task"
 
 
 @dataclass
@@ -127,15 +126,6 @@ class PaysConfig(OwnSettings):
                 f"learning_rates = {short(self.learning_rates)}, learning_rate = {self.learning_rate}: positive rates to "
                 "try, or one rate, not both"
             )
-
-
-def check_module(word: str) -> None:
-    """Raise ConfigError for what does not name a function in a module."""
-    module, colon, function = word.partition(":")
-    if not word:
-        raise ConfigError(f"module has no value: name the function that returns your task, such as {EXAMPLE}")
-    if not colon or not all(part.isidentifier() for part in (*module.split("."), function)):
-        raise ConfigError(f"module = {short(word)}: written PACKAGE:FUNCTION, such as {EXAMPLE}")
 
 
 def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
