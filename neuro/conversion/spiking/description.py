@@ -293,21 +293,33 @@ class FloatRun:
     currents: dict[str, Tensor] = field(default_factory=dict)
 
 
+def flat_input(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Input as (B, T, F) in a layer's order: it is so already, or (B, T, C, H, W) for a grid (W, H, C).
+
+    Raises:
+        NotConvertible: another form.
+    """
+    size = math.prod(shape)
+    if x.ndim == 5 and len(shape) == 3 and tuple(x.shape[:1:-1]) == (shape[0], shape[1], shape[2]):
+        return x.permute(0, 1, 4, 3, 2).flatten(2)
+    if x.ndim == 3 and x.shape[1] and x.shape[2] == size:
+        return x
+    grid = f", or (samples, steps, {shape[2]}, {shape[1]}, {shape[0]})," if len(shape) == 3 else ""
+    raise NotConvertible(f"input has shape {tuple(x.shape)}; (samples, steps, {size}){grid} is needed")
+
+
 def run_float(description: Description, x_BTF: Tensor, *, currents: bool = False) -> FloatRun:
     """Run from rest in float64, layer by layer through all steps; the reference that a converted network is compared with.
 
     Args:
         description: of the network.
-        x_BTF: input in its own units, flat in the layers' order.
+        x_BTF: input in its own units, as `flat_input` takes it.
         currents: whether to keep the synaptic currents.
 
     Raises:
         NotConvertible: an input of another form.
     """
-    if x_BTF.ndim != 3 or x_BTF.shape[2] != math.prod(description.input_shape) or not x_BTF.shape[1]:
-        raise NotConvertible(
-            f"input has shape {tuple(x_BTF.shape)}; (samples, steps, {math.prod(description.input_shape)}) is needed"
-        )
+    x_BTF = flat_input(x_BTF, description.input_shape)
     sent = {INPUT: x_BTF.double()}
     run = FloatRun({}, {}, {})
     for name in list(description.depths())[1:]:
