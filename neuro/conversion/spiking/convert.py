@@ -149,11 +149,11 @@ def _warn(network: SpikingNetwork) -> None:
     found = []
     for layer in network.layers:
         most = max(layer.levels.values(), default=127)
-        if 0 < most < FEW_LEVELS:
+        if layer.synapses and most < FEW_LEVELS:
             found.append(f"{layer.name}: its largest weight keeps {most} of 127 levels")
     check = network.check
     if check is not None and check.clips > CLIPPED * check.updates:
-        found.append(f"v was clipped {check.clips:,} times in {check.updates:,} updates of the calibration")
+        found.append(f"v was clipped {check.clips:,} times in {check.updates:,} updates of the calibration, {check.lost}")
     if check is not None and check.wraps:
         found.append(f"a sum or current left its register {check.wraps:,} times in the calibration")
     if found:
@@ -371,9 +371,9 @@ def _record(layer: Layer, found: Fit, kind: str, projections: list[Projection]) 
     largest = 0 if first is None else int(np.abs(first.weight).max())
     levels = {p.name: int(np.abs(p.weight).max()) // 2 for p in projections}
     most = max(levels.values(), default=127)
-    if projections and 0 < most < TOO_FEW_LEVELS:
+    if any(feed.largest for feed in layer.feeds) and most < TOO_FEW_LEVELS:
         raise NotConvertible(
-            f"{layer.name}: its sums and v leave its largest weight {most} of 127 levels, which is another network."
+            f"{layer.name}: its sums leave its largest weight {most} of 127 levels, which is another network."
             " Shrink its weights (weight decay), its inputs' range, the steps, or headroom_bits"
         )
     return LifLayer(

@@ -4,11 +4,13 @@ S is the number of integer units of v for a threshold (for a read-out, for 1 of 
 the sum that reaches a neuron, 24 for its current u and its potential v, 13 bits and an exponent for a bias. Two bounds:
 
 safe         no input, and no number of steps up to `steps`, makes a register run over
-calibrated   none of the inputs seen does, with room to spare: twice the largest sum and current, which would wrap, and
-             `headroom_bits` above the largest v, which the chip clips
+calibrated   none of the inputs seen makes a sum or current wrap, with a bit to spare, nor v run `headroom_bits` near its
+             end, where the chip clips it
 
 S is safe where the largest weight then needs its 8 bits (it has 64 steps of 127 or more). Where it would not (a long
 pile-up of inhibition that never comes), S rises until the largest weight has its 127 steps, as far as calibration allows.
+A v that is clipped costs less than weights do: a neuron that far below its threshold does not fire soon anyway. So S does
+not fall below 64 steps for the sake of v, and the clips are counted; a read-out's v is never clipped on the calibration.
 
 Exponents are -1 at the lowest: weights of mixed sign are even, so that halving loses nothing in either mode. Those of
 convolutions are 0, as Lava's Conv ignores them, and so their weights are never in two pieces. S is a multiple of 64, so
@@ -243,7 +245,10 @@ def fit(layer: Layer, headroom_bits: float, seen: Seen | None, pieces: int = 1) 
         room = 2.0**-headroom_bits
         rooms = (min(room, 0.5), min(room, 0.5), room)
         calibrated = _Ranges(float(seen.sums.max()), float(seen.currents.max()), float(seen.potentials.max()), rooms)
-        allowed = min(calibrated.units(), caps)
+        by_v = V_LIMIT * room / max(calibrated.potentials, 1e-300)
+        if layer.threshold is not None:
+            by_v = max(by_v, _wanted(layer) / 2)
+        allowed = min(replace(calibrated, potentials=0.0).units(), by_v, caps)
         if pieces == 1:
             allowed = min(allowed, _wanted(layer) * 1.001)
         if allowed > safe:

@@ -74,11 +74,18 @@ class Check:
     wraps: int
     updates: int
 
-    def __str__(self) -> str:
+    @property
+    def lost(self) -> str:
+        """How winners and spikes agree, in words."""
         worst = min(self.spike_agreement.values(), default=1.0)
         return (
-            f"{self.samples} {'generated' if self.generated else 'given'} samples of {self.steps} steps: the same winner in"
-            f" {100 * self.class_agreement:.1f} %, spikes agree in {100 * worst:.2f} % and more of a layer,"
+            f"the same winner in {100 * self.class_agreement:.1f} % of the samples, the same spikes in {100 * worst:.2f} %"
+            " of the steps of the worst layer"
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.samples} {'generated' if self.generated else 'given'} samples of {self.steps} steps: {self.lost},"
             f" {self.clips} clips of v and {self.wraps} wraps in {self.updates:,} updates"
         )
 

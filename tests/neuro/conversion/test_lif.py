@@ -58,7 +58,7 @@ def test_numbers_by_hand():
 
 
 def test_weights_on_a_binary_grid_are_not_rounded():
-    """0.5 and 0.25: the largest power of two that keeps 0.75 S / 64 within 2^15 is 2^21, and the weights are whole there."""
+    """0.5 and 0.25: the largest power of two that keeps 0.75 S / 64 within 2^15 is 2^21: the weights are whole."""
     layer = single([[0.5, 0.25]], beta=0.9)
     network = convert_lif([(layer.linear, layer.neuron)], steps=None, headroom_bits=0)
     (record,), (projection,) = network.layers, network.graph.projections
