@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from neuro.conversion.sigma_delta import SigmaDeltaConfig
     from neuro.deployment.deployed import Deployed, deploy, load_deployed, save_deployed
     from neuro.deployment.generation import generate
+    from neuro.exchange.events import events_to_frames
     from neuro.graph import Population, Projection, SpikingGraph, load_graph, save_graph
     from neuro.modules.attention import split_attention
     from neuro.modules.thresholds import EventThreshold
@@ -51,6 +52,7 @@ _HOME = {
     "load_deployed": "neuro.deployment.deployed",
     "Deployed": "neuro.deployment.deployed",
     "generate": "neuro.deployment.generation",
+    "events_to_frames": "neuro.exchange.events",
     "Population": "neuro.graph",
     "Projection": "neuro.graph",
     "SpikingGraph": "neuro.graph",
@@ -89,6 +91,7 @@ __all__ = [
     "calibrate",
     "convert",
     "deploy",
+    "events_to_frames",
     "fine_tune",
     "generate",
     "graph_account",

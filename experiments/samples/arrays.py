@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def load_arrays(path: Path, *, scale: float = 0.0, calibration: int = 256) -> Sa
         DataError: no such file, one that is not .npz or is cut short, a missing or unknown array, sizes or types that do
             not fit, NaN.
     """
-    found = _read(path)
+    found = read_npz(path, KEYS, ("x", "y"), LAYOUT)
     x = _inputs("x", found["x"], scale)
     y = _answers("y", found["y"])
     title = f"{path.name}"
@@ -58,9 +59,13 @@ def load_arrays(path: Path, *, scale: float = 0.0, calibration: int = 256) -> Sa
     return Samples(title, str(path), x[:calibration], y[:calibration], x[calibration:], y[calibration:], (note,))
 
 
-def _read(path: Path) -> dict[str, NDArray[Any]]:
+def read_npz(path: Path, known: Sequence[str], needed: Sequence[str], layout: str) -> dict[str, NDArray[Any]]:
+    """The arrays of a file, all of them of `known` names and those `needed` among them; `layout` says what a file holds.
+
+    Raises DataError for a file that is missing, cut short, too large, or has other arrays.
+    """
     if not path.is_file():
-        raise DataError(f"path={path}: there is no such file; {LAYOUT}")
+        raise DataError(f"path={path}: there is no such file; {layout}")
     try:
         with zipfile.ZipFile(path) as inside:
             size = sum(entry.file_size for entry in inside.infolist())
@@ -69,16 +74,16 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
                 f"{path} holds {size:,} bytes unpacked; at most {LARGEST_BYTES:,} are read at once, so split it"
             )
         with np.load(path, allow_pickle=False) as opened:
-            unknown = [name for name in opened.files if name not in KEYS]
-            missing = [name for name in ("x", "y") if name not in opened.files]
+            unknown = [name for name in opened.files if name not in known]
+            missing = [name for name in needed if name not in opened.files]
             if unknown or missing:
                 what = f"no array {quoted(missing[0])}" if missing else f"an array {quoted(unknown[0])} that nothing reads"
-                raise DataError(f"{path} has {what} (it has: {listed(opened.files) or 'none'}); {LAYOUT}")
+                raise DataError(f"{path} has {what} (it has: {listed(opened.files) or 'none'}); {layout}")
             return {name: opened[name] for name in opened.files}
     except DataError:
         raise
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is not readable as .npz, or cut short: {quoted(str(error))}; {LAYOUT}") from error
+        raise DataError(f"{path} is not readable as .npz, or cut short: {quoted(str(error))}; {layout}") from error
 
 
 def _inputs(name: str, value: NDArray[Any], scale: float) -> NDArray[np.generic]:

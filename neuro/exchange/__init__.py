@@ -1,1 +1,1 @@
-"""Graphs in the file formats of other tools."""
+"""Graphs in the file formats of other tools; address events as frames."""

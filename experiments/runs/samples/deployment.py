@@ -30,7 +30,7 @@ from experiments.runs.samples.judging import Judged, JudgeError, Readout, confus
 from experiments.runs.samples.model import find_model
 from experiments.runs.samples.settings import DeployModuleConfig
 from experiments.samples.records import CLASSES, DataError, Samples
-from experiments.samples.sets import load_samples
+from experiments.samples.sets import Recording, load_samples
 from experiments.views.samples.written import write_views
 from hardware.datafile import DataFileError
 from hardware.energy.account import Counts, EnergyReport, load_profile
@@ -80,7 +80,12 @@ def deploy_module(cfg: DeployModuleConfig) -> dict[str, Any]:
             print(f"{folder} holds the finished deployment already: nothing to do", file=sys.stderr)
             return read_json(folder / "deploy.json") | {"folder": str(folder)}
         samples = load_samples(
-            cfg.data, cfg.path, seed=cfg.seed, scale=cfg.scale, calibration=cfg.calibration_samples
+            cfg.data,
+            cfg.path,
+            seed=cfg.seed,
+            scale=cfg.scale,
+            calibration=cfg.calibration_samples,
+            recording=Recording(cfg.step_us, cfg.steps, (cfg.sensor[0], cfg.sensor[1]), cfg.flat),
         ).held_out(cfg.eval_samples)
         model = find_model(cfg.module, cfg.weights)
         clear(folder)

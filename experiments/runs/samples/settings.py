@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments.runs.deploy_config import RouteConfig, check_least
@@ -24,11 +24,20 @@ class DeployModuleConfig(RouteConfig):
     weights: str = ""
     """A .safetensors file of the module's state; empty: the function returns it trained."""
     data: str = "arrays"
-    """arrays | digits | fashion_mnist | mackey_glass"""
+    """arrays | events | digits | fashion_mnist | mackey_glass"""
     path: str = ""
-    """arrays: the .npz file with x, y and perhaps x_train, y_train. fashion_mnist: a folder with its idx files."""
+    """arrays: the .npz file with x, y and perhaps x_train, y_train. events: the one with t, x, y, polarity, recording and
+    label. fashion_mnist: a folder with its idx files."""
     scale: float = 0.0
     """arrays: x becomes float and is multiplied by it; 0: floats as they are, whole numbers are token numbers."""
+    step_us: float = 0.0
+    """events: microseconds of one time step."""
+    steps: int = 0
+    """events: time steps of a recording."""
+    sensor: list[int] = field(default_factory=lambda: [0, 0])
+    """events: columns and rows of the sensor, [WIDTH,HEIGHT]."""
+    flat: bool = False
+    """events: one flat row for each step, (N, T, 2 x width x height), in place of pictures (N, T, 2, height, width)."""
     out: str = ""
     """Folder of the deployment; empty: runs/deploy/FUNCTION-DATA-ROUTE."""
     seed: int = 0
@@ -50,7 +59,9 @@ class DeployModuleConfig(RouteConfig):
         super().__post_init__()
         check_module(self.module, "a trained torch module")
         check_least(self, 1, "calibration_samples", "placing_samples", "batch")
-        check_least(self, 0, "eval_samples", "scale")
+        check_least(self, 0, "eval_samples", "scale", "step_us", "steps")
+        if len(self.sensor) != 2 or min(self.sensor) < 0:
+            raise ConfigError(f"sensor is {short(self.sensor)}; columns and rows, such as [34,34], are needed")
         if self.data not in NAMES:
             raise ConfigError(f"data is {short(self.data)}; it is one of {', '.join(NAMES)}")
         if self.readout not in ("", *READOUTS):

@@ -14,7 +14,7 @@ from experiments.samples.arrays import load_arrays
 from experiments.samples.mackey_glass import BETA, GAMMA, POWER, integrate, mackey_glass
 from experiments.samples.pictures import FASHION_FILES, fashion_folder, load_fashion_mnist, read_idx
 from experiments.samples.records import DataError
-from experiments.samples.sets import load_samples
+from experiments.samples.sets import Recording, load_samples
 
 X, Y = np.arange(40, dtype=np.float64).reshape(10, 4) / 7, np.arange(10) % 3
 
@@ -157,3 +157,45 @@ def test_mackey_glass_streams_foretell_their_own_series() -> None:
     np.testing.assert_array_equal(found.x[1, :10], found.y[0, -10:])  # and the next stream goes on
     assert 0.1 < found.x.std() < 0.4
     assert not np.array_equal(found.x, load_samples("mackey_glass", seed=2).x)
+
+
+def recordings() -> dict[str, Any]:
+    """Three recordings of two events each, on a sensor of 2 x 1."""
+    return {
+        "t": np.array([0, 150, 30, 30, 7, 999]), "x": np.array([0, 1, 1, 1, 0, 0]), "y": np.zeros(6, int),
+        "polarity": np.array([0, 1, 1, 1, 0, 1]), "recording": np.array([0, 0, 1, 1, 2, 2]), "label": np.array([0, 1, 1]),
+    }  # fmt: skip
+
+
+def test_events_become_streams(tmp_path: Path) -> None:
+    how = Recording(step_us=100, steps=2, sensor=(2, 1), flat=True)
+    found = load_samples("events", str(saved(tmp_path / "e.npz", **recordings())), calibration=1, recording=how)
+    assert found.x_train.tolist() == [[[1, 0, 0, 0], [0, 0, 0, 1]]]  # falling at x 0, then rising at x 1
+    assert found.x.tolist() == [[[0, 0, 0, 2], [0, 0, 0, 0]], [[1, 0, 0, 0], [0, 0, 0, 0]]]
+    assert found.y.tolist() == [1, 1]
+    assert "1 of 6 events come later" in found.notes[0]
+    chosen = saved(tmp_path / "f.npz", **recordings(), train=np.array([False, True, False]))
+    whole = load_samples("events", str(chosen), recording=Recording(100, 2, (2, 1)))
+    assert whole.x.shape == (2, 2, 2, 1, 2)
+    assert whole.y.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "how", "message"),
+    [
+        ({}, Recording(), "data=events needs step_us"),
+        ({"t": np.array([150, 0, 30, 30, 7, 999])}, None, "recording 0: t falls"),
+        ({"x": np.array([0, 1, 1, 1, 0, 2])}, None, r"recording 2: x\[1\] is 2"),
+        ({"recording": np.array([0, 0, 1, 1, 2, 3])}, None, "there are 3 labels"),
+        ({"label": np.zeros(0, int)}, None, "one class for each recording"),
+        ({"train": np.ones(3, bool)}, None, "3 of 3 recordings would set the ranges"),
+    ],
+)
+def test_events_that_cannot_be_used_are_named(
+    wrong: dict[str, Any], how: Recording | None, message: str, tmp_path: Path
+) -> None:
+    path = saved(tmp_path / "e.npz", **recordings() | wrong)
+    with pytest.raises(DataError, match=message):
+        load_samples("events", str(path), calibration=1, recording=how or Recording(100, 2, (2, 1)))
+    with pytest.raises(DataError, match="for data=events"):
+        load_samples("digits", recording=Recording(steps=3))
