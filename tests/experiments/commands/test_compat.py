@@ -141,3 +141,88 @@ def test_the_table_is_text_for_tensorboard(trained: Path, tmp_path: Path, capsys
     assert all(f"| {line.split('  ')[0]} |" in text for line in shown[1:4])
     assert command(trained, "--tensorboard", board) == 2  # not over an older one
     assert "already holds a run" in capsys.readouterr().err
+
+
+MODELS = """
+import torch
+from torch import nn
+import sparse_update
+
+
+def alone():
+    return nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
+
+
+def pictures():
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), torch.rand(3, 4, 4)
+
+
+def convolution():
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
+
+
+def task():
+    batches = [(torch.rand(5, 6), torch.zeros(5, dtype=torch.long))]
+    return sparse_update.UserTask(model=alone, train=batches, held_out=batches)
+
+
+def number():
+    return 3
+"""
+
+
+@pytest.fixture
+def references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """my_compat_models.py in the working folder."""
+    (tmp_path / "my_compat_models.py").write_text(MODELS)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "macs", "mapped"),
+    [
+        (["alone"], 6 * 4 + 4 * 2, ["0", "2"]),
+        (["pictures"], 32, ["1"]),
+        (["task"], 6 * 4 + 4 * 2, ["0", "2"]),
+        (["convolution", "--shape", "2,1,4,4"], 2 * 9 * 4 + 16, None),
+    ],
+)
+def test_a_reference_to_a_function(
+    references: None, capsys: pytest.CaptureFixture, words: list[str], macs: int, mapped: list[str] | None
+) -> None:
+    name, *more = words
+    assert command(f"my_compat_models:{name}", *more, "--json") == 0
+    document = last(capsys)
+    assert document["module"] == f"my_compat_models:{name}"
+    assert document["macs_per_token"] == macs
+    assert mapped is None or document["mapped"] == mapped
+    assert "context" not in document
+
+
+def test_an_exported_program(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    torch.export.save(torch.export.export(torch.nn.Linear(6, 4), (torch.rand(3, 6),)), tmp_path / "net.pt2")
+    assert command(tmp_path / "net.pt2", "--json") == 0
+    document = last(capsys)
+    assert (document["program"], document["macs_per_token"], document["tokens"]) == (str(tmp_path / "net.pt2"), 24, 3)
+    (tmp_path / "net.pt2").write_bytes(b"PK")
+    assert command(tmp_path / "net.pt2") == 2
+    assert "no exported program" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["my_compat_models:number"], "returns int; a torch module, (module, example inputs) or a UserTask is needed"),
+        (["my_compat_models:nothing"], "my_compat_models has no nothing"),
+        (["no_such_models:alone"], "there is no module no_such_models"),
+        (["my_compat_models:convolution"], "return (module, example inputs), or give --shape"),
+        (["my_compat_models:alone", "--shape", "1,x"], "--shape is 1,x; whole numbers from 1"),
+        (["my_compat_models:alone", "--shape", "1,7"], "the module does not run on the example inputs"),
+        (["my_compat_models:alone", "--context", "3"], "--context is 3; it goes with a trained run"),
+        (["nowhere", "--shape", "1,2"], "--shape goes with MODULE:FUNCTION"),
+        (["none.pt2"], "none.pt2: no such file"),
+    ],
+)
+def test_wrong_references(references: None, capsys: pytest.CaptureFixture, words: list[str], message: str) -> None:
+    assert command(*words) == 2
+    assert message in capsys.readouterr().err
