@@ -26,6 +26,7 @@ from torch import Tensor
 from hardware.text import quoted
 from neuro.conversion.integers import payload_bits
 from neuro.conversion.spiking.checking import checked, generated_input, seen
+from neuro.conversion.spiking.constants import without_constants
 from neuro.conversion.spiking.description import INPUT, Description, Neurons, NotConvertible, Synapses
 from neuro.conversion.spiking.fitting import VTH_LIMIT, Feed, Fit, Layer, Seen, fit, is_safe
 from neuro.conversion.spiking.network import LifLayer, SpikingNetwork
@@ -99,6 +100,7 @@ def convert_spiking(
         raise NotConvertible(f"steps is {steps}; at least 1, or None")
     if pieces not in PIECES:
         raise NotConvertible(f"pieces is {quoted(pieces)}; it is one of {', '.join(map(str, PIECES))}")
+    description = without_constants(description)
     settings = Settings(steps, float(input_scale), (low, high), headroom_bits, 1 if pieces == "auto" else int(pieces))
     builder = _Builder(description, settings)
     given = calibration is not None
@@ -190,7 +192,12 @@ class _Builder:
                 )
             if np.any(layer.current_bias) and np.any(layer.alpha):
                 found.add(layer.name)
-            elif layer.biased and max(loops, default=0) >= self._depths[layer.name] and self._early(layer, max(loops)):
+            elif (
+                layer.biased
+                and d.incoming(layer.name)
+                and max(loops, default=0) >= self._depths[layer.name]
+                and self._early(layer, max(loops))
+            ):
                 if np.any(layer.alpha):
                     raise NotConvertible(
                         f"{layer.name}: its bias alone makes it spike before a sample's first step arrives, which the loop"
@@ -319,7 +326,8 @@ class _Builder:
             projections.append(Projection(here, before, here, "a_in", weight, -1 + binary, 8, "mixed", bits, "sparse"))
         if gap:
             self.notes.append(
-                f"{source}: its messages skip layers and pass {gap} relay{'s' * (gap > 1)} of {size} neurons, one per step"
+                f"{source}: its messages skip layers and pass a relay, {size} neuron{'s' * (size > 1)}, at each of {gap}"
+                f" step{'s' * (gap > 1)}"
             )
         return populations, projections
 

@@ -273,6 +273,32 @@ def test_a_loop_behind_an_early_bias_gets_its_bias_by_synapses():
         convert_spiking(Description((1,), layers, description.synapses, ("a",)), steps=4)
 
 
+def test_neurons_that_always_fire_become_a_bias_of_the_current():
+    """As NIR files hold the biases of networks with synaptic currents; a loop must not hear them before its first step."""
+    layers = (
+        Neurons("ticks", (1,), beta=0.0, threshold=0.5, bias=1.0),
+        Neurons("a", (2,), alpha=0.5, beta=0.5),
+        Neurons("b", (2,), alpha=0.5, beta=0.5),
+    )
+    synapses = (
+        Synapses("w", INPUT, "a", [[0.5], [0.25]]),
+        Synapses("wb", "a", "b", [[0.5, 0.5], [-0.5, 1.0]]),
+        Synapses("loop", "b", "b", [[0.25, 0.5], [0.5, -0.25]]),
+        Synapses("ta", "ticks", "a", [[0.25], [0.5]]),
+        Synapses("tb", "ticks", "b", [[0.5], [0.75]]),
+    )
+    description = Description((1,), layers, synapses, ("b",))
+    x = torch.from_numpy(np.random.default_rng(0).integers(0, 2, (9, 6, 1))).double()
+    made = convert_spiking(description, steps=6)
+    assert made.graph.inputs == ("x", "one")
+    assert [layer.name for layer in made.layers] == ["a", "b"]
+    expected = run_float(description, x).spikes["b"]
+    assert 0.2 < expected.mean() < 0.9
+    for mode in ("lava", "chip"):
+        assert torch.equal(made.run(x, mode=mode)[0]["b"], expected)
+    assert "ticks: fire at every step" in made.table()
+
+
 def test_the_graph_survives_its_file(tmp_path):
     pairs, x = network(3)
     made = convert_lif(pairs, steps=x.shape[1])
