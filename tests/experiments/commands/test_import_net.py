@@ -13,7 +13,7 @@ from experiments.cli import main
 from neuro.exchange.netx import encode_input, load_netx, to_frames
 from neuro.graph import identical, load_graph
 from neuro.simulators.results import load_result
-from tests.neuro.exchange.netx_files import LOIHI, evaluate, even, write
+from tests.neuro.exchange.netx.netx_files import LOIHI, evaluate, even, write
 
 STEPS = 24
 

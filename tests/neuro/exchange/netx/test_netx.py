@@ -17,7 +17,7 @@ from neuro.graph import SpikingGraph, identical, load_graph, save_graph
 from neuro.simulators.activity import compare
 from neuro.simulators.fixed_point import simulate
 from neuro.simulators.lava.client import LavaWorker
-from tests.neuro.exchange.netx_files import CUBA, LOIHI, RF, SDNN, correlate, evaluate, even, write
+from tests.neuro.exchange.netx.netx_files import CUBA, LOIHI, RF, SDNN, correlate, evaluate, even, write
 
 Layers = list[dict[str, Any]]
 STEPS = 24

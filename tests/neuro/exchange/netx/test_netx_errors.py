@@ -11,7 +11,7 @@ import pytest
 
 from neuro.exchange.netx import NetxFileError, NotInNetx, encode_input, from_frames, load_netx, to_frames
 from neuro.graph import Population, SpikingGraph
-from tests.neuro.exchange.netx_files import CUBA, LOIHI, RF, SDNN, write
+from tests.neuro.exchange.netx.netx_files import CUBA, LOIHI, RF, SDNN, write
 
 INPUT = {"type": "input", "shape": [6]}
 PICTURE = {"type": "input", "shape": [2, 4, 5]}
