@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from neuro.conversion.rate import RateConfig
     from neuro.conversion.routes import convert
     from neuro.conversion.sigma_delta import SigmaDeltaConfig
+    from neuro.conversion.spiking.convert import convert_spiking
+    from neuro.conversion.spiking.snntorch_modules import describe
     from neuro.deployment.deployed import Deployed, deploy, load_deployed, save_deployed
     from neuro.deployment.generation import generate
     from neuro.exchange.events import events_to_frames
@@ -38,6 +40,8 @@ _HOME = {
     "calibrate": "neuro.conversion.calibration",
     "Calibration": "neuro.conversion.calibration",
     "convert": "neuro.conversion.routes",
+    "convert_spiking": "neuro.conversion.spiking.convert",
+    "describe": "neuro.conversion.spiking.snntorch_modules",
     "RateConfig": "neuro.conversion.rate",
     "SigmaDeltaConfig": "neuro.conversion.sigma_delta",
     "GradedConfig": "neuro.conversion.graded",
@@ -90,7 +94,9 @@ __all__ = [
     "analyse",
     "calibrate",
     "convert",
+    "convert_spiking",
     "deploy",
+    "describe",
     "events_to_frames",
     "fine_tune",
     "generate",

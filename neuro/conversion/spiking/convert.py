@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from hardware.placement import DoesNotFit
 from hardware.text import quoted
 from neuro.conversion.integers import payload_bits
 from neuro.conversion.spiking.checking import checked, generated_input, seen
@@ -133,11 +134,20 @@ def _better(one: SpikingNetwork, make_two: Callable[[], SpikingNetwork]) -> Spik
         return replace(one, notes=(*one.notes, "pieces=auto: one synapse per weight is enough"))
     two = make_two()
     chosen = two if sum(_lost(two)) < WORTH_TWO * (classes + spikes) else one
+    prices = [f"{network.synapses:,} synapses, {_cores(network)}" for network in (one, two)]
     said = (
-        f"pieces=auto: {'two synapses' if chosen is two else 'one synapse'} per weight. With one ({one.synapses:,}"
-        f" synapses) {one.check}; with two ({two.synapses:,}) {two.check}"
+        f"pieces=auto: {'two synapses' if chosen is two else 'one synapse'} per weight. With one ({prices[0]}):"
+        f" {one.check}. With two ({prices[1]}): {two.check}"
     )
     return replace(chosen, notes=(*chosen.notes, said))
+
+
+def _cores(network: SpikingNetwork) -> str:
+    try:
+        count = network.cores()
+    except DoesNotFit as failure:
+        return f"on no Loihi 2: {failure}"
+    return f"{count} core{'s' * (count != 1)} of a Loihi 2"
 
 
 def _lost(network: SpikingNetwork) -> tuple[float, float]:

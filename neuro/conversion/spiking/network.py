@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hardware.placement import place
 from neuro.conversion.spiking.description import INPUT, Description, NotConvertible, flat_input
 from neuro.conversion.spiking.fitting import WEIGHT_LIMIT
 from neuro.graph import SpikingGraph
+from neuro.graph.demand import layer_demands
 from neuro.simulators.activity import Activity
 from neuro.simulators.fixed_point import simulate
 
@@ -127,6 +129,10 @@ class SpikingNetwork:
     def synapses(self) -> int:
         """Stored synapses; zeros of a dense projection are stored, those of a sparse one are not."""
         return sum(len(projection.synapse_ends()[0]) for projection in self.graph.projections)
+
+    def cores(self, chip: str = "loihi2") -> int:
+        """Cores of a chip that it takes, layers on cores of their own; DoesNotFit where one layer has no place."""
+        return len(place(layer_demands(self.graph), chip).cores)
 
     def messages(self, x_BTF: Tensor) -> Tensor:
         """Coded float input as integer messages, int32 (B, T, F).
