@@ -31,24 +31,27 @@ a sparse list is worth its indices; "stored" keeps every one, as the file says."
 
 @dataclass(frozen=True)
 class Zeros:
-    """Zero weights of one dense projection.
+    """Zero weights of one projection that is dense or a convolution.
 
     Attributes:
         projection: name.
         zeros, weights: how many weights are zero, and how many there are.
         stored: whether the zeros are taken as stored; each then costs a synaptic operation per message.
-        synops: synaptic operations on zeros, counted over all samples where stored and left out where not.
+        synops: synaptic operations on zeros, counted over all samples where stored and left out where not; None for a
+            kernel, whose zeros are stored and counted too, but not one by one.
     """
 
     projection: str
     zeros: int
     weights: int
     stored: bool
-    synops: int
+    synops: int | None
 
     def sentence(self, samples: int) -> str:
         """What was assumed, in words; operations per sample."""
         head = f"projection {quoted(self.projection)}: {self.zeros:,} of {self.weights:,} weights are zero, "
+        if self.synops is None:
+            return f"{head}in the kernel, assumed stored"
         each = f"{self.synops / samples:,.4g} synaptic operations a sample"
         if self.stored:
             return f"{head}assumed stored: {each} are on zeros"
@@ -141,7 +144,7 @@ def _stored_bytes(projection: Projection) -> int:
 
 
 def zero_weights(original: SpikingGraph, counted: SpikingGraph, activity: Activity) -> tuple[Zeros, ...]:
-    """What became of the zeros of each dense projection that has some.
+    """What became of the zeros of each dense projection and each kernel that has some.
 
     Args:
         original: the graph as it was given. counted: the same after `sparse_where_it_pays`.
@@ -149,12 +152,10 @@ def zero_weights(original: SpikingGraph, counted: SpikingGraph, activity: Activi
     """
     found = []
     for before, after in zip(original.projections, counted.projections, strict=True):
-        if before.kind not in ("dense", "delay_dense"):
-            continue
-        zero_TS = before.weight == 0
-        if zero_TS.any():
-            spent = int(_sent(activity, before) @ zero_TS.sum(axis=0))
-            zeros = int(np.count_nonzero(zero_TS))
+        zero = before.weight == 0
+        if before.kind != "sparse" and zero.any():
+            spent = None if before.kind == "conv" else int(_sent(activity, before) @ zero.sum(axis=0))
+            zeros = int(np.count_nonzero(zero))
             found.append(Zeros(before.name, zeros, before.weight.size, after.kind != "sparse", spent))
     return tuple(found)
 

@@ -188,3 +188,13 @@ def test_wrong_words_and_networks_that_do_not_fit() -> None:
     )
     with pytest.raises(DoesNotFit):
         graph_account(wide, {"x": np.ones((1, 2, 1), dtype=int)}, chip="loihi1")
+
+
+def test_zeros_of_a_kernel_are_named_and_counted() -> None:
+    kernel = np.array([[[[4, 2]], [[0, 6]]]])  # one channel, 2 x 1, of two channels
+    conv = Projection("c", "x", "a", "a_in", kernel, kind="conv", conv=Convolution((3, 1, 2)))
+    network = SpikingGraph([Population("x", "input", 6), Population("a", "lif", 2, LIF)], [conv], ["a"])
+    x = np.ones((1, 2, 6), dtype=int)
+    found = graph_account(network, {"x": x})
+    assert "projection 'c': 1 of 4 weights are zero, in the kernel, assumed stored" in found.table()
+    assert found.counts[0].synops == 2 * 2 * 4  # steps, positions, weights; the zero costs as much as the others
