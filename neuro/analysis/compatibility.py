@@ -12,7 +12,6 @@ matrix-product operations, counted densely; element-wise work counts 0, as in `t
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -25,21 +24,23 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from hardware.chips.chip import Chip, list_chips, load_chip
 from hardware.text import listed, quoted
+from neuro.analysis.chains import Chain, find_chains
+from neuro.analysis.convolutions import convolution_calls
 from neuro.analysis.fit import Fit, Fitter
 from neuro.analysis.lookup import Table
 from neuro.analysis.pairs import disjoint, find_pairs, inside_pairs
 from neuro.analysis.preparation import TransformError, convertible, prepare_named
 from neuro.analysis.registry import LayerRule, layer_rule
 from neuro.analysis.report import VERDICTS, CompatibilityReport, MlpPair, NothingToMap, Operation, Preparation
-from neuro.analysis.rules import LINEARS, ROUTES, Rule, Where, is_matrix, rules_for
+from neuro.analysis.rules import CONVOLUTIONS, LINEARS, ROUTES, Rule, Where, is_matrix, rules_for
 from neuro.analysis.spiking.neurons import LIF, numbered, spiking_layers, spiking_neurons
 from neuro.analysis.spiking.report import spiking_report
 from neuro.analysis.tracing import Example, Trace, TracedOp, check_ready, contracted, strip_calls, trace
+from neuro.analysis.transfers import crossings_of, placed_together, rows_of
 from neuro.modules.thresholds import EventThreshold
 
 __all__ = ["VERDICTS", "CompatibilityReport", "MlpPair", "NothingToMap", "Operation", "analyse"]
 
-OUTPUT_BYTES = 2  # a graded payload of 16 bits back to the host; inputs are 1 byte
 PAIRS_OF = {"graded": ("relu", "relu2"), "sigma_delta": ("relu", "relu2"), "rate": ("relu",)}
 """Route -> activations of the MLP pairs that it takes as one graph; only the graded one takes a threshold inside."""
 ACTIVATION_CLASSES = {
@@ -135,25 +136,32 @@ def _analysed(
         return report
     fitter = Fitter(where.chip, graded=ROUTES[route]) if where.takes_route and where.chip.budgets else None
     linears, fits = _linear_calls(module, traced, where, fitter, mappable)
+    convolutions, refused = convolution_calls(module, traced, where, fitter, mappable, fits)
+    calls = dict(sorted({**linears, **convolutions}.items()))
+    modules = dict(module.named_modules())
+    chains = find_chains(traced, calls, modules, signed=ROUTES[route]) if convolutions else ()
+    chained = {name for chain in chains for name in chain.modules}
     pairs = disjoint(
         pair
         for pair in find_pairs(module, traced, linears)
-        if pair.activation in PAIRS_OF[route] and (route == "graded" or not pair.threshold)
+        if pair.activation in PAIRS_OF[route]
+        and (route == "graded" or not pair.threshold)
+        and not {pair.fc1, pair.fc2} & chained
     )
-    rows = tokens or max((_rows(op) for op in traced.ops if _counts_tokens(op)), default=1)
+    counted = [op for op in traced.ops if _counts_tokens(op)] or [traced.ops[index] for index in convolutions]
+    rows = tokens or max((rows_of(op) for op in counted), default=1)
     if rows < 1:
         raise ValueError("the example inputs hold no row, and all figures are per row; pass a batch that is not empty")
-    operations = _operations(module, traced, linears, fits, pairs, rows, where)
-    mapped = tuple(dict.fromkeys(linears.values()))
+    operations = _operations(module, traced, calls, fits, refused, pairs, chains, rows, where)
+    mapped = tuple(dict.fromkeys(calls.values()))
     if strict and not mapped:
         raise NothingToMap(_nothing(module, where, operations))
     if chips is not None and mapped:
-        shapes = {name or "(root)": _widths(module, name) for name in mapped}
-        Fitter(where.chip, graded=ROUTES[route]).together(shapes, chips)
+        placed_together(module, traced, calls, where, chips)
     seen_rows: Counter[str] = Counter()
-    for index, name in linears.items():
-        seen_rows[name] += _rows(traced.ops[index])
-    crossings, crossing_bytes = _crossings(module, traced, linears, pairs, rows)
+    for index, name in calls.items():
+        seen_rows[name] += rows_of(traced.ops[index])
+    crossings, crossing_bytes = crossings_of(module, traced, calls, pairs, chains, rows)
     used = {name for op in traced.ops for name in op.weights}
     names = dict(module.named_parameters(remove_duplicate=False))
     used_ids = {id(names[n]) for n in used if n in names}
@@ -165,6 +173,7 @@ def _analysed(
         operations=tuple(operations),
         mapped=mapped,
         pairs=pairs,
+        chains=chains,
         rows_per_token=tuple((name, seen_rows[name] / rows) for name in mapped),
         unused_parameters=tuple(n for n, p in module.named_parameters() if id(p) not in used_ids),
         tied=_tied(module, mapped),
@@ -275,18 +284,8 @@ def _known(part: nn.Module) -> LayerRule | None:
     return layer_rule(part) or (None if neurons is None else neurons.elsewhere())
 
 
-def _rows(op: TracedOp) -> int:
-    """Rows of a linear operation (product of its output's leading dimensions)."""
-    return math.prod(op.out_shape[:-1]) if op.out_shape else 1
-
-
 def _counts_tokens(op: TracedOp) -> bool:
     return is_matrix(op) or (bool(op.weights) and any(part.target in ("addmm", "mm", "matmul") for part in op.parts))
-
-
-def _widths(module: nn.Module, name: str) -> tuple[int, int]:
-    layer = module.get_submodule(name)
-    return int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
 
 
 def _linear_calls(
@@ -324,9 +323,11 @@ def _linear_calls(
 def _operations(
     module: nn.Module,
     traced: Trace,
-    linears: Mapping[int, str],
+    calls: Mapping[int, str],
     fits: Mapping[str, Fit],
+    refused: Mapping[int, str],
     pairs: tuple[MlpPair, ...],
+    chains: tuple[Chain, ...],
     rows: int,
     where: Where,
 ) -> list[Operation]:
@@ -335,7 +336,8 @@ def _operations(
         **dict(module.named_parameters(remove_duplicate=False)),
     }
     modules = dict(module.named_modules())
-    inside = inside_pairs(traced, linears, pairs)
+    inside = inside_pairs(traced, calls, pairs)
+    chained = {index for chain in chains for index in chain.operations}
     kept = "kept by mappable(), or its module computes more than the product"
     reparametrised = "its weight is computed anew at every call (parametrization)"
     rules = []
@@ -346,10 +348,12 @@ def _operations(
             rules_for(
                 op,
                 where,
-                mapped=op.index in linears,
+                mapped=op.index in calls,
                 in_pair=inside.get(op.index, ""),
-                kept_because="" if not isinstance(owner, nn.Linear) else reparametrised if is_parametrized(owner) else kept,
-                fit=fits.get(op.module) if op.target in LINEARS else None,
+                in_chain=op.index in chained,
+                kept_because=refused.get(op.index, "")
+                or ("" if not isinstance(owner, nn.Linear) else reparametrised if is_parametrized(owner) else kept),
+                fit=fits.get(op.module) if op.target in LINEARS | CONVOLUTIONS else None,
                 layer=_known(owner) if whole and owner is not None and op.target == type(owner).__name__ else None,
             )
         )
@@ -403,22 +407,6 @@ def _not_attributed(traced: Trace, rows: int, where: Where) -> list[Operation]:
         return []
     reason = "products that ran between the leaf modules, not seen one by one"
     return [Operation("(functional)", "not attributed", "host", "host", reason, "", rest, 0, 0, where.chip.name)]
-
-
-def _crossings(
-    module: nn.Module, traced: Trace, linears: Mapping[int, str], pairs: tuple[MlpPair, ...], rows: int
-) -> tuple[float, float]:
-    """Transfers host -> chip and chip -> host per token, and their bytes (int8 in, 16-bit payloads out)."""
-    seconds = {pair.fc2 for pair in pairs}
-    last_of = {pair.fc1: pair.fc2 for pair in pairs}
-    count = size = 0.0
-    for index, name in linears.items():
-        if name in seconds:
-            continue
-        calls = _rows(traced.ops[index]) / rows
-        count += 2 * calls
-        size += calls * (_widths(module, name)[0] + OUTPUT_BYTES * _widths(module, last_of.get(name, name))[1])
-    return count, size
 
 
 def _tied(module: nn.Module, mapped: tuple[str, ...]) -> tuple[str, ...]:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from hardware.chips.chip import Chip, list_chips, load_chip
 from neuro.analysis.fit import Fitter
 from neuro.analysis.registry import registered
@@ -30,6 +32,13 @@ def _op(target: str, *shapes: tuple[int, ...], weights: tuple[str, ...] = (), sc
 
 def _linear(width_in: int, width_out: int) -> TracedOp:
     return _op("linear", (1, width_in), (width_out, width_in), weights=("weight",))
+
+
+PICTURE = (1, 16, 16, 16)
+
+
+def _convolution(channels_in: int, channels_out: int) -> TracedOp:
+    return _op("conv2d", (1, channels_in, *PICTURE[2:]), (channels_out, channels_in, 3, 3), weights=("weight",))
 
 
 HEADS = ((1, 2, 8, 16), (1, 2, 8, 16), (1, 2, 8, 16))
@@ -56,7 +65,13 @@ SAMPLES: tuple[tuple[str, TracedOp, Mapping[str, Any]], ...] = (
     ("product of activations", _op("mul", (1, 64), (1, 64)), {}),
     ("square elsewhere", _op("square"), {}),
     ("exp, log, powers", _op("exp"), {}),
-    ("convolution", _op("conv2d", (1, 3, 8, 8), (4, 3, 3, 3), weights=("weight",)), {}),
+    ("convolution of 3 x 3, 16 to 32 channels of 16 x 16", _convolution(16, 32), {"mapped": True}),
+    ("BatchNorm behind a convolution", _op("batch_norm", PICTURE), {"in_chain": True}),
+    ("ReLU between convolutions", _op("relu", PICTURE), {"in_chain": True}),
+    ("average or sum pooling between convolutions", _op("avg_pool2d", PICTURE), {"in_chain": True}),
+    ("residual add between convolutions", _op("add", PICTURE, PICTURE), {"in_chain": True}),
+    ("max pooling", _op("max_pool2d", PICTURE), {}),
+    ("transposed convolution", _op("conv_transpose2d", PICTURE, (16, 8, 3, 3), weights=("weight",)), {}),
     ("LSTM, GRU, RNN", _op("lstm", (1, 64), (256, 64), weights=("weight",)), {}),
     ("bilinear layer", _op("bilinear", (1, 64), (8, 64, 64), weights=("weight",)), {}),
     ("masks and positions", _op("arange"), {}),
@@ -80,7 +95,12 @@ def cell(chip: Chip, op: TracedOp, settings: Mapping[str, Any]) -> str:
     if route == "rate" and (asked.get("in_pair") == "relu2" or asked.get("layer") is not None):
         asked.pop("in_pair", None)  # the rate route takes the two layers one by one
     if asked.get("mapped"):
-        asked["fit"] = Fitter(chip, graded=ROUTES[route]).linear(op.in_shapes[0][-1], op.in_shapes[1][0])
+        fitter, (given, weight) = Fitter(chip, graded=ROUTES[route]), op.in_shapes
+        if op.target == "conv2d":
+            layer = nn.Conv2d(weight[1], weight[0], weight[2], padding="same", device="meta")
+            asked["fit"] = fitter.convolution(layer, given[1:])
+        else:
+            asked["fit"] = fitter.linear(given[-1], weight[0])
         asked["mapped"] = asked["fit"].fits
     rules = rules_for(op, Where(chip, route), **asked)
     texts = dict.fromkeys(_text(rule) for rule in rules)

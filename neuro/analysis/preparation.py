@@ -30,6 +30,10 @@ from neuro.analysis.tracing import Example, check_ready, does_not_run, evaluatin
 Calls = list[tuple[tuple[Any, ...], dict[str, Any], Any]]
 
 
+NORM_OF: dict[type, type] = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d}
+Folding = nn.Linear | nn.Conv1d | nn.Conv2d
+
+
 class TransformError(ValueError):
     """A converter that failed, or whose result does not compute the same as its layer."""
 
@@ -49,8 +53,13 @@ class FoldedNorm(nn.Identity):
         return input
 
 
+class FoldedChannels(nn.Identity):
+    """Stands where a batch norm stood that the convolution before it computes too."""
+
+
 def prepare(module: nn.Module, example_inputs: Example, *, tolerance: float = 1e-4) -> nn.Module:
-    """A copy of `module` in eval mode in which every layer that can become nn.Linear layers has.
+    """A copy of `module` in eval mode in which every layer that can become nn.Linear layers has, and every convolution that
+    can take over the batch norm behind it.
 
     Each converted layer is run on the inputs that the original got from the example, and the whole module on the example.
     Layers that the example does not reach stay as they are. Forward hooks move to the converted layers.
@@ -64,20 +73,25 @@ def prepare(module: nn.Module, example_inputs: Example, *, tolerance: float = 1e
         TransformError: a converter failed or returned no module, or a result differs; names the layer.
         ValueError: the module does not run on the example; a lazy, pruned or compiled one (`check_ready`).
     """
-    return prepare_named(module, example_inputs, tolerance)[0]
+    return prepare_named(module, example_inputs, tolerance, convolutions=True)[0]
 
 
-def prepare_named(module: nn.Module, example: Example, tolerance: float = 1e-4) -> tuple[nn.Module, dict[str, str]]:
-    """As `prepare`, and the layers it converted: path -> kind. Raises as `prepare`."""
+def prepare_named(
+    module: nn.Module, example: Example, tolerance: float = 1e-4, *, convolutions: bool = False
+) -> tuple[nn.Module, dict[str, str]]:
+    """As `prepare`, and the layers it converted: path -> kind. Raises as `prepare`.
+
+    `convolutions`: also batch norms behind convolutions, which a conversion takes in by itself.
+    """
     check_ready(module)
     twin = detached_copy(module).eval()
-    wanted = convertible(twin)
+    wanted = convertible(twin, convolutions)
     calls, before = _watch(twin, wanted, example)
     reached = _outermost([name for name in wanted if calls[name]])
     kinds = {name: _kind(wanted[name]) for name in reached}
 
     def check(name: str, new: nn.Module) -> None:
-        if isinstance(new, FoldedNorm):
+        if isinstance(new, FoldedNorm | FoldedChannels):
             return  # it is right together with its linear layer only; the whole module is compared below
         for args, kwargs, expected in calls[name]:
             with evaluating(new):
@@ -101,11 +115,11 @@ def prepared_copy(module: nn.Module, names: Collection[str] | None = None) -> nn
     return _converted(twin, {name: wanted[name] for name in chosen}).eval()
 
 
-def convertible(module: nn.Module) -> dict[str, nn.Module]:
+def convertible(module: nn.Module, convolutions: bool = False) -> dict[str, nn.Module]:
     """Path -> layer, for those that have a converter, a weight that is computed before each call, or are batch norms that
     the layer before them can take over.
     """
-    found: dict[str, nn.Module] = {path: norm for path, (_, norm) in _folds(module).items()}
+    found: dict[str, nn.Module] = {path: norm for path, (_, norm) in _folds(module, convolutions).items()}
     for name, layer in module.named_modules():
         rule = layer_rule(layer)
         if (rule is not None and rule.to_linear is not None) or _is_parametrised_linear(layer) or weight_hooks(layer):
@@ -135,8 +149,8 @@ def _is_parametrised_linear(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) and is_parametrized(layer) and type(layer).__bases__ == (nn.Linear,)
 
 
-def _folds(module: nn.Module) -> dict[str, tuple[str, nn.BatchNorm1d]]:
-    """Path of a batch norm -> path of the nn.Linear right before it in an nn.Sequential, and the norm.
+def _folds(module: nn.Module, convolutions: bool = True) -> dict[str, tuple[str, nn.BatchNorm1d | nn.BatchNorm2d]]:
+    """Path of a batch norm -> path of the nn.Linear, nn.Conv1d or nn.Conv2d right before it in an nn.Sequential, the norm.
 
     Neither stands in a second place, has hooks, or shares parameters with others; the norm has the statistics it needs.
     """
@@ -148,10 +162,15 @@ def _folds(module: nn.Module) -> dict[str, tuple[str, nn.BatchNorm1d]]:
             continue
         prefix = f"{path}." if path else ""
         for (a, first), (b, norm) in pairwise(parent._modules.items()):
-            if not isinstance(norm, nn.BatchNorm1d) or type(norm).forward is not nn.BatchNorm1d.forward:
+            if type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d) or norm.running_var is None:
                 continue
-            plain = type(first) is nn.Linear or _is_parametrised_linear(first)
-            if not plain or norm.running_var is None or norm.num_features != first.out_features:
+            if convolutions and type(norm) is NORM_OF.get(type(first)):
+                width = first.out_channels
+            elif type(norm) is nn.BatchNorm1d and (type(first) is nn.Linear or _is_parametrised_linear(first)):
+                width = first.out_features
+            else:
+                continue
+            if norm.num_features != width:
                 continue
             alone = places[id(first)] == places[id(norm)] == 1
             unshared = all(owners[id(value)] == 1 for part in (first, norm) for value in part.parameters())
@@ -161,7 +180,7 @@ def _folds(module: nn.Module) -> dict[str, tuple[str, nn.BatchNorm1d]]:
     return found
 
 
-def _folded(layer: nn.Linear, norm: nn.BatchNorm1d) -> nn.Linear:
+def _folded(layer: Folding, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> Folding:
     """The layer that computes norm(layer(x)) with the norm's running statistics: the rows of its weight scaled by
     gamma / sqrt(var + eps), and the bias moved along.
     """
@@ -176,14 +195,19 @@ def _folded(layer: nn.Linear, norm: nn.BatchNorm1d) -> nn.Linear:
         if norm.bias is not None:
             bias_O = bias_O + norm.bias.double()
         weight = layer.weight
-        new = nn.Linear(layer.in_features, layer.out_features, device="meta")
-        new.weight = nn.Parameter((weight.double() * scale_O[:, None]).to(weight.dtype), weight.requires_grad)
+        scale = scale_O.reshape(-1, *(1,) * (weight.dim() - 1))
+        new: Folding
+        if isinstance(layer, nn.Linear):
+            new = nn.Linear(layer.in_features, layer.out_features, device="meta")
+        else:
+            new = copy.deepcopy(layer)
+        new.weight = nn.Parameter((weight.double() * scale).to(weight.dtype), weight.requires_grad)
         new.bias = nn.Parameter(bias_O.to(weight.dtype), weight.requires_grad)
     return new.eval()
 
 
 def _kind(layer: nn.Module) -> str:
-    if isinstance(layer, nn.BatchNorm1d):
+    if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
         return "Linear with BatchNorm1d behind it"
     if weight_hooks(layer):
         return "Linear with a weight hook"
@@ -205,9 +229,9 @@ def _converted(
     for name, layer in sorted(wanted.items(), key=lambda item: item[0] in folds):  # finished weights first
         if name in folds:
             linear = twin.get_submodule(folds[name][0])
-            assert isinstance(linear, nn.Linear)
+            assert isinstance(linear, Folding)
             twin = replace_module(twin, linear, _folded(linear, folds[name][1]))
-            new: nn.Module = FoldedNorm()
+            new: nn.Module = FoldedNorm() if isinstance(linear, nn.Linear) else FoldedChannels()
         else:
             new = _one(name, layer)
         if check is not None:

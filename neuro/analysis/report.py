@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hardware.text import quoted
+from neuro.analysis.chains import Chain
 from neuro.analysis.preparation import counted_kinds
 from neuro.analysis.registry import VERDICTS
 
@@ -88,12 +89,13 @@ class Preparation:
 class CompatibilityReport:
     """What `analyse` found. `tokens`: rows the example holds; all "per token" figures are divided by it.
 
-    `mapped`: names of the nn.Linear modules that go to the chip, in calling order; `pairs`: those of them that form an
-    MLP graph, no layer in two of them. `traced=False`: only leaf modules were seen, and `note` says why; functional
-    operations then stand in one row of `operations`, with their multiply-accumulates. `rows_per_token`: rows each mapped
-    layer computes per token, above 1 where a layer is shared by several places. `cores`: of the mapped layers, each on
-    cores of its own, without the populations that only a conversion adds, such as the product neurons of a square.
-    `preparation`: what could be mapped with more layers converted to nn.Linear; None where there are no such layers.
+    `mapped`: names of the nn.Linear, nn.Conv1d and nn.Conv2d modules that go to the chip, in calling order; `pairs`:
+    those of them that form an MLP graph, `chains`: networks with convolutions that form one graph each, no layer in two
+    of them. `traced=False`: only leaf modules were seen, and `note` says why; functional operations then stand in one row
+    of `operations`, with their multiply-accumulates. `rows_per_token`: rows each mapped layer computes per token, above 1
+    where a layer is shared by several places. `cores`: of the mapped layers, each on cores of its own, without the
+    populations that only a conversion adds, such as the product neurons of a square. `preparation`: what could be mapped
+    with more layers converted to nn.Linear; None where there are no such layers.
     """
 
     chip: str
@@ -113,6 +115,7 @@ class CompatibilityReport:
     cores: int = 0
     cores_per_chip: int = 0
     preparation: Preparation | None = None
+    chains: tuple[Chain, ...] = ()
 
     @property
     def macs_per_token(self) -> float:

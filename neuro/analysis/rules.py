@@ -51,6 +51,7 @@ AFFINE_NORMS = _words("""
 """)
 SUMS = _words("""
     mean sum avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d scatter_add index_add scatter_reduce
+    AvgPool1d AvgPool2d AdaptiveAvgPool1d AdaptiveAvgPool2d
 """)
 RECTIFIERS = _words("""
     relu clamp_min ReLU threshold
@@ -60,6 +61,10 @@ LEAKY = _words("""
 """)
 UNBOUNDED = _words("""
     exp exp2 expm1 log log2 log10 log1p reciprocal logsigmoid log_sigmoid_forward
+""")
+MAXIMA = _words("""
+    max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices adaptive_max_pool1d adaptive_max_pool2d
+    MaxPool1d MaxPool2d
 """)
 ROW_COMPARISONS = _words("""
     amax amin max min maximum minimum argmax argmin topk sort std var norm linalg_vector_norm
@@ -210,6 +215,7 @@ def rules_for(
     *,
     mapped: bool = False,
     in_pair: str = "",
+    in_chain: bool = False,
     kept_because: str = "",
     fit: Fit | None = None,
     layer: LayerRule | None = None,
@@ -218,10 +224,11 @@ def rules_for(
 
     Args:
         where: chip and route.
-        mapped: the route takes this linear layer.
+        mapped: the route takes this linear layer or convolution.
         in_pair: activation of the MLP graph this operation lies inside ("relu", "relu2"), or "".
-        kept_because: why a linear layer is not mapped.
-        fit: of a linear layer, what it needs of the chip.
+        in_chain: it lies inside a network of convolutions that is one graph.
+        kept_because: why a linear layer or convolution is not mapped.
+        fit: of a linear layer or convolution, what it needs of the chip.
         layer: what is registered for the module that this operation is.
     """
     target = op.target
@@ -229,6 +236,8 @@ def rules_for(
         return (_registered(op, where, layer, in_pair),)
     if target in LINEARS:
         return (_linear(where, mapped, kept_because, fit),)
+    if in_chain and target not in PRODUCTS:
+        return (_in_chain(op),)
     if in_pair and target in RECTIFIERS:
         reason = "the neurons' threshold is the rectifier" if where.route == "graded" else "the neurons rectify"
         return (_rule("activation", "after transform", reason, on="chip"),)
@@ -247,8 +256,7 @@ def rules_for(
     if target in PRODUCTS:
         return (_product(op),)
     if target in CONVOLUTIONS:
-        reason = "the chip runs convolutions; this package has no converter for them yet"
-        return (_rule("convolution", "native", reason, macs=_convolution_macs),)
+        return (_convolution(op, where, mapped, kept_because, fit),)
     if target in RECURRENT:
         remedy = "write the cell with nn.Linear layers and register it: neuro.register_layer(..., to_linear=...)"
         reason = "its matrices could leave the host, its gates multiply activations; taken whole"
@@ -281,6 +289,9 @@ def _element_wise(op: TracedOp, where: Where) -> Rule:
         return _activation(function, where)
     if target in UNBOUNDED:
         return _rule("unbounded function", "host", f"{target}: no look-up table of fixed reach covers it")
+    if target in MAXIMA:
+        reason = "compares values of a window, which no sum of synapses does; an average pooling would leave the host"
+        return _rule("max pooling", "host", reason)
     if target in ROW_COMPARISONS:
         return _rule("reduction over a row", "host", "compares or squares a whole row of activations")
     if not op.floating and target in ("add", "sub", "rsub", "mul", "div", "neg", "sum", "remainder", "floor_divide"):
@@ -394,6 +405,34 @@ def _linear(where: Where, mapped: bool, kept_because: str, fit: Fit | None) -> R
     return _rule(
         "linear (functional)", "after transform", "its weight is not read by an nn.Linear's own call", remedy, linear_macs
     )
+
+
+def _convolution(op: TracedOp, where: Where, mapped: bool, kept_because: str, fit: Fit | None) -> Rule:
+    if mapped or (fit is not None and not fit.fits) or not where.takes_route:
+        rule = _linear(where, mapped, kept_because, fit)
+        return replace(rule, kind="convolution", macs=_convolution_macs)
+    if "3d" in op.target or "ranspose" in op.target:
+        name = "a transposed convolution" if "ranspose" in op.target else "a convolution over three axes"
+        reason = f"{name}: graphs have convolutions over one and two axes"
+        return _rule("convolution", "host", reason, macs=_convolution_macs)
+    reason = kept_because or "its weight is not read by an nn.Conv1d's or nn.Conv2d's own call"
+    return _rule("convolution", "native", reason, macs=_convolution_macs)
+
+
+def _in_chain(op: TracedOp) -> Rule:
+    """What lies between the layers of one graph of convolutions."""
+    if op.target in RECTIFIERS:
+        return _rule("activation", "after transform", "the neurons rectify", on="chip")
+    if op.target in SUMS:
+        return _rule(
+            "sum or mean", "native", "synapses of weight 1 add up a window; its size is a factor of the unit", on="chip"
+        )
+    if op.target in AFFINE_NORMS:
+        reason = "a fixed factor and offset in evaluation: in the weights and bias of the layer before it"
+        return _rule("normalisation (fixed statistics)", "after transform", reason, on="chip")
+    if op.target in LAYOUT:
+        return _rule("data movement", "native", "the order in which the next synapses are stored", on="chip")
+    return _rule("residual add", "native", "two projections into one population, in one unit", on="chip")
 
 
 def _product(op: TracedOp) -> Rule:

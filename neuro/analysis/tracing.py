@@ -37,7 +37,9 @@ class TracedOp:
     it reads, and names of constant tensors. `stack`: calls of the modules around it, outermost first, "mlp@1" being the
     second call of "mlp". `floating=False`: its result holds whole numbers or truth values. `parts`: of a module taken as
     one operation (see `contracted`), what it computes inside; empty otherwise. `leaf_macs`: of a leaf module in a
-    fallback trace, what torch's own counter found inside it; None elsewhere.
+    fallback trace, what torch's own counter found inside it; None elsewhere. `sources`: its activations in the order of
+    its arguments, an operand that is given twice twice; indices of operations, and -1, -2, ... for the module's own inputs.
+    `options`: its other arguments by name, where the operation names them. A fallback trace has neither.
     """
 
     index: int
@@ -52,6 +54,8 @@ class TracedOp:
     floating: bool = True
     parts: tuple[TracedOp, ...] = ()
     leaf_macs: float | None = None
+    sources: tuple[int, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,10 @@ def _exported_ops(exported: torch.export.ExportedProgram, names: Mapping[str, st
     signature = exported.graph_signature
     held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
     index_of: dict[str, int] = {}
+    given: dict[str, int] = {}
     for node in exported.graph.nodes:
+        if node.op == "placeholder" and node.name not in held:
+            given[node.name] = -1 - len(given)
         if node.op != "call_function":
             continue
         index_of[node.name] = len(index_of)
@@ -189,7 +196,29 @@ def _exported_ops(exported: torch.export.ExportedProgram, names: Mapping[str, st
             scalars=tuple(a for a in node.args if isinstance(a, int | float | bool | str)),
             stack=calls,
             floating=_floating(node.meta.get("val")),
+            sources=tuple(index_of.get(n.name, given.get(n.name, index_of[node.name])) for n in _operands(node, held)),
+            options=_options(node),
         )
+
+
+def _operands(node: Any, held: Mapping[str, str]) -> Iterator[Any]:
+    """Activations among its arguments, in order and as often as they stand there."""
+    for argument in (*node.args, *node.kwargs.values()):
+        for item in argument if isinstance(argument, list | tuple) else (argument,):
+            if hasattr(item, "all_input_nodes") and item.name not in held:
+                yield item
+
+
+def _options(node: Any) -> dict[str, Any]:
+    schema = getattr(node.target, "_schema", None)
+    names = [] if schema is None else [argument.name for argument in schema.arguments]
+    named = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    plain = int | float | bool | str | None
+    return {
+        name: tuple(value) if isinstance(value, list | tuple) else value
+        for name, value in named.items()
+        if isinstance(value, plain) or (isinstance(value, list | tuple) and all(isinstance(item, plain) for item in value))
+    }
 
 
 def _aten_name(target: Any) -> str:
@@ -244,7 +273,8 @@ def contracted(traced: Trace, group: Callable[[TracedOp], tuple[str, str] | None
         sources = dict.fromkeys(place_of[i] for member in members for i in member.inputs)
         inputs = tuple(i for i in sources if i != place)
         if found is None:
-            ops.append(replace(op, index=place, inputs=inputs))
+            operands = tuple(place_of[i] if i >= 0 else i for i in op.sources)
+            ops.append(replace(op, index=place, inputs=inputs, sources=operands))
             continue
         ops.append(
             replace(
@@ -257,6 +287,8 @@ def contracted(traced: Trace, group: Callable[[TracedOp], tuple[str, str] | None
                 in_shapes=members[0].in_shapes,
                 scalars=(),
                 parts=tuple(members),
+                sources=inputs,
+                options={},
             )
         )
     returned = frozenset(place_of[i] for i in traced.returned)

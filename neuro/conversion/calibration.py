@@ -28,17 +28,19 @@ OCTAVES = 64
 LOWEST_LOG2 = -40
 DEFAULT_PERCENTILE = 99.99
 METHODS = ("percentile", "mse")
+WATCHED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d)
 HIDDEN_LEVELS = 2**10 - 1  # magnitudes of a hidden message of 11 bits, for the error search
 CLIPS_PER_OCTAVE, CLIP_OCTAVES, POINTS = 16, 6, 4  # clips tried below the maximum; points per bin
 
 
 @dataclass(frozen=True)
 class LayerRange:
-    """Magnitudes seen at one nn.Linear, in the model's own float units.
+    """Magnitudes seen at one nn.Linear, nn.Conv1d or nn.Conv2d, in the model's own float units.
 
     `input_max`, `output_max`: largest |x|; `input_percentile`, `output_percentile`: the calibration's percentile of
     |x| over all values, zeros included; `output_positive_max`: largest positive output (what a ReLU passes on), 0 if
-    none was positive. For the second layer of an MLP pair the input is the hidden activation. `rows`: tokens seen.
+    none was positive. For the second layer of an MLP pair the input is the hidden activation. `rows`: tokens seen, samples
+    of a convolution.
     `input_clip`, `output_positive_clip`: what the calibration's method says the integers should reach, 0 where nothing
     was seen; `output_channel_max`: largest |output| per output channel.
     """
@@ -159,7 +161,8 @@ def calibrate(
     percentile: float = DEFAULT_PERCENTILE,
     method: str = "percentile",
 ) -> Calibration:
-    """Run `module` in eval mode on every batch and keep the ranges at all its nn.Linear layers.
+    """Run `module` in eval mode on every batch and keep the ranges at all its linear layers,
+    convolutions over one and two axes, and batch norms.
 
     Args:
         module: any nn.Module; not changed: training flags, buffers and what it keeps from call to call are put back, hooks
@@ -171,8 +174,8 @@ def calibrate(
 
     Raises:
         ValueError: no batch, a batch that does not run through the module (its shape is named), NaN or infinite values
-            at a layer (the layer is named), a percentile out of range, an unknown method, a module without nn.Linear, or a
-            lazy, pruned or compiled one (`neuro.analysis.tracing.check_ready`).
+            at a layer (the layer is named), a percentile out of range, an unknown method, a module without such a layer,
+            or a lazy, pruned or compiled one (`neuro.analysis.tracing.check_ready`).
     """
     check_word("method", method, METHODS)
     if not 0 < percentile <= 100:
@@ -180,9 +183,11 @@ def calibrate(
     check_ready(module)
     if convertible(module):
         module = prepared_copy(module)
-    linears = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
-    if not linears:
-        raise ValueError(f"{type(module).__name__} has no nn.Linear, so there is nothing to calibrate")
+    linears = {name: layer for name, layer in module.named_modules() if isinstance(layer, WATCHED)}
+    if not any(isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d) for layer in linears.values()):
+        raise ValueError(
+            f"{type(module).__name__} has no nn.Linear, nn.Conv1d or nn.Conv2d, so there is nothing to calibrate"
+        )
     inputs = {name: _Magnitudes(output=False) for name in linears}
     outputs = {name: _Magnitudes(output=True) for name in linears}
     rows = dict.fromkeys(linears, 0)
@@ -196,12 +201,13 @@ def calibrate(
                     f"calibration batch {current} is empty at layer {quoted(name)} (shape {tuple(output.shape)})"
                 )
             for store, values, side in ((inputs, given, "input"), (outputs, output, "output")):
-                if not store[name].add(values):
+                if not store[name].add(_channels_last(linears[name], values)):
                     raise _Refused(
                         f"calibration batch {current}: the {side} of layer {quoted(name)} holds NaN or infinite values. "
                         "Check the batch and the weights before it."
                     )
-            rows[name] += output.numel() // output.shape[-1]
+            last = _channels_last(linears[name], output)
+            rows[name] += len(last) if not isinstance(linears[name], nn.Linear) else last.numel() // last.shape[-1]
 
         return hook
 
@@ -238,6 +244,16 @@ def calibrate(
         never_called=tuple(name for name in linears if not rows[name]),
         method=method,
     )
+
+
+def _channels_last(layer: nn.Module, values: Tensor) -> Tensor:
+    """A convolution's or a batch norm's values with the channels in the last dimension and the samples, of which there may
+    be one, first.
+    """
+    if isinstance(layer, nn.Linear):
+        return values
+    alone = isinstance(layer, nn.Conv1d | nn.Conv2d) and values.dim() < layer.weight.dim()
+    return (values[None] if alone else values).movedim(1, -1)
 
 
 def _range(rows: int, x: _Magnitudes, y: _Magnitudes, method: str, percentile: float) -> LayerRange:

@@ -41,6 +41,8 @@ from torch import nn
 from hardware.text import quoted
 from neuro.analysis.compatibility import CompatibilityReport, MlpPair
 from neuro.conversion.calibration import Calibration, LayerRange
+from neuro.conversion.convolutions.graded import chain_input, graded_segment
+from neuro.conversion.convolutions.units import Widths
 from neuro.conversion.integers import (
     EXPONENT_REGISTER,
     INT8_MAX,
@@ -56,6 +58,7 @@ from neuro.conversion.integers import (
 )
 from neuro.conversion.mapped import (
     Piece,
+    chains,
     common_notes,
     delay_line,
     dense,
@@ -119,16 +122,20 @@ class GradedConfig:
         check_word("weight_clip", self.weight_clip, WEIGHT_CLIPS)
         check_word("narrow", self.narrow, NARROW)
 
+    @property
+    def search(self) -> bool:
+        """Whether scales are those of least squared error."""
+        return self.weight_clip == "mse" or (self.weight_clip == "auto" and self.weight_bits != 8)
+
     def integers(self, name: str, layer: nn.Linear, input_unit: float, groups: int = 0) -> IntegerLayer:
         """A layer's weights in integers, as these settings say."""
-        search = self.weight_clip == "mse" or (self.weight_clip == "auto" and self.weight_bits != 8)
         return integer_layer(
             name,
             layer,
             input_unit,
             weight_bits=self.weight_bits,
             scales=self.scales,
-            search=search,
+            search=self.search,
             groups=groups,
         )
 
@@ -155,7 +162,15 @@ def convert(
             layer so wide that its sum does not fit 32 bits; scales per channel for a hidden layer without groups.
     """
     config = config or GradedConfig()
+    widths = Widths(config.weight_bits, config.search, config.hidden_bits)
     segments = [
+        graded_segment(
+            label, module, chain, calibration, rows, config.input_scale(chain_input(chain, module, calibration)), widths,
+            config.drop_input, config.drop_hidden,
+        )
+        for label, chain, rows in chains(report)
+    ]  # fmt: skip
+    segments += [
         _linear(module, piece, calibration, config)
         if piece.pair is None
         else _mlp(module, piece, piece.pair, calibration, config)

@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from hardware.text import quoted
+from neuro.analysis.chains import Chain
 from neuro.analysis.compatibility import CompatibilityReport, MlpPair, NothingToMap
 from neuro.analysis.pairs import disjoint
 from neuro.conversion.calibration import Calibration, LayerRange
@@ -50,8 +51,8 @@ class Piece:
 def pieces(
     module: nn.Module, report: CompatibilityReport, activations: tuple[str, ...], thresholds: bool = False
 ) -> Iterator[Piece]:
-    """Segments of a report in calling order, every mapped layer in one; pairs of other activations as two layers, and so,
-    but for `thresholds`, those with a threshold module inside.
+    """Segments of a report in calling order, every mapped layer outside of its chains in one; pairs of other activations as
+    two layers, and so, but for `thresholds`, those with a threshold module inside.
 
     Raises NothingToMap where the report maps nothing.
     """
@@ -60,10 +61,17 @@ def pieces(
     whole = [p for p in report.pairs if p.activation in activations and (thresholds or not p.threshold)]
     chosen = disjoint(p for p in whole if {p.fc1, p.fc2} <= set(report.mapped))
     firsts, seconds = {p.fc1: p for p in chosen}, {p.fc2 for p in chosen}
-    rows, taken = dict(report.rows_per_token), set[str]()
+    rows, taken = dict(report.rows_per_token), {label for label, _, _ in chains(report)}
+    elsewhere = seconds | {name for chain in report.chains for name in chain.modules}
     for name in report.mapped:
-        if name not in seconds:
+        if name not in elsewhere:
             yield Piece(_label(name, taken), name, firsts.get(name), rows[name])
+
+
+def chains(report: CompatibilityReport) -> list[tuple[str, Chain, float]]:
+    """Networks of convolutions of a report: a segment's name, the chain, and samples a token."""
+    rows, taken = dict(report.rows_per_token), set[str]()
+    return [(_label(chain.modules[0], taken), chain, rows[chain.modules[0]]) for chain in report.chains]
 
 
 def _label(name: str, taken: set[str]) -> str:
@@ -97,7 +105,7 @@ def layer_and_range(module: nn.Module, name: str, calibration: Calibration) -> t
 def plan_of(
     route: str, module: nn.Module, report: CompatibilityReport, segments: Iterable[Segment], notes: Iterable[str]
 ) -> Plan:
-    """The plan of these segments, and of what the report leaves on the host.
+    """The plan of these segments, in calling order, and of what the report leaves on the host.
 
     Raises LostLayer where the two together are not all of the report.
     """
@@ -110,7 +118,9 @@ def plan_of(
         for op in report.operations
         if op.runs_on == "host" and (op.macs_per_token or op.bytes)
     )
-    plan = Plan(route, report.chip, type(module).__name__, tuple(segments), host, tuple(notes), layers=layers)
+    place = {name: number for number, name in enumerate(report.mapped)}
+    ordered = sorted(segments, key=lambda segment: place[segment.modules[0]])
+    plan = Plan(route, report.chip, type(module).__name__, tuple(ordered), host, tuple(notes), layers=layers)
     check_complete(plan)
     return plan
 

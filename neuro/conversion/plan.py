@@ -15,6 +15,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from torch import nn
 
 from hardware.text import quoted
+from neuro.conversion.convolutions.stages import Link, Stage
 from neuro.graph import FILE_SUFFIX, GraphError, SpikingGraph, load_graph, save_graph
 from neuro.graph.values import checked_name
 
@@ -50,7 +51,8 @@ class Headroom:
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """One graph between two host crossings: a linear layer, or an MLP pair fc1 -> relu [-> square] -> fc2.
+    """One graph between two host crossings: a linear layer, an MLP pair fc1 -> relu [-> square] -> fc2, or a network of
+    convolutions, whose `stages` say what each of its populations is.
 
     Float units: input = payload x input_scale; output = (payload + output_offset) x output_scale. `output_offset` is
     0.5 where the last shift floors without a rounding line on the chip (the host then adds the half step), else 0.
@@ -68,6 +70,10 @@ class Segment:
     `hidden_threshold`, in payload units, are the smallest changes sent (0 and 1 send all), `sequence_dim` is the
     dimension of the input that holds the tokens of a stream. Code "rate": `reset` is "soft" (subtract the threshold) or
     "hard" (to 0), `input_code` "spikes" or "analogue".
+
+    With `stages` a row is a sample of `shape` (torch's order), `n_in` and `n_out` count its values and those of `outputs`,
+    the stages that the host reads; `weight_scales` are those of `modules`, `shifts` those of the stages, and
+    `output_scale` is the last output's.
     """
 
     name: str
@@ -101,10 +107,34 @@ class Segment:
     reset: str = ""
     input_code: str = ""
     threshold_module: str = ""
+    stages: tuple[Stage, ...] = ()
+    shape: tuple[int, ...] = ()
+    outputs: tuple[str, ...] = ()
+
+    @property
+    def macs(self) -> tuple[int, ...]:
+        """Dense multiply-accumulates a row of each of its layers, in the order of `modules`."""
+        if not self.stages:
+            return tuple(a * b for a, b in self.sizes)
+        found = {link.module: link.macs for stage in self.stages for link in stage.links}
+        return tuple(found[name] for name in self.modules)
+
+    @property
+    def norms(self) -> Mapping[str, str]:
+        """Layer -> the batch norm that went into it, where one did."""
+        return {link.module: link.norm for stage in self.stages for link in stage.links if link.norm}
+
+    @property
+    def weight_counts(self) -> tuple[int, ...]:
+        """Weights of each of its layers, biases left out, in the order of `modules`."""
+        if not self.stages:
+            return self.macs
+        found = {link.module: link.weights for stage in self.stages for link in stage.links}
+        return tuple(found[name] for name in self.modules)
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """(inputs, outputs) of each of its linear layers, in order."""
+        """(inputs, outputs) of each of its linear layers, in order; of a network of convolutions (n_in, n_out) alone."""
         widths = [n for n in (self.n_in, self.n_hidden, self.n_out) if n]
         return tuple(pairwise(widths))
 
@@ -151,10 +181,8 @@ class Plan:
             room = ", ".join(f"{h.population} {h.static_bits:.1f}/{h.calibrated_bits:.1f}" for h in s.headroom)
             widths = ", ".join(f"{name} {bits}" for name, bits in s.payload_bits.items())
             shifts = ",".join(str(k) for k in s.shifts) + (f" square {s.square_shift}" if s.activation == "relu2" else "")
-            lines.append(
-                f"{s.name}: {sizes} {s.activation or 'linear'}; shifts {shifts}; headroom bits {room}; "
-                f"payload bits {widths}"
-            )
+            what = f"network of {len(s.modules)} layers" if s.stages else s.activation or "linear"
+            lines.append(f"{s.name}: {sizes} {what}; shifts {shifts}; headroom bits {room}; payload bits {widths}")
         first = self.notes[:1] if self.prepared else ()
         return "\n".join([*first, *lines, *self.notes[len(first) :]])
 
@@ -167,25 +195,29 @@ def check_complete(plan: Plan) -> None:
     """
     found: dict[str, float] = {}
     for segment in plan.segments:
-        for name, (n_in, n_out) in zip(segment.modules, segment.sizes, strict=True):
-            found[name or ROOT] = found.get(name or ROOT, 0.0) + segment.rows_per_token * n_in * n_out
+        for name, macs in zip(segment.modules, segment.macs, strict=True):
+            found[name or ROOT] = found.get(name or ROOT, 0.0) + segment.rows_per_token * macs
     for work in plan.host:
         found[work.layer or ROOT] = found.get(work.layer or ROOT, 0.0) + work.macs_per_token
     for name in (*plan.layers, *(name for name in found if plan.layers)):
-        wanted, macs = plan.layers.get(name, 0.0), found.get(name, 0.0)
-        if abs(wanted - macs) > COUNTED_WITHIN * max(wanted, macs):
-            what = "lost" if macs < wanted else "counted too often"
+        wanted, held = plan.layers.get(name, 0.0), found.get(name, 0.0)
+        if abs(wanted - held) > COUNTED_WITHIN * max(wanted, held):
+            what = "lost" if held < wanted else "counted too often"
             raise LostLayer(
                 f"layer {quoted(name)} would be {what}: the report counts {wanted:,.6g} multiply-accumulates a token for "
-                f"it, segments and host work of the plan {macs:,.6g}. Analyse and convert this module again; where that "
+                f"it, segments and host work of the plan {held:,.6g}. Analyse and convert this module again; where that "
                 "gives the same, keep the layer on the host with mappable="
             )
 
 
-def fingerprint(layer: nn.Linear) -> str:
-    """SHA-256 over dtype, shape and bytes of weight and bias: a plan fits only the weights it was made from."""
+def fingerprint(layer: nn.Linear | nn.Conv1d | nn.Conv2d, norm: nn.BatchNorm1d | nn.BatchNorm2d | None = None) -> str:
+    """SHA-256 over dtype, shape and bytes of weight and bias, and of a batch norm that goes into them: a plan fits only the
+    weights it was made from.
+    """
     digest = hashlib.sha256()
-    for tensor in (layer.weight, layer.bias):
+    held = [layer.weight, layer.bias]
+    held += [] if norm is None else [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+    for tensor in held:
         if tensor is not None:
             value = tensor.detach().cpu().contiguous()
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
@@ -269,8 +301,15 @@ def _segment(folder: Path, fields: dict[str, Any]) -> Segment:
     except GraphError as error:
         raise PlanFileError(f"{folder / 'plan.json'} is damaged: {error}") from error
     known: dict[str, Any] = {key: _tuples(value) for key, value in fields.items()}
+    known["stages"] = tuple(_stage(stage) for stage in fields.get("stages", ()))
     known["headroom"] = tuple(_checked(Headroom(**room)) for room in fields["headroom"])
     return _checked(Segment(graph=load_graph(folder / f"{fields['name']}{FILE_SUFFIX}"), **known))
+
+
+def _stage(fields: dict[str, Any]) -> Stage:
+    known: dict[str, Any] = {key: _tuples(value) for key, value in fields.items()}
+    known["links"] = tuple(_checked(Link(**link)) for link in fields["links"])
+    return _checked(Stage(**known))
 
 
 LEAST = {
@@ -282,8 +321,10 @@ LEAST = {
     "weight_bytes": 0,
     "macs_per_token": 0,
     "rows_per_token": 0,
+    "macs": 0,
+    "weights": 0,
 }
-Record = TypeVar("Record", Plan, Segment, Headroom, HostWork)
+Record = TypeVar("Record", Plan, Segment, Headroom, HostWork, Stage, Link)
 
 
 def _checked(record: Record) -> Record:

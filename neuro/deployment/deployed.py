@@ -30,10 +30,12 @@ from hardware.text import quoted
 from neuro.analysis.preparation import move_hooks, prepared_copy, replace_module
 from neuro.analysis.state import Account, detached_copy
 from neuro.analysis.tracing import check_ready
+from neuro.conversion.convolutions.geometry import Layer
 from neuro.conversion.plan import ROOT, Plan, PlanFileError, Segment, check_complete, fingerprint, load_plan, save_plan
+from neuro.deployment.networks import NetworkRunner
 from neuro.deployment.routes import runner_for
 from neuro.deployment.runner import BACKENDS, SegmentHealth, SegmentRunner
-from neuro.deployment.stand_ins import PairFirst, PairLast, SingleLinear
+from neuro.deployment.stand_ins import NetworkLayer, PairFirst, PairLast, SingleLinear
 from neuro.simulators.fixed_point import CHIP_NOTE, MODES
 
 __all__ = ["BACKENDS", "Deployed", "SegmentHealth", "deploy", "load_deployed", "save_deployed"]
@@ -74,17 +76,23 @@ def deploy(module: nn.Module, plan: Plan, backend: str = "fixed_point", mode: st
     source = prepared_copy(module, plan.prepared) if plan.prepared else module
     for segment in plan.segments:
         for name, expected in zip(segment.modules, segment.fingerprints, strict=True):
-            _check_layer(source, name, expected)
+            _check_layer(source, name, segment, expected)
     twin = (source if plan.prepared else detached_copy(module)).requires_grad_(False)
     runners = []
     for segment in plan.segments:
-        layers = [_linear(twin, name) for name in segment.modules]
+        layers = [_layer(twin, name, segment) for name in segment.modules]
         runner = runner_for(segment, backend, [layer.bias for layer in layers], mode)
         runners.append(runner)
-        kinds = [SingleLinear] if len(layers) == 1 else [PairFirst, PairLast]
-        news = [kind(runner, layer) for kind, layer in zip(kinds, layers, strict=True)]
+        news: list[nn.Module]
+        if isinstance(runner, NetworkRunner):
+            news = [NetworkLayer(runner, layer, name) for layer, name in zip(layers, segment.modules, strict=True)]
+        else:
+            kinds = [SingleLinear] if len(layers) == 1 else [PairFirst, PairLast]
+            news = [kind(runner, layer) for kind, layer in zip(kinds, layers, strict=True)]  # type: ignore[arg-type]
         for old, new in zip(layers, news, strict=True):
             twin = _replace(twin, old, new)
+        for norm in segment.norms.values():  # its layer's weights have taken it over
+            twin = _replace(twin, twin.get_submodule(norm), nn.Identity())
         if segment.threshold_module:  # the graph's neurons do what it did
             twin = _replace(twin, twin.get_submodule(segment.threshold_module), nn.Identity())
     for part in twin.modules():
@@ -95,18 +103,24 @@ def deploy(module: nn.Module, plan: Plan, backend: str = "fixed_point", mode: st
     return Deployed(twin.eval(), plan, backend, runners, mode)
 
 
-def _linear(module: nn.Module, name: str) -> nn.Linear:
+def _layer(module: nn.Module, name: str, segment: Segment) -> Layer:
     try:
         layer = module.get_submodule(name)
     except AttributeError as error:
         raise ValueError(f"the plan maps layer {quoted(name)}, which {type(module).__name__} does not have") from error
-    if not isinstance(layer, nn.Linear):
-        raise ValueError(f"the plan maps layer {quoted(name)}, which is {type(layer).__name__} here, not nn.Linear")
-    return layer
+    if isinstance(layer, nn.Linear) or (segment.stages and isinstance(layer, nn.Conv1d | nn.Conv2d)):
+        return layer
+    kinds = "nn.Linear, nn.Conv1d or nn.Conv2d" if segment.stages else "nn.Linear"
+    raise ValueError(f"the plan maps layer {quoted(name)}, which is {type(layer).__name__} here, not {kinds}")
 
 
-def _check_layer(module: nn.Module, name: str, expected: str) -> None:
-    if fingerprint(_linear(module, name)) != expected:
+def _check_layer(module: nn.Module, name: str, segment: Segment, expected: str) -> None:
+    norm = None
+    if name in segment.norms:
+        norm = dict(module.named_modules()).get(segment.norms[name])
+        if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+            raise ValueError(f"the plan has a batch norm {quoted(segment.norms[name])}, which this module has not")
+    if fingerprint(_layer(module, name, segment), norm) != expected:
         raise ValueError(f"layer {quoted(name)} holds other weights than the plan was made from; convert this module again")
 
 
@@ -122,24 +136,29 @@ class _HostTokens(Account):
 
 
 class _Unforeseen(Account):
-    """Rows of every nn.Linear that the report never saw run and the plan so knows nothing of: a branch that the example did
-    not take, for instance. They run in float on the host and are counted as what they are.
+    """Rows of every nn.Linear, nn.Conv1d and nn.Conv2d that the report never saw run and the plan so knows nothing of: a
+    branch that the example did not take, for instance. They run in float on the host and are counted as what they are.
     """
 
     def __init__(self, twin: nn.Module, plan: Plan) -> None:
         known = {*plan.layers, *(work.layer for work in plan.host)}
         self.rows: dict[str, int] = {}
+        self.macs: dict[str, int] = {}
         self.layers = {
             name or ROOT: layer
             for name, layer in twin.named_modules()
-            if isinstance(layer, nn.Linear) and (name or ROOT) not in known
+            if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d) and (name or ROOT) not in known
         }
         for name, layer in self.layers.items():
             layer.register_forward_hook(self._counting(name))
 
     def _counting(self, name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, _: Any, output: Tensor) -> None:
-            self.rows[name] = self.rows.get(name, 0) + math.prod(output.shape[:-1])
+            linear = isinstance(layer, nn.Linear)
+            rows = math.prod(output.shape[:-1]) if linear else output.numel() // math.prod(output.shape[1:])
+            self.rows[name] = self.rows.get(name, 0) + rows
+            each = math.prod(self.layers[name].weight.shape[1:])
+            self.macs[name] = self.macs.get(name, 0) + output.numel() * each
 
         return hook
 
@@ -147,9 +166,10 @@ class _Unforeseen(Account):
         """One record for each that ran."""
         found = []
         for name, rows in self.rows.items():
-            weight = self.layers[name].weight
-            size = weight.numel() * weight.element_size()
-            found.append(_on_host(f"{name}:linear", rows, rows * weight.numel(), size))
+            layer = self.layers[name]
+            size = layer.weight.numel() * layer.weight.element_size()
+            kind = "linear" if isinstance(layer, nn.Linear) else "convolution"
+            found.append(_on_host(f"{name}:{kind}", rows, self.macs[name], size))
         return found
 
 
@@ -285,6 +305,7 @@ class Deployed(nn.Module):
         """Forget all counts."""
         self._host.tokens = 0
         self._unforeseen.rows.clear()
+        self._unforeseen.macs.clear()
         for runner in self._runners:
             runner.reset()
 

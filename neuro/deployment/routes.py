@@ -6,6 +6,7 @@ from torch import Tensor
 
 from hardware.text import quoted
 from neuro.conversion.plan import Segment
+from neuro.deployment.networks import NetworkRunner
 from neuro.deployment.runner import SegmentRunner
 from neuro.deployment.segments import GradedRunner
 from neuro.deployment.spike_counts import RateRunner
@@ -24,6 +25,8 @@ def runner_for(segment: Segment, backend: str, biases: list[Tensor | None], mode
     Raises:
         ValueError: a code that no runner knows.
     """
+    if segment.stages and segment.code == "graded":
+        return NetworkRunner(segment, backend, mode)
     if segment.code == "graded":
         return GradedRunner(segment, backend, biases, mode)
     if segment.code == "delta":

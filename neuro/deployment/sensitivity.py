@@ -71,14 +71,14 @@ def part_of(plan: Plan, names: Collection[str]) -> Plan:
 
 def macs_per_token(segment: Segment) -> float:
     """Dense multiply-accumulates of a segment's linear layers per token."""
-    return float(segment.rows_per_token * sum(a * b for a, b in segment.sizes))
+    return float(segment.rows_per_token * sum(segment.macs))
 
 
 def _host_work(segment: Segment) -> list[HostWork]:
     """Its layers as the host runs them, with float32 weights."""
     return [
-        HostWork(layer, "linear", segment.rows_per_token * a * b, 4 * a * b)
-        for layer, (a, b) in zip(segment.modules, segment.sizes, strict=True)
+        HostWork(layer, "convolution" if segment.stages else "linear", segment.rows_per_token * macs, 4 * weights)
+        for layer, macs, weights in zip(segment.modules, segment.macs, segment.weight_counts, strict=True)
     ]
 
 

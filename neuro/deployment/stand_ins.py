@@ -1,13 +1,16 @@
-"""Modules that stand where mapped nn.Linear layers stood: they hand floats to a segment's runner and its floats on."""
+"""Modules that stand where mapped layers stood: they hand floats to a segment's runner and its floats on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hardware.text import quoted
+from neuro.conversion.convolutions.geometry import Layer
+from neuro.deployment.networks import NetworkRunner
 from neuro.deployment.runner import SegmentRunner
 
 
@@ -52,6 +55,36 @@ class SingleLinear(nn.Module):
     def extra_repr(self) -> str:
         s = self.runner.segment
         return f"{s.n_in}, {s.n_out}, segment={quoted(s.name)}, backend={quoted(self.runner.backend)}"
+
+
+class NetworkLayer(nn.Module):
+    """Stands in for one layer of a network of convolutions; what else the layer has (`weight`, `stride`, ...) can be
+    read.
+    """
+
+    def __init__(self, runner: NetworkRunner, layer: Layer, name: str) -> None:
+        super().__init__()
+        self.runner, self.name = runner, name
+        self._original = (layer,)  # inside a tuple, so that it is no part of this module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_"):
+                raise
+            return getattr(self._original[0], name)
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> NetworkLayer:
+        self._original[0]._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
+
+    def forward(self, input: Tensor) -> Tensor:  # as torch's layers name it
+        return self.runner.call(self.name, input)
+
+    def extra_repr(self) -> str:
+        return f"{self._original[0]}, segment={quoted(self.runner.segment.name)}, backend={quoted(self.runner.backend)}"
 
 
 class PairFirst(SingleLinear):

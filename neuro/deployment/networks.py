@@ -1,0 +1,329 @@
+"""The runner of networks of convolutions on the graded route, and what their layers need to stand in a module.
+
+The module's own forward goes on calling its layers one by one. The first of them runs the whole graph; every layer then
+returns the value that its stage sent, so that whatever stands between the layers (ReLU, pooling, a residual add) gives on
+the host what the graph has already computed, and each later layer checks that it was given that. Shape letters: N
+samples.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hardware.energy.account import Counts
+from hardware.text import quoted
+from neuro.conversion.convolutions.geometry import Pool, picture, pooled, to_neurons, to_torch
+from neuro.conversion.convolutions.stages import INPUT, Link, Stage
+from neuro.conversion.convolutions.weaving import LINES
+from neuro.conversion.integers import INT8_MAX, payload_bits, quantise
+from neuro.conversion.plan import Segment
+from neuro.deployment.runner import SegmentHealth, SegmentRunner
+from neuro.simulators.activity import Activity, PopulationCounts, ProjectionCounts
+from neuro.simulators.fixed_point import run_pipelined
+
+EXACT = {torch.float32: 1e-4, torch.float64: 1e-4}
+COARSE = 2e-2
+
+
+def encode(segment: Segment, x: Tensor) -> tuple[dict[str, Tensor], int]:
+    """Integer inputs of a graded network's graph, one sample a time step, and how many values were clipped.
+
+    Args:
+        segment: with stages, of code "graded".
+        x: float samples (N, *shape), or (N, n_in) in torch's order.
+
+    Returns:
+        int32 (1, N, size) per input population.
+    """
+    q = quantise(x.reshape(len(x), *segment.shape), segment.input_scale)
+    if segment.input_threshold:
+        q = q.masked_fill_(q.abs() <= segment.input_threshold, 0.0)
+    inputs = {INPUT: to_neurons(q, segment.shape).to(torch.int32)[None]}
+    if segment.constant_lines:
+        lines = torch.tensor(segment.constant_lines, dtype=torch.int32, device=x.device)
+        inputs[LINES] = lines.expand(1, len(x), len(lines)).contiguous()
+    return inputs, int(torch.count_nonzero(x.abs() > (INT8_MAX + 0.5) * segment.input_scale))
+
+
+class NetworkRunner(SegmentRunner):
+    """One network of convolutions on one backend."""
+
+    def __init__(self, segment: Segment, backend: str, mode: str = "lava") -> None:
+        super().__init__(segment, backend, mode)
+        self._stages = {stage.name: stage for stage in segment.stages}
+        self._projection = {p.name: p for p in segment.graph.projections}
+        self._owner = {link.module: stage for stage in segment.stages for link in stage.links if link.module}
+        self._macs = dict(zip(segment.modules, segment.macs, strict=True))
+        self._weights = dict(zip(segment.modules, segment.weight_counts, strict=True))
+        self.layers = self._populations()
+        self._projections_of = self._projections()
+        self._called: list[str] = []
+        self._values: dict[str, Tensor] = {}
+        self._sent: dict[str, Tensor] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        super().reset()
+        self._populations_sum: dict[str, PopulationCounts] = {}
+        self._projections_sum: dict[str, ProjectionCounts] = {}
+
+    # What stands for a layer.
+
+    def _last(self, stage: Stage) -> str:
+        """Name of the layer that a stage's own work is counted with: its last, or that of the stage that it reads."""
+        while True:
+            layer = next((name for name in reversed(self.segment.modules) if self._owner[name] is stage), None)
+            if layer is not None:
+                return layer
+            source = next((link.source for link in stage.links if link.source != INPUT), "")
+            if not source:
+                return self.segment.modules[0]
+            stage = self._stages[source]
+
+    def _populations(self) -> dict[str, tuple[str, ...]]:
+        found: dict[str, list[str]] = {name or "root": [] for name in self.segment.modules}
+        names = [p.name for p in self.segment.graph.populations]
+        for stage in self.segment.stages:
+            own = {stage.name, stage.sums, f"{stage.name}.delta", f"{stage.name}.held"}
+            mine = [n for n in names if n in own or n.startswith(f"{stage.name}.late")]
+            found[self._last(stage) or "root"] += mine
+        first = self.segment.modules[0] or "root"
+        found[first] += [n for n in names if n.startswith((LINES, f"{INPUT}.late")) and n != LINES]
+        return {layer: tuple(populations) for layer, populations in found.items()}
+
+    def _projections(self) -> dict[str, tuple[str, ...]]:
+        """Layer -> projections whose synaptic operations are its own: those of its weights, and what its stages add."""
+        weights = {link.projection: link.module for stage in self.segment.stages for link in stage.links if link.module}
+        at = {population: layer for layer, populations in self.layers.items() for population in populations}
+        found: dict[str, list[str]] = {layer: [] for layer in self.layers}
+        for projection in self.segment.graph.projections:
+            if projection.name in weights:
+                found[weights[projection.name] or "root"].append(projection.name)
+            else:
+                found[at[projection.target]].append(projection.name)
+        return {layer: tuple(names) for layer, names in found.items()}
+
+    # One call of the module.
+
+    def call(self, module: str, x: Tensor) -> Tensor:
+        """What a layer's stand-in returns for what it was given; the first layer of all runs the graph."""
+        if not self._called or module == self.segment.modules[0]:
+            if module != self.segment.modules[0]:
+                raise RuntimeError(self._strange(module, f"was called before {quoted(self.segment.modules[0])}"))
+            self._called = []
+            self.run(x)
+        else:
+            self._check(module, x)
+        self._called.append(module)
+        stage = self._owner[module]
+        mine = [name for name in self.segment.modules if self._owner[name] is stage]
+        value = self._values[stage.name]
+        if module != mine[-1]:
+            return torch.zeros_like(value)
+        for link in stage.links:
+            if not link.module:
+                value = value - self._values_of(link.source)
+        return value
+
+    def _values_of(self, source: str) -> Tensor:
+        return self._given if source == INPUT else self._behind(self._stages[source])
+
+    def _behind(self, stage: Stage) -> Tensor:
+        """A stage's messages as floats, in torch's order."""
+        return self._sent[stage.name]
+
+    def _check(self, module: str, x: Tensor) -> None:
+        link = next(link for link in self._owner[module].links if link.module == module)
+        expected = self._values_of(link.source).reshape(len(self._given), -1)
+        slack = 0.0 if link.source == INPUT else self._slack(self._stages[link.source])
+        given = x.reshape(len(x), -1) if len(x) else x
+        near = EXACT.get(x.dtype, COARSE) * float(expected.abs().max()) + slack
+        if given.shape != expected.shape or not bool((given - expected).abs().max() <= near):
+            raise RuntimeError(self._strange(module, "was given something else than the graph has computed for it"))
+
+    def _slack(self, stage: Stage) -> float:
+        """How far the host's view of a stage's value may lie from what it sent: a pooling is rounded on the chip alone."""
+        far = 0.0
+        for link in stage.links:
+            if not link.module and link.source != INPUT:
+                source = self._stages[link.source]
+                weight = self._projection[link.projection].weight
+                taps = math.prod(weight.shape[1:]) * stage.sum_unit / source.unit if not link.gain else 1.0
+                far += self._slack(source) * taps
+        if stage.pool:
+            far *= math.prod(stage.pool[:2]) * stage.unit * 2.0**-stage.shift / stage.sum_unit
+        rounded = stage.pool or not any(link.module for link in stage.links)
+        return far + (1.01 * stage.unit if rounded else 0.0)
+
+    def _strange(self, module: str, what: str) -> str:
+        return (
+            f"segment {quoted(self.segment.name)}: {quoted(module)} {what}, so the layers do not follow each other as in "
+            "the example that was analysed; analyse the module again with inputs that take this path, or keep one of the "
+            "layers on the host with mappable="
+        )
+
+    def run(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the host reads as floats: (N, *shape) of the output, or (N, n_out) of several, side by side in torch's
+        order.
+
+        Raises as every runner's.
+        """
+        s = self.segment
+        if tuple(x.shape[1:]) == s.shape and x.dim() > 2:
+            x = x.flatten(1)
+        elif x.dim() != 2 or x.shape[-1] != s.n_in:
+            raise ValueError(
+                f"segment {quoted(s.name)} was made for samples (N, {', '.join(map(str, s.shape))}), not {tuple(x.shape)}; "
+                "analyse and convert the module with an example of this shape"
+            )
+        return super().run(x)
+
+    def _run(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        s = self.segment
+        self._given = x.reshape(len(x), *s.shape)
+        whole = self._simulate(x) if self.backend == "fixed_point" else self._quantised(x)
+        self._values, self._sent = {}, {}
+        for stage in s.stages:
+            sums, sent = whole[stage.name]
+            self._sent[stage.name] = (to_torch(sent, stage.shape).double() * stage.unit).to(x.dtype)
+            if stage.pool:
+                self._values[stage.name] = (to_torch(sums, stage.sum_shape).double() * stage.sum_unit).to(x.dtype)
+            else:
+                self._values[stage.name] = self._sent[stage.name]
+        if len(s.outputs) == 1:
+            return self._sent[s.outputs[0]], None
+        return torch.cat([self._sent[name].flatten(1) for name in s.outputs], dim=1), None
+
+    def _simulate(self, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        s = self.segment
+        inputs, clipped = encode(s, x)
+        self._clipped += clipped
+        record = dict.fromkeys(f"{name}.spikes" for stage in s.stages for name in (stage.name, stage.sums))
+        activity = run_pipelined(s.graph, inputs, mode=self.mode, record=record)
+        self._take(activity)
+        return {g.name: (activity.spikes[g.sums][0], activity.spikes[g.name][0]) for g in s.stages}
+
+    def _take(self, activity: Activity) -> None:
+        """Add what the simulator counted and said."""
+        self.notes = activity.notes
+        for name, found in activity.populations.items():
+            self._populations_sum[name] = _plus(self._populations_sum.get(name), found)
+            self._wraps += found.wraps_sum + found.wraps_u
+            self._wide += found.wide_v + found.saturations_v
+        for name, sent in activity.projections.items():
+            self._projections_sum[name] = _plus(self._projections_sum.get(name), sent)
+            self._overflows += sent.payload_overflows
+
+    # The twin: the same integers in dense arithmetic.
+
+    def _quantised(self, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Every stage by torch's own convolution in float64, which holds these integers; outputs keep their fraction."""
+        s = self.segment
+        q = quantise(x.reshape(len(x), *s.shape), s.input_scale)
+        self._clipped += int(torch.count_nonzero(x.abs() > (INT8_MAX + 0.5) * s.input_scale))
+        if s.input_threshold:
+            q = q.masked_fill_(q.abs() <= s.input_threshold, 0.0)
+        values = {INPUT: q.double()}
+        found = {}
+        read = {link.source for stage in s.stages for link in stage.links}
+        for stage in s.stages:
+            parts = [self._part(link, values[link.source]).reshape(len(x), *stage.sum_shape) for link in stage.links]
+            bias = torch.tensor(stage.bias, dtype=torch.float64, device=x.device)
+            total = torch.stack(parts).sum(dim=0) + bias.reshape(-1, *(1,) * (len(stage.sum_shape) - 1))
+            last = stage.name not in read
+            total = total + (stage.half if not stage.pool and not last else 0)
+            total = total.clamp_min(0) if stage.relu else total
+            summed = total
+            if stage.pool:
+                total = _windows(total, Pool(stage.pool[:2], stage.pool[2:4], stage.pool[4:], 1))  # type: ignore[arg-type]
+                total = total + (0 if last else stage.half)
+            sent = total * 2.0**-stage.shift
+            if not last:
+                sent = torch.floor(sent).masked_fill_(torch.floor(sent).abs() <= stage.threshold, 0.0)
+            values[stage.name] = sent.reshape(len(x), *stage.shape)
+            found[stage.name] = to_neurons(summed, stage.sum_shape), to_neurons(values[stage.name], stage.shape)
+        return found
+
+    def _part(self, link: Link, value: Tensor) -> Tensor:
+        """What a link adds, (N, C, H, W) or (N, O), in whole numbers of the sum."""
+        if not link.module and link.gain:
+            return value * link.gain
+        projection = self._projection[link.projection]
+        weight = torch.from_numpy(projection.weight.astype(np.float64)).to(value.device)
+        conv = projection.conv
+        if conv is None:
+            return to_neurons(value, value.shape[1:]) @ weight.T
+        correlated = weight.permute(0, 3, 2, 1).flip(2, 3)
+        picture_NCHW = value.reshape(len(value), *picture(value.shape[1:]))
+        sums = F.conv2d(
+            picture_NCHW, correlated, None, conv.stride[::-1], conv.padding[::-1], conv.dilation[::-1], conv.groups
+        )
+        return torch.round(sums)
+
+    # What was counted.
+
+    def health(self) -> SegmentHealth:
+        """Range violations so far."""
+        largest: dict[str, int] = {}
+        for name, found in self._projections_sum.items():
+            source = self._projection[name].source
+            largest[source] = max(largest.get(source, 0), found.max_abs_payload)
+        widths = {name: payload_bits(value) for name, value in largest.items()}
+        s = self.segment
+        return SegmentHealth(s.name, self._inputs, self._clipped, self._wraps, self._wide, self._overflows, widths)
+
+    def counts(self) -> list[Counts]:
+        """One record per layer; what stands between layers counts with the layer before it."""
+        host = self.backend != "fixed_point"
+        lines = []
+        by_name = self._projection
+        for module in self.segment.modules:
+            layer = module or "root"
+            mine = [self._projections_sum[n] for n in self._projections_of[layer] if n in self._projections_sum]
+            people = [self._populations_sum[n] for n in self.layers[layer] if n in self._populations_sum]
+            held = sum(by_name[n].weight.size for n in self._projections_of[layer] if by_name[n].kind != "sparse")
+            held += sum(
+                int((by_name[n].weight != 0).sum()) for n in self._projections_of[layer] if by_name[n].kind == "sparse"
+            )
+            size = (self._weights[module] * self.segment.weight_bits if host else 8 * held) / 8
+            lines.append(
+                Counts(
+                    layer=layer,
+                    tokens=self.rows,
+                    synops=sum(p.synops for p in mine),
+                    events=sum(p.events for p in mine),
+                    neuron_updates_active=sum(p.updates_active for p in people),
+                    neuron_updates_inactive=sum(p.updates_inactive for p in people),
+                    dense_macs=self._macs[module] * self.rows,
+                    weight_bytes=math.ceil(size),
+                    graded=not host,
+                    payload_bits=0 if host else max((payload_bits(p.max_abs_payload) for p in mine), default=1),
+                    host=host,
+                )
+            )
+        return lines
+
+
+def _plus(total, more):
+    """Two counts of the same thing: sums, of largest magnitudes the larger."""
+    if total is None:
+        return more
+    joined = {
+        key: max(value, getattr(total, key)) if key.startswith("max_") else value + getattr(total, key)
+        for key, value in vars(more).items()
+    }
+    return replace(more, **joined)
+
+
+def _windows(value: Tensor, pool: Pool) -> Tensor:
+    """Sums over windows of samples (N, C, H, W), (N, C, W) or (N, C)."""
+    shape = tuple(value.shape[1:])
+    picture = value.reshape(len(value), shape[0], *((1, shape[1]) if len(shape) == 2 else shape[1:]))
+    total = F.avg_pool2d(picture, pool.kernel, pool.stride, pool.padding, divisor_override=1)
+    return total.reshape(len(value), *pooled(pool, shape))
