@@ -15,10 +15,12 @@ import torch
 from torch import nn
 
 from neuro.analysis.registry import LayerRule
+from neuro.conversion.spiking.snntorch_modules import NEURONS
 
 LIF = "lif"
 """The route of spiking networks: layers of neurons and the synapses in front of them become one graph."""
-CONVERTER = "neuro.conversion.spiking"
+CONVERTER = "convert_spiking(describe([layer, neurons, ...]))"
+"""What makes the graph, from `neuro.conversion.spiking.convert` and `neuro.conversion.spiking.snntorch_modules`."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,6 @@ WAYS: Mapping[str, str] = MappingProxyType(
     }
 )
 """How a network of another library comes here."""
-CONVERTED = ("Leaky", "Synaptic", "RLeaky", "RSynaptic")
-"""Neurons of snnTorch that the chip has an equivalent of."""
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
         "Alpha": "its membrane is the sum of an exciting and an inhibiting current: the chip's neurons have one",
@@ -106,11 +106,11 @@ def _library(cls: type) -> str | None:
 
 def _of_snntorch(layer: Any, name: str) -> Neurons:
     own = type(layer).__module__.partition(".")[0] == "snntorch"
-    if not own or name not in CONVERTED:
+    if not own or name not in NEURONS:
         why = (
             REFUSED.get(name, "no neuron of the chip is known to do the same") if own else "a class derived from snnTorch's"
         )
-        remedy = f"use snntorch.{' or '.join(CONVERTED)} in its place" if own else "use snnTorch's class itself"
+        remedy = f"use snntorch.{' or '.join(NEURONS)} in its place" if own else "use snnTorch's class itself"
         return Neurons("snntorch", name, False, "host", why, f"{name}: {remedy}")
     if problem := _setting(layer):
         return Neurons("snntorch", name, False, "host", problem, f"{name}: train without that setting")
@@ -128,6 +128,8 @@ def _setting(layer: Any) -> str:
     factor = torch.as_tensor(getattr(layer, "graded_spikes_factor", 1.0))
     if bool((factor != 1).any()):
         return "graded_spikes_factor scales its spikes, and spikes of the chip are 0 or 1"
+    if bool((torch.as_tensor(layer.threshold) <= 0).any()):
+        return "a threshold is not above 0"
     return ""
 
 

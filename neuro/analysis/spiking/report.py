@@ -25,6 +25,7 @@ from neuro.analysis.tracing import Trace, TracedOp
 
 WEIGHT_BITS = 8
 PASSING = LAYOUT | AFFINE_NORMS
+POOLS = frozenset(("avg_pool1d", "avg_pool2d", "AvgPool1d", "AvgPool2d"))
 SYNAPSES = LINEARS | CONVOLUTIONS
 STARVED = "no linear or convolution layer on the chip is right in front of it"
 BEHIND = "more than a layer of spiking neurons that converts reads its sums, or nothing does"
@@ -134,6 +135,17 @@ class _Network:
     def is_neuron(self, op: TracedOp) -> bool:
         return op.module in self.neurons and op.target == self.neurons[op.module].name
 
+    def _passes(self, op: TracedOp) -> bool:
+        """Whether an operation between neurons and synapses folds into the synapses, or only orders them."""
+        if op.target not in POOLS:
+            return op.target in PASSING
+        pool = self.modules.get(op.module)
+        return isinstance(pool, nn.AvgPool1d | nn.AvgPool2d) and not (
+            pool.ceil_mode
+            or getattr(pool, "divisor_override", None)
+            or (not pool.count_include_pad and pool.padding not in (0, (0,), (0, 0)))
+        )
+
     def _owned(self, op: TracedOp, mappable: Callable[[str, nn.Linear], bool] | None) -> bool:
         owner = self.modules.get(op.module)
         if not isinstance(owner, nn.Linear | nn.Conv1d | nn.Conv2d) or not owner.weight.is_floating_point():
@@ -153,7 +165,7 @@ class _Network:
             for reader in following:
                 if (reader.index in self.on_chip and self.is_neuron(reader)) or reader.index in seen:
                     continue
-                if reader.target not in PASSING:
+                if not self._passes(reader):
                     return False
                 seen.add(reader.index)
                 waiting.append(reader)
@@ -168,7 +180,7 @@ class _Network:
             op = self.traced.ops[at]
             if at in self.on_chip and op.target in SYNAPSES:
                 return True
-            if at not in seen and op.target in PASSING:
+            if at not in seen and self._passes(op):
                 waiting += sources[at]
             seen.add(at)
         return False
@@ -202,12 +214,12 @@ class _Network:
         op = self.traced.ops[index]
         if index in self.on_chip:
             return True
-        return op.target in PASSING and any(self._from_chip(i, sources) for i in sources[index])
+        return self._passes(op) and any(self._from_chip(i, sources) for i in sources[index])
 
     def _stays(self, op: TracedOp) -> bool:
         """Whether only operations on the chip read it."""
         return op.index not in self.traced.returned and all(
-            reader.index in self.on_chip or (reader.target in PASSING and self._stays(reader))
+            reader.index in self.on_chip or (self._passes(reader) and self._stays(reader))
             for reader in self.readers.get(op.index, [])
         )
 
@@ -257,9 +269,10 @@ class _Network:
             return (Rule(known.kind, known.verdict, on, known.reason, known.remedy, plain.macs),)
         if op.target in SYNAPSES:
             return (self._synapses(op),)
-        between = op.target in PASSING and self._from_chip(op.index, _by_index(self.traced)) and self._stays(op)
+        between = self._passes(op) and self._from_chip(op.index, _by_index(self.traced)) and self._stays(op)
         if op.index in self.passed or between:
-            reason = "folds into the weights in front" if op.target in AFFINE_NORMS else "the order of the synapses"
+            folds = op.target in AFFINE_NORMS | POOLS
+            reason = "folds into the weights beside it" if folds else "the order of the synapses"
             return tuple(
                 replace(r, verdict="after transform", runs_on="chip", reason=reason) for r in rules_for(op, self.where)
             )
@@ -275,7 +288,9 @@ class _Network:
             rule = Rule(kind, "native", "host", reason, refused.remedy, plain.macs)
             return replace(rule, limit=limit.resource, need=limit.used, have=limit.limit)
         if op.index not in self.on_chip:
-            remedy = f"put neurons behind it, without reset for a read-out: {CONVERTER} takes (layer, neurons) pairs"
+            remedy = (
+                "put neurons behind it; as a read-out Leaky(beta=0, reset_mechanism='none') with describe(readout=True)"
+            )
             return Rule(kind, "native", "host", BEHIND, remedy, plain.macs)
         layer = self.layers[op.module]
         rule = Rule(kind, "native", "chip", f"int8 synapses of the neurons behind it; {CONVERTER}", "", plain.macs)

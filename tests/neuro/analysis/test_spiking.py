@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import neuro
 from hardware.placement import Connection, LayerDemand, place
 from neuro.analysis.spiking.neurons import numbered, spiking_layers, spiking_neurons
+from neuro.conversion.spiking.description import NotConvertible
+from neuro.conversion.spiking.snntorch_modules import describe
 
 snn = pytest.importorskip("snntorch")
 
@@ -194,6 +196,51 @@ def test_neurons_of_other_libraries_are_known_by_path_and_told_the_way(path: str
     assert "`spikegate import FILE`" in report.table()
     with pytest.raises(neuro.NothingToMap, match="spikegate import FILE"):
         neuro.analyse(module, torch.rand(2, 6))
+
+
+SETTINGS = {
+    "default": (snn.Leaky, {}),
+    "zero": (snn.Leaky, {"reset_mechanism": "zero"}),
+    "read-out": (snn.Leaky, {"reset_mechanism": "none"}),
+    "at once": (snn.Leaky, {"reset_delay": False}),
+    "per neuron": (snn.Leaky, {"beta": torch.linspace(0.2, 0.9, 4), "threshold": torch.linspace(0.5, 2, 4)}),
+    "threshold": (snn.Leaky, {"threshold": -1.0}),
+    "factor": (snn.Leaky, {"graded_spikes_factor": 0.5}),
+    "quantised": (snn.Leaky, {"state_quant": lambda v: v.round()}),
+    "synaptic": (snn.Synaptic, {"alpha": 0.8}),
+    "recurrent": (snn.RLeaky, {"linear_features": 4}),
+    "one to one": (snn.RLeaky, {"all_to_all": False, "V": 0.5}),
+    "recurrent synaptic": (snn.RSynaptic, {"alpha": 0.8, "linear_features": 4}),
+    "lapicque": (snn.Lapicque, {}),
+    "alpha": (snn.Alpha, {"alpha": 0.95}),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_verdict_is_what_the_converter_does(name: str) -> None:
+    make, settings = SETTINGS[name]
+    layers = [nn.Linear(3, 4), make(**{"beta": 0.9, **settings})]
+    try:
+        describe(layers)
+        converts = True
+    except NotConvertible:
+        converts = False
+    known = spiking_neurons(layers[1])
+    assert known is not None
+    assert known.converts == converts, known.reason
+
+
+def test_average_pools_and_norms_beside_synapses_fold() -> None:
+    hidden = {"beta": 0.9, "init_hidden": True}
+    layers = [nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.AvgPool2d(2), snn.Leaky(**hidden), nn.AvgPool2d(2)]
+    module = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, 3), snn.Leaky(**hidden)).eval()
+    report = neuro.analyse(module, torch.rand(2, 1, 8, 8))
+    assert {op.runs_on for op in report.operations} == {"chip"}
+    assert report.mapped == ("0", "6")
+    assert describe(module, (1, 8, 8)).layer_names == ("layer3", "layer7")
+    layers[2] = nn.AvgPool2d(2, ceil_mode=True)
+    other = neuro.analyse(nn.Sequential(*layers[:4]).eval(), torch.rand(2, 1, 8, 8), strict=False)
+    assert other.mapped == ()
 
 
 def test_layers_within_neurons_and_modules_without_any() -> None:
