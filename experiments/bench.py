@@ -12,7 +12,7 @@ BENCHES = {
     "gate": "step times and FLOPs of every kind of sparse step against the fastest dense step",
     "attach": "time and memory of a gate on a model of one's own, ours and Hugging Face's, against the plain model",
     "simulator": "spikes per second of the fixed-point simulator",
-    "conversion": "loss, operations and speed of a trained model on the simulated chip",
+    "conversion": "loss, operations and speed of a trained model on the simulated chip; with --families a table of them",
     "clock": "CPU seconds of every kind of step and of scoring, for a shipped table of component times",
     "clock_fit": "the shipped table out of what `clock` measured, and how well it predicts",
     "any_module": "steps of small networks of several kinds, for the shipped prices of a model of one's own",

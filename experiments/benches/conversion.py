@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments.benches.families import report
+from experiments.benches.families.table import table
 from experiments.deploy import DeployConfig, calibration_windows, converted, load_run
 from experiments.runs.deployment import held_out_loss
 from experiments.runs.folder import RunError, read_json
@@ -193,10 +195,36 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--distil", type=float, default=0.9, help="share of its gated models' loss that is distillation (default: 0.9)"
     )
+    made.add_argument(
+        "--families",
+        nargs="?",
+        const="all",
+        default="",
+        metavar="NAME,NAME",
+        help="in place of all that: a table over model families (default: all of them)",
+    )
+    made.add_argument(
+        "--record", type=Path, default=None, metavar="FOLDER", help="write that table there, as page and JSON"
+    )
     made.add_argument("--rounds", type=positive, default=5, help="timed rounds (default: 5)")
     made.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
     add_json_argument(made)
     return made
+
+
+def table_of_families(args: argparse.Namespace) -> int:
+    """The table over model families; exit code 2 for an unknown one or a package that is missing."""
+    try:
+        rows = report.measure(report.families(args.families))
+    except (ValueError, ModuleNotFoundError) as error:
+        print(f"bench conversion: {error}", file=sys.stderr)
+        return 2
+    print(*table(rows), sep="\n")
+    found: dict[str, Any] = {"families": rows}
+    if args.record is not None:
+        found["files"] = [str(path) for path in report.record(rows, args.record)]
+    finish(found, "bench-conversion")
+    return 0
 
 
 def positive(text: str) -> int:
@@ -223,6 +251,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.families:
+        return table_of_families(args)
     try:
         found = measure(args)
     except EXPECTED as error:
