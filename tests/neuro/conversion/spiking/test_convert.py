@@ -13,6 +13,7 @@ from neuro.conversion.spiking.convert import FEW_LEVELS, PrecisionWarning, conve
 from neuro.conversion.spiking.description import INPUT, Description, Neurons, NotConvertible, Synapses, run_float
 from neuro.graph import Population, Projection, SpikingGraph, identical, load_graph, save_graph
 from neuro.graph.synapses import Convolution
+from neuro.simulators.activity import compare
 from neuro.simulators.fixed_point import simulate
 from neuro.simulators.support import refusals
 from tests.neuro.conversion.spiking.snntorch_networks import KINDS, RESETS, layer, network, snntorch_spikes
@@ -303,3 +304,35 @@ def test_the_graph_survives_its_file(tmp_path):
     pairs, x = network(3)
     made = convert_lif(pairs, steps=x.shape[1])
     assert identical(load_graph(save_graph(made.graph, tmp_path / "n.graph.npz")), made.graph)
+
+
+@pytest.mark.lava
+def test_lava_computes_the_same_where_it_has_the_kinds(lava):
+    """A convolution of graded input, a relay, a current that decays in a loop of two pieces, a bias line, a read-out."""
+    rng = np.random.default_rng(11)
+    geometry = Convolution((5, 4, 2), padding=(1, 1), stride=(2, 1))
+    kernel = rng.normal(0, 0.1, (2, 3, 3, 2))
+    width, height, channels = geometry.output_shape(kernel.shape)
+    size = width * height * channels
+    layers = (
+        Neurons("conv", (width, height, channels), beta=0.9, bias=0.05),
+        Neurons("loop", (6,), alpha=0.6, beta=0.8, current_bias=rng.normal(0, 0.05, 6)),
+        Neurons("out", (2,), beta=0.9, threshold=np.inf),
+    )
+    synapses = (
+        Synapses("c", INPUT, "conv", kernel, geometry),
+        Synapses("w", "conv", "loop", rng.normal(0, 0.3, (6, size))),
+        Synapses("r", "loop", "loop", rng.normal(0, 0.3, (6, 6))),
+        Synapses("o", "loop", "out", rng.normal(0, 0.3, (2, 6))),
+        Synapses("skip", "conv", "out", rng.normal(0, 0.1, (2, size)) * (rng.random((2, size)) < 0.3)),
+    )
+    description = Description((5, 4, 2), layers, synapses, ("out", "loop"))
+    x = torch.from_numpy(rng.integers(-3, 4, (1, 25, 40))).double()
+    made = convert_spiking(description, steps=25, input_range=(-3, 3), calibration=x, pieces=2)
+    kinds = {p.kind for p in made.graph.populations} | {p.kind for p in made.graph.projections}
+    assert kinds == {"input", "lif", "lif_reset", "conv", "dense", "sparse"}
+    assert refusals(made.graph, "lava", "lava") == ()
+    ours = simulate(made.graph, made.present(x), record=("spikes", "u", "v", "a_in"))
+    assert ours.spikes["loop"].float().mean() > 0.02
+    result = compare(lava.run(made.graph, made.present(x), record=("spikes", "u", "v", "a_in")), ours)
+    assert result.equal, str(result)
