@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from neuro.conversion.routes import convert
     from neuro.conversion.sigma_delta import SigmaDeltaConfig
     from neuro.conversion.spiking.convert import convert_spiking
-    from neuro.conversion.spiking.snntorch_modules import describe
+    from neuro.conversion.spiking.describing import describe
     from neuro.deployment.deployed import Deployed, deploy, load_deployed, save_deployed
     from neuro.deployment.generation import generate
     from neuro.exchange.events import events_to_frames
@@ -41,7 +41,7 @@ _HOME = {
     "Calibration": "neuro.conversion.calibration",
     "convert": "neuro.conversion.routes",
     "convert_spiking": "neuro.conversion.spiking.convert",
-    "describe": "neuro.conversion.spiking.snntorch_modules",
+    "describe": "neuro.conversion.spiking.describing",
     "RateConfig": "neuro.conversion.rate",
     "SigmaDeltaConfig": "neuro.conversion.sigma_delta",
     "GradedConfig": "neuro.conversion.graded",

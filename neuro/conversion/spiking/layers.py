@@ -10,6 +10,7 @@ Shape letters: C channels, H, W positions, L length, N neurons, F inputs.
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -64,7 +65,7 @@ class Path:
 
     source: str
     shape: tuple[int, ...]
-    waiting: str = ""  # name of the last layer
+    names: tuple[str, ...] = ()  # of the layers
     _steps: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -79,11 +80,26 @@ class Path:
         """Shape of the source in a layer's order: (N,) or (W, H, C)."""
         return torch_shape(self._from)
 
-    def add(self, name: str, module: nn.Module) -> None:
+    @property
+    def waiting(self) -> str:
+        """Name of the last layer, "" where there is none."""
+        return self.names[-1] if self.names else ""
+
+    def then(self, name: str, module: nn.Module, *, bias: bool = True) -> Path:
+        """A way with one more layer, with or without its bias; this one stays as it is."""
+        longer = copy(self)
+        longer._steps = list(self._steps)
+        longer.add(name, module, bias=bias)
+        return longer
+
+    def add(self, name: str, module: nn.Module, *, bias: bool = True) -> None:
         """One more layer; NotConvertible names what does not fit or has no counterpart."""
         step = self._step(name, module)
         if step is None:
+            self.names += (name,)
             return
+        if not bias and isinstance(step, _Conv | _Linear):
+            step = replace(step, bias=None)
         try:
             shape = tuple(step(torch.zeros(1, *self.shape, dtype=torch.float64)).shape[1:])
         except RuntimeError as error:
@@ -92,7 +108,8 @@ class Path:
                 f"{name} ({type(module).__name__}) does not fit what reaches it, {self.shape}: {reason}"
             ) from error
         self._steps.append(step)
-        self.shape, self.waiting = shape, name
+        self.shape = shape
+        self.names += (name,)
 
     def _step(self, name: str, module: Any) -> Any:
         kind = type(module).__name__
@@ -165,7 +182,6 @@ class Path:
             self._steps[-1] = replace(before, weight=weight, bias=bias, pool=False)
         else:
             self._steps[-1] = _Linear(weight, bias)
-        self.waiting = name
 
     def synapses(self, name: str, target: str) -> tuple[Synapses, np.ndarray]:
         """The group of synapses that this way is, and the bias (N,) that comes with it."""

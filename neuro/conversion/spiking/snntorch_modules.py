@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,93 +39,79 @@ def is_neuron(module: Any) -> bool:
     return type(module).__name__ in NEURONS or hasattr(module, "reset_mechanism")
 
 
-def describe(
-    modules: nn.Module | Iterable[nn.Module], input_shape: Sequence[int] | None = None, *, readout: bool = False
-) -> Description:
-    """The description of layers that follow each other.
-
-    Args:
-        modules: nn.Sequential, or layers in the order in which data passes them: Linear, Conv1d, Conv2d, AvgPool1d,
-            AvgPool2d, BatchNorm behind one of them, Flatten, and the neurons Leaky, Synaptic, RLeaky and RSynaptic;
-            Identity and Dropout are skipped. What lies between two layers of neurons becomes one group of synapses.
-        input_shape: of one sample's step, without batch: (F,), (C, L) or (C, H, W). None: (F,) of a first Linear.
-        readout: whether the last neurons' potential is the result: they then neither spike nor reset.
-
-    Raises:
-        NotConvertible: names the layer and what of it has no counterpart.
-    """
-    named = _flat(modules)
-    if input_shape is None:
-        first = next((module for _, module in named if not isinstance(module, nn.Flatten)), None)
-        if not isinstance(first, nn.Linear):
-            raise NotConvertible("input_shape is needed where the first layer is no Linear: (F,), (C, L) or (C, H, W)")
-        input_shape = (first.in_features,)
-    builder = Builder(tuple(int(n) for n in input_shape))
-    for number, (name, module) in enumerate(named):
-        last = number == max((n for n, (_, m) in enumerate(named) if is_neuron(m)), default=-1)
-        builder.add(name, module, readout=readout and last)
-    return builder.description()
-
-
-def _flat(modules: nn.Module | Iterable[nn.Module], prefix: str = "") -> list[tuple[str, nn.Module]]:
-    if isinstance(modules, nn.Sequential):
-        named: Iterable[tuple[str, nn.Module]] = modules.named_children()
-    elif isinstance(modules, nn.Module):
-        raise NotConvertible(
-            f"a {type(modules).__name__} does not say in which order data passes its layers; give them in that order, as a"
-            " list or nn.Sequential"
-        )
-    else:
-        named = ((str(number), module) for number, module in enumerate(modules))
-    found: list[tuple[str, nn.Module]] = []
-    for name, module in named:
-        own = f"{prefix}{name}"
-        found += _flat(module, f"{own}_") if isinstance(module, nn.Sequential) else [(own, module)]
-    return found
-
-
 class Builder:
     """Layers one behind the other; what lies between neurons waits until the next ones are there."""
 
     def __init__(self, input_shape: tuple[int, ...]) -> None:
         self._path = Path(INPUT, input_shape)
-        self._input_shape = self._path.start
-        self._neurons: list[Neurons] = []
-        self._synapses: list[Synapses] = []
-        self._notes: list[str] = []
+        self.layers = Layers()
 
     def add(self, name: str, module: nn.Module, *, readout: bool = False, layer: str = "", synapses: str = "") -> None:
         """Add a module; `layer` and `synapses` name what it becomes, by default after `name`."""
-        if not is_neuron(module):
-            if type(module).__name__ not in NOTHING:
-                self._path.add(name, module)
-            return
-        layer = layer or usable(name if not name[:1].isdigit() else f"layer{name}")
-        shape = self._path.shape
-        item, bias = self._path.synapses(synapses or f"to_{layer}", layer)
-        made = neurons(layer, module, shape, bias, readout=readout)
-        self._synapses.append(item)
-        if made.own is not None:
-            self._synapses.append(made.own)
-        self._neurons.append(made.neurons)
-        self._notes += made.notes
-        self._path = Path(layer, shape)
+        if is_neuron(module):
+            self._path = self.layers.add(name, module, (self._path,), readout=readout, layer=layer, synapses=synapses)
+        elif type(module).__name__ not in NOTHING:
+            self._path.add(name, module)
 
     def description(self) -> Description:
         """What was added; NotConvertible where weights follow the last neurons."""
         if self._path.waiting:
-            raise NotConvertible(
-                f"{self._path.waiting}: weights behind the last neurons. End with neurons, as a read-out"
-                " Leaky(beta=0, reset_mechanism='none') with readout=True"
-            )
-        last = self._neurons[-1:]
-        return Description(
-            self._input_shape, tuple(self._neurons), tuple(self._synapses), tuple(n.name for n in last), tuple(self._notes)
-        )
+            raise behind_the_last(self._path.waiting)
+        return self.layers.description()
 
 
-def usable(name: str) -> str:
-    """A name as populations may have it."""
+class Layers:
+    """Neurons and synapses so far."""
+
+    def __init__(self) -> None:
+        self._input_shape: tuple[int, ...] = ()
+        self._neurons: list[Neurons] = []
+        self._synapses: list[Synapses] = []
+        self._notes: list[str] = []
+
+    def add(
+        self,
+        name: str,
+        module: nn.Module,
+        ways: Sequence[Path],
+        *,
+        readout: bool = False,
+        layer: str = "",
+        synapses: str = "",
+    ) -> Path:
+        """Neurons that ways lead to, which add up; the way that starts at them."""
+        layer = layer or layer_name(name)
+        shape, bias = ways[0].shape, np.zeros(1)
+        for number, way in enumerate(ways):
+            if way.source == INPUT:
+                self._input_shape = way.start
+            item, own = way.synapses((synapses or f"to_{layer}") + (f"_{number + 1}" if number else ""), layer)
+            self._synapses.append(item)
+            bias = bias + own
+        made = neurons(layer, module, shape, bias, readout=readout)
+        self._synapses += [made.own] if made.own is not None else []
+        self._neurons.append(made.neurons)
+        self._notes += made.notes
+        return Path(layer, shape)
+
+    def description(self) -> Description:
+        """The description, its outputs the layers that feed no other."""
+        feeding = {item.source for item in self._synapses if not item.recurrent}
+        outputs = tuple(layer.name for layer in self._neurons if layer.name not in feeding)
+        return Description(self._input_shape, tuple(self._neurons), tuple(self._synapses), outputs, tuple(self._notes))
+
+
+def behind_the_last(name: str) -> NotConvertible:
+    """The refusal of weights that no neurons follow."""
+    return NotConvertible(
+        f"{name}: weights behind the last neurons. End with neurons, as a read-out Leaky(beta=0, reset_mechanism='none')"
+        " with readout=True"
+    )
+
+
+def layer_name(name: str) -> str:
+    """A module's name as populations may have it: "3" becomes "layer3"."""
+    name = f"layer{name}" if name[:1].isdigit() else name
     found = re.sub(r"[^A-Za-z0-9_.\-]", "_", name)
     return found if re.match(r"[A-Za-z0-9_]", found) and found != INPUT else f"layer_{found}"
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from neuro.conversion.spiking.convert import convert_spiking
+from neuro.conversion.spiking.describing import describe
 from neuro.conversion.spiking.description import INPUT, NotConvertible, run_float, weighted
 from neuro.conversion.spiking.layers import Path
-from neuro.conversion.spiking.snntorch_modules import describe
 
 snntorch = pytest.importorskip("snntorch", reason="snntorch is not installed")
 

@@ -1,0 +1,67 @@
+"""`describe`: layers in their order, or a whole module watched on an example, as a description in real numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, nn
+
+from neuro.conversion.spiking.description import Description, NotConvertible
+from neuro.conversion.spiking.snntorch_modules import Builder, is_neuron
+from neuro.conversion.spiking.tracing import traced
+
+
+def describe(
+    modules: nn.Module | Iterable[nn.Module],
+    input_shape: Sequence[int] | None = None,
+    *,
+    example: Tensor | None = None,
+    readout: bool = False,
+) -> Description:
+    """A spiking network of snnTorch in real numbers.
+
+    Args:
+        modules: nn.Sequential, or layers in the order in which data passes them: Linear, Conv1d, Conv2d, AvgPool1d,
+            AvgPool2d, BatchNorm behind one of them, Flatten, and the neurons Leaky, Synaptic, RLeaky and RSynaptic;
+            Identity and Dropout are skipped. What lies between two layers of neurons becomes one group of synapses. Or any
+            module, with an example.
+        input_shape: of one sample's step, without batch: (F,), (C, L) or (C, H, W). None: (F,) of a first Linear.
+        example: what the module is called with, once, in evaluation: samples and steps as it takes them. Its calls say
+            which layer feeds which; branches that are added meet in one layer of neurons.
+        readout: whether the last neurons' potential is the result: they then neither spike nor reset.
+
+    Raises:
+        NotConvertible: names the layer and what of it has no counterpart.
+    """
+    if example is not None:
+        if not isinstance(modules, nn.Module):
+            raise NotConvertible("an example belongs to a module that is called with it; layers in a list need input_shape")
+        return traced(modules, example, readout=readout)
+    named = _flat(modules)
+    if input_shape is None:
+        first = next((module for _, module in named if not isinstance(module, nn.Flatten)), None)
+        if not isinstance(first, nn.Linear):
+            raise NotConvertible("input_shape is needed where the first layer is no Linear: (F,), (C, L) or (C, H, W)")
+        input_shape = (first.in_features,)
+    builder = Builder(tuple(int(n) for n in input_shape))
+    last = max((number for number, (_, module) in enumerate(named) if is_neuron(module)), default=-1)
+    for number, (name, module) in enumerate(named):
+        builder.add(name, module, readout=readout and number == last)
+    return builder.description()
+
+
+def _flat(modules: nn.Module | Iterable[nn.Module], prefix: str = "") -> list[tuple[str, nn.Module]]:
+    if isinstance(modules, nn.Sequential):
+        named: Iterable[tuple[str, nn.Module]] = modules.named_children()
+    elif isinstance(modules, nn.Module):
+        raise NotConvertible(
+            f"a {type(modules).__name__} does not say in which order data passes its layers; give an example that it is"
+            " called with, or the layers in that order, as a list or nn.Sequential"
+        )
+    else:
+        named = ((str(number), module) for number, module in enumerate(modules))
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in named:
+        own = f"{prefix}{name}"
+        found += _flat(module, f"{own}_") if isinstance(module, nn.Sequential) else [(own, module)]
+    return found
