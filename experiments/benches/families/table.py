@@ -18,7 +18,7 @@ from neuro.conversion.rate import RateConfig
 from neuro.conversion.routes import convert
 from neuro.conversion.sigma_delta import SigmaDeltaConfig
 from neuro.conversion.spiking.convert import convert_spiking
-from neuro.conversion.spiking.snntorch_modules import describe
+from neuro.conversion.spiking.describing import describe
 from neuro.deployment.deployed import deploy
 
 ROUTES: dict[str, GradedConfig | SigmaDeltaConfig | RateConfig] = {
