@@ -9,8 +9,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from experiments.runs.output import add_json_argument, entry, finish
+from hardware.text import short
 from neuro.exchange.nir.library import NirFileError, NirUnavailable, NotInNir
 from neuro.graph import FILE_SUFFIX, GraphError, SpikingGraph, save_graph
 
@@ -26,6 +30,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dt", type=float, default=None, metavar="S", help="nodes: seconds of a step (default: 1e-4)")
     parser.add_argument(
         "--steps", type=int, default=None, help="nodes: length of a sample; IF and biases need it (default: any length)"
+    )
+    parser.add_argument(
+        "--reset",
+        choices=("zero", "subtract"),
+        default="zero",
+        help="nodes: what a spike does to v (default: zero)",
+    )
+    parser.add_argument(
+        "--pieces",
+        choices=("1", "2", "auto"),
+        default="1",
+        help="nodes: synapses per weight of a matrix; auto: as the spikes on the calibration need (default: 1)",
+    )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        default=None,
+        metavar="FILE.npy",
+        help="nodes: inputs (samples, steps, *shape of the Input), as those to come (default: made up where needed)",
+    )
+    parser.add_argument(
+        "--headroom-bits",
+        type=float,
+        default=0.5,
+        metavar="BITS",
+        help="nodes: free above the largest v (default: 0.5)",
+    )
+    parser.add_argument(
+        "--messages",
+        type=Path,
+        default=None,
+        metavar="FILE.npz",
+        help="nodes: also write the calibration as the graph's messages, for `spikegate simulate` and `spikegate account`",
     )
     parser.add_argument("--input-scale", type=float, default=1.0, help="nodes: value of one unit of an input (default: 1)")
     parser.add_argument(
@@ -47,30 +84,78 @@ def run(args: argparse.Namespace) -> int:
     """Exit codes: 0 done; 1 the nodes have no integer counterpart; 2 the command or the file is wrong."""
     if args.file.suffix == NET:
         return _run_net(args)
-    from neuro.conversion.lif import NotConvertible
-    from neuro.exchange.nir.reading import carried_graph, from_nir, has_integers, load_nir
+    from neuro.conversion.spiking.description import NotConvertible
+    from neuro.exchange.nir.loading import load_with_notes
+    from neuro.exchange.nir.reading import carried_graph, has_integers
 
     try:
         out = _out(args)
         if args.dt is not None and not args.dt > 0:
             raise GraphError(f"--dt is {args.dt}; a step is longer than 0 s")
-        found = load_nir(args.file)
-        if has_integers(found) and not args.nodes:
-            graph, how, table = carried_graph(found, str(args.file)), "integers", ""
+        if args.messages is not None and args.calibration is None:
+            raise GraphError("--messages writes the calibration as messages; give one with --calibration FILE.npy")
+        found = load_with_notes(args.file)
+        if has_integers(found.graph) and not args.nodes:
+            if args.messages is not None:
+                raise GraphError("--messages belongs to converted nodes, and the file has integers; --nodes converts it")
+            graph, how = carried_graph(found.graph, str(args.file)), "integers"
+            save_graph(graph, out)
         else:
-            low, high = args.input_range
-            network = from_nir(found, dt_s=args.dt, steps=args.steps, input_scale=args.input_scale, input_range=(low, high))
-            graph, how, table = network.graph, "nodes", network.table()
-        save_graph(graph, out)
+            graph, how = _from_nodes(args, found.graph, found.notes, out), "nodes"
     except (NotInNir, NotConvertible) as error:
         print(f"import: {args.file}: {error}", file=sys.stderr)
         return 1
     except (OSError, GraphError, NirFileError, NirUnavailable) as error:
         print(f"import: {error}", file=sys.stderr)
         return 2
-    if table:
-        print(table)
     return _done(graph, out, how)
+
+
+def _from_nodes(args: argparse.Namespace, found: Any, notes: Sequence[str], out: Path) -> SpikingGraph:
+    import torch
+
+    from neuro.exchange.nir.converting import from_nir
+
+    low, high = args.input_range
+    given = None if args.calibration is None else torch.from_numpy(_samples(args.calibration))
+    network = from_nir(
+        found,
+        dt_s=args.dt,
+        steps=args.steps,
+        reset=args.reset,
+        calibration=given,
+        pieces=args.pieces if args.pieces == "auto" else int(args.pieces),
+        input_scale=args.input_scale,
+        input_range=(low, high),
+        headroom_bits=args.headroom_bits,
+        notes=notes,
+    )
+    messages = None if args.messages is None or given is None else network.present(given)
+    if messages is None:
+        save_graph(network.graph, out)
+    else:
+        partial = args.messages.with_name(f".{args.messages.name}.partial.npz")
+        try:
+            np.savez_compressed(partial, **{name: value.numpy() for name, value in messages.items()})  # type: ignore[arg-type]
+            save_graph(network.graph, out)
+            partial.replace(args.messages)
+        finally:
+            partial.unlink(missing_ok=True)
+    print(network.table())
+    return network.graph
+
+
+def _samples(path: Path) -> np.ndarray:
+    """float64 inputs of a .npy file; GraphError where it holds anything else."""
+    try:
+        values = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise GraphError(f"{path}: no array of numpy: {short(str(error))}") from error
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "biuf" or values.ndim < 3 or not values.size:
+        raise GraphError(f"{path}: one array of numbers (samples, steps, ...) is needed, as numpy.save writes it")
+    if not np.isfinite(values).all():
+        raise GraphError(f"{path}: holds NaN or infinity")
+    return values.astype(np.float64)
 
 
 def _out(args: argparse.Namespace) -> Path:

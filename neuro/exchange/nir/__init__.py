@@ -6,9 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from neuro.exchange.nir.converting import from_nir
     from neuro.exchange.nir.library import NirFileError, NirUnavailable, NotInNir
     from neuro.exchange.nir.loading import load_nir
-    from neuro.exchange.nir.reading import from_nir, read_nir
+    from neuro.exchange.nir.reading import read_nir
     from neuro.exchange.nir.snntorch_models import nir_from_snntorch
     from neuro.exchange.nir.writing import to_nir, write_nir
 
@@ -16,7 +17,7 @@ _HOME = {
     "NirFileError": "neuro.exchange.nir.library",
     "NirUnavailable": "neuro.exchange.nir.library",
     "NotInNir": "neuro.exchange.nir.library",
-    "from_nir": "neuro.exchange.nir.reading",
+    "from_nir": "neuro.exchange.nir.converting",
     "load_nir": "neuro.exchange.nir.loading",
     "nir_from_snntorch": "neuro.exchange.nir.snntorch_models",
     "read_nir": "neuro.exchange.nir.reading",

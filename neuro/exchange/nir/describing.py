@@ -9,7 +9,8 @@ layer without memory whose value is the result.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,6 +121,7 @@ class _Way:
     source: str
     nodes: list[Node]
     delay: int = 0
+    delayed_by: str = ""
 
 
 class _Reader:
@@ -134,6 +136,7 @@ class _Reader:
         for source, target in sorted(edges):
             self.before[target].append(source)
             self.after[source].append(target)
+        self.labels = _labels(self.nodes)
         self.layers: dict[str, _Layer] = {}
         self.open: list[str] = []
         self.notes: list[str] = []
@@ -145,11 +148,11 @@ class _Reader:
         names = [name for name in self.nodes if self._is_layer(name) and name not in self.joined]
         neurons, synapses, starts = [], [], {}
         for name in names:
-            made, ways, start = self._made(name)
-            neurons += made
+            layer, ways, start = self._made(name)
+            neurons.append(layer)
             synapses += ways
             if np.any(start):
-                starts[name] = start
+                starts[self.labels[name]] = start
         outputs = []
         for name in sorted(name for name, kind in self.kinds.items() if kind == "Output"):
             port, made, ways = self._output(name)
@@ -224,7 +227,7 @@ class _Reader:
         node = self.nodes[name]
         if name in self.open:
             shape = declared_shape(node)
-            return _Layer(name, shape, grid_of(shape))
+            return _Layer(self.labels[name], shape, grid_of(shape))
         self.open.append(name)
         shapes: dict[tuple[Shape, Grid | None], str] = {}
         for way in self._ways(name):
@@ -240,7 +243,7 @@ class _Reader:
             raise NotInNir(f"node {quoted(name)} ({self.kinds[name]}): what reaches it has different shapes: {different}")
         grids = {grid for _, grid in shapes}
         shape = next(iter(shapes))[0]
-        self.layers[name] = _Layer(name, shape, grids.pop() if len(grids) == 1 else grid_of(shape))
+        self.layers[name] = _Layer(self.labels[name], shape, grids.pop() if len(grids) == 1 else grid_of(shape))
         return self.layers[name]
 
     def _reached(self, way: _Way, source: _Layer) -> tuple[Shape, Grid | None]:
@@ -256,26 +259,26 @@ class _Reader:
         """Every way of linear nodes that ends in a layer or an Output."""
         found: list[_Way] = []
 
-        def back(at: str, nodes: list[Node], delay: int, seen: tuple[str, ...]) -> None:
+        def back(at: str, nodes: list[Node], delay: int, by: str, seen: tuple[str, ...]) -> None:
             for source in self.before[at]:
                 kind = self.kinds[source]
                 if kind == "Input" or self._is_layer(source):
                     if self.joined.get(source) != name:
-                        found.append(_Way(source, nodes, delay))
+                        found.append(_Way(source, nodes, delay, by))
                 elif source in seen:
                     raise NotInNir(
                         f"node {quoted(source)} ({kind}) is at a loop without neurons, in which a sum would wait for"
                         " itself. Put neurons, or a Delay, into it"
                     )
                 elif kind == "Delay":
-                    back(source, nodes, delay + self._steps(source), (*seen, source))
+                    back(source, nodes, delay + self._steps(source), source, (*seen, source))
                 else:
-                    back(source, [(source, self.nodes[source]), *nodes], delay, (*seen, source))
+                    back(source, [(source, self.nodes[source]), *nodes], delay, by, (*seen, source))
                 if len(found) > MOST_WAYS:
                     raise NotInNir(f"node {quoted(name)}: more than {MOST_WAYS} ways lead to it; put neurons between them")
 
         entry = self.joined_from(name)
-        back(entry, [], 0, (entry,))
+        back(entry, [], 0, "", (entry,))
         return found
 
     def joined_from(self, name: str) -> str:
@@ -292,7 +295,7 @@ class _Reader:
             )
         return int(steps[0])
 
-    def _made(self, name: str) -> tuple[list[Neurons], list[Synapses], np.ndarray]:
+    def _made(self, name: str) -> tuple[Neurons, list[Synapses], np.ndarray]:
         layer, node = self._layer(name), self.nodes[name]
         inner = self.joined_from(name)
         if inner == name:
@@ -300,21 +303,15 @@ class _Reader:
         else:
             step = step_of(inner, self.nodes[inner], layer.shape, self.dt_s, self.reset, (name, node))
         drive = step.gain * self._constant(inner, layer.shape)
-        made, synapses = [], self._synapses(name, layer, step.gain)
-        bias = step.bias
-        if np.any(step.alpha) and np.any(drive):  # into the current, which forgets it over steps
-            constant = f"{name}.bias"
-            made.append(Neurons(constant, (1,), alpha=0.0, beta=0.0, threshold=0.5, bias=1.0))
-            synapses.append(Synapses(f"{constant}.weight", constant, name, _ordered(drive, layer.grid)[:, None]))
-        else:
-            bias = bias + drive
-        made.append(self._neurons(name, layer, step, bias))
-        return made, synapses, step.start
+        return self._neurons(layer, step, drive), self._synapses(name, layer, step.gain), step.start
 
-    def _neurons(self, name: str, layer: _Layer, step: Step, bias: np.ndarray) -> Neurons:
-        alpha, beta, threshold, bias = (_ordered(v, layer.grid) for v in (step.alpha, step.beta, step.threshold, bias))
+    def _neurons(self, layer: _Layer, step: Step, drive: np.ndarray) -> Neurons:
+        """`drive` is what reaches the current at each step; one that forgets at once hands it on to v."""
+        into_v = np.where(step.alpha == 0, drive, 0)
+        given = (step.alpha, step.beta, step.threshold, step.bias + into_v, drive - into_v)
+        alpha, beta, threshold, bias, current = (_ordered(value, layer.grid) for value in given)
         shape = layer.grid or (math.prod(layer.shape),)
-        return Neurons(name, shape, alpha, beta, threshold, bias, reset=step.reset)
+        return Neurons(layer.name, shape, alpha, beta, threshold, bias, reset=step.reset, current_bias=current)
 
     def _synapses(self, name: str, layer: _Layer, gain: np.ndarray) -> list[Synapses]:
         found: list[Synapses] = []
@@ -325,18 +322,18 @@ class _Reader:
             self._check_delay(way, name)
             source = self._layer(way.source)
             made = linear_map([*way.nodes, *gains], source.shape, source.grid, layer.grid)
-            label = f"{name}.{way.nodes[0][0] if way.nodes else way.source}"
+            label = f"{layer.name}.{self.labels[way.nodes[0][0] if way.nodes else way.source]}"
             taken = [item.name for item in found]
             label = next(at for n in range(1, MOST_WAYS + 2) if (at := label if n == 1 else f"{label}.{n}") not in taken)
-            found.append(Synapses(label, source.name, name, made.weight, made.conv))
+            found.append(Synapses(label, source.name, layer.name, made.weight, made.conv))
         return found
 
     def _check_delay(self, way: _Way, target: str) -> None:
         if way.delay and not (way.source == target and way.delay == 1):
             raise NotInNir(
-                f"a Delay of {way.delay} steps between {quoted(way.source)} and {quoted(target)}: layers one behind the"
-                " other have none here, and a loop has one step. Take it out, or train with one step; a file with our"
-                " integers (write_nir, `spikegate export`) keeps its delays"
+                f"node {quoted(way.delayed_by)} (Delay): {way.delay} steps between {quoted(way.source)} and"
+                f" {quoted(target)}; layers one behind the other have none here, and a loop has one. Take it out, or train"
+                " with one step in loops; only a file with our integers (write_nir, `spikegate export`) keeps other delays"
             )
 
     def _constant(self, name: str, shape: Shape) -> np.ndarray:
@@ -379,13 +376,13 @@ class _Reader:
                 f"node {quoted(name)} (Output): what reaches it has different shapes: {listed(map(str, reached))}"
             )
         shape, grid = reached.pop()
-        layer = _Layer(name, shape, grid)
+        layer = _Layer(self.labels[name], shape, grid)
         size = math.prod(shape)
         self.layers[name] = layer
         zeros, ones = np.zeros(size), np.ones(size)
         step = Step(zeros, zeros, ones, zeros, np.full(size, np.inf), "none", zeros)
-        made = self._neurons(name, layer, step, self._constant(name, shape))
-        return Port(name, name, shape, grid), [made], self._synapses(name, layer, ones)
+        made = self._neurons(layer, step, self._constant(name, shape))
+        return Port(name, layer.name, shape, grid), [made], self._synapses(name, layer, ones)
 
     def _check_used(self, names: Sequence[str]) -> None:
         """Values that feed a layer, and nodes that lead to nothing."""
@@ -416,6 +413,18 @@ def _ordered(value: np.ndarray, grid: Grid | None) -> np.ndarray:
         return value
     found = np.empty_like(value)
     found[ours_at(grid)] = value
+    return found
+
+
+def _labels(nodes: Iterable[str]) -> dict[str, str]:
+    """Names of layers: those of the nodes, of letters that a population's name may have, and not the input's own."""
+    found: dict[str, str] = {}
+    for name in nodes:
+        label = re.sub(r"[^A-Za-z0-9_.-]", "_", name)
+        label = label if label[:1].isalnum() else f"_{label}"
+        while label == INPUT or label in found.values():
+            label += "_"
+        found[name] = label
     return found
 
 

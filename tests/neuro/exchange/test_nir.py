@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from neuro.exchange.nir import NirFileError, NotInNir, load_nir, read_nir, to_nir, write_nir
-from neuro.exchange.nir.reading import carried_graph, chain
+from neuro.exchange.nir.describing import describe
+from neuro.exchange.nir.reading import carried_graph
 from neuro.exchange.nir.synapse_nodes import grids, ours_at
 from neuro.exchange.nir.writing import _WRITTEN, REFUSED, refusals
 from neuro.graph import Convolution, Population, Projection, SpikingGraph, identical
@@ -295,7 +296,7 @@ def test_a_changed_node_is_noticed(tmp_path):
         file["node/nodes/w/weight"][0, 0] += 1
     with pytest.raises(NirFileError, match="weight of node 'w' is not what the integers beside it say"):
         read_nir(path)
-    assert chain(load_nir(path), DT_S)[0].weight.tolist() == [[4.5, -2]]
+    assert describe(load_nir(path), DT_S).description.synapses[0].weight.tolist() == [[4.5, -2]]
 
 
 def test_a_changed_integer_is_noticed(tmp_path):
