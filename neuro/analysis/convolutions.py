@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from hardware.text import quoted
 from neuro.analysis.fit import Fit, Fitter
 from neuro.analysis.rules import CONVOLUTIONS, Where
 from neuro.analysis.tracing import Trace, TracedOp
@@ -55,7 +56,7 @@ def _reason(
 ) -> str:
     """Why a layer stays on the host, "" where it need not."""
     if layer.padding_mode != "zeros":
-        return f"padding_mode {layer.padding_mode!r}: a graph's convolution pads with zeros only"
+        return f"padding_mode {quoted(layer.padding_mode)}: a graph's convolution pads with zeros only"
     if is_parametrized(layer):
         return "its weight is computed anew at every call (parametrization)"
     parameters = dict(module.named_parameters(remove_duplicate=False))

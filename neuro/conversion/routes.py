@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from hardware.text import quoted
 from neuro.analysis.compatibility import CompatibilityReport
 from neuro.analysis.preparation import counted_kinds, prepared_copy
 from neuro.analysis.spiking.neurons import CONVERTER, LIF
@@ -44,7 +45,7 @@ def convert(
     """
     if report.route == LIF:
         raise ValueError(
-            f"the report is of route {LIF!r}, whose neurons and layers become one graph: {CONVERTER} makes it. For layers "
+            f"the report is of route {quoted(LIF)}, whose neurons and layers become one graph: {CONVERTER} makes it. For layers "
             "one by one, with the neurons on the host, take the report of analyse(module, example, route='graded')"
         )
     if report.preparation is not None and report.preparation.report is not None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hardware.text import quoted
 from neuro.analysis.registry import LayerRule
 from neuro.conversion.spiking.snntorch_modules import NEURONS
 
@@ -50,7 +51,7 @@ class Neurons:
         if not self.converts:
             return LayerRule(self.verdict, self.reason, self.remedy, self.kind)
         remedy = f"route='{LIF}' takes neurons and the layers in front of them as one graph"
-        return LayerRule("after transform", f"neurons of the chip by route {LIF!r} only", remedy, self.kind)
+        return LayerRule("after transform", f"neurons of the chip by route {quoted(LIF)} only", remedy, self.kind)
 
 
 BASES: Mapping[str, tuple[str, ...]] = MappingProxyType(

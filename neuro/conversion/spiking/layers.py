@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hardware.text import quoted
 from neuro.conversion.spiking.description import NotConvertible, Synapses
 from neuro.graph.synapses import Convolution
 
@@ -123,7 +124,7 @@ class Path:
             return _Linear(module.weight.detach().cpu().double(), value(module.bias))
         if kind in ("Conv1d", "Conv2d"):
             if module.padding_mode != "zeros":
-                raise NotConvertible(f"{name} ({kind}): padding_mode is {module.padding_mode!r}; zeros convert")
+                raise NotConvertible(f"{name} ({kind}): padding_mode is {quoted(module.padding_mode)}; zeros convert")
             padding = module.padding
             if isinstance(padding, str):
                 reach = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
