@@ -45,8 +45,8 @@ def convert(
     """
     if report.route == LIF:
         raise ValueError(
-            f"the report is of route {quoted(LIF)}, whose neurons and layers become one graph: {CONVERTER} makes it. For layers "
-            "one by one, with the neurons on the host, take the report of analyse(module, example, route='graded')"
+            f"the report is of route {quoted(LIF)}, whose neurons and layers become one graph: {CONVERTER} makes it. For "
+            "layers one by one, with the neurons on the host, take the report of analyse(module, example, route='graded')"
         )
     if report.preparation is not None and report.preparation.report is not None:
         layers = report.preparation.layers

@@ -263,8 +263,8 @@ class _Builder:
         if self._lines:
             populations.append(Population(self._one, "input", 1))
             self.notes.append(
-                f"input {quoted(self._one)} is 1 at each step: biases of {', '.join(sorted(self._lines))} come from there by a"
-                " synapse per neuron"
+                f"input {quoted(self._one)} is 1 at each step: biases of {', '.join(sorted(self._lines))} come from there "
+                "by a synapse per neuron"
             )
         records = []
         for name, layer in self.layers.items():
