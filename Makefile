@@ -16,6 +16,7 @@ LAVA_VENV := .venv-lava
 READERS_VENV := .venv-readers
 NEUROBENCH_VENV := .venv-neurobench
 ENERGY_VENV := .venv-energy
+XYLO_VENV := .venv-xylo
 PY := $(VENV)/bin/python
 ARGS ?=
 JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
@@ -30,8 +31,9 @@ INSTALLED_LAVA := $(LAVA_VENV)/.spikegate-$(call key,constraints-lava.txt)
 INSTALLED_READERS := $(READERS_VENV)/.spikegate-$(call key,constraints-readers.txt)
 INSTALLED_NEUROBENCH := $(NEUROBENCH_VENV)/.spikegate-$(call key,constraints-neurobench.txt)
 INSTALLED_ENERGY := $(ENERGY_VENV)/.spikegate-$(call key,constraints-energy.txt)
+INSTALLED_XYLO := $(XYLO_VENV)/.spikegate-$(call key,constraints-xylo.txt)
 
-.PHONY: help demo test soak coverage lint docs loops notebooks findings lava lava-if-possible readers neurobench energy-check install clean distclean
+.PHONY: help demo test soak coverage lint docs loops notebooks findings lava lava-if-possible readers neurobench energy-check xylo install clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -94,6 +96,9 @@ neurobench: $(INSTALLED_NEUROBENCH) ## NeuroBench's metrics in an environment of
 energy-check: $(INSTALLED_ENERGY) ## SANA-FE and Zeus in an environment of their own: what do others make of our joules?
 	@echo "SANA-FE and Zeus: $(ENERGY_VENV)/bin/python"
 
+xylo: $(INSTALLED_XYLO) ## xylosim, the simulator of Xylo's makers, in an environment of its own; built with a C++ compiler
+	@echo "xylosim: $(XYLO_VENV)/bin/python"
+
 # `make`, not the variable for it: `make -n test` must not run this.
 lava-if-possible:
 	@if [[ -z $${SPIKEGATE_LAVA_PYTHON:-} && ! -e $(INSTALLED_LAVA) ]]; then \
@@ -135,9 +140,14 @@ $(INSTALLED_ENERGY):
 	$(ENERGY_VENV)/bin/python $(PIP_INSTALL) --no-deps -r constraints-energy.txt
 	@rm $(ENERGY_VENV)/.installing && touch $@
 
+$(INSTALLED_XYLO):
+	@env -u PYTHON .ci/make_venv $(XYLO_VENV) 3.11 3.14
+	$(XYLO_VENV)/bin/python $(PIP_INSTALL) --no-deps -r constraints-xylo.txt
+	@rm $(XYLO_VENV)/.installing && touch $@
+
 clean: ## caches and build leftovers; environments and runs stay
 	rm -rf build dist site *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## the environments too
-	rm -rf $(VENV) $(LAVA_VENV) $(READERS_VENV) $(NEUROBENCH_VENV) $(ENERGY_VENV)
+	rm -rf $(VENV) $(LAVA_VENV) $(READERS_VENV) $(NEUROBENCH_VENV) $(ENERGY_VENV) $(XYLO_VENV)

@@ -305,6 +305,7 @@ def test_a_dry_run_changes_nothing(shop):
         "readers",
         "neurobench",
         "energy-check",
+        "xylo",
         "install",
         "clean",
         "distclean",
@@ -340,12 +341,19 @@ def test_ci_asks_for_every_environment_and_a_browser_where_it_can(shop, browser,
         if name and lines:
             (shop.folder.parent / "bin" / name).write_text(f"#!/usr/bin/env bash\n{lines}\n")
             (shop.folder.parent / "bin" / name).chmod(0o755)
-    words = "readers neurobench energy-check"
+    words = "readers neurobench energy-check xylo"
     (shop.folder / "Makefile").write_text(f"{words} docs:\n\t@: ; echo $@\ntest:\n\t@echo $$SPIKEGATE_REQUIRE\n")
     done = run(script, cwd=shop.folder.parent, env=shop.env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [*words.split(), "docs", f"lava,{words.replace(' ', ',')}{word}"]
     assert said in done.stderr if said else not done.stderr
+
+
+def test_xylosim_is_made_from_its_pins_and_is_no_dependency(shop):
+    assert shop.make("xylo")[0] == ["venv .venv-xylo", "install --no-deps -r constraints-xylo.txt"]
+    assert pins("constraints-xylo.txt")["xylosim"] == "0.1.3"
+    assert "xylosim" not in pins("constraints.txt")
+    assert not any("xylosim" in text for texts in PROJECT["project"]["optional-dependencies"].values() for text in texts)
 
 
 def test_energy_check_is_made_from_its_pins(shop):

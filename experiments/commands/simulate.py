@@ -39,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_input_arguments(parser)
     parser.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help="simulator (default: fixed_point, ours)")
     parser.add_argument(
-        "--mode", choices=("lava", "chip"), default=None, help="arithmetic (default: lava; snntorch computes in float)"
+        "--mode",
+        choices=("lava", "chip", "xylo"),
+        default=None,
+        help="arithmetic (default: xylo for a graph of Xylo, else lava; snntorch computes in float)",
     )
     parser.add_argument("--out", type=Path, required=True, help="NAME.npz, the result")
     parser.add_argument(
@@ -64,11 +67,13 @@ def run(args: argparse.Namespace) -> int:
     from neuro.simulators.lava.client import LavaError
     from neuro.simulators.results import ResultFileError, save_result
     from neuro.simulators.snntorch_backend import SnnTorchUnavailable
+    from neuro.simulators.support import default_mode
 
     try:
-        mode = _mode(args)
+        _check_options(args)
         _check_out(args)
         graph = load_graph(args.graph)
+        mode = args.mode or default_mode(graph, args.backend)
         _check_kinds(graph, args.backend, mode)
         inputs, steps = read_inputs(graph, args.input, args.steps)
         if inputs:
@@ -124,8 +129,8 @@ def run(args: argparse.Namespace) -> int:
 _LEFT = ("saturations_v", "wraps_u", "wraps_sum", "wide_a", "wide_v")
 
 
-def _mode(args: argparse.Namespace) -> str:
-    """The mode, with every pair of options that contradict each other refused."""
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuse every pair of options that contradict each other."""
     from neuro.simulators.support import MODES
 
     modes = MODES[args.backend]
@@ -142,7 +147,6 @@ def _mode(args: argparse.Namespace) -> str:
         raise UsageError("--device goes with fixed_point and snntorch; Lava runs on the CPU")
     if args.device is not None:
         check_device(args.device)
-    return args.mode or modes[0]
 
 
 def _check_out(args: argparse.Namespace) -> None:
@@ -157,12 +161,14 @@ def _check_out(args: argparse.Namespace) -> None:
 
 
 def _check_kinds(graph: SpikingGraph, backend: str, mode: str) -> None:
-    from neuro.simulators.support import refusals
+    from neuro.simulators.support import MODES, refusals
 
     found = refusals(graph, backend, mode)
     if found:
         rest = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        remedy = "" if (backend, mode) == ("fixed_point", "chip") else "; --backend fixed_point --mode chip runs every kind"
+        others = [m for m in MODES["fixed_point"] if (backend, mode) != ("fixed_point", m)]
+        instead = next((m for m in reversed(others) if not refusals(graph, "fixed_point", m)), None)
+        remedy = f"; --backend fixed_point --mode {instead} runs this graph" if instead else ""
         raise UsageError(f"backend {backend}, mode {mode}: {found[0]}{rest}{remedy}")
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from hardware.placement import Connection, Convolution, LayerDemand, Placement
 from hardware.text import quoted
-from neuro.graph.kinds import LIF_KINDS
+from neuro.graph.kinds import LIF_KINDS, XYLO_KINDS
 from neuro.graph.network import SpikingGraph
 from neuro.graph.synapses import Projection
 from neuro.simulators.activity import Activity
@@ -47,10 +47,15 @@ def layer_demands(graph: SpikingGraph, activity: Activity | None = None, prefix:
         In the graph's order. Zeros of a dense projection are stored; those of a sparse one are not.
 
     Raises:
-        ValueError: the activity belongs to another graph.
+        ValueError: the activity belongs to another graph, or the graph is one of Xylo, which has no cores.
     """
     if activity is not None:
         _check(graph, activity)
+    if foreign := next((p for p in graph.populations if p.kind in XYLO_KINDS), None):
+        raise ValueError(
+            f"population {quoted(foreign.name)} ({foreign.kind}) is of Xylo, whose neurons lie in fixed"
+            " pools and on no cores; place it with chip xylo_audio2, xylo_audio3 or xylo_imu"
+        )
     found = []
     for population in graph.populations:
         rate, measured = _rate(graph, population.name, population.size, activity)

@@ -43,6 +43,7 @@ class Kind:
         states: variables kept from step to step, as Lava names them; all int32, one value per neuron.
         outs: names of the output ports.
         silent_ports: whether the population may live with nothing arriving at a port.
+        family: whose arithmetic it is: "loihi", "xylo", or "" for inputs, which every chip has.
     """
 
     lava: str
@@ -53,6 +54,7 @@ class Kind:
     silent_ports: bool = False
     extends: str = ""
     instead: str = ""
+    family: str = "loihi"
 
 
 VTH_17 = Parameter(0, 2**17 - 1)  # in units of 64
@@ -64,6 +66,14 @@ _LIF = {
     "bias_mant": Parameter(-(2**12), 2**12 - 1, per_neuron=True, default=0),
     "bias_exp": Parameter(0, 7, per_neuron=True, default=0),
 }
+SHIFT_4 = Parameter(0, 15, per_neuron=True)
+_XYLO = {
+    "dash_mem": SHIFT_4,  # a state loses itself >> dash at every step
+    "dash_syn": SHIFT_4,
+    "vth": Parameter(1, 2**15 - 1, per_neuron=True),
+    "bias": Parameter(-(2**15), 2**15 - 1, per_neuron=True, default=0),
+}
+_XYLO_INSTEAD = "the simulator has it in mode 'xylo', and xylosim is the peer to verify it against"
 _DELTA = {
     "vth": VTH_24,  # in the unit of what arrives; kept as vth << (spike_exp + state_exp)
     "spike_exp": Parameter(0, 7, default=0),
@@ -81,7 +91,7 @@ _RESONATOR = {
 }
 
 KINDS: dict[str, Kind] = {
-    "input": Kind("RingBuffer", ()),
+    "input": Kind("RingBuffer", (), family=""),
     "lif": Kind("LIF", ("a_in",), {**_LIF, "vth": VTH_17}, ("u", "v"), silent_ports=True),
     "ternary_lif": Kind(
         "TernaryLIF",
@@ -157,10 +167,28 @@ KINDS: dict[str, Kind] = {
     "product": Kind("ProdNeuron", ("a_in1", "a_in2"), {"vth": VTH_24, "exp": Parameter(0, 31)}),
     # s_out: a_in1[t-1] a_in2[t] where its magnitude exceeds vth; s2_out: a_in1[t]^2
     "norm": Kind("NormVecDelay", ("a_in1", "a_in2"), {"vth": VTH_24}, ("v",), outs=("s_out", "s2_out")),
+    # SynSense's Xylo (neuro/graph/xylo.py): hidden neurons with two synapses, of up to 31 spikes a step; alias: the neuron
+    # of the same population that sends this one's spikes too, or -1
+    "xylo": Kind(
+        "",
+        ("a_in", "a_in2"),
+        {
+            **_XYLO,
+            "dash_syn2": Parameter(0, 15, per_neuron=True, default=0),
+            "alias": Parameter(-1, 2**15 - 1, per_neuron=True, default=-1),
+        },
+        ("i_syn", "i_syn2", "v_mem"),
+        silent_ports=True,
+        instead=_XYLO_INSTEAD,
+        family="xylo",
+    ),
+    # its read-outs: one synapse, at most one spike a step
+    "xylo_out": Kind("", ("a_in",), _XYLO, ("i_syn", "v_mem"), silent_ports=True, instead=_XYLO_INSTEAD, family="xylo"),
 }
 LIF_KINDS = ("lif", "ternary_lif", "lif_reset", "lif_refractory", "lif_soft", "lif_general")
 RESONATORS = ("rf", "rf_iz")
 BINARY_KINDS = ("lif", "lif_reset", "lif_refractory", "lif_soft", "lif_general", *RESONATORS)  # send 0 or 1
+XYLO_KINDS = ("xylo", "xylo_out")
 STATELESS = ("input", "graded", "graded_relu", "product")
 
 # Kind of projection -> Lava's process class.

@@ -27,6 +27,7 @@ Arithmetic (lava-nc 0.10.0, process models tagged `fixed_pt`; the simulators imp
 * `graded`, `graded_relu`: the input is sent on where `|a| > vth`, or `a > vth`; nothing is kept.
 * `product`: `(a1 a2) >> exp` is sent where its magnitude exceeds vth.
 * `norm`: `a1[t-1] a2[t]` is sent where its magnitude exceeds vth, and `a1[t]^2` at the second port `s2_out`.
+* `xylo`, `xylo_out`: the neurons of another maker's chip, with an arithmetic of their own: see `xylo.py`.
 
 This folder (`demand.py` apart) needs numpy only and runs under Python 3.10 with numpy 1.26 as well as under newer ones:
 the Lava worker loads these very files.
@@ -130,6 +131,11 @@ class Population:
         where, params = f"population {quoted(self.name)} ({self.kind})", self.params
         if self.kind == "ternary_lif" and params["vth_lo"] > params["vth_hi"]:
             raise GraphError(f"{where}: vth_lo is {params['vth_lo']}, above vth_hi, which is {params['vth_hi']}")
+        if "alias" in params and int(np.max(params["alias"])) >= self.size:
+            raise GraphError(
+                f"{where}: alias is {int(np.max(params['alias']))}; neurons are numbered from 0 to {self.size - 1},"
+                " and -1 is none"
+            )
         if "spike_exp" not in params:
             return
         exponent = int(params["spike_exp"]) + int(params["state_exp"])

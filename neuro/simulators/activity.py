@@ -13,7 +13,22 @@ from neuro.graph import PORTS, GraphError, Population, SpikingGraph
 from neuro.graph.kinds import KINDS
 
 # What `record` may name. "a_in" stands for every port of a population; "spikes2" is what leaves by a second port.
-VARIABLES = ("spikes", "spikes2", "u", "v", "real", "imag", "sigma", "act", "residue", "error", "a_in")
+VARIABLES = (
+    "spikes",
+    "spikes2",
+    "u",
+    "v",
+    "real",
+    "imag",
+    "sigma",
+    "act",
+    "residue",
+    "error",
+    "i_syn",
+    "i_syn2",
+    "v_mem",
+    "a_in",
+)
 RECORD_ALL = VARIABLES
 
 
@@ -43,7 +58,8 @@ class PopulationCounts:
 
     Attributes:
         updates_active, updates_inactive: neuron updates that sent a message, and that sent none.
-        saturations_v: times v was clipped at +-(2^23 - 1) (lif kinds), or a part of an rf kind's state was.
+        saturations_v: times v was clipped at +-(2^23 - 1) (lif kinds), a part of an rf kind's state was, or a state
+            at 16 bits (xylo kinds).
         wraps_u: times u left 24 bits and was wrapped (lif kinds).
         wide_a: sums beyond 16 bits, sign included, that reached a lif kind. Lava writes that width beside its port and
             passes them on; mode "chip" wraps them.
@@ -91,12 +107,13 @@ class Activity:
         states: population -> variable -> int32 (batch, steps, size), after the step: the states that `KINDS` lists (v of
             a lif kind after its reset), what arrived at each port ("a_in", or "a_in1" and "a_in2"), and "spikes2".
         batch, steps: extent of the run.
-        ran_on: "simulated (ours, lava)", "simulated (ours, chip)", "Lava CPU" or a board's name.
+        ran_on: "simulated (ours, lava)", "simulated (ours, chip)", "simulated (ours, xylo)", "Lava CPU", "xylosim" or a
+            board's name.
         projections, populations: counts by name; empty when the backend does not count.
         cores: counts by core number, where a placement was given.
         models: population -> the model used, where its kind has several: "sigma_delta (residue)".
         notes: what the mode does differently from what the graph says, one sentence each.
-        mode: "lava" or "chip"; "" for a board.
+        mode: "lava", "chip" or "xylo"; "" for a board.
     """
 
     spikes: Mapping[str, Tensor]

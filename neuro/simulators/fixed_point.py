@@ -5,7 +5,8 @@ roundings of the silicon as published emulators give them (nengo-loihi, brian2_l
 weight exponents act on each synapse and round down, a lif kind receives 16 bits, u wraps at 24, other registers wrap at
 24, messages at their width, and there is a refractory period. Of silicon, both were compared with one published trace:
 1,000 steps of a lif without wraps and shifts on a Loihi 2 board, equal but for a marker of its probe
-(tests/neuro/simulators/test_silicon.py).
+(tests/neuro/simulators/test_silicon.py). `mode="xylo"` is another chip: the integers of SynSense's Xylo for graphs of its
+kinds (`neuro/graph/xylo.py`), equal to its makers' simulator.
 
 Populations that lie on no loop are evaluated layer by layer: one exact matrix product over all samples and steps of a
 chunk, then one elementwise update (stateless kinds) or a scan over time. Only populations on a loop go step by step.
@@ -30,7 +31,8 @@ from torch import Tensor
 
 from hardware.text import quoted
 from neuro.graph import PORTS, GraphError, Population, Projection, SpikingGraph
-from neuro.graph.kinds import BINARY_KINDS, KINDS, LIF_KINDS, STATELESS
+from neuro.graph.kinds import BINARY_KINDS, KINDS, LIF_KINDS, STATELESS, XYLO_KINDS
+from neuro.graph.xylo import MOST_SPIKES, xylo_network
 from neuro.simulators.activity import Activity, recorded
 from neuro.simulators.exact import Arrived, Synapses, add, join_arrived, magnitude, narrow
 from neuro.simulators.inputs import InputError, Integers, checked_inputs, checked_run
@@ -40,6 +42,7 @@ from neuro.simulators.neurons import Block, Lif, Other, join
 from neuro.simulators.scan import STATS
 from neuro.simulators.schedule import PipelineError, components, depths, latency
 from neuro.simulators.tally import Placement, Tally, checked_placement
+from neuro.simulators.xylo.neurons import Xylo
 
 __all__ = [
     "CHIP_NOTE",
@@ -52,7 +55,8 @@ __all__ = [
     "simulate",
 ]
 
-MODES = ("lava", "chip")
+FAMILIES = {"lava": "loihi", "chip": "loihi", "xylo": "xylo"}
+MODES = tuple(FAMILIES)
 Fused = bool | Literal["torch"] | None
 CHUNK_VALUES = 2**23  # messages of all populations together held at a time, unless a single step has more
 
@@ -75,7 +79,7 @@ def simulate(
         graph: any graph, loops included.
         inputs: for each input population integers (or bool) of shape (batch, steps, size), within the signed
             `num_message_bits` of every projection they feed.
-        mode: "lava", the arithmetic of lava-nc 0.10.0 tagged `fixed_pt`, or "chip".
+        mode: "lava", the arithmetic of lava-nc 0.10.0 tagged `fixed_pt`, "chip", or "xylo" for a graph of Xylo's kinds.
         strict: raise at the first value that leaves its register, instead of counting such values.
         record: what to keep of every step: "spikes", a state's name, "a_in", or "POPULATION.VARIABLE". The messages of
             the outputs are always kept.
@@ -91,13 +95,15 @@ def simulate(
 
     Raises:
         ValueError: a mode or a scan that does not exist.
-        GraphError: a kind that the mode does not have (lif_refractory in mode "lava"), or a placement that does not fit.
+        GraphError: a kind that the mode does not have (lif_refractory in mode "lava", a kind of another chip), a graph that
+            is no network of Xylo in mode "xylo", or a placement that does not fit.
         InputError: inputs missing, unknown, not integer, of a wrong shape or too wide; `steps` missing or not needed.
         FixedPointOverflow: strict only; names population, step, sample, neuron, value and width. The first one met in
             the order of evaluation: by chunks of steps, and within one by population.
     """
     _check_mode(graph, mode)
     values, batch, length = checked_run(graph, inputs, steps, device)
+    _check_spikes(values, mode)
     where = _device(values) if values else torch.device(device or "cpu")
     windows = {population.name: (0, length) for population in graph.populations}
     tally = Tally(graph, checked_placement(graph, placement))
@@ -153,7 +159,21 @@ def _values(
     graph: SpikingGraph, inputs: Mapping[str, Integers], mode: str, device: torch.device | str | None
 ) -> dict[str, Tensor]:
     _check_mode(graph, mode)
-    return checked_inputs(graph, inputs, device)
+    values = checked_inputs(graph, inputs, device)
+    _check_spikes(values, mode)
+    return values
+
+
+def _check_spikes(values: Mapping[str, Tensor], mode: str) -> None:
+    """Raise InputError for more spikes a step than an input channel of the mode's chip takes."""
+    for name, value in values.items() if mode == "xylo" else ():
+        bad = (value < 0) | (value > MOST_SPIKES["input"])
+        if bool(bad.any()):
+            sample, step, channel = torch.nonzero(bad)[0].tolist()
+            raise InputError(
+                f"input {quoted(name)} is {int(value[sample, step, channel])} at sample {sample}, step {step}, channel"
+                f" {channel}; an input channel of Xylo takes 0..{MOST_SPIKES['input']} spikes a step"
+            )
 
 
 def _check_mode(graph: SpikingGraph, mode: str) -> None:
@@ -161,12 +181,20 @@ def _check_mode(graph: SpikingGraph, mode: str) -> None:
         raise ValueError(f"mode {quoted(mode)} does not exist; there is: {', '.join(MODES)}")
     for population in graph.populations:
         kind = KINDS[population.kind]
+        if kind.family not in ("", FAMILIES[mode]):
+            fitting = " or ".join(repr(name) for name, family in FAMILIES.items() if family == kind.family)
+            raise GraphError(
+                f"population {quoted(population.name)}: {population.kind} has the arithmetic of another chip than mode"
+                f" {quoted(mode)}; use mode {fitting}"
+            )
         if mode == "lava" and not kind.lava and not kind.extends:
             raise GraphError(
                 f"population {quoted(population.name)}: Lava 0.10 has no fixed-point model of {population.kind}, "
                 "so mode 'lava'"
                 " has nothing to equal; use mode 'chip'"
             )
+    if mode == "xylo":
+        xylo_network(graph)
 
 
 def _device(values: Mapping[str, Tensor]) -> torch.device:
@@ -189,8 +217,11 @@ class _Engine:
         for lif in self._lif.values():
             lif.scan.in_chunks = isinstance(fused, str) or (fused if device.type == "cuda" else False)
         self._other = {
-            p.name: Other(p, batch, device, mode) for p in graph.populations if p.kind not in (*LIF_KINDS, "input")
+            p.name: Other(p, batch, device, mode)
+            for p in graph.populations
+            if p.kind not in (*LIF_KINDS, *XYLO_KINDS, "input")
         }
+        self._xylo = {p.name: Xylo(graph, p, batch, device) for p in graph.populations if p.kind in XYLO_KINDS}
         self._lines = {
             (p.name, port): Line(
                 1 + max((q.max_delay for q in graph.outgoing(p.name)), default=0), batch, p.size, device, torch.int8
@@ -224,7 +255,7 @@ class _Engine:
                 else:
                     ports = PORTS[population.kind]
                     parts = {port: self._arrived(population, port, slice(0, count), ()) for port in ports}
-                    block = self._other[population.name].advance(parts)
+                    block = self._advance(population, parts, slice(0, count))
                     self._put(population.name, block.messages)
                     self._ledger.send(population, block.messages, parts, block.states, block)
 
@@ -236,6 +267,15 @@ class _Engine:
         part = torch.cat([part, part.new_zeros(rest, *part.shape[1:])]) if rest else part.contiguous()
         self._lines[population.name, "s_out"].put(part, bound, 1.0)
         self._ledger.send(population, {"s_out": part}, {}, {}, None)
+
+    def _advance(self, population: Population, parts: dict[str, Arrived], rows: slice) -> Block:
+        """Update a kind that is no lif kind through the steps of `rows`."""
+        if population.name not in self._xylo:
+            return self._other[population.name].advance(parts)
+        incoming = self._run.graph.incoming(population.name)
+        lines = {p.name: self._lines[p.source, p.source_port] for p in incoming}
+        messages = {name: (line.read(0, rows) if self._run.delayed else line.now()).value for name, line in lines.items()}
+        return self._xylo[population.name].advance(parts, messages)
 
     def _put(self, name: str, messages: Mapping[str, Tensor]) -> None:
         for port, value in messages.items():
@@ -300,7 +340,7 @@ class _Engine:
                         self._advance_lif(member, parts["a_in"], rooms[member.name, "s_out"][at], step)
                     )
                     continue
-                block = self._other[member.name].advance(parts)
+                block = self._advance(member, parts, at)
                 blocks[member.name].append(block)
                 for port, value in block.messages.items():
                     rooms[member.name, port][at] = value

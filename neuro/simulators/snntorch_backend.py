@@ -49,6 +49,8 @@ NOT_HERE: dict[str, str] = {
     "graded_relu": _GRADED,
     "product": _GRADED,
     "norm": _GRADED,
+    "xylo": "snnTorch has no neuron that decays by bit shifts and sends several spikes a step",
+    "xylo_out": "snnTorch has no neuron that decays by bit shifts",
     "delay_dense": "snnTorch has no synaptic delays",
 }
 _LIMIT = 2**23

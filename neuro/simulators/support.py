@@ -13,11 +13,12 @@ from pathlib import Path
 from hardware.text import quoted
 from neuro.graph import SpikingGraph
 from neuro.graph.kinds import KINDS, PROJECTIONS, Parameter
+from neuro.simulators.fixed_point import FAMILIES
 from neuro.simulators.snntorch_backend import MODE as FLOAT
 from neuro.simulators.snntorch_backend import NOT_HERE
 
 # Backend -> its modes, the first one being its default.
-MODES: dict[str, tuple[str, ...]] = {"fixed_point": ("lava", "chip"), "lava": ("lava",), "snntorch": (FLOAT,)}
+MODES: dict[str, tuple[str, ...]] = {"fixed_point": ("lava", "chip", "xylo"), "lava": ("lava",), "snntorch": (FLOAT,)}
 README = Path(__file__).resolve().parents[1] / "README.md"
 _NO_MODEL = "Lava 0.10 has no fixed-point model of it"
 
@@ -38,6 +39,13 @@ def refusal(kind: str, backend: str, mode: str, corrected: bool = False) -> str:
         raise ValueError(f"kind {quoted(kind)} does not exist; there is: {', '.join((*KINDS, *PROJECTIONS))}")
     if backend == "snntorch":
         return NOT_HERE.get(kind, "")
+    if kind in KINDS and KINDS[kind].family not in ("", FAMILIES[mode]):
+        if backend == "lava":
+            return f"{_NO_MODEL}; {KINDS[kind].instead}"
+        fitting = " or ".join(name for name, family in FAMILIES.items() if family == KINDS[kind].family)
+        return f"it has the arithmetic of another chip; use mode {fitting}"
+    if mode == "xylo" and kind in ("delay_dense", "conv"):
+        return "Xylo has neither delays nor shared weights; write it as sparse"
     if mode == "lava" and kind in KINDS and not KINDS[kind].lava:
         if backend == "fixed_point" and KINDS[kind].extends:
             return ""
@@ -53,6 +61,17 @@ def check_mode(backend: str, mode: str) -> None:
         raise ValueError(f"backend {quoted(backend)} does not exist; there is: {', '.join(MODES)}")
     if mode not in MODES[backend]:
         raise ValueError(f"backend {backend} has no mode {quoted(mode)}; it has: {', '.join(MODES[backend])}")
+
+
+def default_mode(graph: SpikingGraph, backend: str) -> str:
+    """The first mode of a backend that has the arithmetic of the graph's chip; its first mode where none has.
+
+    Raises ValueError for a backend that does not exist.
+    """
+    modes = MODES.get(backend, ())
+    check_mode(backend, modes[0] if modes else "")
+    families = {KINDS[population.kind].family for population in graph.populations} - {""}
+    return next((mode for mode in modes if families <= {FAMILIES.get(mode)}), modes[0])
 
 
 def refusals(graph: SpikingGraph, backend: str, mode: str) -> tuple[str, ...]:

@@ -256,7 +256,7 @@ def test_places_that_cannot_be_written(files, place, message, capsys):
             "lif_refractory",
             {"refractory": 2},
             "backend lava, mode lava: population 'h' (lif_refractory): Lava 0.10 has no fixed-point model of it;"
-            " --backend fixed_point --mode chip runs every kind",
+            " --backend fixed_point --mode chip runs this graph",
         ),
         ((), "lif_refractory", {"refractory": 2}, "backend fixed_point, mode lava: population 'h' (lif_refractory)"),
     ],

@@ -8,7 +8,7 @@ import pytest
 from hardware.placement import Connection, Convolution, DoesNotFit, place
 from neuro.graph import Population, SpikingGraph
 from neuro.graph.demand import core_map, layer_demands, stored_bits
-from neuro.graph.kinds import KINDS, LIF_KINDS
+from neuro.graph.kinds import KINDS, LIF_KINDS, XYLO_KINDS
 from neuro.graph.synapses import Convolution as Geometry
 from neuro.graph.synapses import Projection
 from neuro.simulators.fixed_point import simulate
@@ -88,7 +88,7 @@ def test_every_kind_of_projection():
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "input"])
 def test_every_kind_of_population(kind):
-    """Loihi 2 takes them all; Loihi 1 its leaky integrate-and-fire kinds, as long as messages are binary."""
+    """Loihi 2 takes all but those of another chip; Loihi 1 the leaky integrate-and-fire kinds of binary messages."""
     parameters = {name: p.low if p.default is None else p.default for name, p in KINDS[kind].parameters.items()}
     ports = KINDS[kind].ports
     weight = np.full((3, 4), 2)
@@ -97,6 +97,10 @@ def test_every_kind_of_population(kind):
         tuple(Projection(f"p{port}", "in", "x", port, weight) for port in ports),
         ("x",),
     )
+    if kind in XYLO_KINDS:
+        with pytest.raises(ValueError, match=f"'x' \\({kind}\\) is of Xylo.* place it with chip xylo_audio2"):
+            layer_demands(made)
+        return
     placement = place(layer_demands(made), "loihi2")
     assert placement.cores[0].used["axon_in"].used == 4 * len(ports)
     if kind in LIF_KINDS:

@@ -18,6 +18,7 @@ from neuro.simulators.support import (
     MODES,
     README,
     check_mode,
+    default_mode,
     kinds_table,
     main,
     refusal,
@@ -43,6 +44,8 @@ PARAMS = {
     "graded_relu": {"vth": 1},
     "product": {"vth": 1, "exp": 0},
     "norm": {"vth": 1},
+    "xylo": {"dash_mem": 1, "dash_syn": 1, "vth": 1},
+    "xylo_out": {"dash_mem": 1, "dash_syn": 1, "vth": 1},
 }
 INPUT = {"x": np.array([[[3, 1], [0, -2], [4, 4], [0, 0], [1, 1]]])}
 
@@ -62,17 +65,49 @@ def one(kind: str, **more) -> SpikingGraph:
     return SpikingGraph((Population("x", "input", 2), Population("n", node, 2, PARAMS[node] | more)), wires, ("n",))
 
 
+def of_xylo(kind: str) -> SpikingGraph:
+    """The same in a network of Xylo: input, hidden neuron, read-out."""
+    extra = {
+        "delay_dense": {"delays": np.array([[1, 0], [0, 2]])},
+        "conv": {"conv": Convolution((2, 1, 1), padding=(0, 0))},
+    }.get(kind, {})
+    weight = np.array([[[[2]]]]) if kind == "conv" else np.array([[2, 4], [-2, 2]])
+    hidden = kind if kind in KINDS and kind not in ("input", "xylo_out") else "xylo"
+    way = kind if kind in PROJECTIONS else "dense"
+    return SpikingGraph(
+        (
+            Population("x", "input", 2),
+            Population("n", hidden, 2, PARAMS[hidden]),
+            Population("y", "xylo_out", 2, PARAMS["xylo_out"]),
+        ),
+        (
+            *(Projection(p, "x", "n", p, weight, num_message_bits=5, kind=way, **extra) for p in KINDS[hidden].ports),
+            Projection("out", "n", "y", "a_in", np.array([[2, 4], [-2, 2]]), num_message_bits=6),
+        ),
+        ("y",),
+    )
+
+
 ALL = (*KINDS, *PROJECTIONS)
 
 
 @pytest.mark.parametrize("mode", MODES["fixed_point"])
 @pytest.mark.parametrize("kind", ALL)
 def test_ours_runs_what_the_table_says(kind, mode):
+    graph = of_xylo(kind) if mode == "xylo" else one(kind)
+    inputs = {"x": np.abs(INPUT["x"])} if mode == "xylo" else INPUT
     if refusal(kind, "fixed_point", mode):
         with pytest.raises(GraphError, match=kind):
-            simulate(one(kind), INPUT, mode=mode)
+            simulate(graph, inputs, mode=mode)
     else:
-        assert simulate(one(kind), INPUT, mode=mode).mode == mode
+        assert simulate(graph, inputs, mode=mode).mode == mode
+
+
+def test_the_mode_of_a_graph_is_that_of_its_chip():
+    assert default_mode(of_xylo("xylo"), "fixed_point") == "xylo"
+    assert default_mode(one("lif"), "fixed_point") == default_mode(one("lif"), "lava") == "lava"
+    assert default_mode(of_xylo("xylo"), "lava") == "lava"  # which then refuses it
+    assert default_mode(one("lif"), "snntorch") == "float"
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -144,13 +179,13 @@ def test_an_outdated_readme_is_put_right(tmp_path, monkeypatch, capsys):
 
 def test_rows_by_hand():
     lines = support_table().splitlines()
-    assert lines[0] == "| kind | fixed_point, lava | fixed_point, chip | lava, lava | snntorch, float |"
-    assert "| lif | yes | yes | yes | yes |" in lines
-    assert "| lif_refractory | no | yes | no | no |" in lines
-    assert "| lif_soft | yes | yes | no | no |" in lines
-    assert "| lif_general | yes | yes | no | no |" in lines
-    assert "| sigma_delta | residue, corrected | residue, corrected | residue | no |" in lines
-    assert "| delay_dense | yes | yes | yes | no |" in lines
+    assert lines[0] == "| kind | fixed_point, lava | fixed_point, chip | fixed_point, xylo | lava, lava | snntorch, float |"
+    assert "| lif | yes | yes | no | yes | yes |" in lines
+    assert "| lif_refractory | no | yes | no | no | no |" in lines
+    assert "| lif_soft | yes | yes | no | no | no |" in lines
+    assert "| lif_general | yes | yes | no | no | no |" in lines
+    assert "| sigma_delta | residue, corrected | residue, corrected | no | residue | no |" in lines
+    assert "| delay_dense | yes | yes | no | yes | no |" in lines
     assert "| sigma | Sigma | a_in | sigma | - |" in kinds_table()
 
 

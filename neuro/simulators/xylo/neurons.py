@@ -1,0 +1,169 @@
+"""Xylo's neurons over a block of steps, in integers; `neuro/graph/xylo.py` has the equations and their source.
+
+Layout: (T, B, N) = steps, samples, neurons. The sum that arrives is exact; where a register could saturate on the way to
+it, the additions are done again one source after another, in the chip's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neuro.graph import Population, SpikingGraph
+from neuro.graph.kinds import KINDS
+from neuro.graph.xylo import MOST_SPIKES, STATE_HIGH, STATE_LOW, checked_projection
+from neuro.simulators.exact import Arrived, outside, wrap
+from neuro.simulators.neurons import Block, Finding, per_neuron
+
+_REGISTER = "16 bits of its register"
+
+
+def decay(value: Tensor, dash: Tensor) -> Tensor:
+    """What a state loses in a step: `value >> dash`, and 1 where that is 0 and the value above 0."""
+    lost = value >> dash
+    return torch.where((lost == 0) & (value > 0), 1, lost)
+
+
+def clamped(value: Tensor) -> Tensor:
+    """Saturated at 16 bits."""
+    return value.clamp(STATE_LOW, STATE_HIGH)
+
+
+class Xylo:
+    """State of one population for B samples; `advance` takes it through T steps."""
+
+    def __init__(self, graph: SpikingGraph, population: Population, batch: int, device: torch.device) -> None:
+        self._hidden = population.kind == "xylo"
+        self._most = MOST_SPIKES[population.kind]
+
+        def each(name: str) -> Tensor:
+            return per_neuron(population, population.params[name], 1, device)
+
+        self._dash_mem, self._vth, self._bias = each("dash_mem"), each("vth"), each("bias")
+        self._currents = ("i_syn", "i_syn2") if self._hidden else ("i_syn",)
+        self._dash = {name: each(name.replace("i_", "dash_")) for name in self._currents}
+        shape = (batch, population.size)
+        states = KINDS[population.kind].states
+        self.state = {name: torch.zeros(shape, dtype=torch.int32, device=device) for name in states}
+        self._ports = dict(zip(self._currents, KINDS[population.kind].ports, strict=True))
+        # port -> weights of its projections in the chip's order, each (S, N), shifted; by source population
+        self._synapses: dict[str, list[tuple[str, list[tuple[str, Tensor]]]]] = {}
+        order = [p.name for p in graph.populations if p.kind == "input"] + [
+            p.name for p in graph.populations if p.kind == "xylo"
+        ]
+        for port in KINDS[population.kind].ports:
+            by_source = []
+            for source in order:
+                found = []
+                for p in graph.incoming(population.name, port):
+                    if p.source == source:
+                        weight = checked_projection(graph, p)[1].T << (p.weight_exp + 1)
+                        found.append((p.name, torch.from_numpy(np.ascontiguousarray(weight, dtype=np.int32)).to(device)))
+                if found:
+                    by_source.append((source, found))
+            self._synapses[port] = by_source
+        alias = np.broadcast_to(np.asarray(population.params.get("alias", -1)), (population.size,))
+        self._alias = {int(i): int(alias[i]) for i in np.flatnonzero(alias >= 0)}
+        self._chained = sorted({*self._alias, *self._alias.values()})
+
+    def advance(self, arrived: Mapping[str, Arrived], messages: Mapping[str, Tensor]) -> Block:
+        """Update through T steps.
+
+        Args:
+            arrived: port -> sums (T, B, N).
+            messages: projection -> what its source sent to these steps, (T, B, S).
+        """
+        sums = {name: arrived[port].settled() for name, port in self._ports.items()}
+        kept: dict[str, list[Tensor]] = {name: [] for name in self.state}
+        sent: list[Tensor] = []
+        raw: dict[str, list[Tensor]] = {name: [] for name in self.state}
+        clipped: dict[str, list[Tensor]] = {name: [] for name in self.state}
+        for t in range(len(next(iter(sums.values())))):
+            for name in self._currents:
+                port = self._ports[name]
+                current, hit = self._add(name, sums[name][t], port, arrived[port].bound, messages, t)
+                clipped[name].append(hit)
+                raw[name].append(self.state[name] + sums[name][t])
+                self.state[name] = current - decay(current, self._dash[name])
+            v, hit, before = self._integrate()
+            clipped["v_mem"].append(hit)
+            raw["v_mem"].append(before)
+            spikes, own = self._fire(v)
+            self.state["v_mem"] = v - own * self._vth
+            sent.append(spikes)
+            for name, value in self.state.items():
+                kept[name].append(value)
+        findings = [
+            Finding("saturations_v", torch.stack(masks), torch.stack(raw[name]), name, _REGISTER)
+            for name, masks in clipped.items()
+            if any(bool(mask.any()) for mask in masks)
+        ]
+        states = {name: torch.stack(values) for name, values in kept.items()}
+        return Block({"s_out": torch.stack(sent)}, v=torch.stack(raw["v_mem"]), states=states, findings=findings)
+
+    def _add(
+        self, name: str, total: Tensor, port: str, bound: int, messages: Mapping[str, Tensor], t: int
+    ) -> tuple[Tensor, Tensor]:
+        """A current with what arrived added, and where it saturated."""
+        current = self.state[name]
+        none = torch.zeros_like(current, dtype=torch.bool)
+        largest = max(int(current.max()), -int(current.min())) if current.numel() else 0
+        if largest + bound <= STATE_HIGH:
+            return current + total, none
+        parts = self._synapses[port]
+        reach = current.abs().to(torch.int64)
+        for _, found in parts:
+            for projection, weight in found:
+                reach = reach + messages[projection][t].to(torch.float64).matmul(weight.abs().to(torch.float64)).to(
+                    torch.int64
+                )
+        near = torch.nonzero((reach > STATE_HIGH).any(dim=0)).flatten()
+        if not len(near):
+            return current + total, none
+        part, hit = current[:, near], none[:, near]
+        for _, found in parts:
+            spikes = messages[found[0][0]][t].to(torch.int32)
+            for number in torch.nonzero(spikes.any(dim=0)).flatten().tolist():
+                part, hit = self._one_source(part, hit, spikes[:, number, None], [w[number, near] for _, w in found])
+        result = current + total
+        result[:, near] = part
+        none[:, near] = hit
+        return result, none
+
+    @staticmethod
+    def _one_source(part: Tensor, hit: Tensor, spikes: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The spikes of one source: synapse by synapse, each as often as there are spikes (which saturates as once)."""
+        for weight in weights:
+            reached = part + spikes * weight
+            part = clamped(reached)
+            hit = hit | (part != reached)
+        return part, hit
+
+    def _integrate(self) -> tuple[Tensor, Tensor, Tensor]:
+        """v_mem before it fires, where something saturated, and v_mem before it saturated."""
+        v = self.state["v_mem"]
+        change = wrap(-decay(v, self._dash_mem), 16)
+        first = change + sum(self.state[name] for name in self._currents)
+        second = clamped(first) + self._bias
+        third = v + clamped(second)
+        return clamped(third), outside(first, 16) | outside(second, 16) | outside(third, 16), third
+
+    def _fire(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Spikes sent, those of aliases included, and how many of them are the neuron's own."""
+        wanted = torch.div(v, self._vth, rounding_mode="floor").clamp_min(0)
+        own = wanted.clamp_max(self._most)
+        if not self._chained:
+            return own, own
+        sent = own.clone()
+        sent[:, self._chained] = 0
+        for neuron in self._chained:  # in the chip's order
+            before = sent[:, neuron]
+            own[:, neuron] = torch.minimum(wanted[:, neuron], self._most - before)
+            sent[:, neuron] = now = before + own[:, neuron]
+            if neuron in self._alias:
+                target = self._alias[neuron]
+                sent[:, target] = (sent[:, target] + now).clamp_max(self._most)
+        return sent, own
