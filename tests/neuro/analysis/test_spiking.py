@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import neuro
 from hardware.placement import Connection, LayerDemand, place
 from neuro.analysis.spiking.neurons import numbered, spiking_layers, spiking_neurons
+from neuro.conversion.spiking.describing import describe
 from neuro.conversion.spiking.description import NotConvertible
-from neuro.conversion.spiking.snntorch_modules import describe
 
 snn = pytest.importorskip("snntorch")
 
