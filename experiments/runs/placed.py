@@ -23,7 +23,7 @@ from hardware.latency.estimate import Latency, estimate
 from hardware.latency.rates import list_rates, load_rates
 from hardware.placement import LayerDemand, LayerPlacement, Placement, place
 from neuro.conversion.plan import Plan, Segment
-from neuro.deployment import coding, segments
+from neuro.deployment import coding, networks, networks_over_time, segments
 from neuro.deployment.deployed import Deployed
 from neuro.graph.demand import layer_demands
 from neuro.simulators.activity import Activity
@@ -136,7 +136,10 @@ def _inputs(deployed: Deployed, windows_NT: Tensor) -> dict[str, Tensor]:
 
 def activity_of(segment: Segment, x: Tensor) -> Activity:
     """A segment's graph from rest, on what its layer is given, float (..., n_in), with every message kept."""
-    if segment.code == "graded":
+    if segment.stages:
+        over_time = segment.code != "graded"
+        inputs = (networks_over_time if over_time else networks).encode(segment, x)[0]
+    elif segment.code == "graded":
         inputs = segments.encode(segment, x.reshape(-1, segment.n_in))[0]
     elif segment.code == "delta":
         ordered = x.movedim(segment.sequence_dim, -2) if x.dim() > 2 else x[None]

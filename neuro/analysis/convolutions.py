@@ -26,7 +26,7 @@ def convolution_calls(
     """
     calls: dict[int, str] = {}
     refused: dict[int, str] = {}
-    if not where.takes_route or where.route != "graded":
+    if not where.takes_route:
         return calls, refused
     modules = dict(module.named_modules())
     company = {op.module for op in traced.ops if op.target not in CONVOLUTIONS}

@@ -34,10 +34,13 @@ import torch
 from torch import nn
 
 from hardware.text import quoted
+from neuro.analysis.chains import Chain
 from neuro.analysis.compatibility import CompatibilityReport
 from neuro.conversion.calibration import Calibration, LayerRange
+from neuro.conversion.convolutions.graded import chain_input
+from neuro.conversion.convolutions.rate import Spiking, rate_segment
 from neuro.conversion.integers import INT8_MAX, bias_registers, payload_bits, scale_for, shift_for
-from neuro.conversion.mapped import Piece, common_notes, dense, layer_and_range, one_to_one, pieces, plan_of, room
+from neuro.conversion.mapped import Piece, chains, common_notes, dense, layer_and_range, one_to_one, pieces, plan_of, room
 from neuro.conversion.plan import Plan, Segment
 from neuro.conversion.settings import check_factor, check_whole, check_word
 from neuro.conversion.weights import IntegerLayer, integer_layer
@@ -101,7 +104,11 @@ def convert(
     if report.chip == "loihi1" and config.input_code == "analogue":
         raise ValueError("loihi1 has binary spikes, so its input cannot be analogue; take input_code='spikes'")
     found = list(pieces(module, report, ("relu",)))
-    segments = tuple(
+    networks = [
+        rate_segment(label, module, chain, calibration, rows, _spiking(module, chain, calibration, config))
+        for label, chain, rows in chains(report)
+    ]
+    segments = tuple(networks) + tuple(
         _linear(module, piece, calibration, config) if piece.pair is None else _mlp(module, piece, calibration, config)
         for piece in found
     )
@@ -114,9 +121,14 @@ def convert(
         for pair in report.pairs
         if pair not in whole
     ]
-    if config.reset == "soft" and whole:
+    if config.reset == "soft" and (whole or networks):
         notes.append(
             "soft reset: Lava 0.10 has no such neuron; these graphs run in the simulator, with reset='hard' in both"
+        )
+    if config.reset == "hard" and networks:
+        notes.append(
+            "reset='hard': a spike loses what exceeds the threshold, in every layer of a network of convolutions; compare "
+            "the accuracy with reset='soft'"
         )
     notes += [
         f"{segment.name}: the worst input would need {-r.static_bits:.1f} bits more than the 23 of population "
@@ -126,6 +138,18 @@ def convert(
         if r.static_bits < 0 and r.population == "out"
     ]
     return plan_of("rate", module, report, segments, notes)
+
+
+def _spiking(module: nn.Module, chain: Chain, calibration: Calibration, config: RateConfig) -> Spiking:
+    """Settings of a network of convolutions. Raises ValueError for analogue input."""
+    if config.input_code != "spikes":
+        raise ValueError(
+            f"input_code is {quoted(config.input_code)}, and networks of convolutions take spikes on the rate route, "
+            "because Lava's Conv cannot scale a current; take input_code='spikes', or the graded route for graded input"
+        )
+    found = chain_input(chain, module, calibration)
+    reach = (found.input_clip or found.input_percentile or found.input_max) * config.input_factor
+    return Spiking(config.time_steps, config.reset, reach, config.hidden_factor)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,9 @@ from torch import nn
 from hardware.text import quoted
 from neuro.analysis.compatibility import CompatibilityReport
 from neuro.conversion.calibration import Calibration, LayerRange
+from neuro.conversion.convolutions.graded import chain_input
+from neuro.conversion.convolutions.sigma_delta import delta_segment
+from neuro.conversion.convolutions.units import Widths
 from neuro.conversion.integers import (
     EXPONENT_REGISTER,
     INT8_MAX,
@@ -42,6 +45,7 @@ from neuro.conversion.integers import (
 )
 from neuro.conversion.mapped import (
     Piece,
+    chains,
     common_notes,
     delay_line,
     dense,
@@ -59,6 +63,7 @@ from neuro.graph import Population, Projection, SpikingGraph
 SUM_LIMIT = 2**SUM_BITS - 1
 DELTA_BITS = 9  # changes of int8 values: -254..254
 SUM_MESSAGE_BITS = 24
+NETWORK_BITS = 9  # least width of messages inside networks of convolutions
 MARGIN = 2.0  # hidden values may exceed what calibration saw by this factor before a limit is reached
 
 
@@ -119,7 +124,15 @@ def convert(
     config = config or SigmaDeltaConfig()
     if report.chip == "loihi1":
         raise ValueError("loihi1 has binary spikes and cannot send changes; take the rate route: RateConfig()")
-    segments = tuple(
+    widths = Widths(hidden_bits=max(config.hidden_bits, NETWORK_BITS), whole_outputs=True)
+    networks = [
+        delta_segment(
+            label, module, chain, calibration, rows, _input_scale(chain_input(chain, module, calibration), config), widths,
+            config.input_threshold, config.hidden_threshold,
+        )
+        for label, chain, rows in chains(report)
+    ]  # fmt: skip
+    segments = tuple(networks) + tuple(
         _linear(module, piece, calibration, config) if piece.pair is None else _mlp(module, piece, calibration, config)
         for piece in pieces(module, report, ("relu", "relu2"))
     )
@@ -138,9 +151,13 @@ def convert(
     return plan_of("sigma_delta", module, report, segments, notes)
 
 
-def _integers(name: str, layer: nn.Linear, found: LayerRange, config: SigmaDeltaConfig) -> tuple[IntegerLayer, float]:
+def _input_scale(found: LayerRange, config: SigmaDeltaConfig) -> float:
     largest = (found.input_clip or found.input_percentile) if config.clip_inputs else found.input_max
-    scale = scale_for(largest or found.input_max, config.power_of_two)
+    return scale_for(largest or found.input_max, config.power_of_two)
+
+
+def _integers(name: str, layer: nn.Linear, found: LayerRange, config: SigmaDeltaConfig) -> tuple[IntegerLayer, float]:
+    scale = _input_scale(found, config)
     return _layer(name, layer, scale, config), scale
 
 

@@ -270,8 +270,11 @@ class Deployed(nn.Module):
 
     @property
     def keeps_state(self) -> bool:
-        """Whether `keep_state` can go on from call to call: not with sigma-delta streams in mode "chip"."""
-        return self.mode == "lava" or all(segment.code != "delta" for segment in self.segments)
+        """Whether `keep_state` can go on from call to call: not with sigma-delta streams in mode "chip", nor with those of
+        networks of convolutions.
+        """
+        streams = [segment for segment in self.segments if segment.code == "delta"]
+        return not streams or (self.mode == "lava" and not any(segment.stages for segment in streams))
 
     @contextmanager
     def keep_state(self) -> Iterator[Deployed]:
@@ -283,8 +286,8 @@ class Deployed(nn.Module):
         """
         if not self.keeps_state:
             raise RuntimeError(
-                "in mode 'chip' sigma-delta streams start from rest at every call; give whole sequences, as generate(...) "
-                "does there for every token"
+                "sigma-delta streams start from rest at every call in mode 'chip', and those of networks of convolutions "
+                "in every mode; give whole sequences, as generate(...) does there for every token"
             )
         self.reset_state()
         try:

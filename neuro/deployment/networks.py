@@ -20,10 +20,11 @@ from hardware.energy.account import Counts
 from hardware.text import quoted
 from neuro.conversion.convolutions.geometry import Pool, picture, pooled, to_neurons, to_torch
 from neuro.conversion.convolutions.stages import INPUT, Link, Stage
-from neuro.conversion.convolutions.weaving import LINES
+from neuro.conversion.convolutions.weaving import LINES, STARTS
 from neuro.conversion.integers import INT8_MAX, payload_bits, quantise
 from neuro.conversion.plan import Segment
 from neuro.deployment.runner import SegmentHealth, SegmentRunner
+from neuro.graph.synapses import Convolution
 from neuro.simulators.activity import Activity, PopulationCounts, ProjectionCounts
 from neuro.simulators.fixed_point import run_pipelined
 
@@ -52,7 +53,11 @@ def encode(segment: Segment, x: Tensor) -> tuple[dict[str, Tensor], int]:
 
 
 class NetworkRunner(SegmentRunner):
-    """One network of convolutions on one backend."""
+    """One network of convolutions on one backend. `off_by`: steps by which a stage without a layer of its own may differ
+    from what the host makes of the stages before it.
+    """
+
+    off_by = 1.0
 
     def __init__(self, segment: Segment, backend: str, mode: str = "lava") -> None:
         super().__init__(segment, backend, mode)
@@ -90,11 +95,12 @@ class NetworkRunner(SegmentRunner):
         found: dict[str, list[str]] = {name or "root": [] for name in self.segment.modules}
         names = [p.name for p in self.segment.graph.populations]
         for stage in self.segment.stages:
-            own = {stage.name, stage.sums, f"{stage.name}.delta", f"{stage.name}.held"}
+            own = {stage.name, stage.sums, stage.held, f"{stage.name}.relu"}
             mine = [n for n in names if n in own or n.startswith(f"{stage.name}.late")]
             found[self._last(stage) or "root"] += mine
         first = self.segment.modules[0] or "root"
-        found[first] += [n for n in names if n.startswith((LINES, f"{INPUT}.late")) and n != LINES]
+        inputs = self.segment.graph.inputs
+        found[first] += [n for n in names if n.startswith((LINES, STARTS, f"{INPUT}.late")) and n not in inputs]
         return {layer: tuple(populations) for layer, populations in found.items()}
 
     def _projections(self) -> dict[str, tuple[str, ...]]:
@@ -159,7 +165,7 @@ class NetworkRunner(SegmentRunner):
         if stage.pool:
             far *= math.prod(stage.pool[:2]) * stage.unit * 2.0**-stage.shift / stage.sum_unit
         rounded = stage.pool or not any(link.module for link in stage.links)
-        return far + (1.01 * stage.unit if rounded else 0.0)
+        return far + (1.01 * stage.unit * self.off_by if rounded else 0.0)
 
     def _strange(self, module: str, what: str) -> str:
         return (
@@ -202,12 +208,15 @@ class NetworkRunner(SegmentRunner):
 
     def _simulate(self, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         s = self.segment
-        inputs, clipped = encode(s, x)
+        inputs, clipped = self._encode(x)
         self._clipped += clipped
-        record = dict.fromkeys(f"{name}.spikes" for stage in s.stages for name in (stage.name, stage.sums))
+        record = dict.fromkeys(f"{name}.spikes" for stage in s.stages for name in (stage.held, stage.sums))
         activity = run_pipelined(s.graph, inputs, mode=self.mode, record=record)
         self._take(activity)
-        return {g.name: (activity.spikes[g.sums][0], activity.spikes[g.name][0]) for g in s.stages}
+        return {g.name: (activity.spikes[g.sums][0], activity.spikes[g.held][0]) for g in s.stages}
+
+    def _encode(self, x: Tensor) -> tuple[dict[str, Tensor], int]:
+        return encode(self.segment, x)
 
     def _take(self, activity: Activity) -> None:
         """Add what the simulator counted and said."""
@@ -227,7 +236,7 @@ class NetworkRunner(SegmentRunner):
         s = self.segment
         q = quantise(x.reshape(len(x), *s.shape), s.input_scale)
         self._clipped += int(torch.count_nonzero(x.abs() > (INT8_MAX + 0.5) * s.input_scale))
-        if s.input_threshold:
+        if s.input_threshold and s.code == "graded":
             q = q.masked_fill_(q.abs() <= s.input_threshold, 0.0)
         values = {INPUT: q.double()}
         found = {}
@@ -245,7 +254,8 @@ class NetworkRunner(SegmentRunner):
                 total = total + (0 if last else stage.half)
             sent = total * 2.0**-stage.shift
             if not last:
-                sent = torch.floor(sent).masked_fill_(torch.floor(sent).abs() <= stage.threshold, 0.0)
+                drop = stage.threshold if s.code == "graded" else 0
+                sent = torch.floor(sent).masked_fill_(torch.floor(sent).abs() <= drop, 0.0)
             values[stage.name] = sent.reshape(len(x), *stage.shape)
             found[stage.name] = to_neurons(summed, stage.sum_shape), to_neurons(values[stage.name], stage.shape)
         return found
@@ -255,11 +265,14 @@ class NetworkRunner(SegmentRunner):
         if not link.module and link.gain:
             return value * link.gain
         projection = self._projection[link.projection]
-        weight = torch.from_numpy(projection.weight.astype(np.float64)).to(value.device)
-        conv = projection.conv
-        if conv is None:
-            return to_neurons(value, value.shape[1:]) @ weight.T
-        correlated = weight.permute(0, 3, 2, 1).flip(2, 3)
+        if projection.conv is None:
+            weight_OS = torch.from_numpy(projection.weight.astype(np.float64)).to(value.device)
+            return to_neurons(value, value.shape[1:]) @ weight_OS.T
+        return self._convolved(value, projection.weight, projection.conv)
+
+    def _convolved(self, value: Tensor, weight: np.ndarray, conv: Convolution) -> Tensor:
+        whole = torch.from_numpy(weight.astype(np.float64)).to(value.device)
+        correlated = whole.permute(0, 3, 2, 1).flip(2, 3)
         picture_NCHW = value.reshape(len(value), *picture(value.shape[1:]))
         sums = F.conv2d(
             picture_NCHW, correlated, None, conv.stride[::-1], conv.padding[::-1], conv.dilation[::-1], conv.groups
@@ -274,9 +287,15 @@ class NetworkRunner(SegmentRunner):
         for name, found in self._projections_sum.items():
             source = self._projection[name].source
             largest[source] = max(largest.get(source, 0), found.max_abs_payload)
-        widths = {name: payload_bits(value) for name, value in largest.items()}
+        binary = {p.source for p in self._projection.values() if p.num_message_bits == 0}
+        widths = {name: 1 if name in binary else payload_bits(value) for name, value in largest.items()}
         s = self.segment
         return SegmentHealth(s.name, self._inputs, self._clipped, self._wraps, self._wide, self._overflows, widths)
+
+    def _payload_bits(self, layer: str) -> int:
+        names = [name for name in self._projections_of[layer] if name in self._projections_sum]
+        wide = [name for name in names if self._projection[name].num_message_bits]
+        return max((payload_bits(self._projections_sum[name].max_abs_payload) for name in wide), default=1)
 
     def counts(self) -> list[Counts]:
         """One record per layer; what stands between layers counts with the layer before it."""
@@ -302,8 +321,8 @@ class NetworkRunner(SegmentRunner):
                     neuron_updates_inactive=sum(p.updates_inactive for p in people),
                     dense_macs=self._macs[module] * self.rows,
                     weight_bytes=math.ceil(size),
-                    graded=not host,
-                    payload_bits=0 if host else max((payload_bits(p.max_abs_payload) for p in mine), default=1),
+                    graded=not host and self.segment.code != "rate",
+                    payload_bits=0 if host else self._payload_bits(layer),
                     host=host,
                 )
             )

@@ -7,10 +7,13 @@ from torch import Tensor
 from hardware.text import quoted
 from neuro.conversion.plan import Segment
 from neuro.deployment.networks import NetworkRunner
+from neuro.deployment.networks_over_time import DeltaNetworkRunner, RateNetworkRunner
 from neuro.deployment.runner import SegmentRunner
 from neuro.deployment.segments import GradedRunner
 from neuro.deployment.spike_counts import RateRunner
 from neuro.deployment.streams import DeltaRunner
+
+NETWORKS = {"graded": NetworkRunner, "delta": DeltaNetworkRunner, "rate": RateNetworkRunner}
 
 
 def runner_for(segment: Segment, backend: str, biases: list[Tensor | None], mode: str = "lava") -> SegmentRunner:
@@ -25,8 +28,8 @@ def runner_for(segment: Segment, backend: str, biases: list[Tensor | None], mode
     Raises:
         ValueError: a code that no runner knows.
     """
-    if segment.stages and segment.code == "graded":
-        return NetworkRunner(segment, backend, mode)
+    if segment.stages and segment.code in NETWORKS:
+        return NETWORKS[segment.code](segment, backend, mode)
     if segment.code == "graded":
         return GradedRunner(segment, backend, biases, mode)
     if segment.code == "delta":

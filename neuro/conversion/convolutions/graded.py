@@ -154,7 +154,7 @@ def _stage(weaver: Weaver, net: Woven, number: int, stage: ChainStage, threshold
         rooms.append(room(f"pool.{name}", units.sum_bound * window, seen.window_max / units.sum_unit))
     if product:
         rooms.append(room(name, units.bound, seen.value_max / units.unit))
-    return record_of(net, number, name, sums, links, threshold), rooms
+    return record_of(net, number, sums, name, links, threshold, stage.relu), rooms
 
 
 def arriving(weaver: Weaver, net: Woven, number: int, target: str, port: str, depth: int, bits: int) -> list[Link]:
@@ -193,17 +193,18 @@ def arriving(weaver: Weaver, net: Woven, number: int, target: str, port: str, de
     return links
 
 
-def record_of(net: Woven, number: int, name: str, sums: str, links: list[Link], threshold: int) -> Stage:
-    """The plan's record of a stage."""
+def record_of(net: Woven, number: int, sums: str, held: str, links: list[Link], threshold: int, relu: bool) -> Stage:
+    """The plan's record of a stage whose populations have these names."""
     stage, units = net.chain.stages[number], net.units[number]
     pool = () if stage.pool is None else (*stage.pool.kernel, *stage.pool.stride, *stage.pool.padding)
     return Stage(
-        name=name,
+        name=net.names[number],
         links=tuple(links),
         shape=stage.shape,
         sum_shape=stage.sum_shape,
-        relu=stage.relu,
+        relu=relu,
         sums=sums,
+        held=held,
         sum_unit=units.sum_unit,
         shift=units.shift,
         unit=units.unit,

@@ -32,12 +32,13 @@ class Stage:
     """One population that sends messages, named like the stage, and what stands before it.
 
     `shape`: of a sample of its messages, `sum_shape` before a pooling, both in torch's order ((C, H, W), (C, W) or (F,));
-    `sums`: population that holds the sum, which is the stage itself where nothing is rectified; `sum_unit`: what 1 in it is
-    worth; `shift`: how far sums are shifted right on the way to a message; `unit`: what 1 in a message is worth (code
-    "rate": a spike). `bias`: whole numbers per channel in the sum; `half`: what is added so that the shift rounds; `pool`:
-    (rows, columns) of the kernel, of the stride and of the padding of a pooling between sum and message, or ();
-    `threshold`: messages of magnitude up to it are not sent (code "delta": smallest change sent; code "rate": the neurons'
-    threshold).
+    `sums`: population that holds the sum, which is the stage itself where nothing is rectified; `sum_unit`: what 1 in it
+    is worth; `shift`: how far sums are shifted right on the way to a message; `unit`: what 1 in a message is worth (code
+    "rate": a spike). `bias`: whole numbers per channel in the sum; `half`: what is added so that the shift rounds;
+    `pool`: (rows, columns) of the kernel, of the stride and of the padding of a pooling between sum and message, or ();
+    `held`: population whose messages are the stage's values, which is the stage itself unless that sends changes or
+    spikes; `threshold`: messages of magnitude up to it are not sent (code "delta": smallest change sent; code "rate": the
+    neurons' threshold).
     """
 
     name: str
@@ -46,6 +47,7 @@ class Stage:
     sum_shape: tuple[int, ...]
     relu: bool
     sums: str
+    held: str
     sum_unit: float
     shift: int = 0
     unit: float

@@ -31,12 +31,13 @@ SHARED_GAIN = 64  # of the first of several values of different units that add u
 @dataclass(frozen=True)
 class Widths:
     """Settings that decide on the integers. `weight_bits`, `search` as `integer_layer` takes them; `hidden_bits`: width
-    of a message up to the calibration's clip, sign included.
+    of a message up to the calibration's clip, sign included; `whole_outputs`: what only the host reads is not shifted.
     """
 
     weight_bits: int | str = 8
     search: bool = False
     hidden_bits: int = 13
+    whole_outputs: bool = False
 
 
 @dataclass
@@ -120,7 +121,7 @@ def stage_units(
             *(source_unit(link.source) * least[link.module] / step for link in stage.links if link.module),
             0.0,
         )
-        sum_unit, gains = _aligned(label, stage, sum_unit, source_unit)
+        sum_unit, gains = aligned(label, stage, sum_unit, source_unit)
         divisor = stage.pool.divisor if stage.pool else 1
         fine = sum_unit / divisor
         fits = shift_for(MARGIN * seen.value_max / fine, PAYLOAD_LIMIT)
@@ -137,7 +138,7 @@ def stage_units(
                 if link.source == number and link.module and least[link.module]:
                     need = MARGIN * max(room.sum_max, room.window_max) / WORD_LIMIT * step / least[link.module]
                     wanted = max(wanted, shift_for(need / fine, 1.0))
-        shift = max(fits, wanted)
+        shift = 0 if widths.whole_outputs and not readers else max(fits, wanted)
         bias_C = np.zeros(picture(stage.sum_shape)[0], dtype=np.int64)
         made = StageUnits(sum_unit, shift, fine * 2.0**shift, gains, bias_C, 2 ** (shift - 1) if 2**shift > step else 0)
         for link in stage.links:
@@ -153,10 +154,12 @@ def stage_units(
     return units
 
 
-def _aligned(
-    label: str, stage: ChainStage, sum_unit: float, source_unit: Callable[[int], float]
+def aligned(
+    label: str, stage: ChainStage, sum_unit: float, source_unit: Callable[[int], float], even: int = 1
 ) -> tuple[float, list[int]]:
-    """The unit of a sum, at least `sum_unit`, in which residual adds are whole gains, and the gains; windows have 1."""
+    """The unit of a sum, at least `sum_unit`, in which residual adds are whole gains, and the gains; windows have 1.
+    `even`: 2 where gains must be even.
+    """
     sources = [source_unit(link.source) for link in stage.links if not link.module]
     if not sources:
         return sum_unit or 1.0, [1] * len(stage.links)
@@ -167,7 +170,7 @@ def _aligned(
         return sources[0] / pool.divisor, [1]
     layers = any(link.module for link in stage.links)
     if layers and sum_unit > 0:
-        gain = math.floor(sources[0] / sum_unit * (1 + 1e-12))
+        gain = math.floor(sources[0] / sum_unit * (1 + 1e-12)) // even * even
         if gain < 1:
             raise ValueError(
                 f"segment {quoted(label)}: a residual add counts in steps of {sources[0]:.3g}, and the layer beside it "
@@ -176,8 +179,11 @@ def _aligned(
             )
     else:
         gain = 1 if max(sources) <= min(sources) * (1 + 1e-9) else SHARED_GAIN
+        gain = max(gain, even)
     unit = sources[0] / gain
-    return unit, [1 if link.module else max(1, round(source_unit(link.source) / unit)) for link in stage.links]
+    return unit, [
+        1 if link.module else even * max(1, round(source_unit(link.source) / unit / even)) for link in stage.links
+    ]
 
 
 def _bound(chain: Chain, number: int, made: StageUnits, units: list[StageUnits]) -> None:

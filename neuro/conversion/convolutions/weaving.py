@@ -21,7 +21,9 @@ from neuro.graph import Population, Projection
 from neuro.graph.synapses import Convolution
 
 LINES = "lines"
-"""Input population of constants, one neuron for each payload."""
+"""Input population of constants, one neuron for each payload, that come with every sample."""
+STARTS = "starts"
+"""Input population of constants that come once, with the first sample of a stream."""
 MOST_GAIN = 255
 RAW_BITS = 24
 
@@ -37,7 +39,7 @@ class Weaver:
         self.depth = {INPUT: 0}
         self.shape: dict[str, tuple[int, ...]] = {INPUT: tuple(shape)}
         self._relay = relay
-        self._constants: list[tuple[str, str, str, dict[int, np.ndarray]]] = []
+        self._constants: dict[str, list[tuple[str, str, str, dict[int, np.ndarray]]]] = {LINES: [], STARTS: []}
 
     def add(self, population: Population, shape: Sequence[int], depth: int) -> None:
         """A population whose messages leave at that step."""
@@ -53,7 +55,7 @@ class Weaver:
                 kind, params = self._relay
                 size = math.prod(self.shape[source])
                 self.add(Population(name, kind, size, params), self.shape[source], self.depth[source] + step)
-                weight = 2 if bits == 0 else 1
+                weight = 2 if bits == 0 else 1  # a relay of spikes fires above 1
                 self.same(f"delay.{name}", before, name, weight, bits)
         return name
 
@@ -86,10 +88,24 @@ class Weaver:
             gain -= part
         return names
 
-    def windows(self, name: str, source: str, target: str, pool: Pool, bits: int, port: str = "a_in") -> None:
-        """Sums over the windows of a pooling, channel by channel."""
-        weight, geometry = window(pool, self.shape[source])
-        self._positive(name, source, target, port, weight, geometry, bits)
+    def signed_lines(self, name: str, source: str, target: str, gain: int, bits: int, port: str = "a_in") -> None:
+        """Each value from its two lines, one for each sign, times a whole even `gain`."""
+        channels = picture(self.shape[target])[0]
+        geometry = Convolution(box(self.shape[source]), groups=channels)
+        for number in range(-(-gain // (MOST_GAIN - 1))):
+            part = min(gain - number * (MOST_GAIN - 1), MOST_GAIN - 1)
+            label = name if not number else f"{name}.{number + 1}"
+            weight = np.tile(np.array([part, -part], dtype=np.int32), (channels, 1, 1, 1))
+            self.projections.append(
+                Projection(label, source, target, port, weight, 0, 8, "mixed", bits, "conv", conv=geometry)
+            )
+
+    def windows(
+        self, name: str, source: str, target: str, pool: Pool, bits: int, port: str = "a_in", weight: int = 1
+    ) -> None:
+        """Sums over the windows of a pooling, channel by channel, times one weight for all."""
+        ones, geometry = window(pool, self.shape[source])
+        self._positive(name, source, target, port, weight * ones, geometry, bits)
 
     def _positive(
         self, name: str, source: str, target: str, port: str, weight: np.ndarray, geometry: Convolution, bits: int
@@ -99,32 +115,36 @@ class Weaver:
             Projection(name, source, target, port, weight, 0, 8, "excitatory", bits, "conv", conv=geometry)
         )
 
-    def constants(self, name: str, target: str, port: str, payloads: Sequence[int], columns_NL: np.ndarray) -> None:
-        """Constants that reach `target` with every sample: weights (neurons, payloads) times the payloads."""
+    def constants(
+        self, name: str, target: str, port: str, payloads: Sequence[int], columns_NL: np.ndarray, origin: str = LINES
+    ) -> None:
+        """Constants that reach `target` from LINES or STARTS: weights (neurons, payloads) times the payloads."""
         if len(payloads):
-            self._constants.append((name, target, port, dict(zip(payloads, columns_NL.T, strict=True))))
+            self._constants[origin].append((name, target, port, dict(zip(payloads, columns_NL.T, strict=True))))
 
     def ones(self, target: str) -> None:
         """1 at the second port of product neurons."""
         size = math.prod(self.shape[target])
         self.constants(f"one.{target}", target, "a_in2", (1,), np.full((size, 1), 2, dtype=np.int32))
 
-    def finish(self) -> tuple[int, ...]:
-        """Write the population of constants, its relays and its projections; returns its payloads."""
-        payloads = tuple(sorted({payload for _, _, _, columns in self._constants for payload in columns}))
+    def finish(self, origin: str = LINES) -> tuple[int, ...]:
+        """Write the population of constants of that name, its relays and its projections; returns its payloads."""
+        wanted = self._constants[origin]
+        payloads = tuple(sorted({payload for _, _, _, columns in wanted for payload in columns}))
         if not payloads:
             return ()
         count, bits = len(payloads), max(8, payload_bits(max(payloads)))
-        self.populations.append(Population(LINES, "input", count))
-        deepest = max(self.depth[target] for _, target, _, _ in self._constants) - 1
+        self.populations.append(Population(origin, "input", count))
+        deepest = max(self.depth[target] for _, target, _, _ in wanted) - 1
         for step in range(1, deepest + 1):
-            self.populations.append(Population(f"{LINES}{step}", "graded", count, {"vth": 0}))
-            before = f"{LINES}{step - 1}" if step > 1 else LINES
-            self.projections.append(one_to_one(f"delay.{LINES}{step}", before, f"{LINES}{step}", count, 0, RAW_BITS))
-        for name, target, port, columns in self._constants:
+            self.populations.append(Population(f"{origin}{step}", "graded", count, {"vth": 0}))
+            before = f"{origin}{step - 1}" if step > 1 else origin
+            self.projections.append(one_to_one(f"delay.{origin}{step}", before, f"{origin}{step}", count, 0, RAW_BITS))
+        for name, target, port, columns in wanted:
             depth = self.depth[target] - 1
-            weight = np.stack([columns.get(p, np.zeros_like(next(iter(columns.values())))) for p in payloads], axis=1)
-            source = f"{LINES}{depth}" if depth else LINES
+            absent = np.zeros_like(next(iter(columns.values())))
+            weight = np.stack([columns.get(payload, absent) for payload in payloads], axis=1)
+            source = f"{origin}{depth}" if depth else origin
             exponent = -1 if port == "a_in2" else 0
             self.projections.append(dense(name, source, target, weight, exponent, bits, port))
         return payloads

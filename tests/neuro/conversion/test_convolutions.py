@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import neuro
 from neuro.conversion.plan import load_plan, save_plan
-from neuro.deployment import networks
+from neuro.conversion.rate import RateConfig
+from neuro.conversion.sigma_delta import SigmaDeltaConfig
+from neuro.deployment import networks, networks_over_time
 from neuro.simulators.fixed_point import run_pipelined
 from tests.neuro.conversion.random_pictures import random_network
 
@@ -88,9 +91,10 @@ def windows(value, stage, segment, link):
 
 
 def simulated(segment, x, mode="lava"):
-    record = [f"{stage.name}.spikes" for stage in segment.stages]
-    activity = run_pipelined(segment.graph, networks.encode(segment, x)[0], mode=mode, record=record)
-    return {stage.name: networks.to_torch(activity.spikes[stage.name][0], stage.shape).long() for stage in segment.stages}
+    record = [f"{stage.held}.spikes" for stage in segment.stages]
+    encode = networks.encode if segment.code == "graded" else networks_over_time.encode
+    activity = run_pipelined(segment.graph, encode(segment, x)[0], mode=mode, record=record)
+    return {stage.name: networks.to_torch(activity.spikes[stage.held][0], stage.shape).long() for stage in segment.stages}
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -113,3 +117,97 @@ def test_integers_of_random_networks_are_those_of_torch(seed, tmp_path):
     quantised = neuro.deploy(module, plan, "quantised")(x)
     if len(plan.segments) == 1:
         assert (got - quantised).abs().max() <= 4.04 * max(s.unit for s in plan.segments[0].stages)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_changes_add_up_to_the_same_integers(seed):
+    module, x = random_network(seed)
+    plan, report = planned(module, x, SigmaDeltaConfig(), route="sigma_delta")
+    y, macs = counted_by_torch(module, x)
+    deployed = neuro.deploy(module, plan, mode="chip" if seed % 2 else "lava")
+    got = deployed(x)
+    assert set(plan.modules) == set(report.mapped) == set(plan.layers)
+    assert (macs_of(deployed, False), macs_of(deployed, True)) == (macs, 0)
+    assert all((h.wraps, h.wide, h.payload_overflows) == (0, 0, 0) for h in deployed.health())
+    wanted = evaluated(module, plan.segments[0], x)
+    for name, value in simulated(plan.segments[0], x, deployed.mode).items():
+        assert torch.equal(value, wanted[name]), name
+    assert (got - y).norm() < 0.05 * y.norm() + 1e-3
+    assert torch.equal(got, neuro.deploy(module, plan, "quantised")(x))
+    deployed.reset_counts()
+    deployed(x[:1].expand(4, *x.shape[1:]))  # a still picture: nothing changes after the first frame
+    still = {name: p.events for name, p in deployed._runners[0]._projections_sum.items() if name.startswith("layer.")}
+    deployed.reset_counts()
+    deployed(x[:1])
+    first = {name: p.events for name, p in deployed._runners[0]._projections_sum.items() if name.startswith("layer.")}
+    assert still == first
+    assert sum(first.values()) > 0
+
+
+def spikes(segment, x):
+    """Spikes of every stage in all steps, (T, N, *shape), and charges of membranes: step by step, by torch's
+    convolutions.
+    """
+    steps = segment.time_steps
+    level = torch.round(x.double() / segment.input_scale).clamp(-steps, steps)
+    done = [torch.floor((2 * t * level.abs() + steps) / (2 * steps)) for t in range(steps + 1)]
+    trains = {"x": torch.stack([(b - a) * level.sign() for a, b in itertools.pairwise(done)])}
+    graph = {p.name: p for p in segment.graph.populations}
+    found = {}
+    for stage in segment.stages:
+        v = torch.zeros(len(x), *stage.shape, dtype=torch.float64)
+        params = graph[stage.name].params
+        bias = torch.from_numpy(params["bias_mant"].astype(float) * 2.0 ** params["bias_exp"].astype(float))
+        bias = networks.to_torch(bias[None], stage.shape)
+        fired = []
+        for t in range(steps):
+            v = v + 64 * sum(charge(segment, stage, link, trains[link.source][t]) for link in stage.links) + bias
+            v = v.clamp(1 - 2**23, 2**23 - 1)
+            spike = v > 64 * params["vth"]
+            v = v - spike * 64 * params["vth"] if graph[stage.name].kind == "lif_soft" else v * ~spike
+            fired.append(spike.double())
+        trains[stage.name] = torch.stack(fired)
+        found[stage.name] = trains[stage.name].sum(dim=0) if stage.threshold else v
+    return found
+
+
+def charge(segment, stage, link, value):
+    if link.module:
+        layer = WEIGHTS[link.module]
+        whole = 2 * torch.round(layer.weight.double() / link.weight_scale)
+        if isinstance(layer, nn.Linear):
+            return F.linear(value.flatten(1), whole)
+        function = F.conv1d if isinstance(layer, nn.Conv1d) else F.conv2d
+        return function(value, whole, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+    if link.gain:
+        return link.gain * value
+    weight = next(p for p in segment.graph.projections if p.name == link.projection).weight.flat[0]
+    return int(weight) * windows(value, stage, segment, link)
+
+
+WEIGHTS: dict[str, nn.Module] = {}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_spikes_are_those_of_neurons_stepped_by_hand(seed, monkeypatch):
+    module, x = random_network(seed)
+    config = RateConfig(time_steps=16, reset="hard" if seed % 4 == 3 else "soft")
+    plan, report = planned(module, x, config, route="rate", chip="loihi1")
+    y, macs = counted_by_torch(module, x)
+    deployed = neuro.deploy(module, plan)
+    got = deployed(x)
+    assert set(plan.modules) == set(report.mapped) == set(plan.layers)
+    assert (macs_of(deployed, False), macs_of(deployed, True)) == (macs, 0)
+    segment = plan.segments[0]
+    for stage in segment.stages:
+        for link in stage.links:
+            if link.module:
+                norm = module.get_submodule(link.norm) if link.norm else None
+                monkeypatch.setitem(WEIGHTS, link.module, fused(module.get_submodule(link.module), norm))
+    runner = networks_over_time.RateNetworkRunner(segment, "fixed_point")
+    runner.run(x)
+    for name, wanted in spikes(segment, x).items():
+        stage = next(s for s in segment.stages if s.name == name)
+        assert torch.equal(runner._sent[name].double(), (wanted * stage.unit).to(x.dtype).double()), name
+    if config.reset == "soft":
+        assert (got - y).norm() < 0.35 * y.norm() + 1e-2
