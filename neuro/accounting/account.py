@@ -28,12 +28,19 @@ from hardware.latency.estimate import Latency, estimate
 from hardware.latency.rates import list_rates, load_rates
 from hardware.placement import DoesNotFit, Placement, place
 from hardware.text import quoted
-from neuro.accounting.counts import Zeros, counts_per_core, every_step, graph_counts, sparse_where_it_pays, zero_weights
+from neuro.accounting.counts import (
+    Zeros,
+    counts_per_core,
+    every_step,
+    graph_counts,
+    measured_demands,
+    sparse_where_it_pays,
+    zero_weights,
+)
+from neuro.accounting.running import CountedRun, counted_run
 from neuro.accounting.table import account_table
-from neuro.graph.demand import layer_demands
 from neuro.graph.network import SpikingGraph
 from neuro.simulators.activity import Activity
-from neuro.simulators.fixed_point import simulate
 from neuro.simulators.inputs import Integers
 from neuro.simulators.schedule import components
 
@@ -83,7 +90,7 @@ class GraphAccount:
     """What `graph_account` found.
 
     Attributes:
-        graph: as it was counted (see `zeros`). activity: its run, with the messages of every population.
+        graph: as it was counted (see `zeros`). activity: counts of its run, and the messages of its outputs.
         counts: one record per population that computes; their tokens are samples.
         zeros: what became of the zero weights of dense projections.
         placement: on the chip, or None, and `placement_reason` says why.
@@ -193,12 +200,10 @@ def graph_account(
     if digital.costs != "dense":
         raise ValueError(f"reference {quoted(digital.name)} prices a chip; a dense profile is needed, such as {REFERENCE}")
     counted = sparse_where_it_pays(graph, zeros)
-    second = any(p.source_port != "s_out" for p in graph.projections)
-    record = ("spikes", "spikes2") if second else ("spikes",)
-    activity = simulate(counted, inputs, mode=mode, record=record, steps=steps, device=device)
-    counts = graph_counts(counted, activity)
-    placement, why_not_placed = _placed(counted, activity, target, chips)
-    latencies, why_not_timed = _timed(counted, activity, counts, placement)
+    run = counted_run(counted, inputs, mode=mode, steps=steps, device=device)
+    counts = graph_counts(counted, run.activity)
+    placement, why_not_placed = _placed(counted, run, target, chips)
+    latencies, why_not_timed = _timed(counted, run, counts, placement)
     chip_profiles = [profile for profile in chosen if profile.costs == "spiking"]
     dense_profiles = {profile.name: profile for profile in chosen if profile.costs == "dense"} | {digital.name: digital}
     energies = [PricedEnergy(_price(counts, profile, placement, latencies)) for profile in chip_profiles]
@@ -222,9 +227,9 @@ def graph_account(
         break_evens, reason, found = {}, str(error), ()
     return GraphAccount(
         graph=counted,
-        activity=activity,
+        activity=run.activity,
         counts=counts,
-        zeros=zero_weights(graph, counted, activity),
+        zeros=zero_weights(graph, counted, run),
         placement=placement,
         placement_reason=why_not_placed,
         energies=tuple(energies),
@@ -236,9 +241,9 @@ def graph_account(
     )
 
 
-def _placed(graph: SpikingGraph, activity: Activity, chip: Chip, chips: int | None) -> tuple[Placement | None, str]:
+def _placed(graph: SpikingGraph, run: CountedRun, chip: Chip, chips: int | None) -> tuple[Placement | None, str]:
     try:
-        return place(layer_demands(graph, activity), chip, chips), ""
+        return place(measured_demands(graph, run), chip, chips), ""
     except DoesNotFit:
         raise
     except ValueError as error:  # a chip without a budget
@@ -246,14 +251,14 @@ def _placed(graph: SpikingGraph, activity: Activity, chip: Chip, chips: int | No
 
 
 def _timed(
-    graph: SpikingGraph, activity: Activity, counts: Sequence[Counts], placement: Placement | None
+    graph: SpikingGraph, run: CountedRun, counts: Sequence[Counts], placement: Placement | None
 ) -> tuple[tuple[Latency, ...], str]:
     if placement is None:
         return (), "no placement"
     names = [name for name in list_rates() if load_rates(name).chip == placement.chip]
     if not names:
         return (), f"no rates of chip {placement.chip} are known"
-    per_core = counts_per_core(graph, activity, placement)
+    per_core = counts_per_core(graph, run, placement)
     try:
         return tuple(estimate(counts, placement, load_rates(name), core_counts=per_core) for name in names), ""
     except ValueError as error:  # a chip whose mesh is not known

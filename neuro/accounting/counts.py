@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from torch import Tensor
 
 from hardware.energy.counts import Counts
-from hardware.placement import Placement
+from hardware.placement import LayerDemand, Placement
 from hardware.text import quoted
+from neuro.accounting.running import CountedRun
 from neuro.conversion.mapped import SPARSE_ABOVE
-from neuro.graph.demand import core_map
+from neuro.graph.demand import core_map, layer_demands
 from neuro.graph.network import SpikingGraph
 from neuro.graph.synapses import Projection
 from neuro.simulators.activity import Activity, CoreCounts
@@ -143,47 +143,37 @@ def _stored_bytes(projection: Projection) -> int:
     return -(-stored * projection.num_weight_bits // 8)
 
 
-def zero_weights(original: SpikingGraph, counted: SpikingGraph, activity: Activity) -> tuple[Zeros, ...]:
+def zero_weights(original: SpikingGraph, counted: SpikingGraph, run: CountedRun) -> tuple[Zeros, ...]:
     """What became of the zeros of each dense projection and each kernel that has some.
 
     Args:
         original: the graph as it was given. counted: the same after `sparse_where_it_pays`.
-        activity: a run of `counted` in which the messages of every source were recorded.
+        run: of `counted`.
     """
     found = []
     for before, after in zip(original.projections, counted.projections, strict=True):
         zero = before.weight == 0
         if before.kind != "sparse" and zero.any():
-            spent = None if before.kind == "conv" else int(_sent(activity, before) @ zero.sum(axis=0))
+            spent = (
+                None
+                if before.kind == "conv"
+                else int(run.sent[before.source, before.source_port].numpy() @ zero.sum(axis=0))
+            )
             zeros = int(np.count_nonzero(zero))
             found.append(Zeros(before.name, zeros, before.weight.size, after.kind != "sparse", spent))
     return tuple(found)
 
 
-def _sent(activity: Activity, projection: Projection) -> np.ndarray:
-    """Messages of each source neuron over all samples and steps, int64 (n_source,)."""
-    return _each(_messages(activity, projection.source, projection.source_port)).numpy()
-
-
-def _messages(activity: Activity, name: str, port: str) -> Tensor:
-    return activity.spikes[name] if port == "s_out" else activity.states[name]["spikes2"]
-
-
-def _each(messages_BTN: Tensor) -> Tensor:
-    return (messages_BTN != 0).sum(dim=(0, 1)).cpu()
-
-
-def counts_per_core(graph: SpikingGraph, activity: Activity, placement: Placement) -> dict[int, CoreCounts] | None:
-    """What each core of a placement did in a run whose messages were all recorded; None where a layer is split by its
+def counts_per_core(graph: SpikingGraph, run: CountedRun, placement: Placement) -> dict[int, CoreCounts] | None:
+    """What each core of a placement did in a run; None where a layer is split by its
     inputs, since the simulator has no neurons for partial sums.
     """
     if any(layer.partial_sums for layer in placement.layers):
         return None
     where = {name: cores.astype(np.int64) for name, cores in core_map(graph, placement).items() if cores.min() >= 0}
     tally = Tally(graph, where)
-    ports = {(p.name, "s_out") for p in graph.populations} | {(p.source, p.source_port) for p in graph.projections}
-    for name, port in sorted(ports):
-        each_N = _each(_messages(activity, name, port))
+    activity = run.activity
+    for (name, port), each_N in run.sent.items():
         tally.sent(name, port, int(each_N.sum()), each_N)
     for population in graph.populations:
         if population.kind != "input":
@@ -191,6 +181,18 @@ def counts_per_core(graph: SpikingGraph, activity: Activity, placement: Placemen
                 population.name, activity.batch * activity.steps, activity.populations[population.name].updates_active
             )
     return tally.finish()
+
+
+def measured_demands(graph: SpikingGraph, run: CountedRun) -> tuple[LayerDemand, ...]:
+    """Demands of a graph with the messages of each neuron that a run counted."""
+    runs = run.activity.batch * run.activity.steps
+    found = []
+    for demand in layer_demands(graph, replace(run.activity, spikes={})):
+        if all(p.source_port == "s_out" for p in graph.outgoing(demand.name)):
+            rates = (run.sent[demand.name, "s_out"].double() / runs).tolist()
+            demand = replace(demand, rate=tuple(rates), measured=True)
+        found.append(demand)
+    return tuple(found)
 
 
 def every_step(counts: Sequence[Counts]) -> tuple[Counts, ...]:

@@ -13,8 +13,11 @@ from hardware.latency.rates import load_rates
 from hardware.placement import DoesNotFit
 from neuro.accounting.account import EACH, ONCE, graph_account
 from neuro.accounting.counts import dense_macs, sparse_where_it_pays
+from neuro.accounting.running import counted_run
 from neuro.graph import Population, Projection, SpikingGraph
 from neuro.graph.synapses import Convolution
+from neuro.simulators.activity import compare
+from neuro.simulators.fixed_point import simulate
 
 SYNAPSE, ACTIVE, INACTIVE, MESSAGE = 23.6, 81.0, 52.0, 1.7 + 2 * 3.5  # pJ: Davies et al. 2018, Table 2; two hops
 STATIC_W = 0.104  # Frady et al. 2020
@@ -117,9 +120,9 @@ def test_dropping_zeros_changes_no_spike(networks) -> None:
         sparser = sparse_where_it_pays(network)
         changed += sum(a.kind != b.kind for a, b in zip(network.projections, sparser.projections, strict=True))
         given = networks.messages(network, seed, 2, 12)
+        assert compare(simulate(network, given), simulate(sparser, given)).equal
         first, second = (graph_account(network, given, chip="loihi2", zeros=zeros) for zeros in ("stored", "auto"))
-        for name, sent in first.activity.spikes.items():
-            assert torch.equal(sent, second.activity.spikes[name])
+        assert first.activity.populations == second.activity.populations
         assert second.total("synops") <= first.total("synops")
     assert changed > 0
 
@@ -140,6 +143,21 @@ def test_loihi1_static_power_is_that_of_its_chips_over_the_modelled_time() -> No
     runs = SAMPLES * STEPS
     slowest = want["a"]["active"] / runs * each["neuron_active"] + want["a"]["inactive"] / runs * each["neuron_inactive"]
     assert latency.terms["neuron"].to("ns")[1] == pytest.approx(slowest)
+
+
+def test_samples_in_parts_give_the_counts_of_one_run(networks) -> None:
+    for seed in (6, 33, 200):
+        network = networks.network(seed)
+        given = networks.messages(network, seed, 5, 8)
+        whole, parts = counted_run(network, given), counted_run(network, given, most_messages=1)
+        ours = simulate(network, given)
+        assert parts.activity.batch == 5
+        assert parts.activity.populations == whole.activity.populations == ours.populations
+        assert parts.activity.projections == whole.activity.projections == ours.projections
+        assert compare(parts.activity, ours).equal
+        assert all(torch.equal(parts.sent[key], whole.sent[key]) for key in whole.sent)
+        kept = simulate(network, given, record=("spikes",)).spikes
+        assert all(torch.equal(whole.sent[name, "s_out"], (kept[name] != 0).sum((0, 1))) for name in kept)
 
 
 def test_a_convolution_has_the_macs_that_torch_counts() -> None:
