@@ -68,7 +68,7 @@ def layer_demands(graph: SpikingGraph, activity: Activity | None = None, prefix:
                 connections=connections,
                 on_chip=population.kind != "input",
                 payload_bits=max((max(1, p.num_message_bits) for p in outgoing), default=1),
-                programmable=population.kind not in ("input", *LIF_KINDS),
+                programmable=population.kind == "lif_general" or population.kind not in ("input", *LIF_KINDS),
                 rate=rate,
                 measured=measured,
             )

@@ -21,7 +21,7 @@ from neuro.conversion.spiking.snntorch_modules import NEURONS
 LIF = "lif"
 """The route of spiking networks: layers of neurons and the synapses in front of them become one graph."""
 CONVERTER = "convert_spiking(describe([layer, neurons, ...]))"
-"""What makes the graph, from `neuro.conversion.spiking.convert` and `neuro.conversion.spiking.snntorch_modules`."""
+"""What makes the graph, from `neuro.conversion.spiking.convert` and `neuro.conversion.spiking.describing`."""
 
 
 @dataclass(frozen=True)
