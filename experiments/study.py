@@ -12,6 +12,7 @@ STUDIES = {
     "activity": "fewer synaptic operations of a trained model against its loss, with controls",
     "spiking_lm": "a language model wholly on the chip beside a Transformer",
     "digits": "a spiking classifier, trained on snnTorch, converted, run on three simulators",
+    "pictures": "a residual network for pictures by each route, beside dense matrices in place of its convolutions",
     "sanafe_check": "counts, energy and time beside SANA-FE's (make energy-check)",
 }
 """Name -> what it asks; each lives in `experiments.studies.NAME`, with `main(argv) -> exit code`."""

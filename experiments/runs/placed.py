@@ -85,7 +85,7 @@ def put_on_cores(
         chip: name or path of a chip file.
         chips: chips there are; None for as many as it takes.
     """
-    inputs = _inputs(deployed, windows_NT)
+    inputs = inputs_of(deployed, windows_NT)
     runs = {s.name: activity_of(s, inputs[s.name]) for s in deployed.segments}
     messages = {
         f"{s.name} {name}": sent
@@ -113,7 +113,7 @@ def put_on_cores(
     return Placed(placement, "", tuple(found), "" if found else f"no rates of chip {placement.chip}", messages)
 
 
-def _inputs(deployed: Deployed, windows_NT: Tensor) -> dict[str, Tensor]:
+def inputs_of(deployed: Deployed, windows_NT: Tensor) -> dict[str, Tensor]:
     """What the first layer of every segment is given: the first call of each."""
     seen: dict[str, Tensor] = {}
     handles = []
@@ -135,7 +135,8 @@ def _inputs(deployed: Deployed, windows_NT: Tensor) -> dict[str, Tensor]:
 
 
 def activity_of(segment: Segment, x: Tensor) -> Activity:
-    """A segment's graph from rest, on what its layer is given, float (..., n_in), with every message kept."""
+    """A segment's graph from rest, with every message kept, on what its layer is given: float (..., n_in), or the samples
+    of a network."""
     if segment.stages:
         over_time = segment.code != "graded"
         inputs = (networks_over_time if over_time else networks).encode(segment, x)[0]

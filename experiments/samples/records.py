@@ -63,8 +63,19 @@ class Samples:
         """The same with at most so many held-out samples, spread evenly over all of them; 0 keeps all."""
         if not most or most >= len(self.x):
             return self
-        chosen = (2 * np.arange(most) + 1) * len(self.x) // (2 * most)
+        chosen = _evenly(most, len(self.x))
         return replace(self, x=self.x[chosen], y=self.y[chosen])
+
+    def trained_on(self, most: int) -> Samples:
+        """The same with at most so many training samples, spread evenly; 0 keeps all."""
+        if not most or most >= len(self.x_train):
+            return self
+        chosen = _evenly(most, len(self.x_train))
+        return replace(self, x_train=self.x_train[chosen], y_train=None if self.y_train is None else self.y_train[chosen])
+
+
+def _evenly(most: int, of: int) -> NDArray[np.int64]:
+    return (2 * np.arange(most) + 1) * of // (2 * most)
 
 
 def check_inputs(name: str, value: NDArray[np.generic]) -> None:
