@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,8 +28,9 @@ def check_claims(path: Path, refused: type[Exception]) -> None:
     """Hold an HDF5 file against its length before anything of it is read.
 
     Raises:
-        refused: values that take more than `MOST_BYTES` or than deflate can hold in the file, or parts that lie in other
-            files.
+        refused: values that take more than `MOST_BYTES` or than deflate can hold in the file, parts that lie in other
+            files, a damaged heap of texts, which libhdf5 2.0 (h5py 3.16) would read for ever, or values that are neither
+            numbers nor texts.
         OSError: no HDF5 file.
         Hdf5Unavailable: no h5py.
     """
@@ -45,6 +47,8 @@ def check_claims(path: Path, refused: type[Exception]) -> None:
         elif isinstance(item, h5py.Dataset):
             if item.external or item.is_virtual:
                 raise refused(f"{path}: the values of {quoted(name)} lie in another file; write the graph as one file")
+            if item.dtype.kind == "O" and h5py.check_string_dtype(item.dtype) is None:
+                raise refused(f"{path}: {quoted(name)} holds neither numbers nor texts; copy or export the file again")
             claimed += item.size * item.dtype.itemsize if item.size else 0
             most = min(MOST_BYTES, length * DEFLATE_RATIO)
             if claimed > most:
@@ -54,8 +58,39 @@ def check_claims(path: Path, refused: type[Exception]) -> None:
                 )
 
     with h5py.File(path, "r") as file:
+        if not _heaps_end(path):
+            raise refused(f"{path}: its heap of texts is damaged; copy or export it again")
         look("", file)
         file.visititems(look)
+
+
+def _heaps_end(path: Path) -> bool:
+    """Whether every global heap of the file, where texts of any length lie, can be walked to its end.
+
+    Form: section III.E of the HDF5 file format, version 3.0: GCOL, version, three zeros, size; then objects of 16 bytes
+    (index, references, four zeros, size) and their data, filled up to 8 bytes. Object 0 is what is free.
+    """
+    with path.open("rb") as file:
+        if path.stat().st_size < 16:
+            return True
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            at = data.find(b"GCOL")
+            while at >= 0:
+                version, size = data[at + 4], int.from_bytes(data[at + 8 : at + 16], "little")
+                end = at + size
+                if at % 8 == 0 and version == 1 and not any(data[at + 5 : at + 8]):  # else it is a value by chance
+                    if end > len(data):
+                        return False
+                    place = at + 16
+                    while end - place >= 16:
+                        index = int.from_bytes(data[place : place + 2], "little")
+                        taken = int.from_bytes(data[place + 8 : place + 16], "little")
+                        step = taken if index == 0 else 16 + (taken + 7) // 8 * 8
+                        if step < 16 or step > end - place:
+                            return False
+                        place += step
+                at = data.find(b"GCOL", at + 4)
+    return True
 
 
 def tree(path: Path) -> dict[str, Any]:
