@@ -20,8 +20,8 @@ from neuro.conversion.spiking.snntorch_modules import NEURONS
 
 LIF = "lif"
 """The route of spiking networks: layers of neurons and the synapses in front of them become one graph."""
-CONVERTER = "convert_spiking(describe([layer, neurons, ...]))"
-"""What makes the graph, from `neuro.conversion.spiking.convert` and `neuro.conversion.spiking.describing`."""
+CONVERTER = "neuro.convert_spiking(neuro.describe(module, example=x), steps=T)"
+"""What makes the graph."""
 
 
 @dataclass(frozen=True)

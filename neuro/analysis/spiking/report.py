@@ -19,15 +19,16 @@ from hardware.placement import Connection, Convolution, DoesNotFit, LayerDemand,
 from hardware.placement.cost import Part, resources
 from hardware.placement.report import Limit
 from neuro.analysis.report import CompatibilityReport, Operation
-from neuro.analysis.rules import AFFINE_NORMS, CONVOLUTIONS, LAYOUT, LINEARS, Rule, Where, rules_for
+from neuro.analysis.rules import AFFINE_NORMS, CONVOLUTIONS, LAYOUT, LINEARS, POSITION, Rule, Where, rules_for
 from neuro.analysis.spiking.neurons import CONVERTER, LIF, Neurons
 from neuro.analysis.tracing import Trace, TracedOp
 
 WEIGHT_BITS = 8
+SUMS_OF_TWO = ("add", "iadd")
 PASSING = LAYOUT | AFFINE_NORMS
 POOLS = frozenset(("avg_pool1d", "avg_pool2d", "AvgPool1d", "AvgPool2d"))
 SYNAPSES = LINEARS | CONVOLUTIONS
-STARVED = "no linear or convolution layer on the chip is right in front of it"
+STARVED = "it hears something that is computed on the host"
 BEHIND = "more than a layer of spiking neurons that converts reads its sums, or nothing does"
 
 
@@ -118,19 +119,24 @@ class _Network:
         self.modules = dict(module.named_modules())
         self.state = dict(module.named_parameters(remove_duplicate=False))
         self.readers: dict[int, list[TracedOp]] = {}
-        for op, sources in zip(traced.ops, _sources(traced), strict=True):
-            for source in sources:
+        self.sources = dict(zip((op.index for op in traced.ops), _sources(traced), strict=True))
+        for op in traced.ops:
+            for source in self.sources[op.index]:
                 self.readers.setdefault(source, []).append(op)
         self.layers: dict[str, _Layer] = {}
         self.refused: dict[int, _Layer] = {}
         self.on_chip = {op.index for op in traced.ops if self.is_neuron(op) and neurons[op.module].converts}
-        self.passed: set[int] = set()
         for op in traced.ops:
-            if op.target in SYNAPSES and not self.is_neuron(op) and self._owned(op, mappable) and self._reaches(op):
+            if op.target in SYNAPSES and not self.is_neuron(op) and self._owned(op, mappable):
                 self._take(op)
-        before = _by_index(traced)
-        self.starved = {i for i in self.on_chip if self.is_neuron(traced.ops[i]) and not self._fed(i, before)}
-        self.on_chip -= self.starved
+        self.starved: set[int] = set()
+        while lost := [
+            i for i in self.on_chip if not (self._fed(i) if self.is_neuron(traced.ops[i]) else self._reaches(i))
+        ]:
+            self.starved.update(lost)
+            self.on_chip.difference_update(lost)
+        kept = {traced.ops[i].module for i in self.on_chip}
+        self.layers = {name: layer for name, layer in self.layers.items() if name in kept}
 
     def is_neuron(self, op: TracedOp) -> bool:
         return op.module in self.neurons and op.target == self.neurons[op.module].name
@@ -154,36 +160,48 @@ class _Network:
             return False
         return not self.traced.complete or any(self.state.get(name) is owner.weight for name in op.weights)
 
-    def _reaches(self, op: TracedOp) -> bool:
-        """Whether neurons on the chip read it, past reshapes, and nothing else does."""
-        waiting, seen = [op], set[int]()
+    def _meets(self, op: TracedOp) -> bool:
+        """Whether it adds two branches of one shape."""
+        return op.target in SUMS_OF_TWO and len(op.in_shapes) == 2 and op.in_shapes[0] == op.in_shapes[1] and not op.weights
+
+    def _clean(self, index: int) -> bool:
+        """Whether what an operation makes is spikes, sums of synapses on the chip, or the input, added up and reshaped."""
+        waiting, seen = [index], set[int]()
         while waiting:
             at = waiting.pop()
-            following = self.readers.get(at.index, [])
-            if not following or at.index in self.traced.returned:
+            op = self.traced.ops[at]
+            if at in seen or at in self.on_chip:
+                continue
+            if not (self._passes(op) or self._meets(op)):
+                return False
+            seen.add(at)
+            waiting += self.sources[at]
+        return True
+
+    def _fed(self, index: int) -> bool:
+        """Whether neurons hear only what is `_clean`, and states of their own."""
+        own = self.traced.ops[index].module
+        return all(
+            self.traced.ops[i].module == own or self.traced.ops[i].target in POSITION or self._clean(i)
+            for i in self.sources[index]
+        )
+
+    def _reaches(self, index: int) -> bool:
+        """Whether neurons on the chip read it, past reshapes and sums, and nothing else does."""
+        waiting, seen = [index], set[int]()
+        while waiting:
+            at = waiting.pop()
+            following = self.readers.get(at, [])
+            if not following or at in self.traced.returned:
                 return False
             for reader in following:
                 if (reader.index in self.on_chip and self.is_neuron(reader)) or reader.index in seen:
                     continue
-                if not self._passes(reader):
+                if not (self._passes(reader) or self._meets(reader)):
                     return False
                 seen.add(reader.index)
-                waiting.append(reader)
-        self.passed |= seen
+                waiting.append(reader.index)
         return True
-
-    def _fed(self, index: int, sources: Mapping[int, tuple[int, ...]]) -> bool:
-        """Whether sums of synapses on the chip reach it, past reshapes."""
-        waiting, seen = list(sources[index]), set[int]()
-        while waiting:
-            at = waiting.pop()
-            op = self.traced.ops[at]
-            if at in self.on_chip and op.target in SYNAPSES:
-                return True
-            if at not in seen and self._passes(op):
-                waiting += sources[at]
-            seen.add(at)
-        return False
 
     def _take(self, op: TracedOp) -> None:
         if op.module not in self.layers:
@@ -197,12 +215,11 @@ class _Network:
     def crossings(self, rows: int) -> tuple[float, float]:
         """Transfers a token between host and chip and their bytes: one for each value that goes in or comes out."""
         count = size = 0.0
-        sources = _by_index(self.traced)
         for op in self.traced.ops:
             if op.index not in self.on_chip:
                 continue
             times = (op.out_shape[0] if op.out_shape else 1) / rows
-            if op.module in self.layers and not any(self._from_chip(i, sources) for i in sources[op.index]):
+            if op.module in self.layers and not any(self._from_chip(i) for i in self.sources[op.index]):
                 count += times
                 size += times * self.layers[op.module].demands[0].neurons
             if self.is_neuron(op) and not self._stays(op):
@@ -210,16 +227,17 @@ class _Network:
                 size += math.prod(op.out_shape) / rows
         return count, size
 
-    def _from_chip(self, index: int, sources: Mapping[int, tuple[int, ...]]) -> bool:
+    def _from_chip(self, index: int) -> bool:
+        """Whether it comes from layers on the chip, not from the host's input alone."""
         op = self.traced.ops[index]
         if index in self.on_chip:
             return True
-        return self._passes(op) and any(self._from_chip(i, sources) for i in sources[index])
+        return (self._passes(op) or self._meets(op)) and any(self._from_chip(i) for i in self.sources[index])
 
     def _stays(self, op: TracedOp) -> bool:
         """Whether only operations on the chip read it."""
         return op.index not in self.traced.returned and all(
-            reader.index in self.on_chip or (self._passes(reader) and self._stays(reader))
+            reader.index in self.on_chip or ((self._passes(reader) or self._meets(reader)) and self._stays(reader))
             for reader in self.readers.get(op.index, [])
         )
 
@@ -269,10 +287,10 @@ class _Network:
             return (Rule(known.kind, known.verdict, on, known.reason, known.remedy, plain.macs),)
         if op.target in SYNAPSES:
             return (self._synapses(op),)
-        between = self._passes(op) and self._from_chip(op.index, _by_index(self.traced)) and self._stays(op)
-        if op.index in self.passed or between:
+        if self._from_chip(op.index) and self._stays(op):
             folds = op.target in AFFINE_NORMS | POOLS
             reason = "folds into the weights beside it" if folds else "the order of the synapses"
+            reason = "two projections into one population" if self._meets(op) else reason
             return tuple(
                 replace(r, verdict="after transform", runs_on="chip", reason=reason) for r in rules_for(op, self.where)
             )
@@ -289,7 +307,7 @@ class _Network:
             return replace(rule, limit=limit.resource, need=limit.used, have=limit.limit)
         if op.index not in self.on_chip:
             remedy = (
-                "put neurons behind it; as a read-out Leaky(beta=0, reset_mechanism='none') with describe(readout=True)"
+                "put neurons behind it; a read-out is Leaky(beta=0, reset_mechanism='none'), described with readout=True"
             )
             return Rule(kind, "native", "host", BEHIND, remedy, plain.macs)
         layer = self.layers[op.module]
@@ -304,10 +322,6 @@ def _sources(traced: Trace) -> list[tuple[int, ...]]:
     if traced.complete:
         return [op.inputs for op in traced.ops]
     return [(op.index - 1,) if op.index else () for op in traced.ops]
-
-
-def _by_index(traced: Trace) -> dict[int, tuple[int, ...]]:
-    return dict(zip((op.index for op in traced.ops), _sources(traced), strict=True))
 
 
 def _demands(name: str, layer: nn.Module, op: TracedOp) -> tuple[LayerDemand, LayerDemand]:

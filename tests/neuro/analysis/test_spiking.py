@@ -141,7 +141,41 @@ def test_a_layer_that_more_than_neurons_read_stays_on_the_host() -> None:
     assert {op.runs_on for op in report.operations} == {"host"}
     reasons = {op.name: op.reason for op in report.operations}
     assert "more than a layer of spiking neurons" in reasons["fc"]
-    assert "no linear or convolution layer on the chip" in reasons["lif"]
+    assert "computed on the host" in reasons["lif"]
+
+
+class Branches(nn.Module):
+    """Two ways from one layer meet in the next; `scaled` leaves the chip on one of them."""
+
+    def __init__(self, scaled: bool) -> None:
+        super().__init__()
+        self.fc, self.lif = nn.Linear(6, 5), snn.Leaky(beta=0.9, init_hidden=True)
+        self.one, self.two, self.end = nn.Linear(5, 4), nn.Linear(5, 4), snn.Leaky(beta=0.9, init_hidden=True)
+        self.scaled = scaled
+
+    def forward(self, x_BF: Tensor) -> Tensor:
+        spikes = self.lif(self.fc(x_BF))
+        other = self.two(spikes)
+        return self.end(self.one(spikes) + (torch.tanh(other) if self.scaled else other))
+
+
+def test_branches_that_meet_in_neurons_are_chip_work_whole_or_not_at_all() -> None:
+    x = torch.rand(2, 6)
+    report = neuro.analyse(Branches(False), x)
+    assert report.mapped == ("fc", "two", "one")  # as they are called
+    assert {op.runs_on for op in report.operations} == {"chip"}
+    assert len(neuro.describe(Branches(False), example=x).synapses) == 3
+    other = neuro.analyse(Branches(True), x)
+    assert other.mapped == ("fc",)
+    assert {op.name: op.runs_on for op in other.operations if op.name in ("fc", "lif", "one", "two", "end")} == {
+        "fc": "chip",
+        "lif": "chip",
+        "one": "host",
+        "two": "host",
+        "end": "host",
+    }
+    with pytest.raises(NotConvertible):
+        neuro.describe(Branches(True), example=x)
 
 
 def test_a_report_of_this_route_is_no_plan_for_layers_one_by_one() -> None:
