@@ -115,6 +115,8 @@ def convert_spiking(
         calibration = generated_input(description, steps, settings.input_scale, settings.input_range)
     if calibration is None:
         return builder.network({})
+    if not len(calibration):
+        raise NotConvertible("the calibration holds no sample; give inputs like those to come, (samples, steps, inputs)")
     ranges = seen(description, calibration)
 
     def made(settings: Settings) -> SpikingNetwork:
@@ -236,6 +238,8 @@ class _Builder:
             source = self._relayed(self._one, self._depths[neurons.name] - 1)
             feeds += (Feed(f"{neurons.name}_bias", source, (by_line * gain)[:, None], None, (0, 1), 0),)
         du = np.clip(np.rint(4096 * (1 - neurons.alpha)) - 1, 0, 4095).astype(np.int64)
+        if np.any(neurons.alpha > 1 - 1 / 8192):
+            self.notes.append(f"{neurons.name}: a current keeps 4095/4096 from step to step at the most, and alpha is 1")
         dv = np.minimum(4095, 4096 - np.rint(4096 * neurons.beta)).astype(np.int64)
         return Layer(
             neurons.name, feeds, bias * gain, du, dv, threshold, odd, neurons.reset, neurons.reset_delayed,

@@ -306,6 +306,42 @@ def test_the_graph_survives_its_file(tmp_path):
     assert identical(load_graph(save_graph(made.graph, tmp_path / "n.graph.npz")), made.graph)
 
 
+@pytest.mark.parametrize(
+    ("changes", "settings", "message"),
+    [
+        ({}, {"calibration": torch.zeros(0, 6, 2)}, "the calibration holds no sample"),
+        ({}, {"calibration": torch.zeros(1, 5, 2)}, "samples have 5 steps; the network was converted for 6"),
+        ({}, {"calibration": torch.zeros(1, 6, 3)}, r"\(samples, steps, 2\) is needed"),
+        ({}, {"calibration": torch.full((1, 6, 2), 0.3)}, r"whole numbers 0\.\.1 of 1"),
+        ({"threshold": 1e-9}, {}, r"a: with weights up to 1e\+09 thresholds, no exponent"),
+        ({"bias": 1e6}, {}, "and biases up to 1e"),
+        ({"beta": 1.0, "bias": 0.5}, {"steps": None}, "a has a bias, which acts before"),
+        ({"beta": 1.0}, {"steps": None}, "v never decays and steps is None"),
+    ],
+)
+def test_what_does_not_convert_is_refused_with_the_remedy(changes, settings, message):
+    description = chain(Neurons("a", (2,), **{"beta": 0.5, **changes}), weights=(np.ones((2, 2)),), input_size=2)
+    with pytest.raises(NotConvertible, match=message):
+        convert_spiking(description, **{"steps": 6, **settings})
+
+
+def test_layers_without_weights_live_on_their_biases():
+    layers = (Neurons("a", (2,), beta=0.5, bias=[0.75, 0.375]), Neurons("b", (2,), beta=1.0, bias=0.25))
+    synapses = (Synapses("w", INPUT, "a", np.zeros((2, 2))),)
+    description = Description((2,), layers, synapses, ("a", "b"))
+    made = convert_spiking(description, steps=6)
+    x = torch.ones(1, 6, 2)
+    values, _ = made.run(x)
+    for name, spikes in run_float(description, x).spikes.items():
+        assert torch.equal(values[name], spikes)
+        assert values[name].any()
+
+
+def test_a_current_that_never_decays_is_named():
+    description = chain(Neurons("a", (1,), alpha=1.0, beta=0.5), weights=([[0.25]],), input_size=1)
+    assert "a current keeps 4095/4096" in convert_spiking(description, steps=4).table()
+
+
 @pytest.mark.lava
 def test_lava_computes_the_same_where_it_has_the_kinds(lava):
     """A convolution of graded input, a relay, a current that decays in a loop of two pieces, a bias line, a read-out."""

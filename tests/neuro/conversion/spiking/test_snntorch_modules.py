@@ -156,6 +156,23 @@ def test_what_has_no_counterpart_is_refused_by_name():
             make()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_recurrent_convolution_spikes_as_snntorch_does(seed):
+    """All to all by a kernel: a projection to itself that stays a convolution."""
+    torch.manual_seed(seed)
+    settings = {"conv2d_channels": 3, "kernel_size": 3, "beta": 0.5, "init_hidden": True}
+    model = on_grid(nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), snntorch.RLeaky(**settings)), seed)
+    x = torch.from_numpy(np.random.default_rng(seed).random((2, 6, 1, 4, 5)) < 0.3).float()
+    expected = stepped(model, x).permute(0, 1, 4, 3, 2).flatten(2)  # (W, H, C)
+    description = describe(model, (1, 4, 5))
+    assert 0.05 < expected.mean() < 0.9
+    assert torch.equal(run_float(description, x).spikes["layer1"], expected)
+    made = convert_spiking(description, steps=6)
+    assert {p.name: p.kind for p in made.graph.projections}["layer1_own"] == "conv"
+    for mode in ("lava", "chip"):
+        assert torch.equal(made.run(x, mode=mode)[0]["layer1"], expected)
+
+
 def test_rsynaptic_at_once_is_what_it_computes():
     """snnTorch 1.0.0: reset_delay=False of RSynaptic changes an argument, and its own state is reset a step later."""
     made = describe([nn.Linear(2, 2), snntorch.RSynaptic(alpha=0.5, beta=0.5, linear_features=2, reset_delay=False)])
