@@ -271,8 +271,8 @@ def fit(layer: Layer, headroom_bits: float, seen: Seen | None, pieces: int = 1) 
             return _with_spare(found, held, 1)
         units = min(units * 0.995, whole - 64)  # rounding went over the edge
     largest = max((feed.largest for feed in layer.feeds), default=0.0)
-    bias = float(np.abs(layer.bias).max())
-    biases = f" and biases up to {bias:.3g}" if bias else ""
+    heaviest = float(np.abs(layer.bias).max())
+    biases = f" and biases up to {heaviest:.3g}" if heaviest else ""
     raise NotConvertible(
         f"{layer.name}: with weights up to {largest:.3g} thresholds{biases}, no exponent keeps its sums within 16 bits and"
         " v within 24. Shrink its weights (weight decay), its inputs' range, or headroom_bits"
