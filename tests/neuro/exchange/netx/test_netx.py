@@ -155,6 +155,18 @@ def skipping(rng: np.random.Generator) -> Layers:
     ]
 
 
+def joined_pictures(rng: np.random.Generator) -> Layers:
+    """A dense layer reads the pictures of a layer and of the input, each in the file's order; so does an average."""
+    return [
+        {"type": "input", "shape": [2, 3, 4]},
+        conv(rng, [3, 2, 3], (3, 2, 2, 2), LOIHI),
+        {"type": "concat", "shape": [42], "layers": [0]},
+        {"type": "flatten", "shape": [42]},
+        dense(rng, 12, 42, LOIHI, shape=[3, 2, 2]),
+        {"type": "average", "shape": [6]},
+    ]
+
+
 def odd_and_exponents(rng: np.random.Generator) -> Layers:
     odd = {"weight": rng.integers(-90, 90, (6, 7)).astype(np.float32)}
     return [
@@ -170,7 +182,7 @@ LAYOUTS: dict[str, Callable[[np.random.Generator], Layers]] = {
     made.__name__: made
     for made in (
         *(lif_dense, cuba_dense, lif_conv, grouped_conv, sigma_delta_conv, pooled, uneven_pool, flattened, averaged),
-        *(recurrent, resonating, resonating_conv, each_its_decay, read_out, skipping, odd_and_exponents),
+        *(recurrent, resonating, resonating_conv, each_its_decay, read_out, skipping, joined_pictures, odd_and_exponents),
     )
 }
 
@@ -358,6 +370,22 @@ def test_mode_chip_holds_the_same_weights(name: str, tmp_path: Path) -> None:
     lava, chip = run(graph, frames), run(graph, frames, mode="chip")
     for population, messages in lava.items():
         np.testing.assert_array_equal(chip[population], messages)
+
+
+def test_a_file_without_an_input_layer_is_told_what_enters(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    layers = lif_conv(rng)
+    path, frames = write(tmp_path / "whole.net", layers), frames_for(layers, rng)
+    bare = write(tmp_path / "bare.net", layers[1:])
+    first, second = run(load_netx(path), frames), run(load_netx(bare, input_shape=(2, 5, 9)), frames)
+    np.testing.assert_array_equal(first["layer2"], second["layer1"])
+    assert second["layer1"].any()
+
+    graded = [dense(rng, 4, 6, {**SDNN, "sigma_output": True})]
+    graph = load_netx(write(tmp_path / "graded.net", graded), input_bits=9)
+    sent = rng.integers(-256, 256, (STEPS, 6))
+    sums = np.cumsum(sent @ graded[0]["weight"].astype(np.int64).T, axis=0)
+    np.testing.assert_array_equal(run(graph, sent)["layer0"][1:, :, 0, 0], sums[:-1])
 
 
 def test_values_become_the_integers_of_the_first_layer(tmp_path: Path) -> None:
