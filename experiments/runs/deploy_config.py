@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from hardware.text import short
 from neuro.conversion.calibration import DEFAULT_PERCENTILE, METHODS
@@ -18,6 +19,8 @@ DIGITAL_PROFILES = ["digital45_int8_sram", "digital45_int8_dram", "digital45_fp3
 @dataclass
 class RouteConfig:
     """How a model is converted and priced, whatever it is."""
+
+    ROUTES: ClassVar[tuple[str, ...]] = ROUTES
 
     chip: str = "loihi2"
     chips: int = 0
@@ -38,8 +41,8 @@ class RouteConfig:
 
     def __post_init__(self) -> None:
         check_least(self, 0, "chips", "threads")
-        if self.route not in ROUTES:
-            raise ValueError(f"route is {short(self.route)!r}; it is one of {', '.join(ROUTES)}")
+        if self.route not in self.ROUTES:
+            raise ValueError(f"route is {short(self.route)!r}; it is one of {', '.join(self.ROUTES)}")
         if self.calibration_method not in METHODS:
             raise ValueError(f"calibration_method is {short(self.calibration_method)!r}; it is one of {', '.join(METHODS)}")
         if not 0 < self.percentile <= 100:

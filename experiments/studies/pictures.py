@@ -50,6 +50,7 @@ def one(samples: Samples, seed: int, routes: Sequence[str], args: argparse.Names
     for route in routes:
         cfg = RouteConfig(route=route, profiles=PROFILES, progress=args.progress, rate=RateConfig(args.time_steps))
         outcome = measure(model, samples, cfg, batch=args.batch, placing_samples=args.batch if args.batch < 16 else 16)
+        assert outcome.plan is not None  # of these routes there is one
         simulated = deploy(model, outcome.plan)
         few = torch.from_numpy(samples.x[:DENSE_SAMPLES])
         dense = dense_equivalent(simulated, few, [c for c in outcome.counts if not c.host], cfg.chip)

@@ -231,7 +231,7 @@ REFUSED = {
     "no torch module": (["module=netmod:number"], 2, "returns int; a trained torch.nn.Module"),
     "no file": (["module=netmod:network", "path=none.npz"], 1, "no such file"),
     "unknown key": (["module=netmod:network", "pth=flat.npz"], 2, "unknown configuration key 'pth'"),
-    "unknown data": (["module=netmod:network", "data=imagenet"], 2, "it is one of arrays, digits"),
+    "unknown data": (["module=netmod:network", "data=imagenet"], 2, "it is one of arrays, events, digits"),
     "unknown route": (["module=netmod:network", "route=magic"], 2, "route is"),
     "steps against one answer": (["module=netmod:steps", "path=stream.npz"], 1, "readout=mean, sum, last or max"),
     "other width": (["module=netmod:network", "path=tokens.npz", "scale=1", "calibration_samples=9"], 1, "does not run"),

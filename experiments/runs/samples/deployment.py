@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 import yaml
 from torch import nn
 
-from experiments.comparison.proportions import Estimate
 from experiments.runs.claim import clear, differences
 from experiments.runs.deploy_config import RouteConfig
 from experiments.runs.deployment import Advance, per_token
@@ -26,10 +25,13 @@ from experiments.runs.lock import exclusive
 from experiments.runs.placed import Placed, extrapolated, host_energy, price, put_on_cores, thresholds, with_time_steps
 from experiments.runs.plain_json import plain, write_json
 from experiments.runs.progress import Bar
-from experiments.runs.samples.judging import Judged, JudgeError, Readout, confusion, judge
+from experiments.runs.samples.judging import Judged, JudgeError, Readout, judge
 from experiments.runs.samples.model import find_model
+from experiments.runs.samples.outcome import Outcome, answered
 from experiments.runs.samples.settings import DeployModuleConfig
-from experiments.samples.records import CLASSES, DataError, Samples
+from experiments.runs.samples.spiking import LIF, as_streams, deploy_spiking
+from experiments.runs.samples.spiking_record import spiking_outcome
+from experiments.samples.records import DataError, Samples
 from experiments.samples.sets import Recording, load_samples
 from experiments.views.samples.written import write_views
 from hardware.datafile import DataFileError
@@ -37,8 +39,9 @@ from hardware.energy.account import Counts, EnergyReport, load_profile
 from hardware.placement import DoesNotFit
 from neuro.analysis.compatibility import CompatibilityReport, NothingToMap, analyse
 from neuro.conversion.calibration import calibrate
-from neuro.conversion.plan import Plan, save_plan
+from neuro.conversion.plan import Plan
 from neuro.conversion.routes import convert
+from neuro.conversion.spiking.description import NotConvertible
 from neuro.deployment.deployed import Deployed
 from neuro.deployment.deployed import deploy as deployed_model
 
@@ -46,20 +49,6 @@ KIND = "deploy_module"
 EXPECTED = (RunError, DataError, JudgeError, NothingToMap, DoesNotFit, DataFileError)
 """Errors whose message says all."""
 MAY_DIFFER = {"out", "progress", "threads"}
-MODELS = ("float", "quantised", "simulated")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a deployment found, before it is written down. `judged`: float, quantised, simulated."""
-
-    report: CompatibilityReport
-    plan: Plan
-    judged: dict[str, Judged]
-    counts: list[Counts]
-    placed: Placed
-    energies: list[EnergyReport]
-    document: dict[str, Any]
 
 
 def deploy_module(cfg: DeployModuleConfig) -> dict[str, Any]:
@@ -94,18 +83,22 @@ def deploy_module(cfg: DeployModuleConfig) -> dict[str, Any]:
         write_json(folder / "run.json", record)
         (folder / "config.yaml").write_text(yaml.safe_dump(plain(cfg), sort_keys=False))
         readout = Readout(cfg.readout, cfg.step_axis)
-        outcome = measure(
-            model,
-            samples,
-            cfg,
-            readout=readout,
-            batch=cfg.batch,
-            calibration_samples=cfg.calibration_samples,
-            placing_samples=cfg.placing_samples,
-            name=cfg.module,
+        outcome = (
+            _spiking(model, samples, cfg)
+            if cfg.route == LIF
+            else measure(
+                model,
+                samples,
+                cfg,
+                readout=readout,
+                batch=cfg.batch,
+                calibration_samples=cfg.calibration_samples,
+                placing_samples=cfg.placing_samples,
+                name=cfg.module,
+            )
         )
         document = {"folder": str(folder), **outcome.document}
-        save_plan(outcome.plan, folder / "plan")
+        outcome.save(folder / "plan")
         write_json(folder / "deploy.json", document)
         write_views(
             folder,
@@ -113,11 +106,32 @@ def deploy_module(cfg: DeployModuleConfig) -> dict[str, Any]:
             yaml.safe_dump(plain(cfg), sort_keys=False),
             data=samples.y[0],
             answers={which: outcome.judged[which].answers[0] for which in ("float", "simulated")},
-            placement=outcome.placed.placement,
-            messages=outcome.placed.messages,
+            placement=outcome.placement,
+            messages=outcome.messages,
         )
         write_json(folder / "run.json", record | {"status": "finished"})
         return document
+
+
+def _spiking(model: nn.Module, samples: Samples, cfg: DeployModuleConfig) -> Outcome:
+    """By route lif. Raises RunError, with what `neuro` says, for a network that cannot be converted."""
+    streams = as_streams(samples, cfg.lif.time_steps)
+    try:
+        found = deploy_spiking(
+            model,
+            streams,
+            cfg.lif,
+            chip=cfg.chip,
+            chips=cfg.chips or None,
+            profiles=cfg.profiles,
+            readout=Readout(cfg.readout, cfg.step_axis),
+            batch=cfg.batch,
+            calibration_samples=cfg.calibration_samples,
+            counted_samples=cfg.placing_samples,
+        )
+    except NotConvertible as error:
+        raise RunError(f"{type(model).__name__} cannot be converted: {error}") from error
+    return spiking_outcome(model, streams, found, cfg.lif, chip=cfg.chip, name=cfg.module)
 
 
 def _finished(folder: Path, cfg: DeployModuleConfig, sources: dict[str, str]) -> bool:
@@ -208,7 +222,7 @@ def measure(
         "health": [asdict(h) for h in health],
         "notes": [*samples.notes, *simulated.notes()],
     }
-    return Outcome(report, plan, judged, counts, placed, energies, document)
+    return Outcome(judged, counts, placed.placement, placed.messages, plan, None, document)
 
 
 def converted(
@@ -257,25 +271,10 @@ def _document(
         f"host share: {report.macs_per_token - on_chip:,.0f} of {report.macs_per_token:,.0f} MACs per sample run on the "
         "host, in no row here"
     )
-    metric = "accuracy" if samples.task == CLASSES else "nrmse"
     placement = placed.placement
     return {
-        "module": name,
-        "model": type(model).__name__,
-        "data": samples.name,
-        "source": samples.source,
-        "task": samples.task,
-        "metric": metric,
-        "chip": cfg.chip,
-        "route": cfg.route,
+        **answered(model, samples, judged, name, cfg.chip, cfg.route),
         "settings": asdict(cfg.settings),
-        "ran_on": "simulated (ours, lava)",
-        "samples": n,
-        "sample_shape": list(samples.x.shape[1:]),
-        metric: {which: estimate(judged[which].result) for which in MODELS},
-        "less_float": {which: estimate(judged[which].less(judged["float"])) for which in MODELS[1:]},
-        "agreement": {which: judged[which].agreement(judged["float"]) for which in MODELS[1:]},
-        "confusion": {which: confusion(samples, judged[which]) for which in ("float", "simulated")},
         "mapped_mac_share": report.mac_share,
         "macs_per_sample": report.macs_per_token,
         "mapped_macs_per_sample": on_chip,
@@ -293,13 +292,7 @@ def _document(
         "conversion": plan.table(),
         "energy": [per_token(e, host) | {"per": "sample"} for e in energies],
         **placed.record(),
-        "seconds": {which: judged[which].seconds for which in MODELS},
     }
-
-
-def estimate(found: Estimate) -> dict[str, Any]:
-    """JSON form."""
-    return asdict(found)
 
 
 def _layer(counts: Counts, samples: int) -> dict[str, Any]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
 from experiments.runs.deploy_config import RouteConfig, check_least
 from experiments.runs.hydra_app import ConfigError
 from experiments.runs.own.reference import check_module
+from experiments.runs.samples.spiking import LIF, LifConfig
 from experiments.samples.sets import NAMES
 from hardware.text import short
+from neuro.conversion.routes import ROUTES
 
 READOUTS = ("mean", "sum", "last", "max")
 
@@ -17,6 +20,8 @@ READOUTS = ("mean", "sum", "last", "max")
 @dataclass
 class DeployModuleConfig(RouteConfig):
     """One deployment of any torch module on any samples: `spikegate deploy module=PACKAGE:FUNCTION data=NAME`."""
+
+    ROUTES: ClassVar[tuple[str, ...]] = (*ROUTES, LIF)
 
     module: str = ""
     """PACKAGE:FUNCTION: an importable module (also from the working directory) and a function in it that returns a trained
@@ -50,6 +55,8 @@ class DeployModuleConfig(RouteConfig):
     """Of these, samples whose messages are measured neuron by neuron."""
     batch: int = 64
     """Samples in one call. The sigma-delta route reads the rows of a call as a stream."""
+    lif: LifConfig = field(default_factory=LifConfig)
+    """Settings of `route=lif`, for networks of snnTorch's neurons."""
     readout: str = ""
     """mean | sum | last | max, over the axis of steps, where the module answers at every step and the data once."""
     step_axis: int = 1
@@ -73,6 +80,10 @@ class DeployModuleConfig(RouteConfig):
                 f"weights = {short(self.weights)}: a .safetensors file is read and nothing else, since a pickle can run "
                 "code; safetensors.torch.save_model(module, path) writes one"
             )
+
+    @property
+    def settings(self) -> Any:
+        return self.lif if self.route == LIF else super().settings
 
     @property
     def folder(self) -> Path:
