@@ -6,17 +6,20 @@ descend from, by path, so that none of them is imported here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from hardware.text import quoted
 from neuro.analysis.registry import LayerRule
 from neuro.conversion.spiking.snntorch_modules import NEURONS
+from neuro.conversion.spiking.snntorch_modules import neurons as made_of
 
 LIF = "lif"
 """The route of spiking networks: layers of neurons and the synapses in front of them become one graph."""
@@ -132,6 +135,25 @@ def _setting(layer: Any) -> str:
     if bool((torch.as_tensor(layer.threshold) <= 0).any()):
         return "a threshold is not above 0"
     return ""
+
+
+def program(layer: nn.Module, shape: tuple[int, ...]) -> str:
+    """Why a layer of snnTorch's neurons that converts needs programmable neurons, or "": the fixed ones of Loihi 1 reset at
+    once, to zero or (as two compartments) by subtraction, with one decay and one threshold for all.
+
+    Args:
+        layer: of neurons. shape: of one sample's spikes, (N,), (C, L) or (C, H, W).
+    """
+    grid = (shape[0], 1, shape[1]) if len(shape) == 2 else shape
+    found = made_of("this layer", layer, grid, np.zeros(math.prod(grid))).neurons
+    if found.is_readout:
+        return ""
+    if found.reset == "none":
+        return "neurons that spike and do not reset"
+    if found.reset_delayed:
+        return "a reset in the step after the spike"
+    differ = any(np.ptp(value) for value in (found.alpha, found.beta, found.threshold))
+    return "decays or thresholds that differ from neuron to neuron" if differ else ""
 
 
 def numbered(calls: Sequence[str | None]) -> list[int]:

@@ -20,8 +20,9 @@ from hardware.placement.cost import Part, resources
 from hardware.placement.report import Limit
 from neuro.analysis.report import CompatibilityReport, Operation
 from neuro.analysis.rules import AFFINE_NORMS, CONVOLUTIONS, LAYOUT, LINEARS, POSITION, Rule, Where, rules_for
-from neuro.analysis.spiking.neurons import CONVERTER, LIF, Neurons
+from neuro.analysis.spiking.neurons import CONVERTER, LIF, Neurons, program
 from neuro.analysis.tracing import Trace, TracedOp
+from neuro.conversion.spiking.description import NotConvertible
 
 WEIGHT_BITS = 8
 SUMS_OF_TWO = ("add", "iadd")
@@ -125,7 +126,9 @@ class _Network:
                 self.readers.setdefault(source, []).append(op)
         self.layers: dict[str, _Layer] = {}
         self.refused: dict[int, _Layer] = {}
-        self.on_chip = {op.index for op in traced.ops if self.is_neuron(op) and neurons[op.module].converts}
+        converted = [op for op in traced.ops if self.is_neuron(op) and neurons[op.module].converts]
+        self.unlike = {op.module: why for op in converted if any(why := self._unlike(op))}
+        self.on_chip = {op.index for op in converted if op.module not in self.unlike}
         for op in traced.ops:
             if op.target in SYNAPSES and not self.is_neuron(op) and self._owned(op, mappable):
                 self._take(op)
@@ -140,6 +143,17 @@ class _Network:
 
     def is_neuron(self, op: TracedOp) -> bool:
         return op.module in self.neurons and op.target == self.neurons[op.module].name
+
+    def _unlike(self, op: TracedOp) -> tuple[str, str]:
+        """Why neurons that convert elsewhere are not what this chip has, and the remedy; two empty texts where they are."""
+        try:
+            why = program(self.modules[op.module], op.out_shape[1:])
+        except NotConvertible as error:
+            return str(error), "make the neurons anew with the settings that they are to have"
+        if not why or self.where.chip.graded:
+            return "", ""
+        remedy = "map to loihi2, or train Leaky with one decay a layer and reset_mechanism='zero' or reset_delay=False"
+        return f"{why}: a program of the neuron, and {self.where.chip.title} has none", remedy
 
     def _passes(self, op: TracedOp) -> bool:
         """Whether an operation between neurons and synapses folds into the synapses, or only orders them."""
@@ -282,6 +296,8 @@ class _Network:
             known = self.neurons[op.module]
             plain = rules_for(op, self.where)[0]
             on = "chip" if op.index in self.on_chip else "host"
+            if op.module in self.unlike:
+                return (Rule(known.kind, "after transform", on, *self.unlike[op.module], plain.macs),)
             if op.index in self.starved:
                 return (Rule(known.kind, known.verdict, on, STARVED, "", plain.macs),)
             return (Rule(known.kind, known.verdict, on, known.reason, known.remedy, plain.macs),)

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import neuro
-from hardware.placement import Connection, LayerDemand, place
+from hardware.placement import Connection, DoesNotFit, LayerDemand, place
 from neuro.analysis.spiking.neurons import numbered, spiking_layers, spiking_neurons
 from neuro.conversion.spiking.describing import describe
 from neuro.conversion.spiking.description import NotConvertible
+from neuro.graph.demand import layer_demands
 
 snn = pytest.importorskip("snntorch")
 
@@ -81,8 +82,7 @@ def test_neurons_in_a_loop_over_time_are_one_operation_a_call() -> None:
     assert "unknown" not in table
 
 
-@pytest.mark.parametrize("chip", ["loihi1", "loihi2"])
-def test_convolutions_and_recurrent_neurons(chip: str) -> None:
+def test_convolutions_and_recurrent_neurons() -> None:
     hidden = {"beta": 0.9, "init_hidden": True}
     module = nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1, stride=2),
@@ -92,7 +92,7 @@ def test_convolutions_and_recurrent_neurons(chip: str) -> None:
         snn.RLeaky(**hidden, linear_features=6, output=True),
     )
     x = torch.rand(3, 2, 8, 8)
-    report = neuro.analyse(module, x, chip)
+    report = neuro.analyse(module, x)
     assert report.mapped == ("0", "3")
     assert report.share("macs") == 1
     assert report.macs_per_token * 3 == macs_of(module, x)
@@ -262,6 +262,32 @@ def test_a_verdict_is_what_the_converter_does(name: str) -> None:
     known = spiking_neurons(layers[1])
     assert known is not None
     assert known.converts == converts, known.reason
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in SETTINGS if name not in ("threshold", "factor", "quantised", "alpha", "lapicque")]
+)
+def test_a_verdict_on_loihi1_is_what_the_placement_of_the_converted_graph_does(name: str) -> None:
+    make, settings = SETTINGS[name]
+    module = nn.Sequential(nn.Linear(3, 4), make(**{"beta": 0.9, "init_hidden": True, **settings}))
+    network = neuro.convert_spiking(neuro.describe(module), steps=5)
+    try:
+        place(layer_demands(network.graph), "loihi1")
+        fits = True
+    except DoesNotFit:
+        fits = False
+    report = neuro.analyse(module, torch.rand(2, 3), "loihi1", strict=False)
+    assert {op.runs_on for op in report.operations} == {"chip" if fits else "host"}
+    if not fits:
+        assert "has none" in report.operations[-1].reason
+
+
+def test_a_reset_that_was_changed_after_the_neuron_was_made_is_named() -> None:
+    layer = snn.Leaky(beta=0.9, init_hidden=True)
+    layer.state_function = layer._base_zero
+    report = neuro.analyse(nn.Sequential(nn.Linear(3, 4), layer), torch.rand(2, 3), strict=False)
+    assert report.mapped == ()
+    assert "reset_mechanism says 'subtract', and the neuron computes 'zero'" in report.operations[-1].reason
 
 
 def test_average_pools_and_norms_beside_synapses_fold() -> None:
