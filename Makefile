@@ -21,7 +21,7 @@ PY := $(VENV)/bin/python
 ARGS ?=
 JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 PIP_INSTALL := -m pip install --disable-pip-version-check
-PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(JOBS) --dist worksteal
+PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # A stamp is named after what it vouches for: the pins, the dependencies, the folder. Same name: nothing to install.
 key = $(shell { cat $(1); pwd; } | cksum | tr -d ' ')

@@ -16,15 +16,34 @@ from tests.environments import missing
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 FINDINGS = sorted((ROOT / "findings").rglob("*.sh"))
+SHORTER = {
+    "own_loop": {"STEPS = 100  #": "STEPS = 12  #"},
+    "own_model": {"budget_steps=100": "budget_steps=57"},
+    "sweep_page": {
+        "budget_tokens: 40000": "budget_tokens: 8000",
+        "  random: {{set: [gate=random, gate.keep_fraction=0.7]}}\n": "",
+    },
+}
+"""What the short runs of the examples have in the place of what a reader finds there. Fewer steps of `own_model` are no
+budget that all arms use up to 2 %."""
+LENGTHS = pytest.mark.parametrize("short", [True, pytest.param(False, marks=pytest.mark.soak)], ids=["short", "whole"])
 INTERVAL = r"\d+\.\d{4} \[-?\d+\.\d{4}, \d+\.\d{4}\]"
 
 
-def run(name: str, folder: Path, *needs: str) -> str:
-    """What an example prints, run in an empty folder with warnings as errors."""
+def run(name: str, folder: Path, *needs: str, short: bool = False) -> str:
+    """What an example prints, run in an empty folder with warnings as errors; `short`: with less training in it."""
     for module in needs:
         pytest.importorskip(module)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "SPIKEGATE_EXAMPLES": str(folder / "out"), "MPLBACKEND": "agg"}
-    command = [sys.executable, "-W", "error", str(ROOT / "examples" / f"{name}.py")]
+    script = ROOT / "examples" / f"{name}.py"
+    if short:
+        text = script.read_text(encoding="utf-8")
+        for whole, less in SHORTER[name].items():
+            assert text.count(whole) == 1, f"{script.name}: {whole!r}"
+            text = text.replace(whole, less)
+        script = folder / script.name
+        script.write_text(text, encoding="utf-8")
+    command = [sys.executable, "-W", "error", str(script)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -36,8 +55,9 @@ def is_picture(path: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_a_signal_of_ones_own_in_a_loop_of_ones_own(tmp_path):
-    said = run("own_loop", tmp_path, "transformers")
+@LENGTHS
+def test_a_signal_of_ones_own_in_a_loop_of_ones_own(short, tmp_path):
+    said = run("own_loop", tmp_path, "transformers", short=short)
     rows = {m[1]: m for m in re.finditer(r"^(\w+) +(\d+)% +([\d.]+) +([\d.]+) +[\d.]+ +\d+%$", said, re.M)}
     assert set(rows) == {"dense", "random", "compressed_size"}
     assert [int(rows[arm][2]) for arm in ("dense", "random", "compressed_size")] == [100, 60, 60]
@@ -54,8 +74,9 @@ def test_a_signal_of_ones_own_in_a_loop_of_ones_own(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_model_of_ones_own_on_the_counted_clock(tmp_path):
-    said = run("own_model", tmp_path, "transformers")
+@LENGTHS
+def test_a_model_of_ones_own_on_the_counted_clock(short, tmp_path):
+    said = run("own_model", tmp_path, "transformers", short=short)
     for arm in ("dense", "random", "gated"):
         assert re.search(rf"^  {arm} +2 +{INTERVAL}", said, re.M), said
     for control in ("dense", "random at the same rate"):
@@ -92,12 +113,15 @@ def test_a_network_of_snntorch_on_the_chip(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_and_its_page(tmp_path):
-    said = run("sweep_page", tmp_path)
-    for arm in ("dense", "random", "surprise"):
+@LENGTHS
+def test_a_sweep_and_its_page(short, tmp_path):
+    said = run("sweep_page", tmp_path, short=short)
+    arms = ("dense", "surprise") if short else ("dense", "random", "surprise")
+    for arm in arms:
         assert re.search(rf"{arm} +2 +{INTERVAL}", said), said
-    assert "stream noisy: dense, random, surprise" in said
-    assert len(re.findall(r"surprise beats (?:dense|random)[^:]*: (?:yes|no);[^(]*\(n = 2", said)) == 2, said
+    assert f"stream noisy: {', '.join(arms)}" in said
+    verdicts = re.findall(r"surprise beats (?:dense|random)[^:]*: (?:yes|no); [^()]*\(n = 2", " ".join(said.split()))
+    assert len(verdicts) == len(arms) - 1, said
     page = (tmp_path / "out" / "tiny_sweep" / "comparison" / "comparison.html").read_text(encoding="utf-8")
     assert page.lower().startswith("<!doctype html>")
     assert not re.search(r"(?:src|href)=[\"']?https?:", page)

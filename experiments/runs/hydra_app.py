@@ -18,6 +18,7 @@ line per job.
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import re
 import sys
@@ -223,11 +224,12 @@ def _unreadable(word: str, said: str) -> str:
     )
 
 
-def known_keys(schema: type) -> list[str]:
+@functools.cache
+def known_keys(schema: type) -> tuple[str, ...]:
     """Every dotted key of `schema`, inner nodes included."""
     from omegaconf import OmegaConf
 
-    return list(_walk(OmegaConf.structured(schema)))
+    return tuple(_walk(OmegaConf.structured(schema)))
 
 
 def _walk(node: Any, prefix: str = "") -> Iterator[str]:
@@ -240,13 +242,14 @@ def _walk(node: Any, prefix: str = "") -> Iterator[str]:
             yield from _walk(inner, f"{prefix}{key}.")
 
 
-def _free(schema: type) -> list[str]:
+@functools.cache
+def _free(schema: type) -> tuple[str, ...]:
     """Dotted keys that are plain dictionaries (`dict[str, ...]`): whatever lies under them is the user's."""
     from omegaconf import DictConfig, OmegaConf
 
     cfg = OmegaConf.structured(schema)
     nodes = {key: OmegaConf.select(cfg, key) for key in _walk(cfg) if not OmegaConf.is_missing(cfg, key)}
-    return [key for key, node in nodes.items() if isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict]
+    return tuple(key for key, node in nodes.items() if isinstance(node, DictConfig) and OmegaConf.get_type(node) is dict)
 
 
 def _settable(word: str, free: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -27,6 +28,7 @@ from sparse_update.data import sources
 from sparse_update.gates import policies
 from sparse_update.signals import SIGNALS
 from tests.docs.pages import ROOT, SHELLS, Block, blocks, commands, name, pages
+from tests.experiments.console import spikegate
 
 LANGUAGES = ("python", *SHELLS, "text", "yaml", "toml", "json", "bibtex", "tree")
 HYDRA = ("train", "deploy", "compare", "pays")
@@ -93,11 +95,14 @@ def test_python_blocks_run_and_print_what_the_page_says(part, tmp_path):
 
 @pytest.mark.parametrize("page", with_blocks(is_session))
 def test_sessions_run(page, tmp_path):
+    """In this process: that `spikegate` is there as a program is for tests/test_packaging.py."""
     write_files(page, tmp_path)
     for block in filter(is_session, blocks(page)):
         for line in block.text.splitlines():
             if line.startswith("$ "):
-                run(["bash", "-c", line[2:]], tmp_path)
+                program, *words = shlex.split(line[2:])
+                assert program == "spikegate", f"who runs {program!r} here?"
+                spikegate(*words, cwd=tmp_path)
 
 
 class Understood(Exception):

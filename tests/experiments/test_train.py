@@ -45,7 +45,7 @@ def runs(text, tmp_path_factory):
     """Three arms on one table of component times, the dense one deployed."""
     folder = tmp_path_factory.mktemp("runs")
     for arm in ("dense", "random", "surprise"):
-        words = [f"gate={arm}", f"run={arm}", "trainer.budget_reference_s=1", "trainer.component_times=times.json"]
+        words = [f"gate={arm}", f"run={arm}", "trainer.budget_reference_s=0.5", "trainer.component_times=times.json"]
         spikegate("train", *FAST, f"data.path={text}", "data.garbage_fraction=0.3", *words, cwd=folder)
     return folder
 
@@ -105,7 +105,7 @@ def test_a_repetition_is_not_written_into_the_folder_of_another_run(tmp_path, ca
 
 
 def test_an_interrupted_process_resumes_to_the_same_bits(runs, text, tmp_path):
-    common = [*FAST, f"data.path={text}", "gate=surprise", "seed=3", "trainer.budget_reference_s=2"]
+    common = [*FAST, f"data.path={text}", "gate=surprise", "seed=3", "trainer.budget_reference_s=1.2"]
     common += [f"trainer.component_times={runs / 'times.json'}", "trainer.log_every_steps=1"]
     whole = last_json(spikegate("train", *common, "run=whole", cwd=tmp_path))
     process = subprocess.Popen(
@@ -194,7 +194,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_with_resume(runs,
         shutil.copy(runs / "dense" / name, killed / name)
     (killed / "run.json").write_text(json.dumps({"kind": "train", "status": "running"}))
     words = [*FAST, f"data.path={text}", "data.garbage_fraction=0.3", "gate=dense", "run=killed"]
-    words += ["trainer.budget_reference_s=1", "trainer.component_times=times.json"]
+    words += ["trainer.budget_reference_s=0.5", "trainer.component_times=times.json"]
     assert "already holds a run" in spikegate("train", *words, cwd=runs, check=False).stderr
     with exclusive(killed, "another training"):
         done = spikegate("train", *words, "resume=true", cwd=runs, check=False)
@@ -220,7 +220,7 @@ def test_deploying_what_is_no_finished_run_is_refused(runs, tmp_path):
 
 def test_multirun_gives_one_line_per_arm(text, tmp_path):
     done = spikegate(
-        "train", "-m", *FAST, f"data.path={text}", "gate=dense,random", "trainer.budget_reference_s=1",
+        "train", "-m", *FAST, f"data.path={text}", "gate=dense,random", "trainer.budget_reference_s=0.3",
         "trainer.component_times=times.json", cwd=tmp_path,
     )  # fmt: skip
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -15,7 +15,7 @@ from tests.shared import once
 FAST = [
     "model.width=16", "model.layers=2", "model.heads=2", "model.context=32", "model.attention=explicit",
     "trainer.batch_windows=4", "trainer.eval_tokens=1024", "trainer.evaluations=2", "trainer.precision=fp32",
-    "trainer.budget_reference_s=0.8", "trainer.log_every_steps=5",
+    "trainer.budget_reference_s=0.4", "trainer.log_every_steps=5",
     "gate.pool_windows=32", "gate.ngram_bits=12", "data=files", "data.garbage_fraction=0.3", "progress=false",
 ]  # fmt: skip
 ARMS = ("dense", "random", "surprise")
