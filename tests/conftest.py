@@ -4,6 +4,7 @@ on what ran before it nor on which worker it runs on. A run ends with what it le
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
 import zlib
@@ -15,6 +16,9 @@ import pytest
 from tests.report import grouped, left_out
 
 SOAK = pytest.StashKey[int]()
+MODULES_AT_ONCE = 100
+"""So many newly loaded modules are set aside from garbage collection"""
+_loaded = 0
 
 
 def seed(name: str) -> None:
@@ -37,6 +41,17 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, A
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest) -> Generator[None, Any, Any]:
     seed(f"{fixturedef.baseid}::{fixturedef.argname}::{getattr(request, 'param_index', 0)}")
     return (yield)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Modules stay, and so do the tests that were collected: a full collection, as Hugging Face's Trainer asks for at every
+    end, would walk through a million objects of theirs each time."""
+    global _loaded
+    if len(sys.modules) > _loaded + MODULES_AT_ONCE:
+        gc.collect()
+        gc.freeze()
+        _loaded = len(sys.modules)
 
 
 @pytest.hookimpl(tryfirst=True)

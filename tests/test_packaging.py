@@ -259,10 +259,11 @@ def test_test_lints_sets_up_lava_and_runs_pytest(shop):
 
 
 def test_soak_and_coverage_are_runs_of_pytest(shop):
-    assert shop.make("soak", "JOBS=2", "ARGS=-x")[0][-1] == "-m pytest -n 2 --dist worksteal -m soak -x"
+    begun = "-m pytest -n 2 --dist loadfile --no-loadscope-reorder"
+    assert shop.make("soak", "JOBS=2", "ARGS=-x")[0][-1] == f"{begun} -m soak -x"
     notes, done = shop.make("coverage", "JOBS=2")
     assert done.returncode == 0, done.stderr
-    assert notes == ["-m pytest -n 2 --dist worksteal --cov --cov-report=", "-m coverage report --sort=cover"]
+    assert notes == [f"{begun} --cov --cov-report=", "-m coverage report --sort=cover"]
 
 
 def test_without_python_310_the_tests_go_on_and_lava_fails(shop):
