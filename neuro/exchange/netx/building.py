@@ -129,9 +129,9 @@ class _Builder:
                 f"{first.where} is the first layer, and nothing says the shape of its input; give input_shape=(c, y, x)"
                 " (--input-shape C Y X)"
             )
-        key = "weight/real" if first.has("weight/real") else "weight"
-        outs = math.prod(first.shape() or (len(first.whole(key)), 1, 1))
-        return checked_shape([first.whole(key).size // outs], f"{first.where}: the number of its columns")
+        outs = math.prod(_Builder._dense_shape(first))
+        columns = first.whole("weight/real" if first.has("weight/real") else "weight").size // outs
+        return checked_shape([columns], f"{first.where}: the number of its columns")
 
     def _input(self, layer: Layer, shape: Shape) -> None:
         kind = {"SDNN": "delta", "": ""}.get(layer.neuron, "lif") if layer.kind == "input" else ""
@@ -366,12 +366,15 @@ class _Builder:
             )
         )
 
-    def _dense_shape(self, layer: Layer) -> Shape:
+    @staticmethod
+    def _dense_shape(layer: Layer) -> Shape:
         shape = layer.shape()
         if shape is not None:
             return shape
-        rows = layer.whole("weight/real" if layer.has("weight/real") else "weight")
-        return checked_shape([len(rows)], f"{layer.where}: the number of its rows")
+        weight = layer.whole("weight/real" if layer.has("weight/real") else "weight")
+        if weight.ndim != 2:
+            raise NetxFileError(f"{layer.where}: 'shape' is missing, and its weight, of shape {weight.shape}, has no rows")
+        return checked_shape([len(weight)], f"{layer.where}: the number of its rows")
 
     def _bias(self, layer: Layer, shape: Shape) -> np.ndarray | int:
         if not layer.has("bias"):

@@ -155,6 +155,11 @@ WRONG: dict[str, tuple[list[dict[str, Any]], type[Exception], str]] = {
     ),
     "neurons at the input": ([{**INPUT, "neuron": RF}, DENSE], NotInNetx, r"layer 0 \(input\): neurons of type 'RF_PHASE'"),
     "no neurons at all": ([INPUT, {"type": "flatten", "shape": [6]}], NetxFileError, r"no layer of neurons"),
+    "no shape": (
+        [INPUT, without({**DENSE, "weight": np.full(30, 2.0)}, "shape")],
+        NetxFileError,
+        r"'shape' is missing, and its",
+    ),
     "two inputs": ([INPUT, INPUT, DENSE], NetxFileError, r"layer 1 \(input\): an input stands first only"),
     "average": ([INPUT, DENSE, {"type": "average", "shape": [2]}], NetxFileError, r"a number of outputs that divides them"),
     "size": ([{"type": "input", "shape": [2**13, 2**13]}, DENSE], NetxFileError, r"67,108,864 neurons; 16,777,216 are the"),
