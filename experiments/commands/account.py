@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="zeros of dense projections: auto leaves them out where they are more than a quarter; stored counts them",
     )
     parser.add_argument(
-        "--mode", choices=("lava", "chip"), default="lava", help="arithmetic of the simulator (default: lava)"
+        "--mode", choices=("lava", "chip", "xylo"), default=None, help="arithmetic (default: xylo for its kinds, else lava)"
     )
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cpu)")
     add_json_argument(parser)

@@ -39,10 +39,12 @@ from neuro.accounting.counts import (
 )
 from neuro.accounting.running import CountedRun, counted_run
 from neuro.accounting.table import account_table
+from neuro.graph.kinds import XYLO_KINDS
 from neuro.graph.network import SpikingGraph
 from neuro.simulators.activity import Activity
 from neuro.simulators.inputs import Integers
 from neuro.simulators.schedule import components
+from neuro.simulators.support import default_mode
 
 REFERENCE = "digital45_int8_sram"
 ANCHOR, MIXTURE = "pilotnet_snn", "loihi1_davies2018"
@@ -172,7 +174,7 @@ def graph_account(
     profiles: Sequence[str | Path] | None = None,
     reference: str | Path = REFERENCE,
     zeros: str = "auto",
-    mode: str = "lava",
+    mode: str | None = None,
     steps: int | None = None,
     device: torch.device | str | None = None,
 ) -> GraphAccount:
@@ -182,11 +184,13 @@ def graph_account(
         graph: any graph: made by hand, converted, or imported.
         inputs: integers (batch, steps, size) per input population, as `fixed_point.simulate` takes them.
         chip: name of a shipped chip, path of a chip file, or a `Chip`. chips: as many as there are; None for any number.
-        profiles: names or paths of energy profiles; None takes every shipped one that prices a chip. On Loihi 2 joules
-            scaled from one measured network are added. Dense profiles price the dense equivalent.
+        profiles: names or paths of energy profiles; None takes every shipped one that prices a chip, and none for Xylo's
+            kinds, of which no energy per event is published. On Loihi 2 joules scaled from one measured network are added.
+            Dense profiles price the dense equivalent.
         reference: the dense profile of the dense equivalent and of the break-even.
         zeros: "auto" or "stored" (`neuro.accounting.counts.ZEROS`).
-        mode, device, steps: of the simulation; `steps` for a graph without input populations.
+        mode, device, steps: of the simulation; mode None takes the one of the graph's kinds, `steps` is for a graph without
+            input populations.
 
     Raises:
         InputError, GraphError, ValueError: as `fixed_point.simulate`; a profile of the wrong kind.
@@ -194,20 +198,24 @@ def graph_account(
         FileNotFoundError, DataFileError: of a chip or profile.
     """
     target = chip if isinstance(chip, Chip) else load_chip(chip)
-    names = [name for name in list_profiles() if load_profile(name).costs == "spiking"] if profiles is None else profiles
-    chosen = [load_profile(name) for name in names]
+    own = all(
+        population.kind not in XYLO_KINDS for population in graph.populations
+    )  # events as Loihi's profiles price them
+    shipped = [name for name in list_profiles() if own and load_profile(name).costs == "spiking"]
+    chosen = [load_profile(name) for name in (shipped if profiles is None else profiles)]
     digital = load_profile(reference)
     if digital.costs != "dense":
         raise ValueError(f"reference {quoted(digital.name)} prices a chip; a dense profile is needed, such as {REFERENCE}")
     counted = sparse_where_it_pays(graph, zeros)
-    run = counted_run(counted, inputs, mode=mode, steps=steps, device=device)
+    how = default_mode(counted, "fixed_point") if mode is None else mode
+    run = counted_run(counted, inputs, mode=how, steps=steps, device=device)
     counts = graph_counts(counted, run.activity)
     placement, why_not_placed = _placed(counted, run, target, chips)
     latencies, why_not_timed = _timed(counted, run, counts, placement)
     chip_profiles = [profile for profile in chosen if profile.costs == "spiking"]
     dense_profiles = {profile.name: profile for profile in chosen if profile.costs == "dense"} | {digital.name: digital}
     energies = [PricedEnergy(_price(counts, profile, placement, latencies)) for profile in chip_profiles]
-    if target.name == "loihi2" and profiles is None:
+    if target.name == "loihi2" and profiles is None and own:
         energies.append(PricedEnergy(_extrapolated(counts, placement, latencies)))
     stepwise = every_step(counts)
     loops = any(loop for _, loop in components(counted))  # then one evaluation a sample computes something else

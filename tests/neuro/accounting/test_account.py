@@ -216,3 +216,22 @@ def test_zeros_of_a_kernel_are_named_and_counted() -> None:
     found = graph_account(network, {"x": x})
     assert "projection 'c': 1 of 4 weights are zero, in the kernel, assumed stored" in found.table()
     assert found.counts[0].synops == 2 * 2 * 4  # steps, positions, weights; the zero costs as much as the others
+
+
+def test_a_graph_of_xylo_is_counted_and_priced_by_no_profile_of_another_maker() -> None:
+    params = {"dash_mem": 2, "dash_syn": 2, "vth": 20}
+    network = SpikingGraph(
+        [Population("x", "input", 3), Population("h", "xylo", 4, params), Population("y", "xylo_out", 2, params)],
+        [
+            Projection("w", "x", "h", "a_in", np.full((4, 3), 30), num_message_bits=5),
+            Projection("v", "h", "y", "a_in", np.full((2, 4), 30), num_message_bits=6),
+        ],
+        ["y"],
+    )
+    x = np.ones((2, 6, 3), dtype=int)
+    found = graph_account(network, {"x": x})
+    ours = simulate(network, {"x": x}, mode="xylo")
+    assert found.activity.populations == ours.populations
+    assert found.counts[1].neuron_updates_active > 0
+    assert {one.dense for one in found.energies} == {ONCE, EACH}
+    assert "not placed: population 'h' (xylo) is of Xylo" in found.table()
