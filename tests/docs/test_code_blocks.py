@@ -139,7 +139,8 @@ def composed(command: str, words: list[str], monkeypatch: pytest.MonkeyPatch) ->
         return {}
 
     def instead(name: str, schema: type, function: object, argv: Sequence[str] | None = None, **more: object) -> int:
-        return run_app(name, schema, note, argv)
+        place = {key: value for key, value in more.items() if key == "configs"}
+        return run_app(name, schema, note, argv, **place)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "run_app", instead)
     for one in _jobs(words):
