@@ -71,9 +71,10 @@ class Segment:
     dimension of the input that holds the tokens of a stream. Code "rate": `reset` is "soft" (subtract the threshold) or
     "hard" (to 0), `input_code` "spikes" or "analogue".
 
-    With `stages` a row is a sample of `shape` (torch's order), `n_in` and `n_out` count its values and those of `outputs`,
-    the stages that the host reads; `weight_scales` are those of `modules`, `shifts` those of the stages, and
-    `output_scale` is the last output's.
+    With `stages` a row is a sample of `shape` (torch's order), `n_in` and `n_out` count its values and those of
+    `outputs`, the stages that the host reads; `constant_lines` are payloads that come with every sample, `bias_lines`
+    those that come with the first of a stream, each from an input population of its own; `weight_scales` are those of
+    `modules`, `shifts` those of the stages, and `output_scale` is the last output's.
     """
 
     name: str

@@ -46,10 +46,20 @@ def encode(segment: Segment, x: Tensor) -> tuple[dict[str, Tensor], int]:
     if segment.input_threshold:
         q = q.masked_fill_(q.abs() <= segment.input_threshold, 0.0)
     inputs = {INPUT: to_neurons(q, segment.shape).to(torch.int32)[None]}
-    if segment.constant_lines:
-        lines = torch.tensor(segment.constant_lines, dtype=torch.int32, device=x.device)
-        inputs[LINES] = lines.expand(1, len(x), len(lines)).contiguous()
-    return inputs, int(torch.count_nonzero(x.abs() > (INT8_MAX + 0.5) * segment.input_scale))
+    clipped = int(torch.count_nonzero(x.abs() > (INT8_MAX + 0.5) * segment.input_scale))
+    return {**inputs, **constants(segment, len(x), x.device)}, clipped
+
+
+def constants(segment: Segment, samples: int, device: torch.device) -> dict[str, Tensor]:
+    """What the input populations of constants send: with every sample, or with the first alone. int32 (1, N, 1) each."""
+    found = {}
+    for payload in segment.constant_lines:
+        found[f"{LINES}{payload}"] = torch.full((1, samples, 1), payload, dtype=torch.int32, device=device)
+    for payload in segment.bias_lines:
+        once = torch.zeros(1, samples, 1, dtype=torch.int32, device=device)
+        once[0, 0] = payload
+        found[f"{STARTS}{payload}"] = once
+    return found
 
 
 class NetworkRunner(SegmentRunner):
@@ -66,6 +76,7 @@ class NetworkRunner(SegmentRunner):
         self._owner = {link.module: stage for stage in segment.stages for link in stage.links if link.module}
         self._macs = dict(zip(segment.modules, segment.macs, strict=True))
         self._weights = dict(zip(segment.modules, segment.weight_counts, strict=True))
+        self._line = {name: self._line_of(self._owner[name]) for name in segment.modules}
         self.layers = self._populations()
         self._projections_of = self._projections()
         self._called: list[str] = []
@@ -80,25 +91,25 @@ class NetworkRunner(SegmentRunner):
 
     # What stands for a layer.
 
-    def _last(self, stage: Stage) -> str:
-        """Name of the layer that a stage's own work is counted with: its last, or that of the stage that it reads."""
+    def _line_of(self, stage: Stage) -> str:
+        """Name in the counts of what a stage does: its layers', "conv2 + down", or that of the stage that it reads."""
         while True:
-            layer = next((name for name in reversed(self.segment.modules) if self._owner[name] is stage), None)
-            if layer is not None:
-                return layer
+            layers = [name or "root" for name in self.segment.modules if self._owner[name] is stage]
+            if layers:
+                return " + ".join(layers)
             source = next((link.source for link in stage.links if link.source != INPUT), "")
             if not source:
-                return self.segment.modules[0]
+                return self._line_of(self.segment.stages[0])
             stage = self._stages[source]
 
     def _populations(self) -> dict[str, tuple[str, ...]]:
-        found: dict[str, list[str]] = {name or "root": [] for name in self.segment.modules}
+        found: dict[str, list[str]] = {line: [] for line in self._line.values()}
         names = [p.name for p in self.segment.graph.populations]
         for stage in self.segment.stages:
             own = {stage.name, stage.sums, stage.held, f"{stage.name}.relu"}
             mine = [n for n in names if n in own or n.startswith(f"{stage.name}.late")]
-            found[self._last(stage) or "root"] += mine
-        first = self.segment.modules[0] or "root"
+            found[self._line_of(stage)] += mine
+        first = self._line[self.segment.modules[0]]
         inputs = self.segment.graph.inputs
         found[first] += [n for n in names if n.startswith((LINES, STARTS, f"{INPUT}.late")) and n not in inputs]
         return {layer: tuple(populations) for layer, populations in found.items()}
@@ -110,7 +121,7 @@ class NetworkRunner(SegmentRunner):
         found: dict[str, list[str]] = {layer: [] for layer in self.layers}
         for projection in self.segment.graph.projections:
             if projection.name in weights:
-                found[weights[projection.name] or "root"].append(projection.name)
+                found[self._line[weights[projection.name]]].append(projection.name)
             else:
                 found[at[projection.target]].append(projection.name)
         return {layer: tuple(names) for layer, names in found.items()}
@@ -298,19 +309,21 @@ class NetworkRunner(SegmentRunner):
         return max((payload_bits(self._projections_sum[name].max_abs_payload) for name in wide), default=1)
 
     def counts(self) -> list[Counts]:
-        """One record per layer; what stands between layers counts with the layer before it."""
+        """One record per layer, and one for layers that add up in one population ("conv2 + down"); what stands between
+        layers counts with the layer before it.
+        """
         host = self.backend != "fixed_point"
         lines = []
         by_name = self._projection
-        for module in self.segment.modules:
-            layer = module or "root"
+        for layer in self.layers:
+            modules = [name for name, line in self._line.items() if line == layer]
             mine = [self._projections_sum[n] for n in self._projections_of[layer] if n in self._projections_sum]
             people = [self._populations_sum[n] for n in self.layers[layer] if n in self._populations_sum]
             held = sum(by_name[n].weight.size for n in self._projections_of[layer] if by_name[n].kind != "sparse")
             held += sum(
                 int((by_name[n].weight != 0).sum()) for n in self._projections_of[layer] if by_name[n].kind == "sparse"
             )
-            size = (self._weights[module] * self.segment.weight_bits if host else 8 * held) / 8
+            size = (sum(self._weights[name] for name in modules) * self.segment.weight_bits if host else 8 * held) / 8
             lines.append(
                 Counts(
                     layer=layer,
@@ -319,7 +332,7 @@ class NetworkRunner(SegmentRunner):
                     events=sum(p.events for p in mine),
                     neuron_updates_active=sum(p.updates_active for p in people),
                     neuron_updates_inactive=sum(p.updates_inactive for p in people),
-                    dense_macs=self._macs[module] * self.rows,
+                    dense_macs=sum(self._macs[name] for name in modules) * self.rows,
                     weight_bytes=math.ceil(size),
                     graded=not host and self.segment.code != "rate",
                     payload_bits=0 if host else self._payload_bits(layer),

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from neuro.conversion.convolutions.geometry import box, to_neurons, to_torch
 from neuro.conversion.convolutions.stages import INPUT, Link
-from neuro.conversion.convolutions.weaving import LINES, STARTS
 from neuro.conversion.integers import INT8_MAX, quantise
 from neuro.conversion.plan import Segment
 from neuro.deployment.coding import beyond, changes, levels, spike_trains
-from neuro.deployment.networks import NetworkRunner
+from neuro.deployment.networks import NetworkRunner, constants
 from neuro.simulators.fixed_point import run_pipelined
 
 CHUNK_VALUES = 2**24  # messages of all populations held at a time
@@ -44,14 +43,7 @@ def encode(segment: Segment, x: Tensor) -> tuple[dict[str, Tensor], int]:
         return {INPUT: lines_NTS.reshape(1, len(x) * steps, -1).to(torch.int32)}, clipped
     q = to_neurons(quantise(x.reshape(len(x), *segment.shape), segment.input_scale), segment.shape).to(torch.int32)[None]
     _, sent = changes(q, torch.zeros_like(q[:, 0]), segment.input_threshold)
-    inputs = {INPUT: sent}
-    if segment.constant_lines:
-        lines = torch.tensor(segment.constant_lines, dtype=torch.int32, device=x.device)
-        inputs[LINES] = lines.expand(1, len(x), len(lines)).contiguous()
-    if segment.bias_lines:
-        starts = torch.zeros(1, len(x), len(segment.bias_lines), dtype=torch.int32, device=x.device)
-        starts[0, 0] = torch.tensor(segment.bias_lines, dtype=torch.int32, device=x.device)
-        inputs[STARTS] = starts
+    inputs = {INPUT: sent, **constants(segment, len(x), x.device)}
     return inputs, beyond(x, (INT8_MAX + 0.5) * segment.input_scale)
 
 

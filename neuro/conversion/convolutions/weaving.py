@@ -1,9 +1,9 @@
 """Populations and projections of a network of convolutions, written down one by one, with relays where ways differ in
 length.
 
-A graph gives every projection one step, and a sample's values must meet in the same step: what skips over layers waits in
-relays, and so do the constants (biases, halves of a step, the ones of product neurons), which come from one input
-population.
+A graph gives every projection one step, and a sample's values must meet in the same step: what skips over layers waits
+in relays. Constants (biases, halves of a step, the ones of product neurons) come from input populations of one neuron
+each and wait in the delays of their synapses.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ import numpy as np
 from neuro.conversion.convolutions.geometry import Pool, box, order, picture, window
 from neuro.conversion.convolutions.stages import INPUT
 from neuro.conversion.integers import payload_bits
-from neuro.conversion.mapped import dense, one_to_one
+from neuro.conversion.mapped import dense
 from neuro.graph import Population, Projection
 from neuro.graph.synapses import Convolution
 
 LINES = "lines"
-"""Input population of constants, one neuron for each payload, that come with every sample."""
+"""Input populations of constants that come with every sample begin so; the payload follows: "lines127"."""
 STARTS = "starts"
-"""Input population of constants that come once, with the first sample of a stream."""
+"""Those of constants that come once, with the first sample of a stream."""
+LONGEST_DELAY = 62
 MOST_GAIN = 255
 RAW_BITS = 24
 
@@ -128,23 +129,42 @@ class Weaver:
         self.constants(f"one.{target}", target, "a_in2", (1,), np.full((size, 1), 2, dtype=np.int32))
 
     def finish(self, origin: str = LINES) -> tuple[int, ...]:
-        """Write the population of constants of that name, its relays and its projections; returns its payloads."""
+        """Write an input population for each constant of that origin, and their projections; returns the payloads.
+
+        A projection waits for its target in its synapses' delays; where that is too long, a relay waits first.
+        """
         wanted = self._constants[origin]
         payloads = tuple(sorted({payload for _, _, _, columns in wanted for payload in columns}))
-        if not payloads:
-            return ()
-        count, bits = len(payloads), max(8, payload_bits(max(payloads)))
-        self.populations.append(Population(origin, "input", count))
-        deepest = max(self.depth[target] for _, target, _, _ in wanted) - 1
-        for step in range(1, deepest + 1):
-            self.populations.append(Population(f"{origin}{step}", "graded", count, {"vth": 0}))
-            before = f"{origin}{step - 1}" if step > 1 else origin
-            self.projections.append(one_to_one(f"delay.{origin}{step}", before, f"{origin}{step}", count, 0, RAW_BITS))
+        for payload in payloads:
+            self.populations.append(Population(f"{origin}{payload}", "input", 1))
+            self.depth[f"{origin}{payload}"] = 0
         for name, target, port, columns in wanted:
-            depth = self.depth[target] - 1
-            absent = np.zeros_like(next(iter(columns.values())))
-            weight = np.stack([columns.get(payload, absent) for payload in payloads], axis=1)
-            source = f"{origin}{depth}" if depth else origin
-            exponent = -1 if port == "a_in2" else 0
-            self.projections.append(dense(name, source, target, weight, exponent, bits, port))
+            for payload, column_N in columns.items():
+                bits = max(8, payload_bits(payload))
+                source = self._waiting(f"{origin}{payload}", self.depth[target] - 1, bits)
+                delay = self.depth[target] - 1 - self.depth[source]
+                exponent = -1 if port == "a_in2" else 0
+                self._delayed(f"{name}.{payload}", source, target, port, column_N[:, None], exponent, bits, delay)
         return payloads
+
+    def _waiting(self, source: str, depth: int, bits: int) -> str:
+        while depth - self.depth[source] > LONGEST_DELAY:
+            relay = f"{source}.late"
+            if relay not in self.depth:
+                self.populations.append(Population(relay, "graded", 1, {"vth": 0}))
+                self.depth[relay] = self.depth[source] + 1 + LONGEST_DELAY
+                one = np.full((1, 1), 2, dtype=np.int32)
+                self._delayed(f"delay.{relay}", source, relay, "a_in", one, -1, bits, LONGEST_DELAY)
+            source = relay
+        return source
+
+    def _delayed(
+        self, name: str, source: str, target: str, port: str, weight: np.ndarray, exponent: int, bits: int, delay: int
+    ) -> None:
+        if not delay:
+            self.projections.append(dense(name, source, target, weight, exponent, bits, port))
+            return
+        delays = np.full(weight.shape, delay, dtype=np.int32)
+        self.projections.append(
+            Projection(name, source, target, port, weight, exponent, 8, "mixed", bits, "delay_dense", "s_out", delays)
+        )
