@@ -238,6 +238,8 @@ class Synapses:
             sources = projection.ends[1]
             patches = projection.conv.patches(projection.weight.shape)
             self._patches = torch.from_numpy(np.where(patches < 0, sources, patches)).to(device)
+            self._each_GT = torch.from_numpy(flat[:, 0].astype(np.int64)).to(device) if flat.shape[1] == 1 else None
+            self._in_place = patches.size == sources and bool((patches.reshape(-1) == np.arange(sources)).all())
         elif projection.delays is not None:
             self._delays = sorted(set(projection.delays[weight != 0].tolist())) or [0]
             self._matrices = [Matrix(np.where(projection.delays == d, weight, 0), device) for d in self._delays]
@@ -320,10 +322,14 @@ class Synapses:
     def _convolve(self, rows: Tensor, bound: int, steps: int, batch: int) -> Arrived:
         assert self._patches is not None
         positions, _, taps = self._patches.shape
+        limit = bound * max(matrix.row_sum for matrix in self._matrices)
         padded = torch.cat([rows, rows.new_zeros(len(rows), 1)], dim=1)
         chunk = max(1, PATCH_VALUES // self._patches.numel())
         found = []
         for start in range(0, len(rows), chunk):
+            if self._each_GT is not None:
+                found.append(self._one_by_one(padded[start : start + chunk], limit))
+                continue
             parts = []
             for group, matrix in enumerate(self._matrices):
                 x = padded[start : start + chunk][:, self._patches[:, group].reshape(-1)].reshape(-1, taps)
@@ -331,7 +337,6 @@ class Synapses:
                 parts.append((total << drop).reshape(-1, positions, 1, total.shape[1]))
             found.append(torch.cat(parts, dim=2).reshape(len(parts[0]), -1))
         total = torch.cat(found).reshape(steps, batch, -1)
-        limit = bound * max(matrix.row_sum for matrix in self._matrices)
         if self._mode == "chip":
             return self._settle(total, 0, limit)
         if limit < 2**23:
@@ -340,6 +345,18 @@ class Synapses:
         if limit >= INT32_LIMIT:  # Lava's cast from float64 gives -2^31 there, and 0 is what is left of it in 24 bits
             total = total.masked_fill(outside(total, 32), 0)
         return Arrived(wrap(total, 24).to(torch.int32), 0, 2**23, wrapped)
+
+    def _one_by_one(self, padded_RS: Tensor, limit: int) -> Tensor:
+        """Sums of a convolution with one channel a group, where a matrix for each would be small: (R, targets)."""
+        assert self._patches is not None
+        assert self._each_GT is not None
+        exact = torch.int32 if limit < INT32_LIMIT else torch.int64
+        weight_GT = self._each_GT.to(exact)
+        if self._in_place and weight_GT.shape[1] == 1:
+            rows = padded_RS[:, :-1].to(exact).reshape(len(padded_RS), -1, len(weight_GT))
+            return (rows * weight_GT[:, 0]).flatten(1)
+        taps = padded_RS[:, self._patches.reshape(-1)].to(exact).reshape(len(padded_RS), *self._patches.shape)
+        return (taps * weight_GT).sum(dim=3, dtype=exact).flatten(1)
 
 
 def _wrapped_one_by_one(rows: Tensor, matrix: Matrix) -> Tensor:

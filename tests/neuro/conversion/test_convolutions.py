@@ -17,7 +17,9 @@ from neuro.conversion.plan import load_plan, save_plan
 from neuro.conversion.rate import RateConfig
 from neuro.conversion.sigma_delta import SigmaDeltaConfig
 from neuro.deployment import networks, networks_over_time
-from neuro.simulators.fixed_point import run_pipelined
+from neuro.simulators.activity import compare
+from neuro.simulators.fixed_point import run_pipelined, simulate
+from neuro.simulators.schedule import depths
 from tests.neuro.conversion.random_pictures import random_network
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
@@ -97,7 +99,7 @@ def simulated(segment, x, mode="lava"):
     return {stage.name: networks.to_torch(activity.spikes[stage.held][0], stage.shape).long() for stage in segment.stages}
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [*range(20), *(pytest.param(s, marks=pytest.mark.soak) for s in range(20, 200))])
 def test_integers_of_random_networks_are_those_of_torch(seed, tmp_path):
     module, x = random_network(seed)
     plan, report = planned(module, x)
@@ -211,3 +213,150 @@ def test_spikes_are_those_of_neurons_stepped_by_hand(seed, monkeypatch):
         assert torch.equal(runner._sent[name].double(), (wanted * stage.unit).to(x.dtype).double()), name
     if config.reset == "soft":
         assert (got - y).norm() < 0.35 * y.norm() + 1e-2
+
+
+class Residual(nn.Module):
+    """A block of ResNet-18: two convolutions with norms around which the input goes, or a convolution of it."""
+
+    def __init__(self, width, out, stride=1):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(width, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
+        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
+        self.down = None
+        if stride > 1 or width != out:
+            self.down = nn.Sequential(nn.Conv2d(width, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        y += x if self.down is None else self.down(x)
+        return F.relu(y)
+
+
+def small_resnet(head=True):
+    torch.manual_seed(0)
+    stem = [nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True)]
+    blocks = [Residual(8, 8), Residual(8, 12, 2), Residual(12, 12)]
+    tail = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(12, 10)] if head else []
+    module = nn.Sequential(*stem, *blocks, *tail)
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.running_mean.normal_(0, 0.1)
+            part.running_var.uniform_(0.5, 1.5)
+    return module.eval(), torch.randn(6, 3, 10, 10)
+
+
+CONFIGS = {"graded": None, "sigma_delta": SigmaDeltaConfig(), "rate": RateConfig(time_steps=48)}
+
+
+@pytest.mark.parametrize(("route", "most"), [("graded", 0.01), ("sigma_delta", 0.03), ("rate", 0.15)])
+def test_a_residual_network_is_one_graph_on_every_route(route, most):
+    module, x = small_resnet()
+    plan, report = planned(module, x, CONFIGS[route], route=route)
+    assert [len(s.modules) for s in plan.segments] == [9]
+    assert (report.mac_share, report.crossings_per_token, plan.host) == (1.0, 2.0, ())
+    assert report.tokens == len(x)
+    y, macs = counted_by_torch(module, x)
+    deployed = neuro.deploy(module, plan)
+    got = deployed(x)
+    assert (macs_of(deployed, False), macs_of(deployed, True)) == (macs, 0)
+    assert (got - y).norm() < most * y.norm()
+    assert sum(c.tokens == len(x) for c in deployed.counts()) == 8  # conv2 and down of a block share a line
+    kinds = {(op.kind, op.runs_on) for op in report.operations if op.kind != "data movement"}
+    assert all(place == "chip" for _, place in kinds)
+
+
+def test_what_the_host_reads_in_between_is_what_the_graph_has():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, _ = small_resnet(head=False)
+            self.gate, self.last = nn.Conv2d(12, 12, 1), nn.Conv2d(12, 4, 1)
+
+        def forward(self, x):
+            y = self.body(x)
+            z = torch.sigmoid(self.gate(y)) * y  # a product of activations: the host's
+            return self.last(z), y
+
+    module = Two().eval()
+    x = torch.randn(4, 3, 10, 10)
+    plan, report = planned(module, x)
+    assert [s.modules[-1] for s in plan.segments] == ["gate", "last"]
+    assert [len(s.outputs) for s in plan.segments] == [2, 1]
+    assert report.crossings_per_token == 4
+    y, macs = counted_by_torch(module, x)
+    for backend in ("fixed_point", "quantised"):
+        deployed = neuro.deploy(module, plan, backend)
+        for got, wanted in zip(deployed(x), y, strict=True):
+            assert (got - wanted).norm() < 0.02 * wanted.norm()
+        assert macs_of(deployed, False) + macs_of(deployed, True) == macs
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), "padding_mode 'circular'"),
+        (nn.ConvTranspose2d(4, 4, 3, padding=1), "a transposed convolution"),
+        (nn.MaxPool2d(3, 1, 1), "compares values of a window"),
+    ],
+)
+def test_what_stays_on_the_host_says_why(layer, reason):
+    module = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), layer, nn.Conv2d(4, 3, 1)).eval()
+    x = torch.randn(2, 2, 6, 6)
+    plan, report = planned(module, x)
+    assert [s.modules for s in plan.segments] == [("0",), ("3",)]
+    assert reason in report.table()
+    y, macs = counted_by_torch(module, x)
+    deployed = neuro.deploy(module, plan)
+    assert (deployed(x) - y).norm() < 0.02 * y.norm()
+    assert macs_of(deployed, False) + macs_of(deployed, True) == macs
+    assert (macs_of(deployed, True) > 0) == isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
+
+
+def test_layers_that_are_called_otherwise_are_refused_by_name():
+    module, x = small_resnet()
+    plan, _ = planned(module, x)
+    deployed = neuro.deploy(module, plan)
+    with pytest.raises(ValueError, match=r"made for samples \(N, 3, 10, 10\), not \(2, 3, 12, 10\)"):
+        deployed(torch.randn(2, 3, 12, 10))
+    deployed.module[3].register_forward_hook(lambda _, __, y: y + 1)
+    with pytest.raises(RuntimeError, match=r"'4\.conv1' was given something else"):
+        deployed(x)
+    changed, _ = small_resnet()
+    changed[1].running_var += 1
+    with pytest.raises(ValueError, match="layer '0' holds other weights"):
+        neuro.deploy(changed, plan)
+    with pytest.raises(ValueError, match="take input_code='spikes'"):
+        planned(module, x, RateConfig(8, input_code="analogue"), route="rate")
+    shared = nn.Sequential(conv := nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(), conv).eval()
+    plan, _ = planned(shared, torch.randn(2, 2, 5, 5))
+    assert [(s.modules, s.rows_per_token) for s in plan.segments] == [(("0",), 2.0)]
+    y, macs = counted_by_torch(shared, x := torch.randn(3, 2, 5, 5))
+    deployed = neuro.deploy(shared, plan)
+    assert (deployed(x) - y).norm() < 0.05 * y.norm()
+    assert macs_of(deployed, False) == macs
+
+
+def test_prepare_gives_convolutions_their_norms():
+    module, x = small_resnet()
+    twin = neuro.prepare(module, x)
+    with torch.no_grad():
+        assert torch.allclose(twin(x), module(x), rtol=1e-4, atol=1e-5)
+    norms = [name for name, part in twin.named_modules() if isinstance(part, nn.BatchNorm2d)]
+    assert norms == [f"{block}.bn{n}" for block in (3, 4, 5) for n in (1, 2)]  # those that follow in an nn.Sequential went
+
+
+@pytest.mark.lava
+@pytest.mark.parametrize("route", CONFIGS)
+def test_lava_sends_the_same_messages(route, lava):
+    module = nn.Sequential(nn.Conv2d(2, 4, 3, 1, 1), nn.ReLU(), Residual(4, 6, 2), nn.AvgPool2d(2), nn.Conv2d(6, 3, 1))
+    module, x = module.eval(), torch.randn(2, 2, 4, 4)
+    config = RateConfig(4, reset="hard") if route == "rate" else CONFIGS[route]
+    plan, _ = planned(module, x, config, route=route)
+    segment = plan.segments[0]
+    encode = networks.encode if segment.code == "graded" else networks_over_time.encode
+    inputs = encode(segment, x)[0]
+    room = {name: F.pad(value, (0, 0, 0, max(depths(segment.graph).values()))) for name, value in inputs.items()}
+    record = ("spikes",)
+    result = compare(lava.run(segment.graph, room, record=record), simulate(segment.graph, room, record=record))
+    assert result.equal, result
+    assert result.values > 3_000
