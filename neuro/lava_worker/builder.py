@@ -61,7 +61,7 @@ def make_resonator(lava_class, size: int, params: dict):
     """A process of Lava's RF or RF_IZ with these very integers.
 
     Its constructor takes a period and a decay instead, and rounds what it computes from them down: the period and decay of
-    sin_decay 2,000 and cos_decay 3,000 come out as 1,999 and 3,000.
+    sin_decay and cos_decay 2,896 come out as 2,895 and 2,896.
     """
     process = lava_class(shape=(size,), period=4, alpha=0, vth=params["vth"], state_exp=params["state_exp"], decay_bits=12)
     for variable in (process.sin_decay, process.cos_decay):
