@@ -149,7 +149,11 @@ def layer_errors(
 
 def _error(segment: Segment, sums: Tensor, rows: int, counted: dict[str, Any]) -> LayerError:
     error, own, size = sums.tolist()
-    mine = [c for name, c in counted.items() if name in segment.modules or name == f"{segment.modules[0]}:square"]
+    mine = [
+        c
+        for name, c in counted.items()
+        if set(name.split(" + ")) & set(segment.modules) or name == f"{segment.modules[0]}:square"
+    ]
     events = bool(mine) and not any(c.host for c in mine)
     return LayerError(
         segment=segment.name,
