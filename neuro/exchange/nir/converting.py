@@ -148,7 +148,7 @@ def from_nir(
         steps: length of a sample; IF without a calibration, and biases, need it.
         reset: "zero", to v_reset, as NIR has it; "subtract" for files of networks that were trained so, which NIR cannot
             say.
-        calibration: inputs (B, T, *shape) in the file's order, at least as strong as those to come; where ranges need it
+        calibration: inputs (B, T, then the file's shape), at least as strong as those to come; where ranges need it
             and there is none, inputs are made up.
         pieces: synapses per weight of a matrix: 1, 2, or "auto": as many as the spikes on the calibration need, and then as
             much room above the largest v.
