@@ -59,7 +59,6 @@ class RateNetworkRunner(NetworkRunner):
 
     def __init__(self, segment: Segment, backend: str, mode: str = "lava") -> None:
         super().__init__(segment, backend, mode)
-        self.off_by = max(2.0, segment.time_steps / 4)  # spikes that come unevenly are not all passed on
         read = {link.source for stage in segment.stages for link in stage.links}
         self._fires = {stage.name for stage in segment.stages if stage.name in read}
         self._drive = {p.name: _drive(p.params, p.size) for p in segment.graph.populations if p.kind.startswith("lif_")}

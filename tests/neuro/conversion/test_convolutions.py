@@ -336,6 +336,17 @@ def test_layers_that_are_called_otherwise_are_refused_by_name():
     assert macs_of(deployed, False) == macs
 
 
+def test_spikes_that_come_unevenly_are_no_error_of_the_module():
+    module, x = small_resnet()
+    y, errors = module(x).detach(), []
+    for config in (RateConfig(64), RateConfig(6), RateConfig(32, reset="hard")):
+        plan, _ = planned(module, x, config, route="rate")
+        errors.append(float((neuro.deploy(module, plan)(x) - y).norm() / y.norm()))
+    assert errors[0] < 0.05 < errors[1] < 0.5
+    assert errors[2] > 2 * errors[0]  # what exceeds a threshold is lost in every layer
+    assert "a spike loses what exceeds the threshold" in plan.table()
+
+
 def test_prepare_gives_convolutions_their_norms():
     module, x = small_resnet()
     twin = neuro.prepare(module, x)
