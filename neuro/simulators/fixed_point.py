@@ -5,8 +5,8 @@ roundings of the silicon as published emulators give them (nengo-loihi, brian2_l
 weight exponents act on each synapse and round down, a lif kind receives 16 bits, u wraps at 24, other registers wrap at
 24, messages at their width, and there is a refractory period. Of silicon, both were compared with one published trace:
 1,000 steps of a lif without wraps and shifts on a Loihi 2 board, equal but for a marker of its probe
-(tests/neuro/simulators/test_silicon.py). `mode="xylo"` is another chip: the integers of SynSense's Xylo for graphs of its
-kinds (`neuro/graph/xylo.py`), equal to its makers' simulator.
+(tests/neuro/simulators/test_silicon.py). `mode="xylo"` is another chip: the integers of SynSense's Xylo for
+graphs of its kinds (`neuro/graph/xylo.py`), equal to its makers' simulator.
 
 Populations that lie on no loop are evaluated layer by layer: one exact matrix product over all samples and steps of a
 chunk, then one elementwise update (stateless kinds) or a scan over time. Only populations on a loop go step by step.
@@ -32,7 +32,7 @@ from torch import Tensor
 from hardware.text import quoted
 from neuro.graph import PORTS, GraphError, Population, Projection, SpikingGraph
 from neuro.graph.kinds import BINARY_KINDS, KINDS, LIF_KINDS, STATELESS, XYLO_KINDS
-from neuro.graph.xylo import MOST_SPIKES, xylo_network
+from neuro.graph.xylo import xylo_network
 from neuro.simulators.activity import Activity, recorded
 from neuro.simulators.exact import Arrived, Synapses, add, join_arrived, magnitude, narrow
 from neuro.simulators.inputs import InputError, Integers, checked_inputs, checked_run

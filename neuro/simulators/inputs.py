@@ -11,7 +11,9 @@ from torch import Tensor
 
 from hardware.text import listed, quoted
 from neuro.graph import GraphError, SpikingGraph
+from neuro.graph.kinds import XYLO_KINDS
 from neuro.graph.values import integer_array, is_array
+from neuro.graph.xylo import MOST_SPIKES
 
 Integers = Tensor | np.ndarray | Sequence[Any]
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # types that torch has hardly any arithmetic for
@@ -61,6 +63,8 @@ def checked_inputs(
             low, high = projection.payload_range
             holder = f"projection {quoted(projection.name)} ({projection.num_message_bits} bits)"
             _refuse_wide(name, value, (least, most), low, high, holder)
+        if any(graph.population(p.target).kind in XYLO_KINDS for p in graph.outgoing(name)):
+            _refuse_wide(name, value, (least, most), 0, MOST_SPIKES["input"], "an input channel of Xylo (spikes a step)")
         if not graph.outgoing(name):
             _refuse_wide(name, value, (least, most), -(2**31), 2**31 - 1, "a message (32 bits)")
         values[name] = value.to(device) if device is not None else value

@@ -213,8 +213,8 @@ def test_kinds_ranges_and_inputs_of_another_chip_are_refused() -> None:
     loihi = SpikingGraph((X, lif), (Projection("w", "x", "l", "a_in", [[2, 2], [2, 2]]),), ("l",))
     with pytest.raises(GraphError, match="use mode 'lava' or 'chip'"):
         simulate(loihi, {"x": [[[0, 0]]]}, mode="xylo")
-    for value, place in ((16, "step 1, channel 1"), (-1, "step 1, channel 1")):
-        with pytest.raises(InputError, match=f"is {value} at sample 0, {place}|carries -16..15"):
+    for value in (16, -1):
+        with pytest.raises(InputError, match=f"'x' is {value} at sample 0, step 1, neuron 1; .* carries (0|-16)..15"):
             simulate(small(), {"x": [[[0, 0], [0, value]]]}, mode="xylo")
     with pytest.raises(GraphError, match="alias is 2; neurons are numbered from 0 to 1"):
         Population("h", "xylo", 2, {"dash_mem": 4, "dash_syn": 2, "vth": 100, "alias": [2, -1]})
@@ -252,5 +252,5 @@ def test_a_missing_slow_or_dying_xylosim_is_a_typed_error(tmp_path: Path, monkey
         client.run(*job, python=script("echo one >&2; echo the last line >&2; exit 3"))
     with pytest.raises(client.XyloSimUnavailable, match="has no xylosim; run `make xylo`"):
         client.run(*job, python=script("echo \"ModuleNotFoundError: No module named 'xylosim'\" >&2; exit 1"))
-    with pytest.raises(InputError, match=r"is 16|carries -16..15"):
+    with pytest.raises(InputError, match=r"is 16 at sample 0"):
         client.run(small(), {"x": [[[16, 0]]]})
