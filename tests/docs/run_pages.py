@@ -1,5 +1,5 @@
-"""Runs the Python blocks of pages, each page in a fork of this process and in a folder of its own, so that torch is
-loaded once and no page sees what another did.
+"""Runs the Python blocks of pages, each page in a fork of this process and in a folder of its own, so that torch and
+its compiler, which every optimizer loads, are loaded once and no page sees what another did.
 
 Standard input: a JSON list of {"page", "folder", "blocks": [{"text", "line"}]}. Standard output: a JSON object, page ->
 {"printed": [what each block printed]} or {"error": traceback}.
@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy  # noqa: F401
-import torch  # noqa: F401
+import torch
+import torch._dynamo  # noqa: F401
 
 
 def run(page: dict[str, Any]) -> dict[str, Any]:

@@ -72,6 +72,7 @@ def run(words: Sequence[str | Path], folder: Path, text: str | None = None) -> s
 
 
 @pytest.mark.parametrize("part", ["docs", "rooms"])
+@pytest.mark.slow
 def test_python_blocks_run_and_print_what_the_page_says(part, tmp_path):
     given, expected = [], {}
     for number, page in enumerate(page for page in pages() if (page.name == "README.md") == (part == "rooms")):
@@ -94,6 +95,7 @@ def test_python_blocks_run_and_print_what_the_page_says(part, tmp_path):
 
 
 @pytest.mark.parametrize("page", with_blocks(is_session))
+@pytest.mark.slow
 def test_sessions_run(page, tmp_path):
     """In this process: that `spikegate` is there as a program is for tests/test_packaging.py."""
     write_files(page, tmp_path)

@@ -296,6 +296,7 @@ def test_what_cannot_be_converted_leaves_no_folder(
         assert not out.exists()
 
 
+@pytest.mark.slow
 def test_the_bench_of_conversion(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["conversion", "--run", str(run), "--eval-tokens", "512", "--calibration-tokens", "256", "--rounds", "2"]
     frontier = tmp_path / "frontier.json"

@@ -50,6 +50,7 @@ def runs(text, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_train_deploy_compare_end_to_end(runs):
     done = spikegate("deploy", "run=dense", "eval_tokens=2048", "calibration_tokens=1024", cwd=runs, process=True)
     assert last_json(done)["file"] == "dense/deploy/deploy.json"

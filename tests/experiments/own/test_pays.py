@@ -162,6 +162,7 @@ def killed_when(path, words, cwd):
     return process.returncode
 
 
+@pytest.mark.slow
 def test_a_comparison_that_is_killed_goes_on_to_the_same_numbers(place, done, no_pictures):
     words = ["pays", *WORDS, "seeds=[0]", "folder=killed", "tensorboard=false", "checkpoint_every_s=0"]
     code = killed_when(place / "killed" / "random-s0" / "checkpoint" / "meta.json", words, place)

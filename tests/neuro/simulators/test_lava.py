@@ -69,6 +69,7 @@ def batches(seeds: list[int]) -> list[list[int]]:
 
 @pytest.mark.lava
 @pytest.mark.parametrize("seeds", [*batches(CHOSEN), *(pytest.param(b, marks=pytest.mark.soak) for b in batches(OTHERS))])
+@pytest.mark.slow
 def test_generated_networks_equal_lava_in_every_state_at_every_step(
     seeds: list[int], networks: ModuleType, lava: LavaWorker
 ) -> None:

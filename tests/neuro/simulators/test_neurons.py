@@ -180,8 +180,15 @@ def programs(monkeypatch: Any, backend: str) -> Any:
     return calls
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("chip", "traced"), [(False, True), (True, False)])
+@pytest.mark.parametrize(
+    ("chip", "traced", "backend"),
+    [
+        (False, True, "eager"),
+        (True, False, "eager"),
+        pytest.param(False, True, "inductor", marks=pytest.mark.soak),
+        pytest.param(True, False, "inductor", marks=pytest.mark.slow),
+    ],
+)
 def test_chunks_by_torch_compile_give_the_same_bits(
     chip: bool, traced: bool, networks: Any, programs: Any, backend: str
 ) -> None:
@@ -203,7 +210,7 @@ def test_chunks_by_torch_compile_give_the_same_bits(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("chip", "traced"), [(False, False), (True, True)])
+@pytest.mark.parametrize(("chip", "traced"), [pytest.param(False, False, marks=pytest.mark.soak), (True, True)])
 def test_whole_chunks_in_several_widths(chip: bool, traced: bool, monkeypatch: Any) -> None:
     monkeypatch.setattr(scan, "WIDTHS", (16, 48))
     for neurons in (16, 37, 48, 101):  # all of one call, part of one, and several

@@ -385,12 +385,21 @@ def test_compilation_is_tried_only_where_it_can_pay(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler warns about parts of its own
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_a_compiled_step_trains_like_the_plain_one(corpus, tmp_path):
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",  # traced as for inductor, without its C++: what that computes is for step/test_kernels.py
+        pytest.param(
+            "inductor",
+            marks=[pytest.mark.soak, pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")],
+        ),
+    ],
+)
+def test_a_compiled_step_trains_like_the_plain_one(backend, corpus, tmp_path):
     plain, reports, _ = build(corpus, tmp_path / "plain", steps=8)
     plain.run()
     compiled, compiled_reports, _ = build(corpus, tmp_path / "compiled", steps=8)
-    compiled.updates.objective.forward = torch.compile(compiled.updates.model)
+    compiled.updates.objective.forward = torch.compile(compiled.updates.model, backend=backend)
     result = compiled.run()
     assert result.compile_s > 0
     for a, b in zip(reports, compiled_reports, strict=True):

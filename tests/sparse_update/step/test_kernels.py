@@ -19,7 +19,10 @@ def build():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.skipif(not kernels.can_compile(torch.device("cpu")), reason="no C++ compiler")
-def test_compiled_steps_equal_eager_ones():
+@pytest.mark.parametrize(
+    "plan", [pytest.param(StepPlan(), marks=pytest.mark.soak), StepPlan(rows=3)], ids=["whole", "rows"]
+)
+def test_compiled_steps_equal_eager_ones(plan):
     model = build()
     with torch.no_grad():
         for p in model.parameters():
@@ -27,13 +30,12 @@ def test_compiled_steps_equal_eager_ones():
     tokens = torch.randint(0, 13, (3, 9))
     rows = torch.tensor([[0, 3, 5], [1, 2, 7], [4, 5, 6]])
     eager, compiled = Stepper(model), Stepper(model, compiled=True)
-    for plan in (StepPlan(), StepPlan(rows=3)):
-        chosen = Chosen(rows_SR=rows if plan.rows else None)
-        a, b = (s.step(tokens[:, :-1], tokens[:, 1:], plan, choose=lambda _, c=chosen: c) for s in (eager, compiled))
-        assert compiled.forward.run.compiled
-        torch.testing.assert_close(a.loss_BT, b.loss_BT)
-        for name, (gradient,) in a.gradients.items():
-            torch.testing.assert_close(b.gradients[name][0], gradient, rtol=1e-4, atol=1e-6)
+    chosen = Chosen(rows_SR=rows if plan.rows else None)
+    a, b = (s.step(tokens[:, :-1], tokens[:, 1:], plan, choose=lambda _: chosen) for s in (eager, compiled))
+    assert compiled.forward.run.compiled
+    torch.testing.assert_close(a.loss_BT, b.loss_BT)
+    for name, (gradient,) in a.gradients.items():
+        torch.testing.assert_close(b.gradients[name][0], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_a_failing_compiler_is_named_and_steps_stay_eager(monkeypatch):

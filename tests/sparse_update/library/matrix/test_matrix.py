@@ -33,6 +33,7 @@ def test_a_loop_comes_to_what_the_loop_by_hand_does(loop):
             run(cell)
 
 
+@pytest.mark.slow
 def test_two_processes_come_to_what_the_loop_by_hand_does(tmp_path):
     pair = Pair(str(tmp_path))
     try:
