@@ -38,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="nodes: what a spike does to v (default: zero)",
     )
     parser.add_argument(
+        "--pools",
+        choices=("auto", "fold", "own"),
+        default="auto",
+        help="nodes: pools in the kernels behind them, or layers of graded sums; auto: where it halves synapses (default)",
+    )
+    parser.add_argument(
         "--pieces",
         choices=("1", "2", "auto"),
         default="1",
@@ -123,6 +129,7 @@ def _from_nodes(args: argparse.Namespace, found: Any, notes: Sequence[str], out:
         dt_s=args.dt,
         steps=args.steps,
         reset=args.reset,
+        pools=args.pools,
         calibration=given,
         pieces=args.pieces if args.pieces == "auto" else int(args.pieces),
         input_scale=args.input_scale,

@@ -63,7 +63,7 @@ def checked(network: SpikingNetwork, description: Description, x_BTF: Tensor, *,
     activity = simulate(network.graph, network.present(messages.double() * network.input_scale), record=record)
     long, agreement, rates = x_BTF.shape[1], {}, {}
     for name in names:
-        if not description.layer(name).is_readout:
+        if not (description.layer(name).is_readout or description.layer(name).sums):
             depth = network.depths[name]
             ours = activity.spikes[name][:, depth : depth + long]
             agreement[name] = float((ours == floats.spikes[name]).double().mean())

@@ -35,6 +35,7 @@ from neuro.graph import Population, Projection, SpikingGraph
 
 PIECES = (1, 2, "auto")
 FEW_LEVELS, TOO_FEW_LEVELS = 32, 8  # of 127, of a layer's largest weights: warned of, refused
+MOST_SUMMED = 127  # weight of a spike in a layer of sums
 SPARSE = 0.5  # share of weights that are not 0 below which a matrix is stored as a sparse one
 CLIPPED = 1e-3  # share of updates with a clipped v above which the loss is warned of
 GOOD_CLASSES, GOOD_SPIKES = 0.99, 0.995  # agreement on the calibration with which pieces="auto" stays with one
@@ -190,7 +191,8 @@ class _Builder:
         self._relays: dict[str, int] = {}  # source -> longest delay beyond the one step of a projection
         self.notes: list[str] = list(description.notes)
         self._lines = self._on_lines()
-        self.layers = {name: self._layer(description.layer(name)) for name in list(self._depths)[1:]}
+        kept = (description.layer(name) for name in list(self._depths)[1:])
+        self.layers = {layer.name: self._layer(layer) for layer in kept if not layer.sums}
 
     def _on_lines(self) -> set[str]:
         """Layers whose bias comes by synapses from the constant input."""
@@ -249,12 +251,18 @@ class _Builder:
     def _feed(self, item: Synapses, gain: np.ndarray) -> Feed:
         rows = gain[: len(item.weight)]  # of a kernel: gains repeat with the channels, which are the last axis
         weight = item.weight * rows.reshape(-1, *[1] * (item.weight.ndim - 1))
-        edges, bits = (0, 1), 0
         if item.source == INPUT:
-            edges, weight = self._settings.input_range, weight * self._settings.input_scale
-            bits = 0 if edges[0] >= 0 and edges[1] <= 1 else payload_bits(max(abs(edges[0]), abs(edges[1])))
+            weight = weight * self._settings.input_scale
+        edges, bits = self._messages(item.source)
         gap = 0 if item.recurrent else self._depths[item.target] - self._depths[item.source] - 1
         return Feed(item.name, self._relayed(item.source, gap), weight, item.conv, edges, bits)
+
+    def _messages(self, source: str) -> tuple[tuple[int, int], int]:
+        """Lowest and highest message of a source, and the width of its payload, 0 for spikes."""
+        edges = self._settings.input_range if source == INPUT else (0, 1)
+        if source != INPUT and source in self._description.layer_names and self._description.layer(source).sums:
+            edges = (0, sum(_most(item) for item in self._description.incoming(source)))
+        return edges, 0 if edges[0] >= 0 and edges[1] <= 1 else payload_bits(max(abs(edges[0]), abs(edges[1])))
 
     def _relayed(self, source: str, gap: int) -> str:
         self._relays[source] = max(self._relays.get(source, 0), gap)
@@ -282,6 +290,13 @@ class _Builder:
             made = list(_projections(layer, found))
             projections += made
             records.append(_record(layer, found, population.kind, made))
+        for pool in (layer for layer in d.neurons if layer.sums):
+            populations.append(Population(pool.name, "graded", pool.size, {"vth": 0}))
+            projections += [self._summing(item) for item in d.incoming(pool.name)]
+            self.notes.append(
+                f"{pool.name}: {pool.size:,} neurons that send sums of up to {self._messages(pool.name)[0][1]} spikes as"
+                " graded messages, a step later; Loihi 1 has none"
+            )
         for source, gap in self._relays.items():
             populations, projections = self._with_relays(source, gap, populations, projections)
         self._describe(populations)
@@ -323,13 +338,24 @@ class _Builder:
             params |= {"reset_interval": self._settings.steps, "reset_offset": offset}
         return Population(layer.name, kind, layer.size, params)
 
+    def _summing(self, item: Synapses) -> Projection:
+        """Synapses to a layer of sums: whole weights as they are."""
+        gap = self._depths[item.target] - self._depths[item.source] - 1
+        if self._messages(item.source)[1]:
+            raise NotConvertible(
+                f"{item.target}: a layer of sums takes spikes; {quoted(item.source)} sends graded messages"
+            )
+        source, weight = self._relayed(item.source, gap), item.weight.astype(np.int64)
+        if item.conv is not None:
+            return Projection(item.name, source, item.target, "a_in", weight, 0, kind="conv", conv=item.conv)
+        return Projection(item.name, source, item.target, "a_in", 2 * weight, -1, kind="sparse")
+
     def _with_relays(
         self, source: str, gap: int, populations: list[Population], projections: list[Projection]
     ) -> tuple[list[Population], list[Projection]]:
         size = next(p.size for p in populations if p.name == source)
-        low, high = self._settings.input_range if source == INPUT else (0, 1)
-        binary = low >= 0 and high <= 1
-        bits = 0 if binary else payload_bits(max(abs(low), abs(high)))
+        _, bits = self._messages(source)
+        binary = bits == 0
         for step in range(1, gap + 1):
             before, here = _relay(source, step - 1), _relay(source, step)
             if binary:
@@ -351,6 +377,16 @@ class _Builder:
                 self.notes.append(
                     f"{population.name}: {population.kind}, a program of the chip's neuron; Lava 0.10 does not have it"
                 )
+
+
+def _most(item: Synapses) -> int:
+    """Largest sum of spikes through synapses to a layer of sums; NotConvertible where they are no small whole numbers."""
+    if item.weight.min() < 0 or item.weight.max() > MOST_SUMMED or np.any(item.weight != np.rint(item.weight)):
+        raise NotConvertible(
+            f"{item.target}: a layer of sums has whole weights 0..{MOST_SUMMED}; those of {quoted(item.name)} reach over"
+            f" {item.weight.min():g}..{item.weight.max():g}. Scale behind it"
+        )
+    return int(item.weight.reshape(len(item.weight), -1).sum(axis=1).max())
 
 
 def _relay(source: str, step: int) -> str:

@@ -103,6 +103,7 @@ class Neurons:
         current_bias: c, added to the current at each step, as torch's layers before a `Synaptic` do.
         reset: "zero", "subtract" or "none".
         reset_delayed: whether the reset acts in the step after the spike.
+        sums: whether it sends the sum that arrives at each step, as a pool does, and no spikes; the rest is of no use.
 
     `alpha`, `beta`, `threshold` and the biases are given as a number or (N,) and kept as float64 (N,).
     """
@@ -116,6 +117,7 @@ class Neurons:
     reset: str = "zero"
     reset_delayed: bool = False
     current_bias: Any = 0.0
+    sums: bool = False
 
     def __post_init__(self) -> None:
         where = f"layer {quoted(self.name)}"
@@ -123,6 +125,17 @@ class Neurons:
         if len(shape) not in (1, 3) or min(shape) < 1:
             raise NotConvertible(f"{where}: shape is {self.shape}; (neurons,) or (width, height, channels) is needed")
         object.__setattr__(self, "shape", shape)
+        if self.sums:
+            stateless = {
+                "alpha": 0.0,
+                "beta": 0.0,
+                "threshold": math.inf,
+                "bias": 0.0,
+                "current_bias": 0.0,
+                "reset": "none",
+            }
+            for key, nothing in stateless.items():
+                object.__setattr__(self, key, nothing)
         for key in ("alpha", "beta", "threshold", "bias", "current_bias"):
             value = np.asarray(getattr(self, key), dtype=np.float64).reshape(-1)
             if value.size not in (1, self.size):
@@ -136,7 +149,7 @@ class Neurons:
                 raise NotConvertible(f"{where}: {key} runs from {value.min():g} to {value.max():g}; it is a share, 0..1")
         if not np.all(self.threshold > 0):
             raise NotConvertible(f"{where}: a threshold is {np.min(self.threshold):g}; it must be above 0")
-        if np.isinf(self.threshold).any() and not self.is_readout:
+        if np.isinf(self.threshold).any() and not (self.is_readout or self.sums):
             raise NotConvertible(f"{where}: some thresholds are infinite and some are not; split the layer in two")
         if self.reset not in RESETS:
             raise NotConvertible(f"{where}: reset is {quoted(self.reset)}; it is one of {', '.join(RESETS)}")
@@ -158,7 +171,7 @@ class Neurons:
     @property
     def is_readout(self) -> bool:
         """Whether it never spikes and its value is v."""
-        return bool(np.isinf(self.threshold).all())
+        return bool(np.isinf(self.threshold).all()) and not self.sums
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,7 +296,7 @@ class FloatRun:
     """What a description does in float64.
 
     Attributes:
-        spikes: layer -> 0 or 1, float64 (B, T, N).
+        spikes: layer -> 0 or 1, or what a layer of sums sends, float64 (B, T, N).
         potentials: layer -> v after each step and its reset, float64 (B, T, N).
         currents: layer -> i after each step, float64 (B, T, N), where asked for.
     """
@@ -331,7 +344,10 @@ def run_float(description: Description, x_BTF: Tensor, *, currents: bool = False
                 own.append(item)
             else:
                 drive_BTN = drive_BTN + weighted(item, sent[item.source])
-        sent[name], run.potentials[name], current = _advance(layer, drive_BTN, own)
+        if layer.sums:
+            sent[name] = run.potentials[name] = current = drive_BTN
+        else:
+            sent[name], run.potentials[name], current = _advance(layer, drive_BTN, own)
         run.spikes[name] = sent[name]
         if currents:
             run.currents[name] = current

@@ -8,6 +8,7 @@ Shape letters: B samples, T steps, N neurons.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,8 +19,9 @@ from torch import Tensor
 from hardware.text import listed, quoted
 from neuro.conversion.spiking.convert import convert_spiking
 from neuro.conversion.spiking.network import LifLayer, SpikingNetwork
-from neuro.exchange.nir.describing import Port, describe
+from neuro.exchange.nir.describing import describe
 from neuro.exchange.nir.library import DT_S, NotInNir
+from neuro.exchange.nir.ports import Port
 from neuro.exchange.nir.reading import has_integers
 from neuro.exchange.nir.writing import KEY
 from neuro.graph import SpikingGraph
@@ -29,7 +31,7 @@ GOOD_CLASSES, GOOD_SPIKES = 0.99, 0.995
 """Agreement with the float network on the calibration that pieces="auto" is content with."""
 ROOMS = (0.0, -1.0)
 """Bits above the largest v of the calibration that pieces="auto" tries where two synapses per weight are not enough: fewer
-leave more units to a threshold, and below 0 the chip clips what inhibition piles up."""
+leave more units to a threshold, and below 0 the chip may clip what inhibition piles up."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def from_nir(
     dt_s: float | None = None,
     steps: int | None = None,
     reset: str = "zero",
+    pools: str = "auto",
     calibration: Tensor | None = None,
     pieces: int | str = 1,
     input_scale: float = 1.0,
@@ -148,6 +151,8 @@ def from_nir(
         steps: length of a sample; IF without a calibration, and biases, need it.
         reset: "zero", to v_reset, as NIR has it; "subtract" for files of networks that were trained so, which NIR cannot
             say.
+        pools: "fold" puts pools into the kernels behind them; "own" makes a layer of sums of one right behind neurons, with
+            graded messages and one more step; "auto" where that saves half the synapses.
         calibration: inputs (B, T, then the file's shape), at least as strong as those to come; where ranges need it
             and there is none, inputs are made up.
         pieces: synapses per weight of a matrix: 1, 2, or "auto": as many as the spikes on the calibration need, and then as
@@ -161,7 +166,7 @@ def from_nir(
     """
     if dt_s is None:
         dt_s = float(graph.metadata[KEY]["dt_s"]) if has_integers(graph) else DT_S
-    described = describe(graph, dt_s, reset=reset)
+    described = describe(graph, dt_s, reset=reset, pools=pools)
     description = replace(described.description, notes=(*notes, *described.description.notes))
     if calibration is not None:
         shape = described.input.shape
@@ -183,7 +188,13 @@ def from_nir(
 
     network = converted(pieces, headroom_bits)
     if pieces == "auto" and _loses(network) and any(p.name.endswith("_fine") for p in network.graph.projections):
-        tried = {headroom_bits: network} | {room: converted(2, room) for room in ROOMS if room < headroom_bits}
+        tried = {headroom_bits: network}
+        for room in (room for room in ROOMS if room < headroom_bits):
+            with warnings.catch_warnings(record=True) as lost:
+                warnings.simplefilter("always")
+                other = converted(2, room)
+            if not lost:  # more units at the price of clips or wraps would be no gain for other inputs
+                tried[room] = other
         best = min(tried, key=lambda room: sum(_lost(tried[room])))
         said = f"pieces=auto: {best:g} bits above the largest v of the calibration lose the fewest spikes"
         network = replace(tried[best], notes=(*tried[best].notes, said)) if best != headroom_bits else network

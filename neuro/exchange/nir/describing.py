@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,71 +21,21 @@ from torch import Tensor
 from hardware.text import listed, quoted
 from neuro.conversion.spiking.description import INPUT, Description, Neurons, Synapses
 from neuro.exchange.nir.library import NotInNir, nir_library, values
-from neuro.exchange.nir.linear_maps import LINEAR, Node, Shape, grid_of, linear_map, sizes, through
+from neuro.exchange.nir.linear_maps import LINEAR, LinearMap, Node, Shape, grid_of, linear_map, sizes, through
 from neuro.exchange.nir.nesting import flattened
-from neuro.exchange.nir.node_neurons import NEURONS, SPIKING, VALUED, Step, declared_shape, step_of
+from neuro.exchange.nir.node_neurons import NEURONS, SPIKING, VALUED, PooledLayer, Step, declared_shape, pooled, step_of
+from neuro.exchange.nir.ports import Described, Port
 from neuro.exchange.nir.synapse_nodes import Grid, ours_at
 
 MOST_WAYS = 64
 """Ways of linear nodes between layers that may end in one layer."""
 
 RESETS = ("zero", "subtract")
+POOLING = ("fold", "own", "auto")
 PASSING = ("Output", "Flatten", "Identity")
 
 
-@dataclass(frozen=True)
-class Port:
-    """An Input or Output of the file, and where its values lie in a layer.
-
-    Attributes:
-        name: of the node.
-        layer: name of the description's layer; `INPUT` for an input.
-        shape: NIR's, (C, X, Y) for instance.
-        grid: (W, H, C) where the layer is kept in our order of (x, y, channel), else None.
-    """
-
-    name: str
-    layer: str
-    shape: Shape
-    grid: Grid | None
-
-    def arranged(self, x: Tensor) -> Tensor:
-        """Values (..., *shape) in the layer's order, (..., N)."""
-        if tuple(x.shape[-len(self.shape) :]) != self.shape:
-            raise NotInNir(
-                f"node {quoted(self.name)}: values have shape {tuple(x.shape)}; (..., {_commas(self.shape)}) is needed"
-            )
-        flat = x.reshape(*x.shape[: x.dim() - len(self.shape)], -1)
-        if self.grid is None:
-            return flat
-        found = torch.empty_like(flat)
-        found[..., torch.from_numpy(ours_at(self.grid))] = flat
-        return found
-
-    def restored(self, x: Tensor) -> Tensor:
-        """Values (..., N) of the layer in NIR's order, (..., *shape)."""
-        flat = x if self.grid is None else x[..., torch.from_numpy(ours_at(self.grid))]
-        return flat.reshape(*x.shape[:-1], *self.shape)
-
-
-@dataclass(frozen=True)
-class Described:
-    """A description, and how values of the file lie in it.
-
-    Attributes:
-        description: of the network.
-        input: of the file.
-        outputs: of the file, in the order of their names.
-        starts: name of a layer -> v_reset, float64 (N,), where it is not 0: v of the layer counts from it.
-    """
-
-    description: Description
-    input: Port
-    outputs: tuple[Port, ...]
-    starts: Mapping[str, np.ndarray] = field(default_factory=dict)
-
-
-def describe(graph: Any, dt_s: float, *, reset: str = "zero") -> Described:
+def describe(graph: Any, dt_s: float, *, reset: str = "zero", pools: str = "fold") -> Described:
     """A nir.NIRGraph in real numbers; graphs within it are taken apart (`nesting.flattened`).
 
     Args:
@@ -93,6 +43,8 @@ def describe(graph: Any, dt_s: float, *, reset: str = "zero") -> Described:
         dt_s: seconds of a step of Euler's rule.
         reset: what a spike does to v: "zero" sets it to v_reset, as NIR has it; "subtract" takes the threshold off, for
             files of networks that were trained so, which NIR cannot say.
+        pools: "fold" puts a pool into the kernel or matrix behind it; "own" makes a layer of sums of one right behind
+            neurons; "auto" does so where it saves half the synapses of that way.
 
     Raises:
         NotInNir: names the node that has no counterpart, with the remedy.
@@ -102,7 +54,9 @@ def describe(graph: Any, dt_s: float, *, reset: str = "zero") -> Described:
         raise NotInNir(f"dt_s is {dt_s}; a step is longer than 0 s")
     if reset not in RESETS:
         raise NotInNir(f"reset is {quoted(reset)}; it is one of {', '.join(RESETS)}")
-    return _Reader(graph, dt_s, reset).described()
+    if pools not in POOLING:
+        raise NotInNir(f"pools is {quoted(pools)}; it is one of {', '.join(POOLING)}")
+    return _Reader(graph, dt_s, reset, pools).described()
 
 
 @dataclass
@@ -127,9 +81,10 @@ class _Way:
 class _Reader:
     """One graph."""
 
-    def __init__(self, graph: Any, dt_s: float, reset: str) -> None:
+    def __init__(self, graph: Any, dt_s: float, reset: str, pools: str) -> None:
         self.nodes, edges = flattened(graph)
-        self.dt_s, self.reset = dt_s, reset
+        self.dt_s, self.reset, self.pools = dt_s, reset, pools
+        self.pooled: dict[tuple[str, str], PooledLayer] = {}
         self.kinds = {name: type(node).__name__ for name, node in self.nodes.items()}
         self.before: dict[str, list[str]] = {name: [] for name in self.nodes}
         self.after: dict[str, list[str]] = {name: [] for name in self.nodes}
@@ -162,6 +117,8 @@ class _Reader:
         if not outputs:
             raise NotInNir("the NIR graph has no node of type Output; add one behind the layer that is the result")
         self._check_used(names)
+        neurons += [found.neurons for found in self.pooled.values()]
+        synapses += [found.synapses for found in self.pooled.values()]
         if starts:
             self.notes.append(f"v starts at v_reset, not at 0, in {listed(map(quoted, starts))}")
         if not any(np.isfinite(layer.threshold).all() for layer in neurons):
@@ -321,12 +278,27 @@ class _Reader:
         for way in self._ways(name):
             self._check_delay(way, name)
             source = self._layer(way.source)
-            made = linear_map([*way.nodes, *gains], source.shape, source.grid, layer.grid)
+            nodes = [*way.nodes, *gains]
+            made = linear_map(nodes, source.shape, source.grid, layer.grid)
+            if self.pools != "fold" and self._is_layer(way.source):
+                source, made = self._pooled(source, nodes, layer, made)
             label = f"{layer.name}.{self.labels[way.nodes[0][0] if way.nodes else way.source]}"
             taken = [item.name for item in found]
             label = next(at for n in range(1, MOST_WAYS + 2) if (at := label if n == 1 else f"{label}.{n}") not in taken)
             found.append(Synapses(label, source.name, layer.name, made.weight, made.conv))
         return found
+
+    def _pooled(self, source: _Layer, nodes: list[Node], target: _Layer, folded: LinearMap) -> tuple[_Layer, LinearMap]:
+        """The way as it is, or from a layer of sums of its own where the pool comes first and `pools` says so."""
+        found = pooled(source.name, source.shape, source.grid, nodes)
+        if found is None:
+            return source, folded
+        grid = found.neurons.shape
+        made = linear_map(found.rest, found.shape, (grid[0], grid[1], grid[2]), target.grid)
+        if self.pools == "auto" and 2 * (made.synapses + found.count) > folded.synapses:
+            return source, folded
+        known = self.pooled.setdefault((source.name, nodes[found.at][0]), found.named(self.labels[nodes[found.at][0]]))
+        return _Layer(known.neurons.name, found.shape, grid_of(found.shape)), made
 
     def _check_delay(self, way: _Way, target: str) -> None:
         if way.delay and not (way.source == target and way.delay == 1):
@@ -426,7 +398,3 @@ def _labels(nodes: Iterable[str]) -> dict[str, str]:
             label += "_"
         found[name] = label
     return found
-
-
-def _commas(shape: Shape) -> str:
-    return ", ".join(map(str, shape))

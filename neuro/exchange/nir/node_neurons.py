@@ -8,19 +8,27 @@ step, so that r is 1, or 1 / dt where weights are rates. The gains go into the w
 same network. v counts from v_reset, where a neuron also starts. LI, CubaLI and I send no spikes: their value is a result,
 or a Threshold behind them makes spikes of it, without a reset.
 
+A pool right behind neurons may be a layer of its own, which sends sums of spikes. Folded into the kernel behind it, a pool
+of 2 x 2 multiplies that kernel's synapses by about four; into a matrix, by four. The layer of sums has one synapse per
+spike and pool, sends graded messages, and takes a step.
+
 Shape letters: N neurons.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from hardware.text import quoted
-from neuro.exchange.nir.library import NotInNir, values
+from neuro.conversion.spiking.description import Neurons, Synapses
+from neuro.exchange.nir.library import NotInNir, nir_library, values
+from neuro.exchange.nir.linear_maps import POOLS, Node, Shape, linear_map, single, sizes
+from neuro.exchange.nir.synapse_nodes import Grid
 
 SPIKING = ("LIF", "IF", "CubaLIF", "Threshold")
 VALUED = ("LI", "CubaLI", "I")
@@ -139,3 +147,51 @@ def _above(limit: np.ndarray, start: np.ndarray, what: str) -> np.ndarray:
             " for ever. Raise it"
         )
     return limit - start
+
+
+@dataclass(frozen=True)
+class PooledLayer:
+    """A layer of sums, and what is left of the way.
+
+    Attributes:
+        neurons, synapses: of the layer.
+        shape: NIR's, behind the pool.
+        rest: nodes behind it, a mean's division among them.
+        at: place of the pool among the way's nodes.
+        count: synapses.
+    """
+
+    neurons: Neurons
+    synapses: Synapses
+    shape: Shape
+    rest: list[Node]
+    at: int
+    count: int
+
+    def named(self, name: str) -> PooledLayer:
+        """The same under a name of its own."""
+        synapses = replace(self.synapses, name=f"{name}.{self.synapses.source}", target=name)
+        return replace(self, neurons=replace(self.neurons, name=name), synapses=synapses)
+
+
+def pooled(source: str, shape: Shape, grid: Grid | None, nodes: Sequence[Node]) -> PooledLayer | None:
+    """The layer of sums that a way begins with; None where it does not begin with a pool of a grid."""
+    at = next((n for n, (_, node) in enumerate(nodes) if type(node).__name__ != "Identity"), len(nodes))
+    if grid is None or at == len(nodes) or type(nodes[at][1]).__name__ not in POOLS or len(shape) != 3:
+        return None
+    name, node = nodes[at]
+    kernel = single(name, node, shape)
+    behind = sizes(nodes[at], shape)
+    summed = nir_library().SumPool2d(*(np.array(v) for v in (kernel.weight.shape[2:], kernel.stride, kernel.padding)))
+    wide, high, channels = behind[1], behind[2], behind[0]
+    made = linear_map([(name, summed)], shape, grid, (wide, high, channels))
+    if made.conv is None:
+        return None
+    rest = list(nodes[at + 1 :])
+    if type(node).__name__ == "AvgPool2d":
+        size = kernel.weight.shape[2] * kernel.weight.shape[3]
+        rest.insert(0, (name, nir_library().Scale(np.full(behind, 1 / size))))
+    neurons = Neurons(name, (wide, high, channels), sums=True)
+    return PooledLayer(
+        neurons, Synapses(name, source, name, np.rint(made.weight), made.conv), behind, rest, at, made.synapses
+    )

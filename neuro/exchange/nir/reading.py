@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 
 from hardware.text import quoted
-from neuro.exchange.nir.carried import restored
 from neuro.exchange.nir.library import NirFileError, NotInNir
 from neuro.exchange.nir.loading import load_nir
-from neuro.exchange.nir.writing import FORM, KEY, to_nir
+from neuro.exchange.nir.writing import FORM, KEY, restored, to_nir
 from neuro.graph import SpikingGraph
 
 

@@ -20,7 +20,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,19 @@ import numpy as np
 import torch
 
 from hardware.text import quoted
-from neuro.exchange.nir.carried import members
 from neuro.exchange.nir.library import DT_S, NirFileError, NotInNir, nir_library, numbered
 from neuro.exchange.nir.synapse_nodes import Grid, conv_node, grids, keeps_grid, matrix, node_shape, ours_at
 from neuro.exchange.nir.timing import bias_units, delays_used, node_delay, run_length, shifts
-from neuro.graph import Population, Projection, SpikingGraph
+from neuro.graph import (
+    FILE_SUFFIX,
+    HEADER_KEY,
+    GraphError,
+    Population,
+    Projection,
+    SpikingGraph,
+    load_graph,
+    save_graph,
+)
 from neuro.graph.kinds import KINDS
 
 KEY = "spikegate"  # of the metadata
@@ -49,6 +58,8 @@ REFUSED = {
     "rf_iz": "NIR has no resonate-and-fire neuron. Keep the graph file",
     "lif_soft": "NIR resets to v_reset, not by subtraction. Use kind lif or lif_reset (reset='hard' in the rate route)",
     "lif_general": "NIR resets to v_reset at once. Use kind lif or lif_reset, or keep the graph file",
+    "xylo": "NIR has no decay by a bit shift and no several spikes a step. Keep the graph file",
+    "xylo_out": "NIR has no decay by a bit shift. Keep the graph file",
     "sigma": "NIR has no sigma-delta nodes. Use the rate route, or keep the graph file",
     "delta": "NIR has no sigma-delta nodes. Use the rate route, or keep the graph file",
     "sigma_delta": "NIR has no sigma-delta nodes. Use the rate route, or keep the graph file",
@@ -357,3 +368,34 @@ class _Writer:
 def _attributes() -> frozenset[str]:
     """Names that a torch.nn.ModuleDict has already; readers make one attribute per node."""
     return frozenset((*dir(torch.nn.ModuleDict()), "state"))
+
+
+def members(graph: SpikingGraph) -> dict[str, Any]:
+    """`header`, as text, and the integer arrays of the graph's file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = save_graph(graph, Path(folder) / f"graph{FILE_SUFFIX}")
+        with np.load(path, allow_pickle=False) as archive:
+            arrays: dict[str, Any] = {key: archive[key] for key in archive.files}
+    return arrays | {HEADER_KEY: arrays[HEADER_KEY].tobytes().decode()}
+
+
+def restored(carried: Mapping[str, Any], where: str) -> SpikingGraph:
+    """The graph that `members` took apart, every check of a new graph made.
+
+    Raises:
+        NirFileError: not what `members` gives; `where` names the file.
+    """
+    try:
+        header = np.frombuffer(carried[HEADER_KEY].encode(), dtype=np.uint8)
+        arrays: dict[str, Any] = {key: np.asarray(value) for key, value in carried.items()} | {HEADER_KEY: header}
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"graph{FILE_SUFFIX}"
+            np.savez(path, allow_pickle=False, **arrays)
+            try:
+                return load_graph(path)
+            except GraphError as error:
+                raise NirFileError(f"{where}: {str(error).removeprefix(f'{path}: ')}") from error
+    except NirFileError:
+        raise
+    except Exception as error:  # metadata of any other form than ours
+        raise NirFileError(f"{where}: the integers beside the nodes are damaged: {quoted(error)}") from error

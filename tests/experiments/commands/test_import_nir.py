@@ -92,4 +92,4 @@ def test_the_published_network_takes_nine_cores(tmp_path, capsys):
     assert place.main([str(graph), "--chip", "loihi2"]) == 0
     document = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert (document["cores_used"], document["chips"]) == (9, 1)
-    assert document["synops_per_step"] <= 1_122_848
+    assert document["synops_per_step"] == 843_296
