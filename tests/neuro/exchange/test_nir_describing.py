@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from neuro.exchange.nir.ports import Described
 
 from neuro.conversion.spiking.description import Description, NotConvertible, run_float
 from neuro.exchange.nir import NotInNir
 from neuro.exchange.nir.describing import describe
 from neuro.exchange.nir.linear_maps import count
+from neuro.exchange.nir.ports import Described
 from tests.published import published
 
 nir = pytest.importorskip("nir")
