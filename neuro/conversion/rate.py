@@ -97,8 +97,9 @@ def convert(
 
     Raises:
         NothingToMap: the report maps nothing.
-        ValueError: analogue input on Loihi 1; a mapped layer is missing from the module or from the calibration, or has
-            NaN or infinite weights; per_channel with a calibration that kept no channels.
+        ValueError: analogue input on Loihi 1; analogue input or per_channel with convolutions; a mapped layer is missing
+            from the module or from the calibration, or has NaN or infinite weights; per_channel with a calibration that
+            kept no channels.
     """
     config = config or RateConfig()
     if report.chip == "loihi1" and config.input_code == "analogue":
@@ -141,7 +142,12 @@ def convert(
 
 
 def _spiking(module: nn.Module, chain: Chain, calibration: Calibration, config: RateConfig) -> Spiking:
-    """Settings of a network of convolutions. Raises ValueError for analogue input."""
+    """Settings of a network of convolutions. Raises ValueError for analogue input and for thresholds per neuron."""
+    if config.per_channel:
+        raise ValueError(
+            "per_channel gives each hidden neuron a threshold of its own, and in a network of convolutions those of a "
+            "layer share one; take per_channel=False, or keep the convolutions on the host with mappable="
+        )
     if config.input_code != "spikes":
         raise ValueError(
             f"input_code is {quoted(config.input_code)}, and networks of convolutions take spikes on the rate route, "

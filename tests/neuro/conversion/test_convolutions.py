@@ -327,6 +327,8 @@ def test_layers_that_are_called_otherwise_are_refused_by_name():
         neuro.deploy(changed, plan)
     with pytest.raises(ValueError, match="take input_code='spikes'"):
         planned(module, x, RateConfig(8, input_code="analogue"), route="rate")
+    with pytest.raises(ValueError, match="take per_channel=False"):
+        planned(module, x, RateConfig(8, per_channel=True), route="rate")
     shared = nn.Sequential(conv := nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(), conv).eval()
     plan, _ = planned(shared, torch.randn(2, 2, 5, 5))
     assert [(s.modules, s.rows_per_token) for s in plan.segments] == [(("0",), 2.0)]
