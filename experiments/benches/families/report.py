@@ -11,6 +11,7 @@ from typing import Any
 
 from experiments.benches.families.models import FAMILIES
 from experiments.benches.families.table import row, table
+from experiments.runs.folder import git_state
 from experiments.runs.plain_json import write_json
 from neuro.conversion.spiking.convert import PrecisionWarning
 
@@ -53,6 +54,8 @@ def record(rows: Collection[Mapping[str, Any]], folder: Path) -> tuple[Path, Pat
     said = ", ".join(f"{name} {number}" for name, number in made.items() if number)
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / PAGE
+    if commit := git_state()["commit"]:
+        said += f", commit {commit[:7]}"
     text = "\n\n".join(PARTS).format(versions=said, table="\n".join(table(rows)))
     page.write_text(f"{text}\n", encoding="utf-8")
     return page, write_json(folder / NUMBERS, {"versions": made, "rows": list(rows)})

@@ -134,6 +134,8 @@ NEURON = {
     "sigma_delta": {"vth": 1},
     "sigma": {},
     "product": {"vth": 1, "exp": 0},
+    "xylo": {"dash_mem": 4, "dash_syn": 2, "vth": 1},
+    "xylo_out": {"dash_mem": 4, "dash_syn": 2, "vth": 1},
 }
 
 
