@@ -12,10 +12,13 @@ from experiments.commands.refusal import refuse
 from experiments.runs.output import add_json_argument, entry, finish
 from experiments.views.chip_figure import save_chip_figure
 from hardware.chips.chip import load_chip
+from hardware.chips.pooled import FAMILIES, list_pooled
 from hardware.datafile import DataFileError
 from hardware.placement import DoesNotFit, LayerDemand, place
+from hardware.placement.pooled import place_pooled
 from neuro.graph import FILE_SUFFIX, ArchiveError, GraphError, SpikingGraph, load_graph, read_archive
 from neuro.graph.demand import layer_demands
+from neuro.graph.pools import pooled_demand
 
 if TYPE_CHECKING:
     from neuro.simulators.activity import Activity
@@ -26,7 +29,11 @@ HELP = "put a graph on the cores of a chip"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("graph", type=Path, nargs="+", help=f"NAME{FILE_SUFFIX}, several of them, or a folder of them")
-    parser.add_argument("--chip", default="loihi2", help="loihi1, loihi2, or a chip file (default: loihi2)")
+    parser.add_argument(
+        "--chip",
+        default="loihi2",
+        help="loihi1, loihi2, xylo_audio2 (or xylo), xylo_audio3, xylo_imu, or a chip file (default: loihi2)",
+    )
     parser.add_argument("--chips", type=int, default=None, help="chips there are (default: as many as it takes)")
     parser.add_argument(
         "--budget", default=None, help="loihi1: nxtf, nengo; loihi2: inferred, inferred-2023, brief (default: the first)"
@@ -44,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit codes: 0 it fits; 1 it does not; 2 the command or a file is wrong."""
     try:
+        if args.chip in (*list_pooled(), *FAMILIES):
+            return _pooled(args)
         chip = load_chip(args.chip)
         demands = _demands(args.graph, args.input)
         result = place(
@@ -69,6 +78,26 @@ def run(args: argparse.Namespace) -> int:
             return 2
         print(f"figure: {args.figure}")
     finish({"fits": True, **result.to_dict()}, "place")
+    return 0
+
+
+def _pooled(args: argparse.Namespace) -> int:
+    """A network of Xylo against its chip's pools."""
+    core_options = {
+        "--chips": args.chips,
+        "--budget": args.budget,
+        "--encoding": args.encoding,
+        "--share": args.share or None,
+        "--input": args.input,
+        "--figure": args.figure,
+    }
+    if given := [name for name, value in core_options.items() if value is not None]:
+        raise ValueError(f"{given[0]} goes with chips of cores; {args.chip} has fixed pools, so leave it out")
+    if len(args.graph) != 1 or args.graph[0].is_dir():
+        raise ValueError(f"{args.chip} holds one network; name one *{FILE_SUFFIX}")
+    found = place_pooled(pooled_demand(load_graph(args.graph[0]), args.graph[0].name.removesuffix(FILE_SUFFIX)), args.chip)
+    print(found)
+    finish({"fits": True, **found.to_dict()}, "place")
     return 0
 
 

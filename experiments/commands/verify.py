@@ -1,4 +1,4 @@
-"""`spikegate verify GRAPH [INPUT]`: our integer simulator against live Lava, or a board: equal, or the first divergence.
+"""`spikegate verify GRAPH [INPUT]`: our integer simulator against Lava, xylosim or a board: equal, or the first divergence.
 
 Every state is compared at every step. With a folder, every graph file under it, on random input.
 """
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.runs.output import add_json_argument, entry, finish
 from neuro.graph import FILE_SUFFIX, GraphError, SpikingGraph, load_graph
+from neuro.graph.kinds import XYLO_KINDS
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from neuro.simulators.activity import Comparison
     from neuro.simulators.lava.client import LavaWorker
 
-HELP = "our simulator against Lava (or a board): equal, or the first value that differs"
+HELP = "our simulator against Lava, xylosim (or a board): equal, or the first value that differs"
 TIMEOUT_S = 300.0
 BOARD_STATES = ("spikes", "u", "v")  # what a board is asked for; states are compared where the graph has them
 RANDOM_BITS = 16  # wider payloads can leave Lava's int32 sums, where it is not defined
@@ -42,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout", type=float, default=TIMEOUT_S, metavar="S", help=f"limit per graph in seconds (default: {TIMEOUT_S:g})"
     )
+    parser.add_argument(
+        "--chip", choices=("loihi", "xylo"), default=None, help="whose peer: Lava or xylosim (default: that of each graph)"
+    )
     parser.add_argument("--board", action="store_true", help="on the Loihi board that the environment names (see doctor)")
     add_json_argument(parser)
 
@@ -55,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         input_path=args.input,
         timeout_s=args.timeout,
         board=getattr(args, "board", False),
+        chip=getattr(args, "chip", None),
     )
 
 
@@ -66,6 +71,7 @@ def verify(
     input_path: Path | None = None,
     timeout_s: float = TIMEOUT_S,
     board: bool = False,
+    chip: str | None = None,
 ) -> int:
     """Run every graph of `target` on both, and print what came of it; the last line of stdout is JSON.
 
@@ -75,14 +81,16 @@ def verify(
         input_path: an npz for one graph file.
         timeout_s: limit on the other side's run of each graph, in seconds.
         board: compare with the board that the environment names, instead of Lava on the CPU.
+        chip: "loihi" or "xylo", whose peer is Lava or xylosim; None: that of each graph.
 
     Returns:
-        0 equal in every value; 1 not, or Lava or the board failed; 2 a wrong argument, graph or input.
+        0 equal in every value; 1 not, or the peer failed; 2 a wrong argument, graph or input.
     """
     from hardware import BoardUnavailable
     from neuro.simulators.inputs import InputError, checked_run
     from neuro.simulators.lava.client import LavaError, LavaWorker
     from neuro.simulators.results import ResultFileError, load_inputs
+    from neuro.simulators.xylo.client import XyloSimError
 
     paths = [target] if target.is_file() else sorted(target.rglob(f"*{FILE_SUFFIX}"))
     problem = _problem(target, paths, steps, input_path, timeout_s)
@@ -97,7 +105,10 @@ def verify(
                 given = random_inputs(graph, steps, seed) if input_path is None else load_inputs(input_path, graph)
                 alone = None if graph.inputs else steps  # neurons that their biases drive
                 values, _, steps = checked_run(graph, given, alone)  # a file brings its own number
-                result, document = (_on_board if board else _in_lava)(graph, values, alone, worker, timeout_s)
+                if chip == "xylo" or (chip is None and is_xylo(graph)):
+                    result, document = _in_xylosim(graph, values, timeout_s)
+                else:
+                    result, document = (_on_board if board else _in_lava)(graph, values, alone, worker, timeout_s)
                 name = path.name.removesuffix(FILE_SUFFIX)
                 if name in graphs:
                     name = path.relative_to(target).as_posix().removesuffix(FILE_SUFFIX)
@@ -106,7 +117,7 @@ def verify(
     except (GraphError, InputError, ResultFileError, OSError) as error:
         print(f"verify: {error}", file=sys.stderr)
         return 2
-    except (LavaError, BoardUnavailable) as error:
+    except (LavaError, BoardUnavailable, XyloSimError) as error:
         print(f"verify: {error}", file=sys.stderr)
         return 1
     equal = all(each["equal"] for each in graphs.values())
@@ -143,6 +154,23 @@ def _in_lava(
     return compare(lava, ours), {"expected": lava.ran_on, "got": ours.ran_on}
 
 
+def is_xylo(graph: SpikingGraph) -> bool:
+    """Whether a graph holds neurons of Xylo."""
+    return any(population.kind in XYLO_KINDS for population in graph.populations)
+
+
+def _in_xylosim(
+    graph: SpikingGraph, values: dict[str, torch.Tensor], timeout_s: float
+) -> tuple[Comparison, dict[str, Any]]:
+    from neuro.simulators.activity import RECORD_ALL, compare
+    from neuro.simulators.fixed_point import simulate
+    from neuro.simulators.xylo.client import run as run_xylosim
+
+    theirs = run_xylosim(graph, values, timeout_s=timeout_s)
+    ours = simulate(graph, values, mode="xylo", record=RECORD_ALL)
+    return compare(theirs, ours), {"expected": theirs.ran_on, "got": ours.ran_on}
+
+
 def _on_board(
     graph: SpikingGraph, values: dict[str, torch.Tensor], steps: int | None, worker: LavaWorker, timeout_s: float
 ) -> tuple[Comparison, dict[str, Any]]:
@@ -172,7 +200,7 @@ def random_inputs(graph: SpikingGraph, steps: int, seed: int) -> dict[str, torch
     for name in graph.inputs:
         bits = min((p.num_message_bits for p in graph.outgoing(name)), default=8)
         half = 1 << (min(bits, RANDOM_BITS) - 1) if bits else 0
-        low, high = (0, 2) if bits == 0 else (1 - half, half)
+        low, high = (0, 2) if bits == 0 else (0 if is_xylo(graph) else 1 - half, half)
         found[name] = torch.randint(low, max(high, low + 1), (1, steps, graph.population(name).size), generator=generator)
     return found
 
