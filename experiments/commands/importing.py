@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -20,6 +21,12 @@ from neuro.graph import FILE_SUFFIX, GraphError, SpikingGraph, save_graph
 
 HELP = "read a NIR or lava-dl .net file into a graph"
 NET = ".net"
+# What belongs to one of the two forms, with the values that say it was not given.
+OF_NODES = {
+    "nodes": False, "dt": None, "steps": None, "reset": "zero", "pools": "auto", "pieces": "1", "calibration": None,
+    "headroom_bits": 0.5, "messages": None, "input_scale": 1.0, "input_range": (0, 1),
+}  # fmt: skip
+OF_NET = {"reset_interval": None, "input_shape": None, "input_bits": 0}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +95,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit codes: 0 done; 1 the nodes have no integer counterpart; 2 the command or the file is wrong."""
-    if args.file.suffix == NET:
+    net = args.file.suffix == NET
+    for name, absent in (OF_NODES if net else OF_NET).items():
+        value = getattr(args, name)
+        if (tuple(value) if isinstance(value, list) else value) != absent:
+            option, other = f"--{name.replace('_', '-')}", "NIR" if net else NET
+            print(f"import: {option} belongs to {other} files, and {args.file} is none; leave it out", file=sys.stderr)
+            return 2
+    if net:
         return _run_net(args)
     from neuro.conversion.spiking.description import NotConvertible
     from neuro.exchange.nir.loading import load_with_notes
@@ -155,8 +169,9 @@ def _from_nodes(args: argparse.Namespace, found: Any, notes: Sequence[str], out:
 def _samples(path: Path) -> np.ndarray:
     """float64 inputs of a .npy file; GraphError where it holds anything else."""
     try:
-        values = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        with path.open("rb") as file:
+            values = np.load(file, allow_pickle=False)
+    except (ValueError, EOFError, BadZipFile) as error:
         raise GraphError(f"{path}: no array of numpy: {short(str(error))}") from error
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "biuf" or values.ndim < 3 or not values.size:
         raise GraphError(f"{path}: one array of numbers (samples, steps, ...) is needed, as numpy.save writes it")

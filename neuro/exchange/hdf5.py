@@ -29,8 +29,7 @@ def check_claims(path: Path, refused: type[Exception]) -> None:
 
     Raises:
         refused: values that take more than `MOST_BYTES` or than deflate can hold in the file, parts that lie in other
-            files, a damaged heap of texts, which libhdf5 2.0 (h5py 3.16) would read for ever, or values that are neither
-            numbers nor texts.
+            files, a damaged heap of texts, or values that are neither numbers nor texts.
         OSError: no HDF5 file.
         Hdf5Unavailable: no h5py.
     """
@@ -65,31 +64,36 @@ def check_claims(path: Path, refused: type[Exception]) -> None:
 
 
 def _heaps_end(path: Path) -> bool:
-    """Whether every global heap of the file, where texts of any length lie, can be walked to its end.
-
-    Form: section III.E of the HDF5 file format, version 3.0: GCOL, version, three zeros, size; then objects of 16 bytes
-    (index, references, four zeros, size) and their data, filled up to 8 bytes. Object 0 is what is free.
-    """
+    """Whether every global heap of the file, where texts of any length lie, can be walked to its end."""
     with path.open("rb") as file:
         if path.stat().st_size < 16:
             return True
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            at = data.find(b"GCOL")
-            while at >= 0:
-                version, size = data[at + 4], int.from_bytes(data[at + 8 : at + 16], "little")
-                end = at + size
-                if at % 8 == 0 and version == 1 and not any(data[at + 5 : at + 8]):  # else it is a value by chance
-                    if end > len(data):
-                        return False
-                    place = at + 16
-                    while end - place >= 16:
-                        index = int.from_bytes(data[place : place + 2], "little")
-                        taken = int.from_bytes(data[place + 8 : place + 16], "little")
-                        step = taken if index == 0 else 16 + (taken + 7) // 8 * 8
-                        if step < 16 or step > end - place:
-                            return False
-                        place += step
-                at = data.find(b"GCOL", at + 4)
+            return heaps_end(data)
+
+
+def heaps_end(data: bytes | mmap.mmap) -> bool:
+    """Whether every global heap among these bytes can be walked to its end.
+
+    Form: section III.E of the HDF5 file format, version 3.0: GCOL, version, three zeros, size; then objects of 16 bytes
+    (index, references, four zeros, size) and their data, filled up to 8 bytes. Object 0 is what is free.
+    """
+    at = data.find(b"GCOL")
+    while at >= 0:
+        version, size = int.from_bytes(data[at + 4 : at + 5], "little"), int.from_bytes(data[at + 8 : at + 16], "little")
+        end = at + size
+        if at % 8 == 0 and version == 1 and not any(data[at + 5 : at + 8]):  # else it is a value by chance
+            if end > len(data):
+                return False
+            place = at + 16
+            while end - place >= 16:
+                index = int.from_bytes(data[place : place + 2], "little")
+                taken = int.from_bytes(data[place + 8 : place + 16], "little")
+                step = taken if index == 0 else 16 + (taken + 7) // 8 * 8
+                if step < 16 or step > end - place:
+                    return False
+                place += step
+        at = data.find(b"GCOL", at + 4)
     return True
 
 

@@ -16,7 +16,8 @@ from experiments.runs.hydra_app import ConfigError
 from experiments.runs.samples.judging import Judged, JudgeError, Readout, first_tensor, judge
 from experiments.samples.records import Samples
 from neuro.accounting.account import GraphAccount, graph_account
-from neuro.conversion.spiking.convert import PIECES, convert_spiking
+from neuro.conversion.spiking.arguments import PIECES
+from neuro.conversion.spiking.convert import convert_spiking
 from neuro.conversion.spiking.describing import describe
 from neuro.conversion.spiking.description import Description, run_float
 from neuro.conversion.spiking.network import SpikingNetwork

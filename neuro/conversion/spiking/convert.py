@@ -26,6 +26,7 @@ from torch import Tensor
 from hardware.placement import DoesNotFit
 from hardware.text import quoted
 from neuro.conversion.integers import payload_bits
+from neuro.conversion.spiking.arguments import checked_arguments
 from neuro.conversion.spiking.checking import checked, generated_input, seen
 from neuro.conversion.spiking.constants import without_constants
 from neuro.conversion.spiking.description import INPUT, Description, Neurons, NotConvertible, Synapses
@@ -33,7 +34,6 @@ from neuro.conversion.spiking.fitting import VTH_LIMIT, Feed, Fit, Layer, Seen, 
 from neuro.conversion.spiking.network import LifLayer, SpikingNetwork
 from neuro.graph import Population, Projection, SpikingGraph
 
-PIECES = (1, 2, "auto")
 FEW_LEVELS, TOO_FEW_LEVELS = 32, 8  # of 127, of a layer's largest weights: warned of, refused
 MOST_SUMMED = 127  # weight of a spike in a layer of sums
 SPARSE = 0.5  # share of weights that are not 0 below which a matrix is stored as a sparse one
@@ -87,21 +87,14 @@ def convert_spiking(
         SpikingNetwork.
 
     Raises:
-        NotConvertible: a bias without `steps`, or ranges that fit no exponent; names the layer and the remedy.
+        NotConvertible: an argument out of its range, a bias without `steps`, or ranges that fit no exponent; names the
+            layer and the remedy.
 
     Warns:
         PrecisionWarning: the largest weights of a layer keep fewer than 32 of 127 levels (fewer than 8 are refused), or the
             calibration clipped v in more than a thousandth of the updates, or wrapped a sum.
     """
-    low, high = int(input_range[0]), int(input_range[1])
-    if low > high or not input_scale > 0:
-        raise NotConvertible(
-            f"input_range {input_range} or input_scale {input_scale} is unusable: lowest <= highest, scale > 0"
-        )
-    if steps is not None and steps < 1:
-        raise NotConvertible(f"steps is {steps}; at least 1, or None")
-    if pieces not in PIECES:
-        raise NotConvertible(f"pieces is {quoted(pieces)}; it is one of {', '.join(map(str, PIECES))}")
+    low, high = checked_arguments(description, steps, input_scale, input_range, headroom_bits, pieces)
     description = without_constants(description)
     settings = Settings(steps, float(input_scale), (low, high), headroom_bits, 1 if pieces == "auto" else int(pieces))
     builder = _Builder(description, settings)
@@ -116,7 +109,7 @@ def convert_spiking(
         calibration = generated_input(description, steps, settings.input_scale, settings.input_range)
     if calibration is None:
         return builder.network({})
-    if not len(calibration):
+    if isinstance(calibration, Tensor) and not len(calibration):
         raise NotConvertible("the calibration holds no sample; give inputs like those to come, (samples, steps, inputs)")
     ranges = seen(description, calibration)
 

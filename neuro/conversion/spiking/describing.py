@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 from torch import Tensor, nn
 
+from hardware.text import quoted
 from neuro.conversion.spiking.description import Description, NotConvertible
 from neuro.conversion.spiking.snntorch_modules import Builder, is_neuron
 from neuro.conversion.spiking.tracing import traced
@@ -33,6 +35,7 @@ def describe(
     Raises:
         NotConvertible: names the layer and what of it has no counterpart.
     """
+    modules = getattr(modules, "_orig_mod", modules)  # what torch.compile was given
     if example is not None:
         if not isinstance(modules, nn.Module):
             raise NotConvertible("an example belongs to a module that is called with it; layers in a list need input_shape")
@@ -43,6 +46,11 @@ def describe(
         if not isinstance(first, nn.Linear):
             raise NotConvertible("input_shape is needed where the first layer is no Linear: (F,), (C, L) or (C, H, W)")
         input_shape = (first.in_features,)
+    if not isinstance(input_shape, Sequence) or not all(isinstance(n, Integral) for n in input_shape):
+        raise NotConvertible(
+            f"input_shape is {quoted(input_shape)}; whole numbers (F,), (C, L) or (C, H, W) are needed,"
+            " without batch and steps"
+        )
     builder = Builder(tuple(int(n) for n in input_shape))
     last = max((number for number, (_, module) in enumerate(named) if is_neuron(module)), default=-1)
     for number, (name, module) in enumerate(named):
@@ -58,8 +66,12 @@ def _flat(modules: nn.Module | Iterable[nn.Module], prefix: str = "") -> list[tu
             f"a {type(modules).__name__} does not say in which order data passes its layers; give an example that it is"
             " called with, or the layers in that order, as a list or nn.Sequential"
         )
-    else:
+    elif isinstance(modules, Iterable):
         named = ((str(number), module) for number, module in enumerate(modules))
+    else:
+        raise NotConvertible(
+            f"{quoted(modules)} is no module; give nn.Sequential, a list of layers, or a module and an example"
+        )
     found: list[tuple[str, nn.Module]] = []
     for name, module in named:
         own = f"{prefix}{name}"

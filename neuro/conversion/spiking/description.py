@@ -307,17 +307,25 @@ class FloatRun:
 
 
 def flat_input(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Input as (B, T, F) in a layer's order: it is so already, or (B, T, C, H, W) for a grid (W, H, C).
+    """Input as (B, T, F) in a layer's order: as it is, or from (B, T, C, H, W) of a grid or (B, T, C, L) of a line.
 
     Raises:
-        NotConvertible: another form.
+        NotConvertible: no tensor, another form, or values that are not finite.
     """
+    if not isinstance(x, Tensor):
+        raise NotConvertible(f"input is {quoted(x)}; a tensor is needed, torch.as_tensor makes one")
+    if not bool(torch.isfinite(x).all()):
+        raise NotConvertible("input holds values that are not finite (nan, inf); replace or leave out those samples")
+    x = x.detach()
     size = math.prod(shape)
+    if x.ndim == 4 and len(shape) == 3 and shape[1] == 1:
+        x = x.unsqueeze(3)
     if x.ndim == 5 and len(shape) == 3 and tuple(x.shape[:1:-1]) == (shape[0], shape[1], shape[2]):
         return x.permute(0, 1, 4, 3, 2).flatten(2)
     if x.ndim == 3 and x.shape[1] and x.shape[2] == size:
         return x
-    grid = f", or (samples, steps, {shape[2]}, {shape[1]}, {shape[0]})," if len(shape) == 3 else ""
+    sides = () if len(shape) != 3 else (shape[2], shape[0]) if shape[1] == 1 else (shape[2], shape[1], shape[0])
+    grid = f", or (samples, steps, {', '.join(map(str, sides))})," if sides else ""
     raise NotConvertible(f"input has shape {tuple(x.shape)}; (samples, steps, {size}){grid} is needed")
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hardware.placement import place
+from hardware.text import listed, quoted
 from neuro.conversion.spiking.description import INPUT, Description, NotConvertible, flat_input
 from neuro.conversion.spiking.fitting import WEIGHT_LIMIT
 from neuro.graph import SpikingGraph
@@ -161,7 +162,10 @@ class SpikingNetwork:
 
     def collect(self, out_BTN: Tensor, layer: str | None = None) -> Tensor:
         """Messages or states of such a run, aligned with the input steps: (B, T, N); of the first output by default."""
-        depth = self.depths[layer or self.graph.outputs[0]]
+        name = layer or self.graph.outputs[0]
+        if name not in self.depths:
+            raise NotConvertible(f"there is no layer {quoted(name)}; there is: {listed(list(self.depths))}")
+        depth = self.depths[name]
         return out_BTN[:, depth : out_BTN.shape[1] - (self.depth - depth)]
 
     def stream(self, x_BTF: Tensor) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from hardware.text import quoted
 from neuro.conversion.spiking.description import INPUT, Description, NotConvertible
 from neuro.conversion.spiking.layers import Path
 from neuro.conversion.spiking.snntorch_modules import NOTHING, Layers, behind_the_last, is_neuron, layer_name
@@ -57,7 +58,7 @@ def _hooks(module: nn.Module, watch: _Watch) -> Iterator[None]:
             if is_neuron(part) or not any(True for _ in part.children()):
                 inside.add(name)
                 for handle in (
-                    part.register_forward_pre_hook(watch.enter),
+                    part.register_forward_pre_hook(watch.entering(name)),
                     part.register_forward_hook(watch.leaving(name)),
                 ):
                     stack.callback(handle.remove)
@@ -75,6 +76,9 @@ class _Watch(TorchFunctionMode):
         self._depth = 0
         self._called: dict[str, tuple[Any, Ways]] = {}
         self._weights: set[str] = set()
+        self._left: dict[str, list[Tensor]] = {}  # states of neurons after their latest call
+        self._read: dict[str, tuple[int, int]] = {}  # storage and place of the input that a layer heard last
+        self._calls: dict[str, int] = {}
 
     def mark(self, x: Tensor, ways: Ways | None) -> None:
         """Say where a tensor comes from."""
@@ -92,7 +96,7 @@ class _Watch(TorchFunctionMode):
             found = list(out)
             self._follow(name, args, found)
             return iter(found)
-        self._follow(name, args, out)
+        self._follow(name if (kwargs or {}).get("alpha", 1) == 1 else f"{name} with alpha", args, out)
         return out
 
     def _follow(self, name: str, args: tuple[Any, ...], out: Any) -> None:
@@ -102,6 +106,8 @@ class _Watch(TorchFunctionMode):
             return
         first, ways = given[0], self._ways[id(given[0])]
         kept: Ways | str | None = name
+        if ways is None and name in _INDEXED and _picks(args):
+            name = kept = "places picked out of the input"
         steps_first = name in ("transpose", "permute") and ways is None and _keeps_places(name, args)
         if name in _SAME or steps_first or (name in _INDEXED and self._has_steps(first)):
             kept = ways
@@ -139,9 +145,36 @@ class _Watch(TorchFunctionMode):
         ways = self._ways[id(x)]
         return (Path(INPUT, tuple(shape)),) if ways is None else ways
 
-    def enter(self, module: nn.Module, args: Any) -> None:
-        """A layer's own arithmetic is not followed."""
-        self._depth += 1
+    def entering(self, name: str) -> Callable[[nn.Module, Any], None]:
+        """The hook of a layer that is about to be called: its own arithmetic is not followed."""
+
+        def hook(module: nn.Module, args: Any) -> None:
+            self._depth += 1
+            if is_neuron(module):
+                self._continues(name, _states(module, args[1:]))
+
+        return hook
+
+    def _continues(self, name: str, states: list[Tensor]) -> None:
+        """Refuse a state that is not what the call before left, or not 0 at the first."""
+        left = self._left.get(name)
+        for number, now in enumerate(states):
+            before = torch.zeros_like(now) if left is None else left[number] if number < len(left) else now
+            if not torch.equal(now, before.expand_as(now) if before.numel() == 1 else before):
+                raise NotConvertible(
+                    f"{name} does not go on from the state that its step before left, or not from 0 at the first one; the"
+                    " chip's neurons start from rest at a sample's first step alone. Leave its state alone between steps"
+                )
+
+    def _in_order(self, name: str, x: Tensor) -> None:
+        """Refuse steps of the input that are read backwards, as far as views of one tensor tell."""
+        at = (x.untyped_storage().data_ptr(), int(x.storage_offset()))
+        before = self._read.setdefault(name, at)
+        if before[0] == at[0] and at[1] < before[1]:
+            raise NotConvertible(
+                f"{name} hears the steps of its input in another order; give them in the order of the loop"
+            )
+        self._read[name] = at
 
     def leaving(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         """The hook of a layer that was called."""
@@ -152,6 +185,10 @@ class _Watch(TorchFunctionMode):
             if not isinstance(x, Tensor):
                 return
             result = out[0] if isinstance(out, tuple) else out
+            if is_neuron(module):
+                self._calls[name] = self._calls.get(name, 0) + 1
+                given = out[1:] if isinstance(out, tuple) and not module.init_hidden else ()
+                self._left[name] = [state.clone() for state in _states(module, given)]
             if id(x) not in self._ways:
                 if is_neuron(module):
                     made = self._made_by.get(id(x), "something that no layer made")
@@ -172,6 +209,8 @@ class _Watch(TorchFunctionMode):
                 return
             if len(ways) > 1 and "Norm" in type(module).__name__:
                 raise NotConvertible(f"{name} ({type(module).__name__}) follows a sum; put it into each branch")
+            if self._ways[id(x)] is None:
+                self._in_order(name, x)
             self._weights.add(name)
             self.mark(result, tuple(way.then(name, module, bias=not number) for number, way in enumerate(ways)))
 
@@ -189,6 +228,12 @@ class _Watch(TorchFunctionMode):
         """What was seen."""
         if not self._called:
             raise NotConvertible("no neurons of snnTorch were called; describe() takes a network of theirs")
+        if len(set(self._calls.values())) > 1:
+            often = ", ".join(f"{quoted(name)} {count}" for name, count in self._calls.items())
+            raise NotConvertible(
+                f"layers of neurons are not called equally often ({often} times), and all of the chip's run at every step."
+                " Call each of them once a step"
+            )
         used = {layer for _, ways in self._called.values() for way in ways for layer in way.names}
         if lost := sorted(self._weights - used):
             raise behind_the_last(lost[0])
@@ -214,6 +259,19 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     return [x for part in value for x in _tensors(part)] if isinstance(value, tuple | list) else []
+
+
+def _picks(args: tuple[Any, ...]) -> bool:
+    """Whether an index picks places one by one, which may change their order."""
+    index = args[1] if len(args) > 1 else None
+    parts = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(part, list) or (isinstance(part, Tensor) and part.ndim) for part in parts)
+
+
+def _states(module: Any, given: tuple[Any, ...]) -> list[Tensor]:
+    """The states of neurons: what they keep, or what they are given and give back."""
+    found = [getattr(module, key, None) for key in ("syn", "mem")] if module.init_hidden else list(given)
+    return [state.detach() for state in found if isinstance(state, Tensor) and state.numel()]
 
 
 def _keeps_places(name: str, args: tuple[Any, ...]) -> bool:

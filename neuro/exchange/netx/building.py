@@ -97,6 +97,12 @@ class _Builder:
         first = self._layers[0]
         if first.kind != "input":
             self._input(first, self._without_input(first, input_shape))
+        elif input_shape is not None:
+            given = checked_shape([int(size) for size in input_shape], "input_shape")
+            if first.shape() not in (None, given):
+                raise NotInNetx(
+                    f"input_shape is {quoted(given)}, and {first.where} has {first.shape()}; leave input_shape out"
+                )
         for layer in self._layers:
             try:
                 getattr(self, f"_{layer.kind}_layer")(layer)

@@ -79,3 +79,26 @@ def test_nothing_is_written_where_the_file_is_refused(
     assert text in error
     assert list(tmp_path.iterdir()) == [net]
     assert spikegate(capsys, "import", tmp_path / "other.net")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--steps", 10), "--steps belongs to NIR files, and"),
+        (("--messages", "in.npz"), "--messages belongs to NIR files, and"),
+        (("--input-range", 0, 3), "--input-range belongs to NIR files, and"),
+    ],
+)
+def test_options_of_other_files_are_refused_not_passed_over(
+    net: Path, capsys: pytest.CaptureFixture[str], options: tuple[object, ...], message: str
+) -> None:
+    code, _, error = spikegate(capsys, "import", net, *options)
+    assert (code, list(net.parent.glob("*.npz"))) == (2, [])
+    assert message in error
+
+
+def test_a_shape_that_the_file_contradicts_is_refused(net: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, error = spikegate(capsys, "import", net, "--input-shape", 2, 6, 8)
+    assert code == 1
+    assert "(2, 6, 8), and layer 0 (input) has (1, 6, 8); leave input_shape out" in error
+    assert spikegate(capsys, "import", net, "--input-shape", 1, 6, 8)[0] == 0

@@ -64,6 +64,9 @@ REFUSED = {
     "calibration is text": (["--steps", "20", "--calibration", "text.npy"], 2, "no array of numpy"),
     "calibration is absent": (["--steps", "20", "--calibration", "none.npy"], 2, "none.npy"),
     "calibration of NaN": (["--steps", "20", "--calibration", "nan.npy"], 2, "holds NaN"),
+    "calibration is an archive cut short": (["--steps", "20", "--calibration", "cut.npy"], 2, "cut.npy: no array of numpy"),
+    "headroom": (["--steps", "20", "--headroom-bits", "nan"], 1, "headroom_bits is nan"),
+    "an option of .net": (["--steps", "20", "--reset-interval", "4"], 2, "--reset-interval belongs to .net files, and"),
     "messages of nothing": (["--steps", "20", "--messages", "m.npz"], 2, "--calibration"),
     "dt": (["--steps", "20", "--dt", "0.1"], 1, "shorter than the step"),
 }
@@ -76,6 +79,7 @@ def test_what_is_refused_leaves_nothing_behind(case, file, capsys, monkeypatch):
     np.save("flat.npy", np.ones((3, 20, 40)))
     np.save("nan.npy", np.full((3, 20, 2, 5, 4), np.nan))
     Path("text.npy").write_text("no numbers")
+    Path("cut.npy").write_bytes(b"PK\x03\x04 and no more")
     before = sorted(file.parent.iterdir())
     assert importing.main([str(file), *options]) == code
     assert message in capsys.readouterr().err

@@ -231,17 +231,11 @@ def test_a_file_that_claims_too_much_or_points_elsewhere_is_refused_before_it_is
         load_nir(path)
 
 
-def test_damaged_files_end_in_one_error(tmp_path):
+def test_files_cut_short_end_in_one_error(tmp_path):
     path = tmp_path / "x.nir"
     nir.write(path, foreign(nir.Linear(np.ones((2, 3))), lif(2)))
-    whole, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
-    for _ in range(60):
-        changed = bytearray(whole[: rng.integers(len(whole) // 2, len(whole) + 1)])
-        for place in rng.integers(0, len(changed), 40):
-            changed[place] = int(rng.integers(256))
-        path.write_bytes(changed)
-        try:
+    whole = path.read_bytes()
+    for kept in [0, 1, 8, 100, *range(600, len(whole), 1511), len(whole) - 1]:
+        path.write_bytes(whole[:kept])
+        with pytest.raises(NirFileError, match=r"x\.nir: not a readable NIR file"):
             load_nir(path)
-        except NirFileError:
-            refused += 1
-    assert refused > 30

@@ -313,6 +313,15 @@ def test_the_graph_survives_its_file(tmp_path):
         ({}, {"calibration": torch.zeros(1, 5, 2)}, "samples have 5 steps; the network was converted for 6"),
         ({}, {"calibration": torch.zeros(1, 6, 3)}, r"\(samples, steps, 2\) is needed"),
         ({}, {"calibration": torch.full((1, 6, 2), 0.3)}, r"whole numbers 0\.\.1 of 1"),
+        ({}, {"calibration": torch.full((1, 6, 2), torch.nan)}, "not finite"),
+        ({}, {"calibration": np.zeros((1, 6, 2))}, "a tensor is needed"),
+        ({}, {"input_range": (0.5, 1)}, r"input_range is \(0\.5, 1\); two whole numbers"),
+        ({}, {"input_range": (1,)}, "two whole numbers are needed"),
+        ({}, {"input_scale": float("nan")}, "input_scale is nan"),
+        ({}, {"headroom_bits": float("nan")}, "headroom_bits is nan; a finite number"),
+        ({}, {"steps": 10.5}, r"steps is 10\.5; a whole number 1\.\.65535"),
+        ({}, {"steps": 70_000}, r"steps is 70000; a whole number 1\.\.65535"),
+        ({}, {"pieces": True}, "pieces is True; it is one of 1, 2, auto"),
         ({"threshold": 1e-9}, {}, r"a: with weights up to 1e\+09 thresholds, no exponent"),
         ({"bias": 1e6}, {}, "and biases up to 1e"),
         ({"beta": 1.0, "bias": 0.5}, {"steps": None}, "a has a bias, which acts before"),
@@ -323,6 +332,16 @@ def test_what_does_not_convert_is_refused_with_the_remedy(changes, settings, mes
     description = chain(Neurons("a", (2,), **{"beta": 0.5, **changes}), weights=(np.ones((2, 2)),), input_size=2)
     with pytest.raises(NotConvertible, match=message):
         convert_spiking(description, **{"steps": 6, **settings})
+
+
+def test_a_module_is_no_description_and_results_of_layers_that_are_not_there_are_refused():
+    with pytest.raises(NotConvertible, match=r"neuro\.describe makes one of a module"):
+        convert_spiking(torch.nn.Linear(2, 2), steps=6)
+    made = convert_lif(network(3)[0], steps=network(3)[1].shape[1])
+    with pytest.raises(NotConvertible, match="there is no layer 'none'; there is: "):
+        made.collect(torch.zeros(1, 9, 2), "none")
+    with pytest.raises(NotConvertible, match="not finite"):
+        made.run(torch.full((1, made.steps, made.graph.population(INPUT).size), torch.nan))
 
 
 def test_layers_without_weights_live_on_their_biases():

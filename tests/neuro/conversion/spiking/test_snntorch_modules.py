@@ -147,6 +147,8 @@ def test_what_has_no_counterpart_is_refused_by_name():
         "divide by different numbers": lambda: describe([nn.AvgPool2d(2, ceil_mode=True), one], (1, 5, 5)),
         "it folds into a Linear or convolution": lambda: describe([nn.BatchNorm1d(2), one], (2,)),
         "neurons are Alpha": lambda: describe([nn.Linear(2, 2), snntorch.Alpha(alpha=0.9, beta=0.8)]),
+        r"input_shape is 2; whole numbers": lambda: describe([nn.Linear(2, 2), one], 2),
+        "3 is no module": lambda: describe(3, (2,)),
         r"layer1: threshold has shape \(3,\), its neurons \(2,\)": lambda: describe(
             [nn.Linear(2, 2), leaky(threshold=torch.ones(3))]
         ),
@@ -178,3 +180,26 @@ def test_rsynaptic_at_once_is_what_it_computes():
     made = describe([nn.Linear(2, 2), snntorch.RSynaptic(alpha=0.5, beta=0.5, linear_features=2, reset_delay=False)])
     assert made.neurons[0].reset_delayed
     assert "RSynaptic computes reset_delay=False as True" in made.notes[0]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+)  # torch's own, of its compiler
+def test_a_compiled_module_is_described_as_what_was_compiled():
+    model = nn.Sequential(nn.Linear(3, 2), leaky())
+    plain, compiled = describe(model), describe(torch.compile(model))
+    assert [item.name for item in compiled.synapses] == [item.name for item in plain.synapses]
+    assert np.array_equal(compiled.synapses[0].weight, plain.synapses[0].weight)
+
+
+def test_samples_of_a_line_may_keep_their_channels():
+    """(samples, steps, C, L) is what Conv1d takes at each step; a gradient of the calibration is not wanted."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 4, 3, padding=1), snntorch.Leaky(beta=0.5, init_hidden=True))
+    x = (torch.rand(3, 6, 2, 9) < 0.4).float().requires_grad_()
+    made = convert_spiking(describe(model, (2, 9)), steps=6, calibration=x)
+    expected = stepped(model, x.detach()).transpose(2, 3).flatten(2)  # (L, C)
+    assert 0 < expected.mean() < 1
+    assert (made.run(x)[0]["layer1"] == expected).double().mean() > 0.99
+    with pytest.raises(NotConvertible, match=r"\(samples, steps, 18\), or \(samples, steps, 2, 9\), is needed"):
+        made.run(x[:, :, :1])
