@@ -187,7 +187,8 @@ class _Watch(TorchFunctionMode):
             result = out[0] if isinstance(out, tuple) else out
             if is_neuron(module):
                 self._calls[name] = self._calls.get(name, 0) + 1
-                given = out[1:] if isinstance(out, tuple) and not module.init_hidden else ()
+                own = hasattr(module, "recurrent") or hasattr(module, "V")  # its spikes are a state too
+                given = out[0 if own else 1 :] if isinstance(out, tuple) and not module.init_hidden else ()
                 self._left[name] = [state.clone() for state in _states(module, given)]
             if id(x) not in self._ways:
                 if is_neuron(module):
