@@ -166,3 +166,47 @@ def test_what_a_description_cannot_say_is_refused_by_name(what, message):
         describe(nn.Linear(2, 2), example=torch.zeros(1, 2))
     with pytest.raises(NotConvertible, match="an example belongs to a module"):
         describe([nn.Linear(2, 2)], example=torch.zeros(1, 2))
+
+
+class Altered(nn.Module):
+    """A loop over steps that does one thing which a converted network would not do."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.fc1, self.lif1 = nn.Linear(6, 5), snntorch.Leaky(beta=0.9)
+        self.fc2, self.lif2 = nn.Linear(6, 5), snntorch.RLeaky(beta=0.8, linear_features=5)
+
+    def forward(self, x_BTF):
+        mem1, (spk2, mem2) = self.lif1.reset_mem(), self.lif2.reset_mem()
+        order = reversed(range(x_BTF.size(1))) if self.what == "backwards" else range(x_BTF.size(1))
+        for step in order:
+            x = x_BTF[:, step]
+            spk1, mem1 = self.lif1(self.fc1(x), mem1)
+            if self.what == "scaled":
+                mem1 = 0.5 * mem1
+            if self.what == "every other" and step % 2:
+                continue
+            drive = self.fc2(x)
+            if self.what == "alpha":
+                drive = torch.add(drive, self.fc1(x), alpha=0.5)
+            spk2, mem2 = self.lif2(drive, spk2, mem2)
+        return spk1, spk2
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("scaled", "does not go on from the state that its step before left"),
+        ("backwards", "hears the steps of its input in another order"),
+        ("every other", "are not called equally often"),
+        ("alpha", "add with alpha"),
+    ],
+)
+def test_what_would_be_converted_as_something_else_is_refused(what, message):
+    torch.manual_seed(0)
+    x = torch.rand(2, 6, 6)
+    with torch.no_grad():
+        with pytest.raises(NotConvertible, match=message):
+            describe(Altered(what), example=x)
+        assert len(describe(Altered("nothing"), example=x).neurons) == 2
