@@ -3,7 +3,7 @@
 #
 # Does it pay to train only on surprising text? This example asks the question for a Llama from Hugging Face, in a plain
 # PyTorch loop, with a measure of surprise that spikegate does not have: how many bytes zlib needs for a window of text,
-# given the text before it. It takes about half a minute on one core and downloads nothing.
+# given the text before it. It takes less than half a minute and downloads nothing.
 #
 # A claim that a gate wins needs two controls: plain training, which spends the same work on every window that comes, and a
 # gate that keeps as many windows by chance. All three get the same number of counted operations, on three seeds.

@@ -3,7 +3,7 @@
 #
 # A Llama from Hugging Face on the reference manual that comes with Python. Should its backward leave out the half of the
 # token rows that surprise it least? One call answers with all that such a claim needs: plain training, the gate, and as
-# many rows by chance, each for the same counted seconds. It takes about half a minute on one core and downloads nothing.
+# many rows by chance, each for the same counted seconds. It takes less than half a minute and downloads nothing.
 
 # %%
 from __future__ import annotations
