@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from hardware.text import listed, quoted
 from neuro.analysis import rules
 from neuro.analysis.lookup import FUNCTIONS
+from neuro.exchange.paths import existing_file
 
 SUFFIX = ".pt2"
 AGAIN = "export again: torch.export.save(torch.export.export(module.eval(), example), FILE)"
@@ -138,9 +139,7 @@ def read_exported(path: str | os.PathLike[str]) -> tuple[ExportedModule, tuple[T
         ExportedError: no exported program, one that is damaged, of another schema, with sizes that are left open, with
             pickled weights or objects, or with an operation that has no rule here.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    path = existing_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
             return _read(_Archive(path, archive))

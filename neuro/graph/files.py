@@ -98,6 +98,11 @@ def load_graph(path: str | os.PathLike[str]) -> SpikingGraph:
             f"{path}: the file has schema {quoted(schema)}, this version reads schema {' and '.join(map(str, READABLE))};"
             " export it again"
         )
+    if not isinstance(header.get("projections"), list):  # a result of `simulate` has counts by name there
+        raise GraphFileError(
+            f"{path}: the header has no list of projections, so this is no graph file but another of ours, a result of"
+            f" `spikegate simulate` perhaps; name a file of save_graph, NAME{FILE_SUFFIX}"
+        )
     for key, array in arrays.items():
         if not np.issubdtype(array.dtype, np.integer):
             raise GraphFileError(f"{path}: array {quoted(key)} is {array.dtype}; only integers belong in a graph file")

@@ -19,6 +19,7 @@ import numpy as np
 from hardware.text import listed, quoted, short
 from neuro.exchange import hdf5
 from neuro.exchange.netx.errors import NetxFileError, NotInNetx
+from neuro.exchange.paths import existing_file
 
 Shape = tuple[int, int, int]
 MOST_NEURONS = 2**24  # of one layer: a chip has 2^20
@@ -140,8 +141,7 @@ def read_layers(path: Path) -> tuple[Layer, ...]:
         NotInNetx: a type of layer that no projection does.
         Hdf5Unavailable: no h5py.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    existing_file(path)
     h5py = hdf5.hdf5_library()
     try:
         hdf5.check_claims(path, NetxFileError)

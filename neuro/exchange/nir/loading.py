@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hardware.text import listed, quoted, short
 from neuro.exchange.nir.library import NirFileError, check_claims, hdf5_tree, nir_library
+from neuro.exchange.paths import existing_file
 
 MOST_DEEP = 64
 """Graphs within graphs, one in the other."""
@@ -71,9 +71,7 @@ def load_nir(path: str | os.PathLike[str]) -> Any:
 
 def load_with_notes(path: str | os.PathLike[str]) -> Loaded:
     """As `load_nir`, with notes on what the file leaves out."""
-    library, path = nir_library(), Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    library, path = nir_library(), existing_file(path)
     try:
         check_claims(path)
         tree = hdf5_tree(path)

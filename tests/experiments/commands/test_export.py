@@ -124,6 +124,7 @@ def test_wrong_words_and_files_are_answered(tmp_path, capsys):
         (("export", tmp_path / "none.graph.npz"), "no such file"),
         (("export", tmp_path / "empty"), "neither a plan nor a training run"),
         (("import", tmp_path / "none.nir"), "no such file"),
+        (("import", tmp_path / "empty"), "empty: is a folder; name a file"),
         (("import", tmp_path / "text.nir"), "not a readable NIR file"),
         (("import", tmp_path / "text.nir", "--dt", "0"), "longer than 0 s"),
         (("import", tmp_path / "text.nir", "--out", tmp_path / "x.npz"), "text.nir"),

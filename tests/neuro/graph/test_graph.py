@@ -147,6 +147,9 @@ def test_files_that_are_no_graph_of_this_version_are_refused(tmp_path: Path) -> 
     rewrite(**{"projection.0.weight": np.zeros((3, 2))})
     with pytest.raises(GraphFileError, match="only integers belong"):
         load_graph(path)
+    rewrite(header={"projections": {"w": {"synops": 3}}})  # as a result of a simulator has them
+    with pytest.raises(GraphFileError, match=r"net\.graph\.npz: the header has no list of projections, .* result of"):
+        load_graph(path)
     rewrite(header={"projections": [{"name": "w"}]})
     with pytest.raises(GraphFileError, match="do not fit together"):
         load_graph(path)
