@@ -7,9 +7,10 @@ between layers is not in the description: a layer that hears it is refused by na
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import copy
+from inspect import signature
 from typing import Any
 
 import torch
@@ -58,8 +59,8 @@ def _hooks(module: nn.Module, watch: _Watch) -> Iterator[None]:
             if is_neuron(part) or not any(True for _ in part.children()):
                 inside.add(name)
                 for handle in (
-                    part.register_forward_pre_hook(watch.entering(name)),
-                    part.register_forward_hook(watch.leaving(name)),
+                    part.register_forward_pre_hook(watch.entering(name), with_kwargs=True),
+                    part.register_forward_hook(watch.leaving(name), with_kwargs=True),
                 ):
                     stack.callback(handle.remove)
         yield
@@ -96,7 +97,11 @@ class _Watch(TorchFunctionMode):
             found = list(out)
             self._follow(name, args, found)
             return iter(found)
-        self._follow(name if (kwargs or {}).get("alpha", 1) == 1 else f"{name} with alpha", args, out)
+        if (kwargs or {}).get("alpha", 1) != 1:
+            name = f"{name} with alpha"
+        elif name == "dropout" and _drops(args, kwargs or {}):
+            name = "dropout that is on in evaluation too"
+        self._follow(name, args, out)
         return out
 
     def _follow(self, name: str, args: tuple[Any, ...], out: Any) -> None:
@@ -145,13 +150,13 @@ class _Watch(TorchFunctionMode):
         ways = self._ways[id(x)]
         return (Path(INPUT, tuple(shape)),) if ways is None else ways
 
-    def entering(self, name: str) -> Callable[[nn.Module, Any], None]:
+    def entering(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         """The hook of a layer that is about to be called: its own arithmetic is not followed."""
 
-        def hook(module: nn.Module, args: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             self._depth += 1
             if is_neuron(module):
-                self._continues(name, _states(module, args[1:]))
+                self._continues(name, _states(module, _arguments(module, args, kwargs)[1:]))
 
         return hook
 
@@ -176,12 +181,12 @@ class _Watch(TorchFunctionMode):
             )
         self._read[name] = at
 
-    def leaving(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+    def leaving(self, name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
         """The hook of a layer that was called."""
 
-        def hook(module: nn.Module, args: Any, out: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             self._depth -= 1
-            x = args[0] if args else None
+            x = next(iter(_arguments(module, args, kwargs)), None)
             if not isinstance(x, Tensor):
                 return
             result = out[0] if isinstance(out, tuple) else out
@@ -267,6 +272,21 @@ def _picks(args: tuple[Any, ...]) -> bool:
     index = args[1] if len(args) > 1 else None
     parts = index if isinstance(index, tuple) else (index,)
     return any(isinstance(part, list) or (isinstance(part, Tensor) and part.ndim) for part in parts)
+
+
+def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a module is called with, in the order of its forward, also what is given by name."""
+    if not kwargs:
+        return args
+    given = signature(module.forward).bind(*args, **kwargs)
+    given.apply_defaults()
+    return tuple(given.arguments.values())
+
+
+def _drops(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of `torch.nn.functional.dropout`, or of `torch.dropout` (whose flag is `train`), leaves values out."""
+    named = dict(zip(("input", "p", "training"), args, strict=False)) | dict(kwargs)
+    return bool(named.get("training", named.get("train", True)) and named.get("p", 0.5))
 
 
 def _states(module: Any, given: tuple[Any, ...]) -> list[Tensor]:

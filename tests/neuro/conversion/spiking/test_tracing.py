@@ -173,7 +173,7 @@ class Altered(nn.Module):
 
     def __init__(self, what: str) -> None:
         super().__init__()
-        self.what = what
+        self.what, self.by_name = what, what.endswith("by name")
         self.fc1, self.lif1 = nn.Linear(6, 5), snntorch.Leaky(beta=0.9)
         self.fc2, self.lif2 = nn.Linear(6, 5), snntorch.RLeaky(beta=0.8, linear_features=5)
 
@@ -182,15 +182,17 @@ class Altered(nn.Module):
         order = reversed(range(x_BTF.size(1))) if self.what == "backwards" else range(x_BTF.size(1))
         for step in order:
             x = x_BTF[:, step]
-            spk1, mem1 = self.lif1(self.fc1(x), mem1)
-            if self.what == "scaled":
+            spk1, mem1 = self.lif1(mem=mem1, input_=self.fc1(input=x)) if self.by_name else self.lif1(self.fc1(x), mem1)
+            if self.what in ("scaled", "scaled, by name"):
                 mem1 = 0.5 * mem1
             if self.what == "every other" and step % 2:
                 continue
             drive = self.fc2(x)
             if self.what == "alpha":
                 drive = torch.add(drive, self.fc1(x), alpha=0.5)
-            spk2, mem2 = self.lif2(drive, spk2, mem2)
+            if self.what == "dropout":
+                drive = nn.functional.dropout(drive, 0.5)  # its own default is to be active
+            spk2, mem2 = self.lif2(nn.functional.dropout(drive, 0.5, self.training), spk2, mem2)
         return spk1, spk2
 
 
@@ -198,9 +200,11 @@ class Altered(nn.Module):
     ("what", "message"),
     [
         ("scaled", "does not go on from the state that its step before left"),
+        ("scaled, by name", "does not go on from the state that its step before left"),
         ("backwards", "hears the steps of its input in another order"),
         ("every other", "are not called equally often"),
         ("alpha", "add with alpha"),
+        ("dropout", "lif2 hears the result of dropout that is on in evaluation too"),
     ],
 )
 def test_what_would_be_converted_as_something_else_is_refused(what, message):
@@ -209,4 +213,11 @@ def test_what_would_be_converted_as_something_else_is_refused(what, message):
     with torch.no_grad():
         with pytest.raises(NotConvertible, match=message):
             describe(Altered(what), example=x)
-        assert len(describe(Altered("nothing"), example=x).neurons) == 2
+        torch.manual_seed(1)
+        plain, named = Altered("nothing"), Altered("by name")
+        named.load_state_dict(plain.state_dict())
+        by_place, by_name = describe(plain, example=x), describe(named, example=x)
+    assert len(by_place.neurons) == 2
+    spikes = [run_float(one, (x > 0.5).double()).spikes for one in (by_place, by_name)]
+    assert all(torch.equal(spikes[0][name], spikes[1][name]) for name in by_place.outputs)
+    assert any(bool(spikes[0][name].any()) for name in by_place.outputs)
