@@ -137,6 +137,13 @@ class Convolution:
         return index.reshape(out_w * out_h, self.groups, kernel_w * kernel_h * per_group).astype(np.int64)
 
 
+def ends_of(weight: np.ndarray, conv: Convolution | None) -> tuple[int, int]:
+    """(n_target, n_source) of weights (targets, sources), or of a kernel (out, width, height, in / groups) with `conv`."""
+    if conv is None:
+        return int(weight.shape[0]), int(weight.shape[1])
+    return math.prod(conv.output_shape(weight.shape)), math.prod(conv.input_shape)
+
+
 @dataclass(frozen=True, eq=False)
 class Projection:
     """Synapses from one population to one port of another, delayed by at least one step.
@@ -264,9 +271,7 @@ class Projection:
     @property
     def ends(self) -> tuple[int, int]:
         """(n_target, n_source): sizes that the two populations must have."""
-        if self.conv is None:
-            return int(self.weight.shape[0]), int(self.weight.shape[1])
-        return math.prod(self.conv.output_shape(self.weight.shape)), math.prod(self.conv.input_shape)
+        return ends_of(self.weight, self.conv)
 
     @property
     def max_delay(self) -> int:

@@ -34,7 +34,7 @@ from torch.nn import functional
 
 from hardware.text import listed, quoted
 from neuro.graph import GraphError
-from neuro.graph.synapses import Convolution
+from neuro.graph.synapses import Convolution, ends_of
 
 INPUT = "x"  # name of the input, as a source of synapses
 RESETS = ("zero", "subtract", "none")
@@ -79,9 +79,7 @@ class Synapses:
     @property
     def ends(self) -> tuple[int, int]:
         """(targets, sources): sizes that the two layers must have."""
-        if self.conv is None:
-            return int(self.weight.shape[0]), int(self.weight.shape[1])
-        return math.prod(self.conv.output_shape(self.weight.shape)), math.prod(self.conv.input_shape)
+        return ends_of(self.weight, self.conv)
 
     @property
     def recurrent(self) -> bool:
