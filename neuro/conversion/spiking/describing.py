@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hardware.text import quoted
 from neuro.conversion.spiking.description import Description, NotConvertible
-from neuro.conversion.spiking.snntorch_modules import Builder, is_neuron
+from neuro.conversion.spiking.snntorch_modules import Builder, is_neuron, layers_in_order
 from neuro.conversion.spiking.tracing import traced
 
 
@@ -40,7 +40,7 @@ def describe(
         if not isinstance(modules, nn.Module):
             raise NotConvertible("an example belongs to a module that is called with it; layers in a list need input_shape")
         return traced(modules, example, readout=readout)
-    named = _flat(modules)
+    named = layers_in_order(modules, NotConvertible, "give an example that it is called with, or")
     if input_shape is None:
         first = next((module for _, module in named if not isinstance(module, nn.Flatten)), None)
         if not isinstance(first, nn.Linear):
@@ -56,24 +56,3 @@ def describe(
     for number, (name, module) in enumerate(named):
         builder.add(name, module, readout=readout and number == last)
     return builder.description()
-
-
-def _flat(modules: nn.Module | Iterable[nn.Module], prefix: str = "") -> list[tuple[str, nn.Module]]:
-    if isinstance(modules, nn.Sequential):
-        named: Iterable[tuple[str, nn.Module]] = modules.named_children()
-    elif isinstance(modules, nn.Module):
-        raise NotConvertible(
-            f"a {type(modules).__name__} does not say in which order data passes its layers; give an example that it is"
-            " called with, or the layers in that order, as a list or nn.Sequential"
-        )
-    elif isinstance(modules, Iterable):
-        named = ((str(number), module) for number, module in enumerate(modules))
-    else:
-        raise NotConvertible(
-            f"{quoted(modules)} is no module; give nn.Sequential, a list of layers, or a module and an example"
-        )
-    found: list[tuple[str, nn.Module]] = []
-    for name, module in named:
-        own = f"{prefix}{name}"
-        found += _flat(module, f"{own}_") if isinstance(module, nn.Sequential) else [(own, module)]
-    return found

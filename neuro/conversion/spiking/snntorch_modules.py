@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +31,46 @@ from neuro.conversion.spiking.layers import Path, torch_shape
 NEURONS = ("Leaky", "Synaptic", "RLeaky", "RSynaptic")
 NOTHING = ("Identity", "Dropout", "Dropout1d", "Dropout2d")  # outside training they pass everything
 HIGHEST_THRESHOLD = 1e6  # of a neuron that never resets: from here on it is a read-out
-_RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}
+RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}
+"""Name of a neuron's state function, which is fixed when the neuron is made -> the reset that it computes."""
 
 
 def is_neuron(module: Any) -> bool:
     """Whether a module is a spiking neuron that `describe` knows or refuses by name, not a layer of torch."""
     return type(module).__name__ in NEURONS or hasattr(module, "reset_mechanism")
+
+
+def layers_in_order(
+    modules: nn.Module | Iterable[nn.Module], refused: type[ValueError], remedy: str = "give", prefix: str = ""
+) -> list[tuple[str, nn.Module]]:
+    """Path and module of each layer, in the order in which data passes them; each nn.Sequential is looked into.
+
+    Args:
+        modules: nn.Sequential, or the layers in that order.
+        refused: what is raised for anything else.
+        remedy: how the remedy begins that ends in "the layers in that order".
+        prefix: of the paths, whose parts are joined by "_".
+
+    Raises:
+        refused: a module that does not say the order of its layers, or what is no module and no list of them.
+    """
+    if isinstance(modules, nn.Sequential):
+        named: Iterable[tuple[str, nn.Module]] = modules.named_children()
+    elif isinstance(modules, nn.Module):
+        raise refused(
+            f"a {type(modules).__name__} does not say in which order data passes its layers; {remedy} the layers in that"
+            " order, as a list or nn.Sequential"
+        )
+    elif isinstance(modules, Iterable):
+        named = ((str(number), module) for number, module in enumerate(modules))
+    else:
+        raise refused(f"{quoted(modules)} is no module; {remedy} the layers in their order, as a list or nn.Sequential")
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in named:
+        own = f"{prefix}{name}"
+        inner = isinstance(module, nn.Sequential)
+        found += layers_in_order(module, refused, remedy, f"{own}_") if inner else [(own, module)]
+    return found
 
 
 class Builder:
@@ -145,7 +179,7 @@ def neurons(name: str, module: Any, shape: tuple[int, ...], bias_N: np.ndarray, 
                 f"{name}: {key} is {quoted(given)}; the chip's neurons need {quoted(needed)}. Train with that"
             )
     reset, notes = str(module.reset_mechanism), []
-    computed = _RESETS.get(getattr(getattr(module, "state_function", None), "__name__", ""), reset)
+    computed = RESETS.get(getattr(getattr(module, "state_function", None), "__name__", ""), reset)
     if computed != reset:
         raise NotConvertible(
             f"{name}: reset_mechanism says {quoted(reset)}, and the neuron computes {quoted(computed)}; snnTorch fixes it"

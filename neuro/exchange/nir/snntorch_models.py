@@ -25,11 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from hardware.text import quoted
+from neuro.conversion.spiking.snntorch_modules import NEURONS, NOTHING, RESETS, layers_in_order
 from neuro.exchange.nir.library import DT_S, NotInNir, nir_library, numbered
-
-NEURONS = ("Leaky", "Synaptic", "RLeaky", "RSynaptic")
-NOTHING = ("Identity", "Dropout", "Dropout1d", "Dropout2d")  # outside training they pass everything
-_RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}
 
 
 def nir_from_snntorch(modules: nn.Module | Iterable[nn.Module], input_shape: Sequence[int]) -> Any:
@@ -48,26 +45,9 @@ def nir_from_snntorch(modules: nn.Module | Iterable[nn.Module], input_shape: Seq
         NirUnavailable: nir is not installed.
     """
     builder = _Builder(tuple(int(n) for n in input_shape))
-    for name, module in _flat(modules):
+    for name, module in layers_in_order(modules, NotInNir):
         builder.add(name, module)
     return builder.graph()
-
-
-def _flat(modules: nn.Module | Iterable[nn.Module], prefix: str = "") -> list[tuple[str, nn.Module]]:
-    if isinstance(modules, nn.Sequential):
-        named: Iterable[tuple[str, nn.Module]] = modules.named_children()
-    elif isinstance(modules, nn.Module):
-        raise NotInNir(
-            f"a {type(modules).__name__} does not say in which order data passes its layers; give them in that order, as a"
-            " list or nn.Sequential"
-        )
-    else:
-        named = ((str(number), module) for number, module in enumerate(modules))
-    found: list[tuple[str, nn.Module]] = []
-    for name, module in named:
-        own = f"{prefix}{name}"
-        found += _flat(module, f"{own}_") if isinstance(module, nn.Sequential) else [(own, module)]
-    return found
 
 
 class _Builder:
@@ -269,7 +249,7 @@ class _Builder:
 def _check_neurons(where: str, kind: str, module: Any) -> None:
     """NotInNir unless the neurons reset to 0 in the step of their spike and send 0 or 1."""
     named = module.reset_mechanism
-    computed = _RESETS.get(getattr(module.state_function, "__name__", ""), "?")
+    computed = RESETS.get(getattr(module.state_function, "__name__", ""), "?")
     if named != computed:
         raise NotInNir(
             f"{where}: reset_mechanism says {quoted(named)} and the neuron computes {quoted(computed)}; it was "
