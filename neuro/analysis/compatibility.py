@@ -32,11 +32,11 @@ from neuro.analysis.pairs import disjoint, find_pairs, inside_pairs
 from neuro.analysis.preparation import TransformError, convertible, prepare_named
 from neuro.analysis.registry import LayerRule, layer_rule
 from neuro.analysis.report import VERDICTS, CompatibilityReport, MlpPair, NothingToMap, Operation, Preparation
-from neuro.analysis.rules import CONVOLUTIONS, LINEARS, ROUTES, Rule, Where, is_matrix, rules_for
+from neuro.analysis.rules import CONVOLUTIONS, LINEARS, ROUTES, Where, is_matrix, rules_for
 from neuro.analysis.spiking.neurons import LIF, numbered, spiking_layers, spiking_neurons
 from neuro.analysis.spiking.report import spiking_report
 from neuro.analysis.tracing import Example, Trace, TracedOp, check_ready, contracted, strip_calls, trace
-from neuro.analysis.transfers import crossings_of, placed_together, rows_of
+from neuro.analysis.transfers import crossings_of, operation_of, placed_together, row_count, rows_of, unused_parameters
 from neuro.modules.thresholds import EventThreshold
 
 __all__ = ["VERDICTS", "CompatibilityReport", "MlpPair", "NothingToMap", "Operation", "analyse"]
@@ -149,9 +149,7 @@ def _analysed(
         and not {pair.fc1, pair.fc2} & chained
     )
     counted = [op for op in traced.ops if _counts_tokens(op)] or [traced.ops[index] for index in convolutions]
-    rows = tokens or max((rows_of(op) for op in counted), default=1)
-    if rows < 1:
-        raise ValueError("the example inputs hold no row, and all figures are per row; pass a batch that is not empty")
+    rows = row_count(counted, tokens)
     operations = _operations(module, traced, calls, fits, refused, pairs, chains, rows, where)
     mapped = tuple(dict.fromkeys(calls.values()))
     if strict and not mapped:
@@ -162,9 +160,6 @@ def _analysed(
     for index, name in calls.items():
         seen_rows[name] += rows_of(traced.ops[index])
     crossings, crossing_bytes = crossings_of(module, traced, calls, pairs, chains, rows)
-    used = {name for op in traced.ops for name in op.weights}
-    names = dict(module.named_parameters(remove_duplicate=False))
-    used_ids = {id(names[n]) for n in used if n in names}
     return CompatibilityReport(
         chip=where.chip.name,
         traced=traced.complete,
@@ -175,7 +170,7 @@ def _analysed(
         pairs=pairs,
         chains=chains,
         rows_per_token=tuple((name, seen_rows[name] / rows) for name in mapped),
-        unused_parameters=tuple(n for n, p in module.named_parameters() if id(p) not in used_ids),
+        unused_parameters=unused_parameters(module, traced),
         tied=_tied(module, mapped),
         total_parameters=sum(p.numel() for p in module.parameters()),
         crossings_per_token=crossings,
@@ -375,29 +370,8 @@ def _operations(
                 if (rule.runs_on, key) not in placed:
                     placed.add((rule.runs_on, key))
                     size += weight.numel() * (1 if rule.runs_on == "chip" else weight.element_size())
-            operations.append(_operation(op, rule, rows, parameters, size, where))
+            operations.append(operation_of(op, rule, rows, parameters, size, where))
     return operations + _not_attributed(traced, rows, where)
-
-
-def _operation(op: TracedOp, rule: Rule, rows: int, parameters: int, size: int, where: Where) -> Operation:
-    return Operation(
-        name=op.module or "(root)",
-        kind=rule.kind,
-        verdict=rule.verdict,
-        runs_on=rule.runs_on,
-        reason=rule.reason,
-        remedy=rule.remedy,
-        macs_per_token=(rule.macs(op) if op.leaf_macs is None or rule.unseen else op.leaf_macs) / rows,
-        parameters=parameters,
-        bytes=size,
-        chip=where.chip.name,
-        error_bound=rule.error_bound,
-        bound_of=rule.bound_of,
-        limit=rule.limit,
-        need=rule.need,
-        have=rule.have,
-        cores=rule.cores,
-    )
 
 
 def _not_attributed(traced: Trace, rows: int, where: Where) -> list[Operation]:

@@ -1,17 +1,17 @@
-"""Rows, transfers between host and chip, and the placement of all mapped layers together, from a trace."""
+"""From a trace: rows, rows of the table, transfers between host and chip, the placement of all mapped layers together."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
 from hardware.placement import LayerDemand
 from neuro.analysis.chains import Chain
 from neuro.analysis.fit import Fitter
-from neuro.analysis.report import MlpPair
-from neuro.analysis.rules import CONVOLUTIONS, ROUTES, Where
+from neuro.analysis.report import MlpPair, Operation
+from neuro.analysis.rules import CONVOLUTIONS, ROUTES, Rule, Where
 from neuro.analysis.tracing import Trace, TracedOp
 
 OUTPUT_BYTES = 2  # a graded payload of 16 bits back to the host; inputs are 1 byte
@@ -22,6 +22,54 @@ def rows_of(op: TracedOp) -> int:
     if op.target in CONVOLUTIONS:
         return op.out_shape[0] if op.out_shape else 1
     return math.prod(op.out_shape[:-1]) if op.out_shape else 1
+
+
+def row_count(ops: Iterable[TracedOp], given: int | None) -> int:
+    """Rows that the example stands for: those given, else of the operation that has most, 1 where there is none.
+
+    Raises:
+        ValueError: an example without rows.
+    """
+    rows = given or max((rows_of(op) for op in ops), default=1)
+    if rows < 1:
+        raise ValueError("the example inputs hold no row, and all figures are per row; pass a batch that is not empty")
+    return rows
+
+
+def unused_parameters(module: nn.Module, traced: Trace) -> tuple[str, ...]:
+    """Names of the parameters that no operation reads, under any of their names."""
+    names = dict(module.named_parameters(remove_duplicate=False))
+    read = {id(names[name]) for op in traced.ops for name in op.weights if name in names}
+    return tuple(name for name, parameter in module.named_parameters() if id(parameter) not in read)
+
+
+def operation_of(op: TracedOp, rule: Rule, rows: int, parameters: int, size: int, where: Where) -> Operation:
+    """The row of the table that a rule gives an operation.
+
+    Args:
+        op, rule: what was seen, and what becomes of it.
+        rows: of the example, which products are divided by.
+        parameters, size: values and bytes that count for this operation.
+        where: chip and route.
+    """
+    return Operation(
+        name=op.module or "(root)",
+        kind=rule.kind,
+        verdict=rule.verdict,
+        runs_on=rule.runs_on,
+        reason=rule.reason,
+        remedy=rule.remedy,
+        macs_per_token=(rule.macs(op) if op.leaf_macs is None or rule.unseen else op.leaf_macs) / rows,
+        parameters=parameters,
+        bytes=size,
+        chip=where.chip.name,
+        error_bound=rule.error_bound,
+        bound_of=rule.bound_of,
+        limit=rule.limit,
+        need=rule.need,
+        have=rule.have,
+        cores=rule.cores,
+    )
 
 
 def _widths(module: nn.Module, name: str) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from neuro.analysis.report import CompatibilityReport, Operation
 from neuro.analysis.rules import AFFINE_NORMS, CONVOLUTIONS, LAYOUT, LINEARS, POSITION, Rule, Where, rules_for
 from neuro.analysis.spiking.neurons import CONVERTER, LIF, Neurons, program
 from neuro.analysis.tracing import Trace, TracedOp
+from neuro.analysis.transfers import operation_of, row_count, rows_of, unused_parameters
 from neuro.conversion.spiking.description import NotConvertible
 
 WEIGHT_BITS = 8
@@ -66,19 +67,14 @@ def spiking_report(
         ValueError: an example without rows.
     """
     found = _Network(module, traced, where, neurons, mappable)
-    rows = tokens or max((_rows(op) for op in traced.ops if op.target in SYNAPSES), default=1)
-    if rows < 1:
-        raise ValueError("the example inputs hold no row, and all figures are per row; pass a batch that is not empty")
+    rows = row_count((op for op in traced.ops if op.target in SYNAPSES), tokens)
     if chips is not None and found.layers:
         place([demand for layer in found.layers.values() for demand in layer.demands], where.chip, chips)
     seen: Counter[str] = Counter()
     for op in traced.ops:
         if op.index in found.on_chip and op.module in found.layers:
-            seen[op.module] += _rows(op)
+            seen[op.module] += rows_of(op)
     crossings, size = found.crossings(rows)
-    used = {name for op in traced.ops for name in op.weights}
-    names = dict(module.named_parameters(remove_duplicate=False))
-    used_ids = {id(names[name]) for name in used if name in names}
     return CompatibilityReport(
         chip=where.chip.name,
         traced=traced.complete,
@@ -88,7 +84,7 @@ def spiking_report(
         mapped=tuple(found.layers),
         pairs=(),
         rows_per_token=tuple((name, seen[name] / rows) for name in found.layers),
-        unused_parameters=tuple(name for name, p in module.named_parameters() if id(p) not in used_ids),
+        unused_parameters=unused_parameters(module, traced),
         tied=(),
         total_parameters=sum(p.numel() for p in module.parameters()),
         crossings_per_token=crossings,
@@ -97,12 +93,6 @@ def spiking_report(
         cores=sum(layer.cores for layer in found.layers.values()),
         cores_per_chip=where.chip.cores,
     )
-
-
-def _rows(op: TracedOp) -> int:
-    if op.target in CONVOLUTIONS:
-        return op.out_shape[0] if op.out_shape else 1
-    return math.prod(op.out_shape[:-1]) if op.out_shape else 1
 
 
 class _Network:
@@ -268,27 +258,7 @@ class _Network:
                         counted.add(id(weight))
                         parameters += weight.numel()
                         size += weight.numel() * (1 if rule.runs_on == "chip" else weight.element_size())
-                macs = (rule.macs(op) if op.leaf_macs is None or rule.unseen else op.leaf_macs) / rows
-                found.append(
-                    Operation(
-                        name=op.module or "(root)",
-                        kind=rule.kind,
-                        verdict=rule.verdict,
-                        runs_on=rule.runs_on,
-                        reason=rule.reason,
-                        remedy=rule.remedy,
-                        macs_per_token=macs,
-                        parameters=parameters,
-                        bytes=size,
-                        chip=self.where.chip.name,
-                        error_bound=rule.error_bound,
-                        bound_of=rule.bound_of,
-                        limit=rule.limit,
-                        need=rule.need,
-                        have=rule.have,
-                        cores=rule.cores,
-                    )
-                )
+                found.append(operation_of(op, rule, rows, parameters, size, self.where))
         return found
 
     def _rules(self, op: TracedOp) -> tuple[Rule, ...]:
