@@ -10,14 +10,11 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
-from hardware.chips.chip import Chip
-from hardware.placement import Connection, Convolution, DoesNotFit, LayerDemand, place
-from hardware.placement.cost import Part, resources
-from hardware.placement.report import Limit
+from hardware.placement import LayerDemand, place
+from neuro.analysis.fit import Fit, Fitter
 from neuro.analysis.report import CompatibilityReport, Operation
 from neuro.analysis.rules import AFFINE_NORMS, CONVOLUTIONS, LAYOUT, LINEARS, POSITION, Rule, Where, rules_for
 from neuro.analysis.spiking.neurons import CONVERTER, LIF, Neurons, program
@@ -25,7 +22,6 @@ from neuro.analysis.tracing import Trace, TracedOp
 from neuro.analysis.transfers import operation_of, row_count, rows_of, unused_parameters
 from neuro.conversion.spiking.description import NotConvertible
 
-WEIGHT_BITS = 8
 SUMS_OF_TWO = ("add", "iadd")
 PASSING = LAYOUT | AFFINE_NORMS
 POOLS = frozenset(("avg_pool1d", "avg_pool2d", "AvgPool1d", "AvgPool2d"))
@@ -36,12 +32,10 @@ BEHIND = "more than a layer of spiking neurons that converts reads its sums, or 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer of synapses that goes to the chip: its demands, the cores it takes alone, and where it is full."""
+    """A layer of synapses that goes to the chip: its demands, and what it takes alone; None on a chip without budgets."""
 
     demands: tuple[LayerDemand, LayerDemand]
-    cores: int = 0
-    limit: Limit | None = None
-    remedy: str = ""
+    fit: Fit | None
 
 
 def spiking_report(
@@ -90,7 +84,7 @@ def spiking_report(
         crossings_per_token=crossings,
         crossing_bytes_per_token=size,
         route=LIF,
-        cores=sum(layer.cores for layer in found.layers.values()),
+        cores=sum(layer.fit.cores for layer in found.layers.values() if layer.fit is not None),
         cores_per_chip=where.chip.cores,
     )
 
@@ -115,7 +109,8 @@ class _Network:
             for source in self.sources[op.index]:
                 self.readers.setdefault(source, []).append(op)
         self.layers: dict[str, _Layer] = {}
-        self.refused: dict[int, _Layer] = {}
+        self.refused: dict[int, Fit] = {}
+        self.fitter = Fitter(where.chip, graded=False)
         converted = [op for op in traced.ops if self.is_neuron(op) and neurons[op.module].converts]
         self.unlike = {op.module: why for op in converted if any(why := self._unlike(op))}
         self.on_chip = {op.index for op in converted if op.module not in self.unlike}
@@ -209,12 +204,24 @@ class _Network:
 
     def _take(self, op: TracedOp) -> None:
         if op.module not in self.layers:
-            layer = _fitted(_demands(op.module or "(root)", self.modules[op.module], op), self.where.chip)
-            if layer.remedy:
-                self.refused[op.index] = layer
+            layer = self._layer(op)
+            if layer.fit is not None and not layer.fit.fits:
+                self.refused[op.index] = layer.fit
                 return
             self.layers[op.module] = layer
         self.on_chip.add(op.index)
+
+    def _layer(self, op: TracedOp) -> _Layer:
+        """What a linear or convolution layer asks of the chip."""
+        owner, name = self.modules[op.module], op.module or "(root)"
+        if isinstance(owner, nn.Linear):
+            size = (owner.in_features, owner.out_features)
+            demands = self.fitter.demands(name, *size)
+            return _Layer(demands, self.fitter.linear(*size) if self.where.chip.budgets else None)
+        assert isinstance(owner, nn.Conv1d | nn.Conv2d)
+        shape = op.in_shapes[0][-(owner.weight.dim() - 1) :]  # with the batch or without
+        demands = self.fitter.convolution_demands(name, owner, shape)
+        return _Layer(demands, self.fitter.convolution(owner, shape) if self.where.chip.budgets else None)
 
     def crossings(self, rows: int) -> tuple[float, float]:
         """Transfers a token between host and chip and their bytes: one for each value that goes in or comes out."""
@@ -286,21 +293,20 @@ class _Network:
         kind = "linear" if op.target in LINEARS else "convolution"
         plain = rules_for(op, self.where)[0]
         refused = self.refused.get(op.index)
-        if refused is not None and refused.limit is not None:
-            limit = refused.limit
-            reason = f"does not fit: {limit.resource} {limit.used:,} of {limit.limit:,}"
+        if refused is not None:
+            reason = f"does not fit: {refused.limit} {refused.need:,} of {refused.have:,}"
             rule = Rule(kind, "native", "host", reason, refused.remedy, plain.macs)
-            return replace(rule, limit=limit.resource, need=limit.used, have=limit.limit)
+            return replace(rule, limit=refused.limit, need=refused.need, have=refused.have)
         if op.index not in self.on_chip:
             remedy = (
                 "put neurons behind it; a read-out is Leaky(beta=0, reset_mechanism='none'), described with readout=True"
             )
             return Rule(kind, "native", "host", BEHIND, remedy, plain.macs)
-        layer = self.layers[op.module]
+        fit = self.layers[op.module].fit
         rule = Rule(kind, "native", "chip", f"int8 synapses of the neurons behind it; {CONVERTER}", "", plain.macs)
-        if layer.limit is None:
+        if fit is None:
             return rule
-        return replace(rule, limit=layer.limit.resource, need=layer.limit.used, have=layer.limit.limit, cores=layer.cores)
+        return replace(rule, limit=fit.limit, need=fit.need, have=fit.have, cores=fit.cores)
 
 
 def _sources(traced: Trace) -> list[tuple[int, ...]]:
@@ -308,53 +314,3 @@ def _sources(traced: Trace) -> list[tuple[int, ...]]:
     if traced.complete:
         return [op.inputs for op in traced.ops]
     return [(op.index - 1,) if op.index else () for op in traced.ops]
-
-
-def _demands(name: str, layer: nn.Module, op: TracedOp) -> tuple[LayerDemand, LayerDemand]:
-    """The layer's input on the host, and its neurons."""
-    source = f"{name}:input"
-    if isinstance(layer, nn.Linear):
-        connection: Connection | Convolution = Connection(source, layer.in_features, WEIGHT_BITS)
-        return LayerDemand(source, layer.in_features, on_chip=False), LayerDemand(name, layer.out_features, (connection,))
-    assert isinstance(layer, nn.Conv1d | nn.Conv2d)
-    channels, *extent = op.in_shapes[0][1:] if len(op.in_shapes[0]) > layer.weight.dim() - 1 else op.in_shapes[0]
-    width, height = extent[-1], extent[0] if len(extent) > 1 else 1
-
-    def pair(value: Any, single: int) -> tuple[int, int]:
-        """(along W, along H) of a setting that torch orders (H, W), or (W,)."""
-        numbers: tuple[int, ...] = tuple(value)
-        return (int(numbers[-1]), int(numbers[0]) if len(numbers) > 1 else single)
-
-    if layer.padding == "valid":
-        padding = (0, 0)
-    elif layer.padding == "same":
-        kernel, dilation = pair(layer.kernel_size, 1), pair(layer.dilation, 1)
-        padding = (dilation[0] * (kernel[0] - 1) // 2, dilation[1] * (kernel[1] - 1) // 2)
-    else:
-        padding = pair(layer.padding, 0)
-    convolution = Convolution(
-        source,
-        (width, height, channels),
-        channels=layer.out_channels,
-        kernel=pair(layer.kernel_size, 1),
-        stride=pair(layer.stride, 1),
-        padding=padding,
-        dilation=pair(layer.dilation, 1),
-        groups=layer.groups,
-        weight_bits=WEIGHT_BITS,
-    )
-    neurons = math.prod(convolution.output_shape)
-    return LayerDemand(source, convolution.inputs, on_chip=False), LayerDemand(name, neurons, (convolution,))
-
-
-def _fitted(demands: tuple[LayerDemand, LayerDemand], chip: Chip) -> _Layer:
-    if not chip.budgets:
-        return _Layer(demands)
-    try:
-        placed = place(demands, chip)
-    except DoesNotFit as failure:
-        return _Layer(demands, 0, failure.binding, "; ".join(failure.remedies) or "a smaller layer")
-    budget, (width, height, channels) = next(iter(chip.budgets.values())), demands[1].box
-    need = resources(demands[1], Part(demands[1].name, ((0, width), (0, height), (0, channels))), budget)
-    limits = (Limit(name, used, budget.limits[name]) for name, used in need.items() if name != "groups")
-    return _Layer(demands, len(placed.cores), max(limits, key=lambda limit: limit.share))
