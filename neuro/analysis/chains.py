@@ -32,12 +32,12 @@ INPUT = -1
 class ChainLink:
     """What one source adds to a stage: through `module`, through the windows of `pool`, or as it is.
 
-    `source`: number of a stage, or INPUT. `module`: path of an nn.Conv1d, nn.Conv2d or nn.Linear, or ""; `norm`: of the
-    batch norm right behind it, or "".
+    `source`: number of a stage, or INPUT. `module`: path of an nn.Conv1d, nn.Conv2d or nn.Linear ("" where the whole
+    module is one), or None; `norm`: of the batch norm right behind it, or "".
     """
 
     source: int
-    module: str = ""
+    module: str | None = None
     norm: str = ""
     pool: Pool | None = None
 
@@ -82,7 +82,7 @@ class _Sum:
 
     @property
     def has_layer(self) -> bool:
-        return any(link.module for link in self.links)
+        return any(link.module is not None for link in self.links)
 
 
 @dataclass

@@ -69,7 +69,7 @@ class NetworkRunner(SegmentRunner):
         super().__init__(segment, backend, mode)
         self._stages = {stage.name: stage for stage in segment.stages}
         self._projection = {p.name: p for p in segment.graph.projections}
-        self._owner = {link.module: stage for stage in segment.stages for link in stage.links if link.module}
+        self._owner = {link.module: stage for stage in segment.stages for link in stage.links if link.has_layer}
         self._macs = dict(zip(segment.modules, segment.macs, strict=True))
         self._weights = dict(zip(segment.modules, segment.weight_counts, strict=True))
         self._line = {name: self._line_of(self._owner[name]) for name in segment.modules}
@@ -113,7 +113,7 @@ class NetworkRunner(SegmentRunner):
 
     def _projections(self) -> dict[str, tuple[str, ...]]:
         """Layer -> projections whose synaptic operations are its own: those of its weights, and what its stages add."""
-        weights = {link.projection: link.module for stage in self.segment.stages for link in stage.links if link.module}
+        weights = {link.projection: link.module for stage in self.segment.stages for link in stage.links if link.has_layer}
         at = {population: layer for layer, populations in self.layers.items() for population in populations}
         found: dict[str, list[str]] = {layer: [] for layer in self.layers}
         for projection in self.segment.graph.projections:
@@ -141,7 +141,7 @@ class NetworkRunner(SegmentRunner):
         if module != mine[-1]:
             return torch.zeros_like(value)
         for link in stage.links:
-            if not link.module:
+            if not link.has_layer:
                 value = value - self._host(link.source)
         return value
 
@@ -154,7 +154,7 @@ class NetworkRunner(SegmentRunner):
         return self._views[source]
 
     def _view(self, stage: Stage) -> Tensor:
-        if any(link.module for link in stage.links):
+        if any(link.has_layer for link in stage.links):
             value = self._values[stage.name]
         else:
             parts = []
@@ -278,7 +278,7 @@ class NetworkRunner(SegmentRunner):
 
     def _part(self, link: Link, value: Tensor) -> Tensor:
         """What a link adds, (N, C, H, W) or (N, O), in whole numbers of the sum."""
-        if not link.module and link.gain:
+        if not link.has_layer and link.gain:
             return value * link.gain
         projection = self._projection[link.projection]
         if projection.conv is None:

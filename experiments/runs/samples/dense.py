@@ -53,7 +53,7 @@ def dense_equivalent(simulated: Deployed, samples: Tensor, counts: Sequence[Coun
     work = {"own": 0.0, "dense": 0.0}
     for segment in simulated.segments:
         activity, graph = activity_of(segment, given[segment.name]), segment.graph
-        layers = {link.projection for stage in segment.stages for link in stage.links if link.module}
+        layers = {link.projection for stage in segment.stages for link in stage.links if link.has_layer}
         sizes = {p.name: p.size for p in graph.populations}
         for population, demand in zip(graph.populations, layer_demands(graph, activity, f"{segment.name}/"), strict=True):
             full = tuple(

@@ -164,7 +164,7 @@ def arriving(weaver: Weaver, net: Woven, number: int, target: str, port: str, de
     for place, (link, gain) in enumerate(zip(stage.links, units.gains, strict=True)):
         origin = net.source(link.source)
         source = weaver.later(origin, depth - 1, bits)
-        if link.module:
+        if link.module is not None:
             layer = net.found[link.module].layer
             label = f"layer.{link.module or 'root'}"
             weight, geometry = kernel_of(layer, units.stored[link.module], weaver.shape[source])
@@ -222,7 +222,7 @@ def segment_of(
     """The segment of a finished network."""
     chain = net.chain
     outputs = tuple(net.names[number] for number in chain.outputs)
-    scales = {link.module: link.weight_scale for record in records for link in record.links if link.module}
+    scales = {link.module: link.weight_scale for record in records for link in record.links if link.has_layer}
     graph = SpikingGraph(
         populations=tuple(weaver.populations),
         projections=tuple(weaver.projections),

@@ -38,7 +38,7 @@ class Found:
 def layers_of(module: nn.Module, chain: Chain, calibration: Calibration) -> dict[str, Found]:
     """A chain's layers and their ranges. Raises ValueError where the module or the calibration lacks one."""
     found: dict[str, Found] = {}
-    norms = {link.module: link.norm for stage in chain.stages for link in stage.links}
+    norms = {link.module: link.norm for stage in chain.stages for link in stage.links if link.module is not None}
     for name in chain.modules:
         try:
             layer = module.get_submodule(name)
@@ -73,13 +73,13 @@ def stage_ranges(chain: Chain, found: Mapping[str, Found]) -> list[StageRange]:
     readers: dict[int, list[LayerRange]] = {}
     for stage in chain.stages:
         for link in stage.links:
-            if link.module:
+            if link.module is not None:
                 readers.setdefault(link.source, []).append(found[link.module].before)
     ranges: list[StageRange] = []
     for number, stage in enumerate(chain.stages):
         total = positive = 0.0
         for link in stage.links:
-            if link.module:
+            if link.module is not None:
                 seen = found[link.module].after
                 total, positive = total + seen.output_max, positive + seen.output_positive_max
             else:

@@ -83,7 +83,9 @@ def rate_segment(
 def _stage(weaver: Weaver, net: Woven, number: int, stage: ChainStage, settings: Spiking) -> tuple[Stage, Headroom]:
     name, seen, steps = net.names[number], net.ranges[number], settings.time_steps
     read = any(link.source == number for other in net.chain.stages for link in other.links)
-    floats = {link.module: weights_of(link.module, net.found[link.module]) for link in stage.links if link.module}
+    floats = {
+        link.module: weights_of(link.module, net.found[link.module]) for link in stage.links if link.module is not None
+    }
     top = (seen.clip or 1.0) * settings.hidden_factor
 
     def spike(source: int) -> float:
@@ -93,7 +95,7 @@ def _stage(weaver: Weaver, net: Woven, number: int, stage: ChainStage, settings:
     if read:
         least.append(top / steps / VTH_LIMIT)
     for link in stage.links:
-        if link.module:
+        if link.module is not None:
             weight = floats[link.module][0]
             unit = spike(link.source) * least_scale(weight, Widths()) / 2
             rows = float(weight.abs().flatten(1).sum(dim=1).max()) * spike(link.source)
@@ -128,7 +130,7 @@ def _arriving(weaver: Weaver, net: Woven, number: int, target: str, depth: int, 
     for place, (link, gain) in enumerate(zip(stage.links, units.gains, strict=True)):
         origin = net.source(link.source)
         source = weaver.later(origin, depth - 1, 0)
-        if link.module:
+        if link.module is not None:
             layer = net.found[link.module].layer
             shape = net.shape(link.source)
             unit = net.input_scale if link.source == INPUT else net.units[link.source].unit

@@ -10,7 +10,8 @@ INPUT = "x"
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """What one source adds to a stage's sum. `source`: a stage's name or INPUT; `module`: the layer on the way, or "";
+    """What one source adds to a stage's sum. `source`: a stage's name or INPUT; `module`: the layer on the way, or "",
+    which with weights is the whole module;
     `projection`: the one whose synapses are the layer's, those of a pooling's windows (`gain` 0), or the first of a
     residual add, which multiplies by `gain`; `norm`: the batch norm that the layer's weights have taken over; `macs`,
     `weights`: the layer's dense multiply-accumulates a sample and how many weights it has; `weight_scale`: weight =
@@ -25,6 +26,11 @@ class Link:
     macs: int = 0
     weights: int = 0
     weight_scale: float = 0.0
+
+    @property
+    def has_layer(self) -> bool:
+        """Whether a layer is on the way."""
+        return self.weights > 0
 
 
 @dataclass(frozen=True, kw_only=True)

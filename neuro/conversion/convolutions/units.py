@@ -118,7 +118,7 @@ def stage_units(
         seen = ranges[number]
         sum_unit = max(
             MARGIN * max(seen.sum_max, seen.window_max) / WORD_LIMIT,
-            *(source_unit(link.source) * least[link.module] / step for link in stage.links if link.module),
+            *(source_unit(link.source) * least[link.module] / step for link in stage.links if link.module is not None),
             0.0,
         )
         sum_unit, gains = aligned(label, stage, sum_unit, source_unit)
@@ -135,14 +135,14 @@ def stage_units(
             wanted = shift_for(seen.clip / fine, 2 ** (widths.hidden_bits - 1) - 1)
         for other, room in readers:
             for link in other.links:
-                if link.source == number and link.module and least[link.module]:
+                if link.source == number and link.module is not None and least[link.module]:
                     need = MARGIN * max(room.sum_max, room.window_max) / WORD_LIMIT * step / least[link.module]
                     wanted = max(wanted, shift_for(need / fine, 1.0))
         shift = 0 if widths.whole_outputs and not readers else max(fits, wanted)
         bias_C = np.zeros(picture(stage.sum_shape)[0], dtype=np.int64)
         made = StageUnits(sum_unit, shift, fine * 2.0**shift, gains, bias_C, 2 ** (shift - 1) if 2**shift > step else 0)
         for link in stage.links:
-            if link.module:
+            if link.module is not None:
                 _, bias = floats[link.module]
                 scale = sum_unit * step / source_unit(link.source)
                 made.scales[link.module] = scale
@@ -160,7 +160,7 @@ def aligned(
     """The unit of a sum, at least `sum_unit`, in which residual adds are whole gains, and the gains; windows have 1.
     `even`: 2 where gains must be even.
     """
-    sources = [source_unit(link.source) for link in stage.links if not link.module]
+    sources = [source_unit(link.source) for link in stage.links if link.module is None]
     if not sources:
         return sum_unit or 1.0, [1] * len(stage.links)
     if any(link.pool for link in stage.links):
@@ -168,7 +168,7 @@ def aligned(
         pool = stage.links[0].pool
         assert pool is not None
         return sources[0] / pool.divisor, [1]
-    layers = any(link.module for link in stage.links)
+    layers = any(link.module is not None for link in stage.links)
     if layers and sum_unit > 0:
         gain = math.floor(sources[0] / sum_unit * (1 + 1e-12)) // even * even
         if gain < 1:
@@ -182,7 +182,8 @@ def aligned(
         gain = max(gain, even)
     unit = sources[0] / gain
     return unit, [
-        1 if link.module else even * max(1, round(source_unit(link.source) / unit / even)) for link in stage.links
+        1 if link.module is not None else even * max(1, round(source_unit(link.source) / unit / even))
+        for link in stage.links
     ]
 
 
@@ -191,7 +192,7 @@ def _bound(chain: Chain, number: int, made: StageUnits, units: list[StageUnits])
     total = float(np.abs(made.bias_C).max(initial=0)) + made.half
     for link, gain in zip(stage.links, made.gains, strict=True):
         reach = 127.0 if link.source == INPUT else min(units[link.source].bound, 2.0**23)
-        if link.module:
+        if link.module is not None:
             rows = made.stored[link.module].abs().flatten(1).sum(dim=1)
             total += reach * float(rows.max())
         elif link.pool is not None:

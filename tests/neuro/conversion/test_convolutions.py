@@ -349,6 +349,20 @@ def test_spikes_that_come_unevenly_are_no_error_of_the_module():
     assert "a spike loses what exceeds the threshold" in plan.table()
 
 
+@pytest.mark.parametrize(
+    ("route", "config"), [("graded", None), ("sigma_delta", SigmaDeltaConfig()), ("rate", RateConfig(64))]
+)
+def test_a_convolution_may_be_the_whole_module(route, config, tmp_path):
+    torch.manual_seed(3)
+    module, x = nn.Conv2d(2, 3, 3, padding=1, stride=2), torch.rand(4, 2, 7, 6)
+    y, macs = counted_by_torch(module, x)
+    plan, report = planned(module, x, config, route=route)
+    deployed = neuro.deploy(module, load_plan(save_plan(plan, tmp_path)))
+    assert (deployed(x) - y).norm() < 0.05 * y.norm()
+    assert report.mac_share == 1
+    assert (macs_of(deployed, host=False), macs_of(deployed, host=True)) == (macs, 0)
+
+
 def test_prepare_gives_convolutions_their_norms():
     module, x = small_resnet()
     twin = neuro.prepare(module, x)
