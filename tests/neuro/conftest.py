@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +12,7 @@ import pytest
 from neuro.graph import Population, Projection, SpikingGraph, truncate_weights
 from neuro.simulators.lava import client as lava_client
 from tests.environments import missing, python_of
+from tests.neuro import networks as random_networks
 
 GraphMaker = Callable[[int], SpikingGraph]
 
@@ -160,9 +160,4 @@ def neurobench_python() -> Path:
 @pytest.fixture(scope="session")
 def networks() -> ModuleType:
     """The generator of random networks, tests/neuro/networks.py: `network(seed, kinds)`, `messages(graph, seed, ...)`."""
-    spec = importlib.util.spec_from_file_location("networks", Path(__file__).with_name("networks.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return random_networks

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 
 from hardware import load_chip
 from hardware.placement import Core, Placement, place
 from hardware.placement.cost import axon_words
-
-_spec = importlib.util.spec_from_file_location("published_tables", Path(__file__).with_name("published_tables.py"))
-assert _spec is not None and _spec.loader is not None  # noqa: PT018
-tables = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(tables)
+from tests.hardware.placement import published_tables as tables
 
 COLUMNS = ("axon_in", "groups", "neurons", "synapse_words", "axon_map", "pool")
 

@@ -6,12 +6,10 @@ asks for. Its `Effective_*` count nonzero inputs times nonzero weights per sampl
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,21 +21,10 @@ import neuro
 from neuro.deployment.segments import encode
 from neuro.graph import Population, Projection, SpikingGraph
 from neuro.simulators.fixed_point import simulate
+from tests.neuro.deployment import neurobench_networks as networks_
 
 pytest.importorskip("snntorch")
 ROOT = Path(__file__).resolve().parents[3]
-
-
-def beside(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-networks_ = beside("neurobench_networks")
 
 
 class Jobs:

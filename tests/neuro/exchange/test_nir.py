@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -22,23 +19,13 @@ from neuro.graph import Convolution, Population, Projection, SpikingGraph, ident
 from neuro.graph.kinds import KINDS
 from neuro.simulators import snntorch_backend
 from neuro.simulators.fixed_point import simulate
+from tests.neuro.exchange import nir_networks as networks_
+from tests.neuro.exchange import nir_reference as reference
 
 h5py = pytest.importorskip("h5py")
 nir = pytest.importorskip("nir")
 pytest.importorskip("snntorch")
 DT_S = 1e-4
-
-
-def beside(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-networks_, reference = beside("nir_networks"), beside("nir_reference")
 
 
 def record(made) -> dict:

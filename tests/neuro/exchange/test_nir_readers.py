@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,23 +16,14 @@ from neuro.exchange.nir.readers import READERS, problems
 from neuro.exchange.nir.synapse_nodes import grids, ours_at
 from neuro.graph import SpikingGraph
 from neuro.simulators.fixed_point import simulate
+from tests.neuro.exchange import nir_networks as networks_
+from tests.neuro.exchange import nir_reader as reader_
+from tests.neuro.exchange import nir_reference as reference
 
 pytest.importorskip("nir")
 pytest.importorskip("snntorch")
 ROOT = Path(__file__).resolve().parents[3]
 SAMPLES = 2
-
-
-def beside(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-networks_, reference, reader_ = beside("nir_networks"), beside("nir_reference"), beside("nir_reader")
 
 
 def run_jobs(python: Path, folder: Path, jobs: list[dict[str, Any]]) -> dict[str, str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,18 +15,7 @@ from neuro.simulators.activity import RECORD_ALL, compare
 from neuro.simulators.fixed_point import FixedPointOverflow, InputError, run_pipelined, simulate
 from neuro.simulators.xylo import client
 from tests.environments import python_of
-
-
-def beside(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-made = beside("xylo_networks")
+from tests.neuro.simulators import xylo_networks as made
 
 
 @pytest.mark.parametrize(
