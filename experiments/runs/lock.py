@@ -23,10 +23,14 @@ def exclusive(folder: Path, doing: str) -> Iterator[None]:
     process that was killed.
 
     Raises:
-        ConfigError: another process holds it; the message names that process.
+        ConfigError: another process holds it, and the message names that process; or nothing can be written there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+", encoding="utf-8") as handle:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = (folder / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written to ({error.strerror}): take another folder") from error
+    with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

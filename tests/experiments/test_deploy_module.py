@@ -240,6 +240,9 @@ REFUSED = {
     "diverged": (["module=netmod:diverged", "path=flat.npz"], 1, "NaN or infinite"),
     "odd readout": (["module=netmod:network", "readout=median"], 2, "readout is median"),
     "no sample to place": (["module=netmod:network", "batch=0"], 2, "batch is 0"),
+    "no such profile": (["module=netmod:network", "profiles=[nope]"], 2, "no name 'nope'; shipped names: digital45"),
+    "no such chip": (["module=netmod:network", "chip=loihi9"], 2, "no name 'loihi9'; shipped names: loihi1"),
+    "out is a file": (["module=netmod:network", "out=netmod.py"], 2, "netmod.py cannot be written to (File exists)"),
 }  # fmt: skip
 
 
@@ -251,3 +254,11 @@ def test_what_cannot_be_deployed_is_said(name: str, own: Path, capsys: pytest.Ca
     assert message in shown
     assert "Traceback" not in shown
     assert not list(own.rglob("deploy.json"))
+    assert not (own / "runs/deploy").exists() or not list((own / "runs/deploy").iterdir())
+
+
+def test_a_refusal_keeps_what_a_folder_held(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (own / "mine").mkdir()
+    (own / "mine/notes.txt").write_text("keep")
+    deployed(capsys, "module=netmod:diverged", "path=flat.npz", "out=mine", code=1)
+    assert (own / "mine/notes.txt").read_text() == "keep"

@@ -34,6 +34,7 @@ from experiments.runs.samples.spiking_record import spiking_outcome
 from experiments.samples.records import DataError, Samples
 from experiments.samples.sets import Recording, load_samples
 from experiments.views.samples.written import write_views
+from hardware.chips.chip import load_chip
 from hardware.datafile import DataFileError
 from hardware.energy.account import Counts, EnergyReport, load_profile
 from hardware.placement import DoesNotFit
@@ -61,56 +62,75 @@ def deploy_module(cfg: DeployModuleConfig) -> dict[str, Any]:
     folder = cfg.folder
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    for name in cfg.profiles:  # a wrong name is said before the work, not after
-        load_profile(name)
+    _check_names(cfg)
+    made = not folder.exists()
     with exclusive(folder, "deploying"):
-        sources = source_hashes(cfg)
-        if _finished(folder, cfg, sources):
-            print(f"{folder} holds the finished deployment already: nothing to do", file=sys.stderr)
-            return read_json(folder / "deploy.json") | {"folder": str(folder)}
-        samples = load_samples(
-            cfg.data,
-            cfg.path,
-            seed=cfg.seed,
-            scale=cfg.scale,
-            calibration=cfg.calibration_samples,
-            recording=Recording(cfg.step_us, cfg.steps, (cfg.sensor[0], cfg.sensor[1]), cfg.flat),
-        ).held_out(cfg.eval_samples)
-        model = find_model(cfg.module, cfg.weights)
-        clear(folder)
-        shutil.rmtree(folder / "plan", ignore_errors=True)
-        record = new_record(KIND, module=cfg.module, data=cfg.data, route=cfg.route, sources=sources)
-        write_json(folder / "run.json", record)
-        (folder / "config.yaml").write_text(yaml.safe_dump(plain(cfg), sort_keys=False))
-        readout = Readout(cfg.readout, cfg.step_axis)
-        outcome = (
-            _spiking(model, samples, cfg)
-            if cfg.route == LIF
-            else measure(
-                model,
-                samples,
-                cfg,
-                readout=readout,
-                batch=cfg.batch,
-                calibration_samples=cfg.calibration_samples,
-                placing_samples=cfg.placing_samples,
-                name=cfg.module,
-            )
+        try:
+            return _deployed(cfg, folder)
+        except (ConfigError, *EXPECTED):
+            if made:  # what is refused leaves no folder
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def _check_names(cfg: DeployModuleConfig) -> None:
+    """A wrong name of a chip or of a profile is said before the work, not after."""
+    try:
+        load_chip(cfg.chip)
+        for name in cfg.profiles:
+            load_profile(name)
+    except FileNotFoundError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _deployed(cfg: DeployModuleConfig, folder: Path) -> dict[str, Any]:
+    sources = source_hashes(cfg)
+    if _finished(folder, cfg, sources):
+        print(f"{folder} holds the finished deployment already: nothing to do", file=sys.stderr)
+        return read_json(folder / "deploy.json") | {"folder": str(folder)}
+    samples = load_samples(
+        cfg.data,
+        cfg.path,
+        seed=cfg.seed,
+        scale=cfg.scale,
+        calibration=cfg.calibration_samples,
+        recording=Recording(cfg.step_us, cfg.steps, (cfg.sensor[0], cfg.sensor[1]), cfg.flat),
+    ).held_out(cfg.eval_samples)
+    model = find_model(cfg.module, cfg.weights)
+    clear(folder)
+    shutil.rmtree(folder / "plan", ignore_errors=True)
+    record = new_record(KIND, module=cfg.module, data=cfg.data, route=cfg.route, sources=sources)
+    write_json(folder / "run.json", record)
+    (folder / "config.yaml").write_text(yaml.safe_dump(plain(cfg), sort_keys=False))
+    readout = Readout(cfg.readout, cfg.step_axis)
+    outcome = (
+        _spiking(model, samples, cfg)
+        if cfg.route == LIF
+        else measure(
+            model,
+            samples,
+            cfg,
+            readout=readout,
+            batch=cfg.batch,
+            calibration_samples=cfg.calibration_samples,
+            placing_samples=cfg.placing_samples,
+            name=cfg.module,
         )
-        document = {"folder": str(folder), **outcome.document}
-        outcome.save(folder / "plan")
-        write_json(folder / "deploy.json", document)
-        write_views(
-            folder,
-            document,
-            yaml.safe_dump(plain(cfg), sort_keys=False),
-            data=samples.y[0],
-            answers={which: outcome.judged[which].answers[0] for which in ("float", "simulated")},
-            placement=outcome.placement,
-            messages=outcome.messages,
-        )
-        write_json(folder / "run.json", record | {"status": "finished"})
-        return document
+    )
+    document = {"folder": str(folder), **outcome.document}
+    outcome.save(folder / "plan")
+    write_json(folder / "deploy.json", document)
+    write_views(
+        folder,
+        document,
+        yaml.safe_dump(plain(cfg), sort_keys=False),
+        data=samples.y[0],
+        answers={which: outcome.judged[which].answers[0] for which in ("float", "simulated")},
+        placement=outcome.placement,
+        messages=outcome.messages,
+    )
+    write_json(folder / "run.json", record | {"status": "finished"})
+    return document
 
 
 def _spiking(model: nn.Module, samples: Samples, cfg: DeployModuleConfig) -> Outcome:
