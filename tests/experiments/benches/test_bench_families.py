@@ -39,6 +39,7 @@ def test_no_family_slips_back(name: str) -> None:
     report = analysed(family, model)
     assert slipped([BY_NAME[name]], {name: report.mac_share}) == []
     assert report.crossings_per_token <= BY_NAME[name]["crossings_per_row"] + 1e-6
+    assert row(name)["relative_rms_error"] <= 1.1 * BY_NAME[name]["relative_rms_error"]
 
     example = {"input": family.held_out["input"][:, 0]} if family.route == "lif" else family.held_out
     counter = FlopCounterMode(display=False)

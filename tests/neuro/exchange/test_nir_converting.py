@@ -63,8 +63,17 @@ def events(seed: int, steps: int) -> np.ndarray:
     return out
 
 
+def clear_winner(counts_BC: torch.Tensor) -> torch.Tensor:
+    """Whether the first class has at least twice the spikes of the second."""
+    first, second = counts_BC.sort(dim=1, descending=True).values[:, :2].unbind(1)
+    return first >= 2 * second.clamp(min=1)
+
+
 def test_the_published_cnn_is_its_float_network_with_rounded_weights():
-    """All of the rounding is that of weights to steps of 2/254 of a layer's largest: with them float64 spikes alike."""
+    """All of the rounding is that of weights to steps of 2/254 of a layer's largest: with them float64 spikes alike.
+
+    These four inputs have a clear winner; what rounding does to others is in the soak test below.
+    """
     graph = load_nir(published(CNN))
     x = torch.from_numpy(np.stack([events(seed, 300) for seed in (0, 2, 4, 8)]))
     network = from_nir(graph, steps=300, calibration=x[:2, :150].repeat(1, 2, 1, 1, 1))
@@ -73,10 +82,29 @@ def test_the_published_cnn_is_its_float_network_with_rounded_weights():
     flat = network.input.arranged(x)
     expected = run_float(rounded(network), flat).spikes["12"]
     np.testing.assert_array_equal(values["output"].numpy(), expected.numpy())
-    exact = run_float(describe(graph, DT_S).description, flat).spikes["12"]
-    assert (exact.sum(1).argmax(1) == values["output"].sum(1).argmax(1)).all()
+    exact = run_float(describe(graph, DT_S).description, flat).spikes["12"].sum(1)
+    assert clear_winner(exact).all()
+    assert (exact.argmax(1) == values["output"].sum(1).argmax(1)).all()
     assert network.network.synapses == 843_296
     assert sum(count.saturations_v + count.wraps_u + count.wide_a for count in activity.populations.values()) == 0
+
+
+@pytest.mark.soak
+def test_the_published_cnn_keeps_clear_winners_of_inputs_that_were_not_chosen():
+    graph = load_nir(published(CNN))
+    network = from_nir(graph, steps=300, calibration=torch.from_numpy(np.stack([events(s, 300) for s in (100, 101)])))
+    description = describe(graph, DT_S).description
+    kept, clear = [], []
+    for first in range(0, 40, 8):
+        x = torch.from_numpy(np.stack([events(seed, 300) for seed in range(first, first + 8)]))
+        exact = run_float(description, network.input.arranged(x)).spikes["12"].sum(1)
+        kept.append(network.run(x)[0]["output"].sum(1).argmax(1) == exact.argmax(1))
+        clear.append(clear_winner(exact))
+    kept, clear = torch.cat(kept), torch.cat(clear)
+    print(f"winners kept: {int(kept.sum())} of {len(kept)}; of clear ones {int(kept[clear].sum())} of {int(clear.sum())}")
+    assert clear.sum() >= 20
+    assert kept[clear].double().mean() >= 0.9
+    assert kept.double().mean() >= 0.7
 
 
 @pytest.mark.parametrize("kind", ["SumPool2d", "AvgPool2d"])
@@ -139,6 +167,20 @@ def test_the_recurrent_networks_keep_their_classes(name, reset):
     ours = values["output"]
     assert (ours == expected).double().mean() > 0.96
     assert (ours.sum(1).argmax(1) == expected.sum(1).argmax(1)).double().mean() >= 0.97
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("name", "reset"), [(ZERO, "zero"), (SUBTRACT, "subtract")])
+def test_the_recurrent_networks_keep_their_classes_on_fresh_input(name, reset):
+    graph, x = load_nir(published(name)), torch.cat([touches(200, seed) for seed in range(100, 104)])
+    expected = run_float(describe(graph, DT_S, reset=reset).description, x).spikes["lif2"].sum(1).argmax(1)
+    share = {}
+    for pieces in (1, 2, "auto"):
+        network = from_nir(graph, steps=256, reset=reset, calibration=touches(20, 5), pieces=pieces)
+        share[pieces] = float((network.run(x)[0]["output"].sum(1).argmax(1) == expected).double().mean())
+    print(f"{reset}: " + ", ".join(f"pieces={pieces} {found:.1%}" for pieces, found in share.items()))
+    assert share["auto"] >= 0.97
+    assert share[1] + 0.05 < share[2] <= share["auto"]
 
 
 @pytest.mark.lava
