@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from sparse_update.library.callbacks import lightning_callback, load_gate_state, trainer_callback
 from sparse_update.library.linear import GateError
-from tests.sparse_update.library.loops import COLUMNS, CONFIGS, LAYERS, ROWS, STRIPS, T, V, flat, groups, small
+from tests.sparse_update.library.loops import COLUMNS, CONFIGS, LAYERS, ROWS, STRIPS, T, flat, groups, small
+from tests.sparse_update.library.models import llama
 
 ROTATING = {"weights": STRIPS | {"policy": "random"}}
 
@@ -37,19 +38,7 @@ def trainer_of(folder, callback, **given):
     transformers = pytest.importorskip("transformers", reason="needs the extra hub (transformers)")
     pytest.importorskip("accelerate", reason="needs the extra hub (accelerate)")
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            vocab_size=V,
-            max_position_embeddings=T,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
+    model = llama()
     usual = {
         "max_steps": 6,
         "per_device_train_batch_size": 4,
