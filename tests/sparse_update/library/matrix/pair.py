@@ -18,15 +18,13 @@ from sparse_update.library.attach import attach
 from tests.sparse_update.library.matrix.byhand import End
 from tests.sparse_update.library.matrix.cells import AXES, Cell
 from tests.sparse_update.library.matrix.parts import (
-    CLIP,
     STEPS,
+    Loop,
     average_of,
     blocks_of,
-    call,
     compile_in_place,
     config,
     copy_gradients,
-    lower,
     model_of,
     moved,
     optimizer_of,
@@ -36,7 +34,7 @@ from tests.sparse_update.library.matrix.parts import (
 )
 
 
-class Paired:
+class Paired(Loop):
     """One process's half of a loop."""
 
     def __init__(self, cell: Cell) -> None:
@@ -75,26 +73,6 @@ class Paired:
                 fully_shard(block)
             fully_shard(model)
 
-    def step(self, step: int) -> None:
-        parts = parts_of(self.cell, step, self.rank)
-        for number, (x, y) in enumerate(parts):
-            self._share(number == len(parts) - 1)
-            with lower(self.cell):
-                logits = call(self.cell, self.called, x)
-                loss = self.gate.loss(logits, y, tokens=x)
-            self.scaler.scale(loss / len(parts)).backward()
-        if self.cell.feature == "clipping":
-            self.scaler.unscale_(self.optimizer)
-            self.gate.clip_grad_norm_(CLIP)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.gate.step(self.optimizer)
-        self.optimizer.zero_grad()
-        if self.schedule is not None:
-            self.schedule.step()
-        if self.average is not None:
-            self.average.update_parameters(self.model)
-
     def _share(self, last: bool) -> None:
         """Gradients are shared with the last part only."""
         if self.cell.loop == "ddp":
@@ -102,9 +80,6 @@ class Paired:
             wrapped.require_backward_grad_sync = last
         else:
             self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
-
-    def parts(self) -> dict[str, Any]:
-        return {"model": self.model, "gate": self.gate, "optimizer": self.optimizer, "scaler": self.scaler}
 
 
 def paired(cell: Cell, split: bool = False, folder: str = "") -> End:

@@ -219,3 +219,43 @@ def moved(named: Iterator[tuple[str, Tensor]], gpt2: bool) -> dict[str, Tensor]:
         plain = name.replace("_orig_mod.", "").removeprefix("module.").removeprefix("inner.").removeprefix("model.")
         found[plain] = whole.detach().double() - start[plain].detach().double()
     return found
+
+
+class Loop:
+    """A loop of one's own; what is made and how a model is called is for the loops that derive from it."""
+
+    cell: Cell
+    model: nn.Module
+    called: Any
+    gate: Any
+    optimizer: torch.optim.SGD
+    schedule: Any
+    average: Any
+    scaler: torch.amp.GradScaler
+    rank = 0
+
+    def step(self, step: int) -> None:
+        parts = parts_of(self.cell, step, self.rank)
+        for number, (x, y) in enumerate(parts):
+            self._share(number == len(parts) - 1)
+            with lower(self.cell):
+                logits = call(self.cell, self.called, x)
+                loss = self.gate.loss(logits, y, tokens=x)
+            self.scaler.scale(loss / len(parts)).backward()
+        if self.cell.feature == "clipping":
+            self.scaler.unscale_(self.optimizer)
+            self.gate.clip_grad_norm_(CLIP)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.gate.step(self.optimizer)
+        self.optimizer.zero_grad()
+        if self.schedule is not None:
+            self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+
+    def _share(self, last: bool) -> None:
+        """What comes before each part of a step, `last` before the last one; alone there is nothing to share."""
+
+    def parts(self) -> dict[str, Any]:
+        return {"model": self.model, "gate": self.gate, "optimizer": self.optimizer, "scaler": self.scaler}

@@ -13,13 +13,13 @@ from tests.sparse_update.library.matrix.cells import Cell
 from tests.sparse_update.library.matrix.parts import (
     CLIP,
     STEPS,
+    Loop,
     average_of,
     call,
     compile_in_place,
     config,
     copy_gradients,
     count_of,
-    lower,
     model_of,
     moved,
     optimizer_of,
@@ -37,7 +37,7 @@ def through_a_file(state: Any) -> Any:
     return torch.load(file, weights_only=True)
 
 
-class Plain:
+class Plain(Loop):
     """Model, gate, optimizer and what else a loop of one's own makes."""
 
     def __init__(self, cell: Cell) -> None:
@@ -53,28 +53,6 @@ class Plain:
             self.called = torch.compile(self.model, backend=cell.backend)
         else:
             compile_in_place(self.model, cell)
-
-    def step(self, step: int) -> None:
-        parts = parts_of(self.cell, step)
-        for x, y in parts:
-            with lower(self.cell):
-                logits = call(self.cell, self.called, x)
-                loss = self.gate.loss(logits, y, tokens=x)
-            self.scaler.scale(loss / len(parts)).backward()
-        if self.cell.feature == "clipping":
-            self.scaler.unscale_(self.optimizer)
-            self.gate.clip_grad_norm_(CLIP)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.gate.step(self.optimizer)
-        self.optimizer.zero_grad()
-        if self.schedule is not None:
-            self.schedule.step()
-        if self.average is not None:
-            self.average.update_parameters(self.model)
-
-    def parts(self) -> dict[str, Any]:
-        return {"model": self.model, "gate": self.gate, "optimizer": self.optimizer, "scaler": self.scaler}
 
 
 def plain(cell: Cell, split: bool = False, folder: str = "") -> End:
