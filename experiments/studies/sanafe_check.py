@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from experiments.runs.output import add_json_argument, entry, finish
 from hardware.chips.chip import load_chip
 from hardware.energy.account import account, load_profile
 from hardware.energy.counts import Counts
+from hardware.interpreters import find_interpreter
 from hardware.latency.estimate import estimate
 from hardware.latency.rates import load_rates
 from hardware.placement import Placement, place
@@ -49,13 +49,7 @@ def sanafe_python() -> Path:
     Raises:
         SanafeError: there is none; the message says how to make one.
     """
-    named = os.environ.get(VARIABLE)
-    roots = (Path.cwd(), Path(__file__).resolve().parents[2])
-    candidates = [Path(named)] if named else [root / ENVIRONMENT / "bin/python" for root in roots]
-    for path in candidates:
-        if path.is_file() and os.access(path, os.X_OK):
-            return path
-    raise SanafeError(f"no interpreter with SANA-FE ({named or ENVIRONMENT}): `make energy-check` makes {ENVIRONMENT}")
+    return find_interpreter(VARIABLE, ENVIRONMENT, "SANA-FE", f"`make energy-check` makes {ENVIRONMENT}", SanafeError)
 
 
 def network(inputs: int, width: int, seed: int = 0) -> SpikingGraph:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hardware.chips.chip import Chip, load_chip
+from hardware.interpreters import found_interpreter
 from hardware.placement import DoesNotFit, LayerDemand, place
 from hardware.text import quoted
 
@@ -131,12 +132,7 @@ def lava_python(env: Mapping[str, str] | None = None) -> Path | None:
     ``SPIKEGATE_LAVA_PYTHON`` decides when set (None if it names no executable); else ``.venv-lava/bin/python`` in the
     current folder, then in the repository.
     """
-    named = (os.environ if env is None else env).get("SPIKEGATE_LAVA_PYTHON")
-    if named:
-        candidates = [Path(named)]
-    else:
-        candidates = [root / ".venv-lava/bin/python" for root in (Path.cwd(), Path(__file__).resolve().parents[2])]
-    return next((path for path in candidates if path.is_file() and os.access(path, os.X_OK)), None)
+    return found_interpreter("SPIKEGATE_LAVA_PYTHON", ".venv-lava", env)
 
 
 def probe(

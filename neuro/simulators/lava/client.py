@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hardware.interpreters import find_interpreter
 from hardware.text import listed, quoted
 from neuro.graph import SpikingGraph, save_graph
 from neuro.graph.kinds import KINDS
@@ -66,16 +67,7 @@ def find_python() -> Path:
         LavaUnavailable: there is none; says where it was looked for and the remedy. Nothing is started to find out.
     """
     remedy = f"run `make lava` (it needs a Python 3.10), or set {ENV_PYTHON} to an interpreter that has lava-nc 0.10"
-    named = os.environ.get(ENV_PYTHON)
-    if named:
-        if Path(named).is_file() and os.access(named, os.X_OK):
-            return Path(named)
-        raise LavaUnavailable(f"{ENV_PYTHON} is {quoted(named)}, which is no program; {remedy}")
-    places = [root / ".venv-lava" / "bin" / "python" for root in (Path.cwd(), Path(__file__).resolve().parents[3])]
-    for place in places:
-        if place.is_file():
-            return place
-    raise LavaUnavailable(f"no Lava environment at {' or '.join(dict.fromkeys(map(str, places)))}; {remedy}")
+    return find_interpreter(ENV_PYTHON, ".venv-lava", "Lava", remedy, LavaUnavailable)
 
 
 def unsupported(graph: SpikingGraph) -> tuple[str, ...]:

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hardware.text import quoted, short
+from hardware.interpreters import find_interpreter
+from hardware.text import short
 from neuro.graph import SpikingGraph
 from neuro.graph.kinds import KINDS
 from neuro.graph.xylo import XyloNetwork, xylo_network
@@ -51,16 +52,7 @@ def find_python() -> Path:
         XyloSimUnavailable: there is none; says where it was looked for and the remedy.
     """
     remedy = f"run `make xylo` (it needs a C++ compiler), or set {ENV_PYTHON} to an interpreter that has xylosim 0.1.3"
-    named = os.environ.get(ENV_PYTHON)
-    if named:
-        if Path(named).is_file() and os.access(named, os.X_OK):
-            return Path(named)
-        raise XyloSimUnavailable(f"{ENV_PYTHON} is {quoted(named)}, which is no program; {remedy}")
-    places = [root / ".venv-xylo" / "bin" / "python" for root in (Path.cwd(), Path(__file__).resolve().parents[3])]
-    for place in places:
-        if place.is_file():
-            return place
-    raise XyloSimUnavailable(f"no xylosim environment at {' or '.join(dict.fromkeys(map(str, places)))}; {remedy}")
+    return find_interpreter(ENV_PYTHON, ".venv-xylo", "xylosim", remedy, XyloSimUnavailable)
 
 
 def run(

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hardware import interpreters
 from neuro.graph import SpikingGraph, save_graph
 from neuro.simulators.fixed_point import simulate
 from neuro.simulators.lava import client as lava_client
@@ -280,7 +281,7 @@ def test_a_worker_that_fails_says_why(tiny: Tiny, tmp_path: Path) -> None:
 def test_no_interpreter_is_said_with_the_remedy(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("SPIKEGATE_LAVA_PYTHON", raising=False)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(lava_client, "__file__", str(tmp_path / "neuro" / "simulators" / "lava" / "client.py"))
+    monkeypatch.setattr(interpreters, "__file__", str(tmp_path / "hardware" / "interpreters.py"))
     with pytest.raises(LavaUnavailable, match=r"no Lava environment at .*\.venv-lava.*run `make lava` .*Python 3\.10"):
         lava_client.run(*tiny)
     monkeypatch.setenv("SPIKEGATE_LAVA_PYTHON", "/nowhere/python")

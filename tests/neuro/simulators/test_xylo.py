@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hardware import interpreters
 from neuro.graph import GraphError, Population, Projection, SpikingGraph, load_graph, save_graph
 from neuro.graph.xylo import synapses, xylo_network
 from neuro.simulators import fixed_point
@@ -228,7 +229,7 @@ def test_a_missing_slow_or_dying_xylosim_is_a_typed_error(tmp_path: Path, monkey
         client.run(*job)
     monkeypatch.delenv(client.ENV_PYTHON)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(client, "__file__", str(tmp_path / "a" / "b" / "c" / "client.py"))
+    monkeypatch.setattr(interpreters, "__file__", str(tmp_path / "hardware" / "interpreters.py"))
     with pytest.raises(client.XyloSimUnavailable, match="no xylosim environment at"):
         client.run(*job)
     with pytest.raises(client.XyloSimTimeout, match=r"still running after 0.2 s"):
