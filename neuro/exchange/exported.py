@@ -310,9 +310,12 @@ def _layer(operation: str, arguments: Mapping[str, Any], weight: Tensor, bias: T
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, dtype=weight.dtype)
         return _filled(linear, weight, bias)
     rank = weight.dim() - 2
-    settings = {}
+    settings: dict[str, Any] = {}
     for key, usual in (("stride", 1), ("padding", 0), ("dilation", 1)):
         value = arguments.get(key, {"as_ints": [usual]})
+        if key == "padding" and value.get("as_string") in ("same", "valid"):
+            settings[key] = value["as_string"]
+            continue
         if "as_ints" not in value:
             return None
         settings[key] = tuple(value["as_ints"]) * (rank if len(value["as_ints"]) == 1 else 1)
@@ -322,7 +325,7 @@ def _layer(operation: str, arguments: Mapping[str, Any], weight: Tensor, bias: T
         weight.shape[1] * groups,
         weight.shape[0],
         tuple(weight.shape[2:]),  # type: ignore[arg-type]
-        **settings,  # type: ignore[arg-type]
+        **settings,
         groups=groups,
         bias=bias is not None,
         dtype=weight.dtype,

@@ -55,7 +55,7 @@ def to_neurons(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 def to_torch(value: Tensor, shape: Sequence[int]) -> Tensor:
     """Neurons (N, W x H x C) as samples (N, *shape) in torch's order."""
-    return value.reshape(len(value), *box(shape)).permute(0, 3, 2, 1).reshape(len(value), *shape)
+    return value.reshape(len(value), *box(shape)).permute(0, 3, 2, 1).reshape(len(value), *shape).contiguous()
 
 
 def output_shape(layer: Layer, shape: Sequence[int]) -> tuple[int, ...]:

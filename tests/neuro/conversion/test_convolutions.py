@@ -25,6 +25,9 @@ from tests.neuro.conversion.random_pictures import random_network
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 
 
+ROUTES = [("graded", None), ("sigma_delta", SigmaDeltaConfig()), ("rate", RateConfig(64))]
+
+
 def planned(module, x, config=None, **options):
     report = neuro.analyse(module, x, **options)
     return neuro.convert(module, neuro.calibrate(module, [x]), report, config), report
@@ -265,6 +268,25 @@ def test_a_residual_network_is_one_graph_on_every_route(route, most):
     assert all(place == "chip" for _, place in kinds)
 
 
+class Viewed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 3, 3), nn.Linear(3 * 4 * 5, 4)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.conv(x)).view(x.size(0), -1))
+
+
+@pytest.mark.parametrize(("route", "config"), ROUTES)
+def test_values_can_be_viewed_as_those_of_torch_can(route, config):
+    torch.manual_seed(5)
+    module, x = Viewed(), torch.rand(4, 2, 6, 7)
+    plan, _ = planned(module, x, config, route=route)
+    y = module(x).detach()
+    for backend in ("fixed_point", "quantised"):
+        assert (neuro.deploy(module, plan, backend)(x) - y).norm() < 0.05 * y.norm()
+
+
 def test_what_the_host_reads_in_between_is_what_the_graph_has():
     class Two(nn.Module):
         def __init__(self):
@@ -349,9 +371,7 @@ def test_spikes_that_come_unevenly_are_no_error_of_the_module():
     assert "a spike loses what exceeds the threshold" in plan.table()
 
 
-@pytest.mark.parametrize(
-    ("route", "config"), [("graded", None), ("sigma_delta", SigmaDeltaConfig()), ("rate", RateConfig(64))]
-)
+@pytest.mark.parametrize(("route", "config"), ROUTES)
 def test_a_convolution_may_be_the_whole_module(route, config, tmp_path):
     torch.manual_seed(3)
     module, x = nn.Conv2d(2, 3, 3, padding=1, stride=2), torch.rand(4, 2, 7, 6)

@@ -110,6 +110,17 @@ def test_a_program_is_converted_and_deployed_like_a_module(tmp_path: Path) -> No
     assert torch.equal(*found)
 
 
+def test_paddings_by_name_are_those_of_layers(tmp_path: Path) -> None:
+    parts = [nn.Conv2d(1, 2, 3, padding="same"), nn.ReLU(), nn.Conv2d(2, 2, 3, padding="valid")]
+    module, x = nn.Sequential(*parts).eval(), torch.rand(2, 1, 5, 6)
+    torch.export.save(torch.export.export(module, (x,)), tmp_path / "net.pt2")
+    again, inputs = read_exported(tmp_path / "net.pt2")
+    assert torch.equal(again(x), module(x))
+    report = neuro.analyse(again, inputs)
+    assert report.mapped == ("0", "2")
+    assert report.mac_share == 1
+
+
 def changed(path: Path, change: Any, record: str = "models/model.json") -> Path:
     """A copy of a file with one JSON record changed, or replaced by bytes."""
     other = path.with_name(f"changed_{path.name}")
