@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from experiments.runs.deployment import per_token
-from hardware.energy.account import Board, Counts, EnergyReport, Profile, account, load_profile
+from hardware.energy.account import Counts, EnergyReport, Profile, account, load_profile
 from hardware.energy.breakeven import break_even, standings
-from hardware.energy.extrapolate import extrapolate
-from hardware.energy.measured_networks import load_networks
+from hardware.latency import on_chip
 from hardware.latency.estimate import Latency, estimate
 from hardware.latency.rates import list_rates, load_rates
 from hardware.placement import LayerDemand, LayerPlacement, Placement, place
@@ -30,7 +29,10 @@ from neuro.simulators.activity import Activity
 from neuro.simulators.fixed_point import run_pipelined
 
 HOST_PROFILE = "digital45_int8_sram"
-ANCHOR, MIXTURE = "pilotnet_snn", "loihi1_davies2018"
+TURNS = on_chip.Turns(
+    pipelined=True,
+    said="({rates}, tokens pipelined, none waiting for the host): no longer dynamic energy alone",
+)
 HOST_TIME = "host: attention, norms and the ways between host and chip take time that is not modelled"
 
 
@@ -249,24 +251,12 @@ def price(counts: Sequence[Counts], profile: Profile, placed: Placed) -> EnergyR
     """Joules of layers on the chip; a profile of the chip that they were placed on also prices messages by where they go,
     hops, and static power over the modelled time.
     """
-    placement = placed.placement
-    if placement is None or not _of_chip(profile, placement):
-        return account(counts, profile)
-    latency = next((one for one in placed.latencies if one.rates == profile.name), next(iter(placed.latencies), None))
-    if latency is None:
-        return account(counts, profile, placement=placement)
-    report = account(counts, profile, placement=placement, time=latency.run(counts[0].tokens), board=_board(placement))
-    return replace(report, labels=(*report.labels, _static_label(placement, latency)))
+    return on_chip.price(counts, profile, placed.placement, placed.latencies, TURNS)
 
 
 def extrapolated(counts: Sequence[Counts], placed: Placed) -> EnergyReport:
     """Loihi 2: scaled from one measured network, with static power where a time is modelled."""
-    anchor, mixture = load_networks()[ANCHOR], load_profile(MIXTURE)
-    if placed.placement is None or not placed.latencies:
-        return extrapolate(counts, anchor, mixture)
-    latency, board = placed.latencies[0], _board(placed.placement)
-    report = extrapolate(counts, anchor, mixture, time=latency.run(counts[0].tokens), board=board)
-    return replace(report, labels=(*report.labels, _static_label(placed.placement, latency)))
+    return on_chip.extrapolated(counts, placed.placement, placed.latencies, TURNS)
 
 
 def host_energy(counts: Sequence[Counts]) -> dict[str, Any] | None:
@@ -287,26 +277,7 @@ def thresholds(counts: Sequence[Counts], profiles: Sequence[Profile], placed: Pl
     if sum(item.synops for item in counts) and sum(item.dense_macs for item in counts):
         where = placed.placement
         found["break_even"] = [
-            break_even(counts, a, b, placement=where if where is not None and _of_chip(a, where) else None).to_dict()
-            for a, b in pairs
+            break_even(counts, a, b, placement=where if on_chip.of_chip(a, where) else None).to_dict() for a, b in pairs
         ]
         found["standings"] = [asdict(standing) for standing in standings(counts)]
     return found
-
-
-def _of_chip(profile: Profile, placement: Placement) -> bool:
-    """Whether a profile's figures are of the chip: the shipped ones carry its name in front."""
-    return profile.costs == "spiking" and profile.name.split("_")[0] == placement.chip
-
-
-def _board(placement: Placement) -> Board:
-    """As many chips powered as the layers take."""
-    return Board(placement.chips, placement.chips)
-
-
-def _static_label(placement: Placement, latency: Latency) -> str:
-    many = f"{placement.chips} chip{'s' * (placement.chips > 1)}"
-    return (
-        f"includes static power of {many} over the modelled time ({latency.rates}, tokens pipelined, none waiting for the"
-        " host): no longer dynamic energy alone"
-    )

@@ -17,13 +17,12 @@ from typing import Any
 import torch
 
 from hardware.chips.chip import Chip, load_chip
-from hardware.energy.account import Board, account, list_profiles, load_profile
+from hardware.energy.account import account, list_profiles, load_profile
 from hardware.energy.breakeven import BreakEven, Standing, break_even, standings
 from hardware.energy.counts import Counts
-from hardware.energy.extrapolate import extrapolate
-from hardware.energy.measured_networks import load_networks
 from hardware.energy.profile import Profile
 from hardware.energy.report import EnergyReport
+from hardware.latency import on_chip
 from hardware.latency.estimate import Latency, estimate
 from hardware.latency.rates import list_rates, load_rates
 from hardware.placement import DoesNotFit, Placement, place
@@ -47,7 +46,8 @@ from neuro.simulators.schedule import components
 from neuro.simulators.support import default_mode
 
 REFERENCE = "digital45_int8_sram"
-ANCHOR, MIXTURE = "pilotnet_snn", "loihi1_davies2018"
+TURNS = on_chip.Turns(pipelined=False, said="({rates}, samples one after another)")
+"""Neurons keep state, so that the next sample waits for the last result."""
 ONCE, EACH = "once a sample", "every step"
 """How often the dense equivalent is evaluated. A graph with loops has no equivalent that runs once a sample."""
 
@@ -216,7 +216,7 @@ def graph_account(
     dense_profiles = {profile.name: profile for profile in chosen if profile.costs == "dense"} | {digital.name: digital}
     energies = [PricedEnergy(_price(counts, profile, placement, latencies)) for profile in chip_profiles]
     if target.name == "loihi2" and profiles is None and own:
-        energies.append(PricedEnergy(_extrapolated(counts, placement, latencies)))
+        energies.append(PricedEnergy(on_chip.extrapolated(counts, placement, latencies, TURNS)))
     stepwise = every_step(counts)
     loops = any(loop for _, loop in components(counted))  # then one evaluation a sample computes something else
     dense = ((EACH, stepwise),) if loops else ((ONCE, counts), (EACH, stepwise))
@@ -227,7 +227,7 @@ def graph_account(
     try:
         for often, which in dense:
             break_evens[often] = tuple(
-                break_even(which, profile, digital, placement=placement if _of_chip(profile, placement) else None)
+                break_even(which, profile, digital, placement=placement if on_chip.of_chip(profile, placement) else None)
                 for profile in chip_profiles
             )
         found = standings(counts)
@@ -273,47 +273,11 @@ def _timed(
         return (), str(error)
 
 
-def _of_chip(profile: Profile, placement: Placement | None) -> bool:
-    """Whether a profile's figures are of the chip of the placement: the shipped ones carry its name in front."""
-    return placement is not None and profile.costs == "spiking" and profile.name.split("_")[0] == placement.chip
-
-
 def _price(
     counts: Sequence[Counts], profile: Profile, placement: Placement | None, latencies: Sequence[Latency]
 ) -> EnergyReport:
-    if placement is None:
-        return account(counts, profile)
-    if not _of_chip(profile, placement):
-        report = account(counts, profile)
-        said = f"assumes: events cost on {placement.chip} what this profile of another chip says; no static power"
-        return replace(report, labels=(*report.labels, said))
-    latency = next((one for one in latencies if one.rates == profile.name), next(iter(latencies), None))
-    if latency is None:
-        return account(counts, profile, placement=placement)
-    report = account(
-        counts,
-        profile,
-        placement=placement,
-        time=_whole_run(counts, latency),
-        board=Board(placement.chips, placement.chips),
-    )
-    return replace(report, labels=(*report.labels, _static_label(placement, latency)))
-
-
-def _extrapolated(counts: Sequence[Counts], placement: Placement | None, latencies: Sequence[Latency]) -> EnergyReport:
-    anchor, mixture = load_networks()[ANCHOR], load_profile(MIXTURE)
-    if placement is None or not latencies:
-        return extrapolate(counts, anchor, mixture)
-    board = Board(placement.chips, placement.chips)
-    report = extrapolate(counts, anchor, mixture, time=_whole_run(counts, latencies[0]), board=board)
-    return replace(report, labels=(*report.labels, _static_label(placement, latencies[0])))
-
-
-def _whole_run(counts: Sequence[Counts], latency: Latency) -> Any:
-    """Samples one after another: neurons keep state, so that the next sample waits for the last result."""
-    return latency.run(counts[0].tokens, pipelined=False)
-
-
-def _static_label(placement: Placement, latency: Latency) -> str:
-    many = f"{placement.chips} chip{'s' * (placement.chips > 1)}"
-    return f"includes static power of {many} over the modelled time ({latency.rates}, samples one after another)"
+    report = on_chip.price(counts, profile, placement, latencies, TURNS)
+    if placement is None or on_chip.of_chip(profile, placement):
+        return report
+    said = f"assumes: events cost on {placement.chip} what this profile of another chip says; no static power"
+    return replace(report, labels=(*report.labels, said))
