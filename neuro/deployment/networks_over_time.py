@@ -105,7 +105,7 @@ class RateNetworkRunner(NetworkRunner):
         return found
 
     def _charge(self, link: Link, value: Tensor, shape: tuple[int, ...]) -> Tensor:
-        if link.source == INPUT:  # as its two lines: the weights of the first, since the second has their negatives
+        if link.source == INPUT and link.has_layer:  # its two lines: the first's weights, the second has their negatives
             projection = self._projection[link.projection]
             weight = projection.weight[..., 0::2]
             assert projection.conv is not None

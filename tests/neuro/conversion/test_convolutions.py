@@ -383,6 +383,27 @@ def test_a_convolution_may_be_the_whole_module(route, config, tmp_path):
     assert (macs_of(deployed, host=False), macs_of(deployed, host=True)) == (macs, 0)
 
 
+class Skipped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
+        self.second.weight.data *= 0.01
+
+    def forward(self, x):
+        return x + self.second(torch.relu(self.first(x)))
+
+
+def test_the_twin_adds_an_input_that_takes_several_synapses():
+    torch.manual_seed(6)
+    module, x = Skipped(), torch.randn(5, 2, 6, 6)
+    plan, _ = planned(module, x, RateConfig(64), route="rate")
+    (link,) = [link for stage in plan.segments[0].stages for link in stage.links if not link.has_layer]
+    assert link.gain > 254  # more than one synapse holds
+    y = module(x).detach()
+    for backend in ("fixed_point", "quantised"):
+        assert (neuro.deploy(module, plan, backend)(x) - y).norm() < 0.05 * y.norm()
+
+
 def test_prepare_gives_convolutions_their_norms():
     module, x = small_resnet()
     twin = neuro.prepare(module, x)
