@@ -204,9 +204,9 @@ def _nothing(module: nn.Module, where: Where, operations: list[Operation]) -> st
     return (
         f"{type(module).__name__} has nothing that the {where.route} route can map to {where.chip.name}. Seen: {kinds}. "
         + (f"Limits: {'; '.join(list(limits)[:3])}. " if limits else "")
-        + "Needed: at least one nn.Linear that forward calls as a module. "
+        + "Needed: at least one nn.Linear, nn.Conv1d or nn.Conv2d that forward calls as a module. "
         + " ".join(dict.fromkeys(op.remedy for op in operations if op.remedy))
-    )
+    ).rstrip()
 
 
 def _refuse_non_finite(module: nn.Module) -> None:

@@ -428,3 +428,8 @@ def test_lava_sends_the_same_messages(route, lava):
     result = compare(lava.run(segment.graph, room, record=record), simulate(segment.graph, room, record=record))
     assert result.equal, result
     assert result.values > 3_000
+
+
+def test_a_module_without_layers_is_told_which_ones_are_needed():
+    with pytest.raises(ValueError, match=r"at least one nn\.Linear, nn\.Conv1d or nn\.Conv2d that forward calls"):
+        neuro.analyse(nn.Softmax(-1), torch.rand(2, 3))
