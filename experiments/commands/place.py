@@ -17,8 +17,7 @@ from hardware.datafile import DataFileError
 from hardware.placement import DoesNotFit, LayerDemand, place
 from hardware.placement.pooled import place_pooled
 from neuro.graph import FILE_SUFFIX, ArchiveError, GraphError, SpikingGraph, load_graph, read_archive
-from neuro.graph.demand import layer_demands
-from neuro.graph.pools import pooled_demand
+from neuro.graph.demand import layer_demands, pooled_demand
 
 if TYPE_CHECKING:
     from neuro.simulators.activity import Activity

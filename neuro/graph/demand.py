@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from hardware.placement import Connection, Convolution, LayerDemand, Placement
+from hardware.placement.pooled import PooledDemand
 from hardware.text import quoted
 from neuro.graph.kinds import LIF_KINDS, XYLO_KINDS
 from neuro.graph.network import SpikingGraph
 from neuro.graph.synapses import Projection
+from neuro.graph.xylo import XyloNetwork, xylo_network
 from neuro.simulators.activity import Activity
 
 
@@ -150,3 +152,32 @@ def _rate(graph: SpikingGraph, name: str, size: int, activity: Activity | None) 
         # Projections may read different ports; the busiest one gives the messages.
         return max(counted) / (size * activity.batch * activity.steps), True
     return 1.0, False
+
+
+def pooled_demand(graph: SpikingGraph, name: str = "the network") -> PooledDemand:
+    """What a graph of Xylo takes of its chip's pools: channels, neurons, synapses and fan-outs.
+
+    Raises:
+        GraphError: a graph that is no network of Xylo, as `xylo_network`.
+    """
+    network = xylo_network(graph)
+    recurrent = np.unique(network.synapses["rec"][:, :2], axis=0)  # one entry holds the weights of both synapses
+    fanout = np.bincount(recurrent[:, 0], minlength=max(1, network.sizes["hidden"]))
+    second = any((rows[:, 2] == 1).any() for rows in network.synapses.values())
+    used = {
+        "inputs": network.sizes["input"],
+        "hidden": network.sizes["hidden"],
+        "readouts": network.sizes["readout"],
+        "synapses_per_neuron": 1 + int(second),
+        "fanout": int(fanout.max()),
+        "recurrent_entries": len(recurrent),
+        "input_reach": len(np.unique(network.synapses["in"][:, 1])),
+        "output_reach": len(np.unique(network.synapses["out"][:, 0])),
+    }
+    at = {"fanout": _neuron_of(network, int(fanout.argmax()))} if len(recurrent) else {}
+    return PooledDemand(name, used, at)
+
+
+def _neuron_of(network: XyloNetwork, number: int) -> str:
+    population, first = next((p, first) for p, first in reversed(network.hidden) if first <= number)
+    return f"neuron {number - first} of population {quoted(population.name)}"

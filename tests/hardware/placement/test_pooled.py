@@ -17,7 +17,7 @@ from hardware.datafile import DataFileError
 from hardware.placement import DoesNotFit
 from hardware.placement.pooled import place_pooled
 from neuro.graph import Population, Projection, SpikingGraph, save_graph
-from neuro.graph.pools import pooled_demand
+from neuro.graph.demand import pooled_demand
 from neuro.graph.xylo import synapses
 from neuro.simulators.xylo import client
 from tests.environments import python_of
