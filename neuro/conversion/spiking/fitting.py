@@ -7,10 +7,11 @@ safe         no input, and no number of steps up to `steps`, makes a register ru
 calibrated   none of the inputs seen makes a sum or current wrap, with a bit to spare, nor v run `headroom_bits` near its
              end, where the chip clips it
 
-S is safe where the largest weight then needs its 8 bits (it has 64 steps of 127 or more). Where it would not (a long
+S is safe where the largest weight then needs its 8 bits (it has half of its 127 steps or more). Where it would not (a long
 pile-up of inhibition that never comes), S rises until the largest weight has its 127 steps, as far as calibration allows.
 A v that is clipped costs less than weights do: a neuron that far below its threshold does not fire soon anyway. So S does
-not fall below 64 steps for the sake of v, and the clips are counted; a read-out's v is never clipped on the calibration.
+not fall below half of those steps, 63, for the sake of v, and the clips are counted; a read-out's v is never clipped on
+the calibration.
 
 Exponents are -1 at the lowest: weights of mixed sign are even, so that halving loses nothing in either mode. Those of
 convolutions are 0, as Lava's Conv ignores them, and so their weights are never in two pieces. S is a multiple of 64, so
