@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from hardware.text import quoted
 
 CLASSES, VALUES = "classes", "values"
-TASKS = (CLASSES, VALUES)
 
 
 class DataError(ValueError):
