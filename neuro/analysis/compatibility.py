@@ -96,7 +96,16 @@ def analyse(
     """
     found = _chip(chip)
     if route is None:
-        route = LIF if spiking_layers(module) else "graded" if found.graded else "rate"
+        route = "graded" if found.graded else "rate"
+        if spiking_layers(module):
+
+            def by(route: str, chips: int | None, strict: bool) -> CompatibilityReport:
+                return analyse(
+                    module, example_inputs, found,
+                    route=route, tokens=tokens, mappable=mappable, chips=chips, table=table, strict=strict,
+                )  # fmt: skip
+
+            return replace(by(LIF, chips, strict), layer_by_layer=by(route, None, False))
     if not isinstance(route, str) or route not in ROUTES:
         raise ValueError(f"route {quoted(route)} is unknown; known: {', '.join(ROUTES)}")
     where = Where(found, route, table or Table())

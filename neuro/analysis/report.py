@@ -95,7 +95,8 @@ class CompatibilityReport:
     of `operations`, with their multiply-accumulates. `rows_per_token`: rows each mapped layer computes per token, above 1
     where a layer is shared by several places. `cores`: of the mapped layers, each on cores of its own, without the
     populations that only a conversion adds, such as the product neurons of a square. `preparation`: what could be mapped
-    with more layers converted to nn.Linear; None where there are no such layers.
+    with more layers converted to nn.Linear; None where there are no such layers. `layer_by_layer`: of a report whose route
+    "lif" nobody asked for, the one of the route that leaves the neurons on the host, which `neuro.convert` then takes.
     """
 
     chip: str
@@ -116,6 +117,7 @@ class CompatibilityReport:
     cores_per_chip: int = 0
     preparation: Preparation | None = None
     chains: tuple[Chain, ...] = ()
+    layer_by_layer: CompatibilityReport | None = None
 
     @property
     def macs_per_token(self) -> float:
@@ -228,8 +230,10 @@ class CompatibilityReport:
     def to_dict(self) -> dict[str, Any]:
         """JSON form: every field, the shares and every operation."""
         found = self.preparation
+        fields = asdict(replace(self, preparation=None, layer_by_layer=None))
+        del fields["layer_by_layer"]
         return {
-            **asdict(replace(self, preparation=None)),
+            **fields,
             "preparation": None
             if found is None
             else {

@@ -43,6 +43,10 @@ def convert(
         ValueError: the graded or the sigma-delta route on Loihi 1; a report of a network of spiking neurons by route "lif".
         TypeError: a configuration of another type.
     """
+    if report.layer_by_layer is not None:
+        plan = convert(module, calibration, report.layer_by_layer, config)
+        kept = f"The neurons stay on the host, and the layers go one by one; {CONVERTER} makes one graph of both."
+        return replace(plan, notes=(*plan.notes, kept))
     if report.route == LIF:
         raise ValueError(
             f"the report is of route {quoted(LIF)}, whose neurons and layers become one graph: {CONVERTER} makes it. For "

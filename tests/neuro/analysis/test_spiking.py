@@ -181,7 +181,19 @@ def test_branches_that_meet_in_neurons_are_chip_work_whole_or_not_at_all() -> No
 def test_a_report_of_this_route_is_no_plan_for_layers_one_by_one() -> None:
     x = torch.rand(2, 3, 12)
     with pytest.raises(ValueError, match=r"the report is of route 'lif'.*analyse\(module, example, route='graded'\)"):
-        neuro.convert(Loop(), neuro.calibrate(Loop(), [x]), neuro.analyse(Loop(), x))
+        neuro.convert(Loop(), neuro.calibrate(Loop(), [x]), neuro.analyse(Loop(), x, route="lif"))
+
+
+def test_a_report_whose_route_nobody_chose_converts_the_layers_one_by_one() -> None:
+    torch.manual_seed(0)
+    model, x = Loop(), torch.rand(2, 3, 12)
+    report = neuro.analyse(model, x)
+    assert report.route == "lif"
+    plan = neuro.convert(model, neuro.calibrate(model, [x]), report)
+    assert [segment.modules for segment in plan.segments] == [("fc1",), ("fc2",)]
+    assert "neuro.convert_spiking" in plan.notes[-1]
+    neuro.deploy(model, plan)(x)
+    assert "layer_by_layer" not in report.to_dict()
 
 
 def test_another_route_takes_neurons_as_one_operation_too() -> None:

@@ -149,7 +149,7 @@ def test_analyse_calibrate_and_deploy_leave_all_state(kind: str, before: str) ->
         with torch.inference_mode() if before == "after inference" else torch.enable_grad():
             model(batches[0])
     held = shown(model)
-    report = neuro.analyse(model, batches[0], route="graded")
+    report = neuro.analyse(model, batches[0])
     assert shown(model) == held
     ranges = neuro.calibrate(model, batches)
     assert shown(model) == held

@@ -178,7 +178,7 @@ def test_membranes_of_snntorch_are_as_before_calibration_also_after_training() -
     model(x[0]).sum().backward()  # its membranes now hang on an autograd graph
     held = [part.mem for part in model if isinstance(part, snn.Leaky)]
     values = [mem.detach().clone() for mem in held]
-    report = neuro.analyse(model, x[0], route="graded")
+    report = neuro.analyse(model, x[0])
     deployed = neuro.deploy(model, neuro.convert(model, neuro.calibrate(model, list(x)), report))
     for part, mem, value in zip((model[1], model[3]), held, values, strict=True):
         assert part.mem is mem
