@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.samples.arrays import read_npz
-from experiments.samples.records import DataError, Samples
+from experiments.samples.records import DataError, Samples, SettingError
 from neuro.exchange.events import EventError, events_to_frames
 
 KEYS = ("t", "x", "y", "polarity", "recording", "label", "train")
@@ -36,7 +36,7 @@ def load_events(
     Raises DataError for a file that cannot be read, and for events that cannot become frames (which recording, and why).
     """
     if not step_us or not steps or size == (0, 0):
-        raise DataError(
+        raise SettingError(
             "data=events needs step_us= (microseconds of a time step), steps= (steps of a recording) and "
             "sensor=[WIDTH,HEIGHT]: every rate and time constant depends on them, so none is assumed"
         )

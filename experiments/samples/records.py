@@ -19,6 +19,10 @@ class DataError(ValueError):
     """Samples that cannot be used; the message names the array, its value, the limit and what helps."""
 
 
+class SettingError(DataError):
+    """A setting that is missing, or that this data set does not take; no data were looked at."""
+
+
 @dataclass(frozen=True, eq=False)
 class Samples:
     """Inputs and answers of one task.

@@ -9,7 +9,7 @@ from experiments.samples.arrays import load_arrays
 from experiments.samples.mackey_glass import load_mackey_glass
 from experiments.samples.pictures import load_digits, load_fashion_mnist
 from experiments.samples.recordings import load_events
-from experiments.samples.records import DataError, Samples
+from experiments.samples.records import Samples, SettingError
 
 ARRAYS, EVENTS, DIGITS, FASHION, MACKEY_GLASS = "arrays", "events", "digits", "fashion_mnist", "mackey_glass"
 NAMES = (ARRAYS, EVENTS, DIGITS, FASHION, MACKEY_GLASS)
@@ -44,19 +44,20 @@ def load_samples(
         recording: of events.
 
     Raises:
-        DataError: an unknown name, a path that is missing or that nothing reads, or what the data set itself refuses.
+        SettingError: an unknown name, a path that is missing or that nothing reads, a setting of another data set.
+        DataError: what the data set itself refuses.
     """
     if name not in NAMES:
-        raise DataError(f"data={name!r} is unknown; known: {', '.join(NAMES)}")
+        raise SettingError(f"data={name!r} is unknown; known: {', '.join(NAMES)}")
     if recording != Recording() and name != EVENTS:
-        raise DataError(f"step_us, steps, sensor and flat are for data=events; {name} holds samples already")
+        raise SettingError(f"step_us, steps, sensor and flat are for data=events; {name} holds samples already")
     if name in (ARRAYS, EVENTS):
         if not path:
-            raise DataError(f"data={name} needs the file: path=FILE.npz")
+            raise SettingError(f"data={name} needs the file: path=FILE.npz")
         if name == ARRAYS:
             return load_arrays(Path(path), scale=scale, calibration=calibration)
     if scale:
-        raise DataError(f"scale={scale:g} is for data=arrays; {name} has a scale of its own")
+        raise SettingError(f"scale={scale:g} is for data=arrays; {name} has a scale of its own")
     if name == EVENTS:
         own = recording
         settings = {"step_us": own.step_us, "steps": own.steps, "size": own.sensor, "flat": own.flat}
@@ -64,5 +65,5 @@ def load_samples(
     if name == FASHION:
         return load_fashion_mnist(Path(path) if path else None)
     if path:
-        raise DataError(f"path={path} is for data=arrays and data=fashion_mnist; data={name} reads no file")
+        raise SettingError(f"path={path} is for data=arrays and data=fashion_mnist; data={name} reads no file")
     return load_digits(seed) if name == DIGITS else load_mackey_glass(seed)

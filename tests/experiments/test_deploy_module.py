@@ -242,6 +242,9 @@ REFUSED = {
     "no sample to place": (["module=netmod:network", "batch=0"], 2, "batch is 0"),
     "no such profile": (["module=netmod:network", "profiles=[nope]"], 2, "no name 'nope'; shipped names: digital45"),
     "no such chip": (["module=netmod:network", "chip=loihi9"], 2, "no name 'loihi9'; shipped names: loihi1"),
+    "no path": (["module=netmod:network", "path="], 2, "data=arrays needs the file: path=FILE.npz"),
+    "scale of other data": (["module=netmod:network", "data=digits", "scale=2", "path="], 2, "scale=2 is for data=arrays"),
+    "no step": (["module=netmod:network", "data=events", "path=flat.npz"], 2, "data=events needs step_us="),
     "out is a file": (["module=netmod:network", "out=netmod.py"], 2, "netmod.py cannot be written to (File exists)"),
 }  # fmt: skip
 

@@ -31,7 +31,7 @@ from experiments.runs.samples.outcome import Outcome, answered
 from experiments.runs.samples.settings import DeployModuleConfig
 from experiments.runs.samples.spiking import LIF, as_streams, deploy_spiking
 from experiments.runs.samples.spiking_record import spiking_outcome
-from experiments.samples.records import DataError, Samples
+from experiments.samples.records import DataError, Samples, SettingError
 from experiments.samples.sets import Recording, load_samples
 from experiments.views.samples.written import write_views
 from hardware.chips.chip import load_chip
@@ -67,9 +67,11 @@ def deploy_module(cfg: DeployModuleConfig) -> dict[str, Any]:
     with exclusive(folder, "deploying"):
         try:
             return _deployed(cfg, folder)
-        except (ConfigError, *EXPECTED):
+        except (ConfigError, *EXPECTED) as error:
             if made:  # what is refused leaves no folder
                 shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, SettingError):
+                raise ConfigError(str(error)) from error
             raise
 
 
