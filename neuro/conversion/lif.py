@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from neuro.conversion.spiking.convert import convert_spiking
 from neuro.conversion.spiking.description import NotConvertible
-from neuro.conversion.spiking.fitting import V_LIMIT, VTH_LIMIT, WEIGHT_LIMIT
-from neuro.conversion.spiking.network import LifLayer, SpikingNetwork
+from neuro.conversion.spiking.network import SpikingNetwork
 from neuro.conversion.spiking.snntorch_modules import Builder
 
 LifNetwork = SpikingNetwork
 
-__all__ = ["VTH_LIMIT", "V_LIMIT", "WEIGHT_LIMIT", "LifLayer", "LifNetwork", "NotConvertible", "convert_lif"]
+__all__ = ["LifNetwork", "NotConvertible", "convert_lif"]
 
 
 def convert_lif(
