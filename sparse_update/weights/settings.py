@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 NAMES = ("adamw", "muon", "sign", "galore")
 MOMENTS = ("drop", "keep")
+SCHEDULES = ("cosine", "wsd")
 
 
 @dataclass
@@ -22,10 +23,15 @@ class OptimConfig:
     beta2: float = 0.98
     weight_decay: float = 0.1
     """Decoupled, on matrices only."""
+    schedule: str = "cosine"
+    """"cosine": half a cosine from the peak rate down | "wsd": warm-up, stable, decay (Hu et al. 2024, arXiv 2404.06395):
+    the peak rate until the last `decay_fraction` of the budget, then a straight line down."""
     warmup_fraction: float = 0.05
     """Share of the budget with linearly rising rate."""
+    decay_fraction: float = 0.3
+    """Last share of the budget with falling rate, with schedule "wsd"."""
     final_fraction: float = 0.05
-    """End of the cosine, as a share of the peak rate."""
+    """Where the rate ends, as a share of the peak rate."""
     grad_clip: float = 1.0
     """Largest norm of the whole gradient; 0 switches clipping off."""
     sign_scale: float = 1.0
@@ -52,15 +58,26 @@ class OptimConfig:
             raise ValueError(f"optim.lr = {self.lr}, optim.muon_lr = {self.muon_lr}: learning rates must be positive")
         if not 0 <= self.warmup_fraction < 1 or not 0 <= self.final_fraction <= 1:
             raise ValueError("optim.warmup_fraction must lie in [0, 1), optim.final_fraction in [0, 1]")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"optim.schedule = {self.schedule!r}: one of {', '.join(SCHEDULES)}")
+        most = 1 - self.warmup_fraction if self.schedule == "wsd" else 1.0
+        if not 0 < self.decay_fraction <= most:
+            raise ValueError(
+                f"optim.decay_fraction = {self.decay_fraction}: must lie above 0 and, beside optim.warmup_fraction = "
+                f"{self.warmup_fraction}, at most at {most:g}"
+            )
 
 
 def schedule(progress: float, cfg: OptimConfig) -> float:
-    """Factor on the learning rate at `progress` in [0, 1] of the budget: linear warm-up, then cosine.
+    """Factor on the learning rate at `progress` in [0, 1] of the budget: linear warm-up, then what `cfg.schedule` says.
 
     torch's schedulers count steps, whose number a budget of seconds does not know. `neuro.training.loop.rate_at` is the
-    same rule over steps: the two packages may not import each other, and a test holds the two together.
+    cosine over steps: the two packages may not import each other, and a test holds the two together.
     """
     if progress < cfg.warmup_fraction:
         return progress / cfg.warmup_fraction
+    if cfg.schedule == "wsd":
+        left = min(1.0, max(0.0, 1 - progress) / cfg.decay_fraction)
+        return cfg.final_fraction + (1 - cfg.final_fraction) * left
     done = min(1.0, (progress - cfg.warmup_fraction) / (1 - cfg.warmup_fraction))
     return cfg.final_fraction + (1 - cfg.final_fraction) * 0.5 * (1 + math.cos(math.pi * done))
