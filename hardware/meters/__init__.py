@@ -1,1 +1,1 @@
-"""Joules that were measured: NVML, RAPL, Zeus."""
+"""Joules that were measured, and ratios of times: NVML, RAPL, Zeus, clocks."""
