@@ -21,7 +21,7 @@ from neuro.graph import Population
 from neuro.simulators.exact import Arrived, magnitude
 from neuro.simulators.fixed_point import run_pipelined
 from neuro.simulators.neurons import Lif
-from neuro.simulators.scan import STATS, use_fused
+from neuro.simulators.scan import STATS
 
 CHUNK_VALUES = 2**22  # hidden values x time steps held at a time
 MEMBRANE_LIMIT = 2**23 - 64  # above it a membrane would fire
@@ -38,7 +38,6 @@ class RateRunner(StreamRunner):
         self._drive = {p.name: torch.from_numpy(_drive(p)) for p in segment.graph.populations if "bias_mant" in p.params}
         hidden = next((p for p in segment.graph.populations if p.name == "hidden"), None)
         self._hidden = hidden
-        self._stepped_neurons = 0  # decides when the compiled scan pays
         self._vth = int(hidden.params["vth"]) if hidden is not None else 0
         self._share = torch.ones(())
         if segment.channel_scales:
@@ -116,9 +115,7 @@ class RateRunner(StreamRunner):
         assert self._hidden is not None
         steps, rows, size = arrived.value.shape
         device = arrived.value.device
-        self._stepped_neurons += rows * size
-        fused = True if use_fused(None, device, steps, self._stepped_neurons) else None
-        neurons = Lif(self._hidden, rows, device, "lava", fused)
+        neurons = Lif(self._hidden, rows, device, "lava", None)
         s_TNH = torch.empty(steps, rows, size, dtype=torch.int8, device=device)
         fired = torch.zeros(rows * size, dtype=torch.int32, device=device)
         _, numbers = neurons.advance(arrived, s_TNH, 1 if self.segment.input_code == "spikes" else 2, False, fired)

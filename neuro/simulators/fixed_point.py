@@ -85,8 +85,9 @@ def simulate(
             the outputs are always kept.
         device: where to compute; by default where the first input is.
         placement: population -> core of each neuron, for counts per core.
-        fused: the compiled scan of the lif kinds: True and False force it on and off, None takes it where it pays. That
-            is a loop in C on the CPU and torch.compile on CUDA; "torch" takes the latter on either. The bits are the same.
+        fused: the compiled loops: None takes those in C on the CPU (built once per machine into the user's cache, see
+            `neuro.simulators.compiled.library`), and torch.compile on CUDA after a while. True takes the latter at once,
+            False neither; "torch" takes torch.compile on either. The bits are the same.
         steps: how many to run, from 1, of a graph without input populations (neurons that their biases drive); such a run
             is one sample. Elsewhere the inputs say it, and None is needed.
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from neuro.graph import Population
 from neuro.graph.kinds import KINDS, RESONATORS
 from neuro.simulators import scan as scans
+from neuro.simulators.compiled.calls import lif_scan, use_compiled
 from neuro.simulators.exact import Arrived, outside, wrap
 
 REGISTER_LIMIT = 2**23  # u and v: 23 bits and a sign
@@ -105,7 +106,7 @@ class Lif:
         self._interval = _parameter(population, "reset_interval") if "reset_interval" in population.params else 0
         if self._interval:
             self._offset = _parameter(population, "reset_offset") % self._interval
-        self._fused, self._shape, self._device = fused, (batch, population.size), device
+        self._compiled = use_compiled(fused, device)
 
         def zeros() -> Tensor:
             return torch.zeros(batch * population.size, dtype=torch.int32, device=device)
@@ -128,12 +129,12 @@ class Lif:
         steps = len(s_TBN)
         reset = self._resets(start, steps)
         s_TM = s_TBN.view(steps, -1)
-        if scans.use_fused(self._fused, self._device, steps, s_TM.shape[1]):
+        if self._compiled:
             pair = (
                 (torch.empty(s_TM.shape, dtype=torch.int32), torch.empty(s_TM.shape, dtype=torch.int32)) if keep else None
             )
             a_TM = arrived.value.contiguous().view(steps, -1)
-            stat = scans.compiled(self.scan, a_TM, arrived.exponent, s_TM, self.state, reset, fired_M, pair)
+            stat = lif_scan(self.scan, a_TM, arrived.exponent, s_TM, self.state, reset, fired_M, pair)
             return {} if pair is None else {"u": pair[0].view_as(s_TBN), "v": pair[1].view_as(s_TBN)}, stat
         trace = scans.Trace() if keep else None
         stat = scans.plain(self.scan, arrived.settled().reshape(steps, -1), s_TM, self.state, reset, fired_M, trace)

@@ -1,9 +1,8 @@
-"""The lif family over a block of steps: one fused loop in C where a compiler is, the same equations in torch elsewhere.
+"""The lif family over a block of steps in torch.
 
-`plain` is the reference and runs anywhere, CUDA included. On the CPU a run that is long enough first compiles `scan.c`
-with the machine's C compiler (under a second, into a folder that is removed at once) and calls it by ctypes. Measured on
-one core: 0.6 ns a neuron and step, against 5 ns (and 17 s of compilation) for the same loop through torch.compile, and
-20 ns for plain torch.
+`plain` is the reference and runs anywhere, CUDA included. On the CPU the same equations run as a loop in C
+(`neuro.simulators.compiled`) wherever there is one. Measured on one core: 0.6 ns a neuron and step, against 5 ns (and 17 s
+of compilation) for the same loop through torch.compile, and 20 ns for plain torch.
 
 On CUDA `plain` hands whole chunks of `CHUNK` steps to torch.compile where `Scan.in_chunks` says so; anywhere else that is
 for tests. `step` is one text for both, so the bits are the same. Parameters are data there, not constants, and neurons
@@ -15,17 +14,11 @@ Layout: T steps, M = samples x neurons. int32 throughout, with numpy's (that is,
 
 from __future__ import annotations
 
-import ctypes
-import shutil
-import subprocess
-import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -36,10 +29,6 @@ from torch.nn.functional import pad
 LIMIT = 2**23
 CHIP, TERNARY, REFRACTORY, SOFT, GENERAL, FREE, LATE = 1, 2, 4, 8, 16, 32, 64
 STATS = ("wide_a", "wraps_u", "saturations_v", "fired", "max_abs_u", "max_abs_v")
-SOURCE = Path(__file__).with_name("scan.c")
-PLAIN_STEP_S, PLAIN_NEURON_S = 1e-4, 2e-8  # what plain torch takes for a step and for a neuron in it (measured)
-WORTH_COMPILING_S = 1.5
-THREAD_VALUES = 2**18  # neurons x steps below which a second thread costs more than it saves
 CHUNK = 8  # steps in one call of what torch.compile made
 WIDTHS = (2**10, 2**14, 2**18)  # neurons in one such call: the first that holds them all, or several of the last
 WORTH_CHUNKS_S = 20.0  # `in_chunks` None: seconds of plain torch on CUDA after which compiling starts
@@ -342,76 +331,3 @@ def _chunks(
             values.extend(whole.unbind())
         trace.sums.extend(a_TM.unbind())
     return [*stat_6M[:4].sum(dim=1).tolist(), *stat_6M[4:].amax(dim=1).tolist()]
-
-
-@cache
-def library() -> Any:
-    """The compiled loop, or None where there is no C compiler or it fails."""
-    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
-    if compiler is None or not SOURCE.is_file():
-        return None
-    with tempfile.TemporaryDirectory(prefix="spikegate-", ignore_cleanup_errors=True) as folder:
-        built = Path(folder) / "scan.so"
-        for native in (["-march=native"], []):
-            command = [compiler, "-O3", *native, "-fwrapv", "-fPIC", "-shared", str(SOURCE), "-o", str(built)]
-            try:
-                if subprocess.run(command, capture_output=True, timeout=120).returncode == 0:
-                    return ctypes.CDLL(str(built))  # stays mapped after its file is gone
-            except (OSError, subprocess.SubprocessError):
-                continue
-    return None
-
-
-def _compiled() -> bool:
-    return library.cache_info().currsize > 0 and library() is not None
-
-
-def use_fused(fused: bool | None, device: torch.device, steps: int, neurons: int) -> bool:
-    """Whether a block is to be taken by the compiled loop. None: where it is there, or worth its compilation."""
-    if fused is False or device.type != "cpu":
-        return False
-    if fused or _compiled():
-        return library() is not None
-    return steps * (PLAIN_STEP_S + neurons * PLAIN_NEURON_S) > WORTH_COMPILING_S and library() is not None
-
-
-def compiled(
-    scan: Scan,
-    a_TM: Tensor,
-    exponent: int,
-    s_TM: Tensor,
-    state: State,
-    reset_T: Tensor | None,
-    fired_M: Tensor | None,
-    keep: tuple[Tensor, Tensor] | None,
-) -> list[int]:
-    """As `plain`, by the C loop; the sums are `a_TM` with `exponent` not yet applied. `keep`: (T, M) int32 for u and v."""
-    steps, neurons = a_TM.shape
-    numbers = (scan.keep_u, scan.keep_v, scan.high, scan.low, max(-exponent, 0), max(exponent, 0), scan.refractory)
-    parameters = (ctypes.c_int32 * len(numbers))(*numbers)
-    reset = None if reset_T is None else reset_T.to(torch.uint8).contiguous()
-    tensors = (a_TM, s_TM, *(keep or (None, None)), state.u, state.v, state.rest, scan.bias_M, reset, scan.each_3M)
-    assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
-    *pointers, each = [None if tensor is None else ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-    function = library().lif_scan
-
-    fired = None if fired_M is None else ctypes.c_void_p(fired_M.data_ptr())
-
-    def part(begin: int, end: int) -> list[int]:
-        stat = (ctypes.c_int64 * len(STATS))()
-        sizes = [ctypes.c_size_t(number) for number in (steps, neurons, begin, end)]
-        function(ctypes.c_int(scan.flags), *pointers, parameters, each, stat, fired, *sizes)
-        return list(stat)
-
-    threads = min(torch.get_num_threads(), max(1, steps * neurons // THREAD_VALUES))
-    if threads == 1:
-        return part(0, neurons)
-    edges = [neurons * i // threads for i in range(threads + 1)]
-    parts = list(_pool().map(part, edges[:-1], edges[1:]))  # ctypes lets go of the interpreter lock
-    columns = list(zip(*parts, strict=True))
-    return [*map(sum, columns[:4]), *map(max, columns[4:])]
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads()), thread_name_prefix="spikegate-scan")

@@ -14,6 +14,7 @@ import torch
 from neuro.graph import GraphError, Population, Projection, SpikingGraph
 from neuro.simulators import scan
 from neuro.simulators.activity import RECORD_ALL, compare
+from neuro.simulators.compiled.library import library
 from neuro.simulators.fixed_point import FixedPointOverflow, simulate
 
 LIF = {"du": 700, "dv": 90, "vth": 60, "bias_mant": 11, "bias_exp": 3}
@@ -114,7 +115,7 @@ def test_lif_kinds_equal_the_reference(case: str, mode: str, fused: bool, larges
 
 @pytest.mark.parametrize("seed", range(6))
 def test_both_scans_give_the_same_bits_and_counts(seed: int, networks: Any) -> None:
-    if scan.library() is None:
+    if library() is None:
         pytest.skip("no C compiler here")
     graph = networks.network(seed, ["lif", "ternary_lif", "lif_reset"])
     inputs = networks.messages(graph, seed, 3, 25)
@@ -231,14 +232,6 @@ def test_where_torch_compile_fails_the_plain_scan_takes_over_with_one_warning(mo
     assert compare(plain, simulate(graph, inputs, record=RECORD_ALL, fused="torch")).equal  # and no second warning
     with pytest.raises(ValueError, match="fused 'triton' does not exist"):
         simulate(graph, inputs, fused="triton")  # type: ignore[arg-type]
-
-
-def test_without_a_compiler_the_plain_scan_takes_over(monkeypatch: Any) -> None:
-    monkeypatch.setattr(scan, "library", lambda: None)
-    monkeypatch.setattr(scan, "_compiled", lambda: False)
-    assert not scan.use_fused(True, torch.device("cpu"), 10**6, 10**6)
-    graph = one("lif", LIF)
-    assert simulate(graph, {"x": np.full((1, 5, 3), 90)}, fused=True).populations["y"].updates_active > 0
 
 
 @pytest.mark.parametrize("cum_error", [0, 1])

@@ -1,0 +1,1 @@
+"""The simulator's loops in C: the sources, the folder where the machine's own build of them is kept, and the calls."""
