@@ -1,67 +1,60 @@
-"""`python -m experiments.bench gate`: what every kind of sparse step costs, beside its counted FLOPs.
+"""`python -m experiments.bench gate`: what each kind of sparse step costs, beside its counted FLOPs and its products alone.
 
-All steps run in one process in turn, each with its optimizer's step. conversion = (1 - time ratio) / (1 - FLOP ratio)
-against the fastest dense step found here: a plain GPT step, autograd on our model, and our own written-out step, each with
-and without torch.compile. Ratios are medians over rounds of the quotient of neighbouring measurements. Scoring before the
-forward is not part of a step: its cost stands in the table of component times.
+All steps run in one process in turn (`hardware.meters.ratios`), each with its optimizer's step. Times are ratios to the
+fastest dense step found here: a plain GPT step, autograd on our model, and our own written-out step, each with and without
+torch.compile. conversion = (1 - time ratio) / (1 - FLOP ratio). Scoring before the forward is not part of a step: its cost
+stands in the table of component times.
 
-Shape letters: B batch, T token, S kept sequence, R kept row.
+Beside each conversion stands its bound, from measured rates of products. The matrix products of each kind of step (fused
+attention among them) are called again with nothing around them, as arms of the same run; p is their time over that of the
+reference step, p0 that of the reference's own products. A step that lost exactly the time of the products that it leaves
+out would take 1 - p0 + p of the reference: that is the bound of its time ratio, and (p0 - p) / (1 - FLOP ratio) that of its
+conversion. It is below 1 where the products that are left out run faster than an average FLOP of a step, and it lies with
+the size of the products, not with what stands around them. It is no bound of nature: a kind that leaves out work around
+the products too (norms, softmax, moments) can pass it. Target: token rows, blocks and layers reach 0.95 of their bound.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
-from experiments.benches.nanogpt import PlainGPT
+from experiments.benches import ratios
+from experiments.benches.gating.products import Pool, Recording, record, replay
+from experiments.benches.gating.steps import EXTRA, KINDS, Arm, How, Steps, bf16_pays, names
 from experiments.runs.output import add_json_argument, entry, finish
-from sparse_update.step.backward import Stepper
+from hardware.meters.ratios import InTurn, Measured, Probe, Ratio, Until
 from sparse_update.step.flops import plan_flops
 from sparse_update.step.kernels import can_compile
-from sparse_update.step.plan import PLAIN, Choose, Chosen, StepPlan, View
-from sparse_update.transformer import ModelConfig, Transformer, token_loss
-from sparse_update.weights.optimizer import Optimizer
-from sparse_update.weights.settings import OptimConfig
-from sparse_update.weights.subset import Active, SubsetConfig, choose
+from sparse_update.transformer import ModelConfig
 
-KINDS = ("sequence_before", "sequence_after", "token_rows", "bypass", "blocks", "layers", "dw_rows")
-EXTRA = ("token_rows_exact", "bypass_keys", "vcas", "layers_frozen")
-"""Further kinds, measured with --kinds all or by name. "layers_frozen": embeddings frozen too, so that the backward ends
-early."""
 MODELS = Path(__file__).resolve().parents[2] / "configs" / "model"
-Step = Callable[[], None]
-
-
-@dataclass
-class Arm:
-    """One kind of step. `turn` moves the choice of weights on before a step, where there is one to move."""
-
-    step: Step
-    flops: Callable[[], int]
-    turn: Callable[[int], None] | None = None
-    every: int = 1
-    """Steps that one choice of weights lasts: the share of `turn` that a step pays."""
+TARGET = 0.95
+"""Share of the bound of its conversion that a kind in `JUDGED` should reach."""
+JUDGED = ("token_rows", "blocks", "layers")
+DENSE_ROUNDS = 11
+"""Rounds among the dense steps at most: they only choose the reference."""
+PRODUCTS = "products of "
+DEFAULTS = {"most_s": 1200.0, "beside": 3}
+HEADLINE = ("targets", "conversion", "reference", "machine", "interrupted")
 
 
 def arguments_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="spikegate bench gate", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--model", default="small", help="a name from configs/model (default: small)")
-    parser.add_argument("--batch", type=int, default=16, help="windows of a dense step (default: 16)")
+    parser.add_argument("--batch", type=int, default=8, help="windows of a dense step (default: 8)")
     parser.add_argument(
         "--vocab", type=int, default=256, help="vocabulary where the model's file gives none (default: 256, bytes)"
     )
-    parser.add_argument("--rounds", type=int, default=11, help="measured rounds (default: 11)")
+    ratios.add_arguments(parser, **DEFAULTS)
     parser.add_argument("--rates", default="0.5,0.25", help="kept shares (default: 0.5,0.25)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     parser.add_argument(
@@ -91,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         bench.interrupted = True
         print("interrupted: what was measured so far follows", file=sys.stderr)
     document = bench.document()
-    print_table(document)
-    finish(document, "bench-gate")
+    print_table(document, bench)
+    finish(document, "bench-gate", headline=HEADLINE)
     return 130 if bench.interrupted else 0
 
 
@@ -108,7 +101,7 @@ def load_model(name: str, vocab: int) -> ModelConfig:
 
 
 class Bench:
-    """The measurement; `document()` is valid after any number of rounds."""
+    """The measurement; `document()` is valid at any time."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -118,8 +111,9 @@ class Bench:
         self.kinds = list(KINDS + EXTRA) if options.kinds == "all" else options.kinds.split(",")
         if unknown := set(self.kinds) - set(KINDS + EXTRA):
             raise ValueError(f"--kinds {', '.join(sorted(unknown))}: known are {', '.join(KINDS + EXTRA)}")
-        if options.batch < 1 or options.rounds < 1:
-            raise ValueError(f"--batch {options.batch}, --rounds {options.rounds}: must be at least 1")
+        if options.batch < 1:
+            raise ValueError(f"--batch {options.batch}: must be at least 1")
+        self.until = ratios.until(options)
         self.cfg = load_model(options.model, options.vocab)
         if options.threads:
             torch.set_num_threads(options.threads)
@@ -127,289 +121,198 @@ class Bench:
         self.device = torch.device(name)
         self.compiled = options.compile == "on" or (options.compile == "auto" and can_compile(self.device))
         self.interrupted = False
-        self.dense_ms: dict[str, list[float]] = {}
-        self.arm_ms: dict[str, list[float]] = {}
-        self.turn_ms: dict[str, list[float]] = {}
+        self.steps = Steps(self.cfg, options.batch, self.device, options.block_rows)
         self.flops: dict[str, list[int]] = {}
-        self.reference = ""
-        self.base_ms: list[float] = []
-        self.precision, self.attention, self.mode = "fp32", "explicit", False
-        torch.manual_seed(0)
-        generator = torch.Generator().manual_seed(0)
-        shape = (options.batch, self.cfg.context + 1)
-        tokens = torch.randint(0, self.cfg.vocab_size, shape, generator=generator).to(self.device)
-        self.x, self.y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        self.models = {a: self._model(a) for a in ("explicit", "sdpa")}
-        self.optim = OptimConfig(lr=1e-5)
-        self.optimizers = {a: Optimizer(m, Active.everything(m), self.optim) for a, m in self.models.items()}
-
-    def _model(self, attention: str) -> Transformer:
-        model = Transformer(ModelConfig(**{**asdict(self.cfg), "attention": attention})).to(self.device)
-        with torch.no_grad():
-            for p in model.parameters():  # nothing at zero, as after some training
-                p.add_(0.02 * torch.randn_like(p))
-        return model
-
-    # dense variants
-
-    def dense_variants(self) -> dict[str, Step]:
-        """Every dense step worth naming, by name: what / attention / precision / compiled or eager."""
-        precisions = ("fp32", "bf16") if self.options.precision == "auto" else (self.options.precision,)
-        if self.options.precision == "auto" and self.device.type == "cpu" and not _bf16_pays():
-            precisions = ("fp32",)
-        found: dict[str, Step] = {}
-        for precision in precisions:
-            for mode in ("eager", "compiled") if self.compiled else ("eager",):
-                found[f"plain gpt/sdpa/{precision}/{mode}"] = self._plain(precision, mode == "compiled")
-                for attention in ("explicit", "sdpa"):
-                    tail = f"{attention}/{precision}/{mode}"
-                    found[f"autograd/{tail}"] = self._autograd(attention, precision, mode == "compiled")
-                    found[f"stepper/{tail}"] = self._stepped(attention, precision, mode == "compiled", PLAIN)
-        return found
-
-    def _cast(self, precision: str) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
-
-    def _plain(self, precision: str, compiled: bool) -> Step:
-        cfg = self.cfg
-        model = PlainGPT(cfg.width, cfg.layers, cfg.heads, cfg.context, cfg.vocab_size, cfg.hidden_ratio).to(self.device)
-        run = torch.compile(model) if compiled else model
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
-
-        def step() -> None:
-            with self._cast(precision):
-                loss = run(self.x, self.y)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        return step
-
-    def _autograd(self, attention: str, precision: str, compiled: bool) -> Step:
-        model, optimizer = self.models[attention], self.optimizers[attention]
-        run = torch.compile(model) if compiled else model
-
-        def step() -> None:
-            with self._cast(precision):
-                loss = token_loss(run(self.x), self.y).mean()
-            loss.backward()
-            optimizer.step(0.5)
-
-        return step
-
-    def _stepped(
-        self,
-        attention: str,
-        precision: str,
-        compiled: bool,
-        plan: StepPlan,
-        choose_after: Choose | None = None,
-        batch: int = 0,
-        bypass_BR: Tensor | None = None,
-        optimizer: Optimizer | None = None,
-    ) -> Step:
-        model = self.models[attention]
-        stepper = Stepper(model, torch.bfloat16 if precision == "bf16" else None, compiled)
-        optimizer = optimizer or self.optimizers[attention]
-        x, y = (self.x[:batch], self.y[:batch]) if batch else (self.x, self.y)
-        generator = torch.Generator().manual_seed(0)
-
-        def step() -> None:
-            found = stepper.step(
-                x, y, plan, optimizer.active, choose=choose_after, bypass_BR=bypass_BR, generator=generator
-            )
-            optimizer.set_gradients(found.gradients)
-            optimizer.step(0.5)
-
-        return step
-
-    # gated steps
-
-    def arm(self, kind: str, rate: float) -> Arm:
-        """The step of one kind at one kept share, by the fastest of our dense settings."""
-        batch, length, layers = len(self.x), self.cfg.context, self.cfg.layers
-        rows, sequences = max(1, round(rate * length)), max(1, round(rate * batch))
-        if kind in ("blocks", "layers", "layers_frozen"):
-            return self._subset_arm(kind, rate)
-        if kind == "sequence_before":
-            return self._plan_arm(PLAIN, batch=sequences)
-        if kind == "sequence_after":
-            return self._plan_arm(StepPlan(sequences=sequences), _top_sequences(sequences))
-        if kind in ("token_rows", "token_rows_exact"):
-            return self._plan_arm(StepPlan(rows=rows, rows_exact=kind == "token_rows_exact"), _top_rows(rows))
-        if kind in ("bypass", "bypass_keys"):
-            draws = torch.rand(batch, length, generator=torch.Generator().manual_seed(1)).argsort(1)[:, :rows]
-            through = draws.sort(1).values.to(self.device)
-            return self._plan_arm(StepPlan(bypass=rows, bypass_keys=kind == "bypass_keys"), bypass_BR=through)
-        if kind == "vcas":
-            shares = tuple(rate ** ((layers - layer) / layers) for layer in range(layers))
-            return self._plan_arm(StepPlan(sample=shares, dw_rows=rate))
-        return self._plan_arm(StepPlan(dw_rows=rate))
-
-    def _plan_arm(
-        self, plan: StepPlan, choose_after: Choose | None = None, batch: int = 0, bypass_BR: Tensor | None = None
-    ) -> Arm:
-        step = self._stepped(self.attention, self.precision, self.mode, plan, choose_after, batch, bypass_BR)
-        total = plan_flops(self.cfg, batch or len(self.x), plan).total
-        return Arm(step, lambda: total)
-
-    def _subset_arm(self, kind: str, rate: float) -> Arm:
-        model = self.models[self.attention]
-        cfg = SubsetConfig(
-            kind="blocks" if kind == "blocks" else "layers",
-            active_fraction=rate,
-            block_rows=min(self.options.block_rows, max(1, round(self.cfg.width * rate))),
-            train_embeddings=kind != "layers_frozen",
-        )
-        optimizer = Optimizer(model, choose(model, cfg, 0, 0), self.optim)
-        step = self._stepped(self.attention, self.precision, self.mode, PLAIN, optimizer=optimizer)
-        return Arm(
-            step,
-            lambda: plan_flops(self.cfg, len(self.x), PLAIN, optimizer.active).total,
-            lambda turn: optimizer.activate(choose(model, cfg, turn, 0)),
-            cfg.change_every_steps,
-        )
+        self.dense: InTurn | None = None
+        self.gated: InTurn | None = None
+        self.how = How()
 
     # measuring
 
     def measure(self) -> None:
-        variants = self.dense_variants()
-        dropped: set[str] = set()
-        for turn in range(min(self.options.rounds, 7) + 2):
-            _say(f"dense steps: round {turn - 1} of {min(self.options.rounds, 7)}" if turn > 1 else "dense steps: warm-up")
-            for name in _order(list(variants), turn):
-                if name in dropped:
-                    continue
-                milliseconds = self._time(variants[name])
-                if turn == 0:
-                    _say(f"  {name}: first step {milliseconds / 1000:.1f} s")
-                elif turn > 1:
-                    self.dense_ms.setdefault(name, []).append(milliseconds)
-        medians = {name: statistics.median(ms) for name, ms in self.dense_ms.items()}
-        self.reference = min(medians, key=lambda n: medians[n])
-        ours = min((n for n in medians if n.startswith("stepper/")), key=lambda n: medians[n])
-        _, self.attention, self.precision, mode = ours.split("/")
-        self.mode = mode == "compiled"
-        arms = {f"{kind} {rate:g}": self.arm(kind, rate) for kind in self.kinds for rate in self.rates}
-        base = variants[self.reference]
-        for turn in range(self.options.rounds + 2):
-            for number, name in enumerate(_order(list(arms), turn)):
-                arm = arms[name]
-                if turn > 1:
-                    _say(f"round {turn - 1} of {self.options.rounds}: {number + 1} of {len(arms)}, {name}")
-                if arm.turn is not None:
-                    moved = self._time(functools.partial(arm.turn, turn))
-                    if turn > 1:
-                        self.turn_ms.setdefault(name, []).append(moved / arm.every)
-                    arm.step()  # the first step with fresh state allocates it: once in `every` steps, not in each
-                milliseconds = self._time(arm.step)
-                beside = self._time(base) if turn > 1 else 0.0
-                if turn == 0:
-                    _say(f"  {name}: first step {milliseconds / 1000:.1f} s")
-                if turn > 1:
-                    self.arm_ms.setdefault(name, []).append(milliseconds / beside)
-                    self.base_ms.append(beside)
-                    self.flops.setdefault(name, []).append(arm.flops())
+        """The dense steps, of which the fastest is the reference; then every kind of step and its products beside it."""
+        variants = {name: self.steps.dense(name) for name in names(self._precisions(), self.compiled)}
+        probes = {name: ratios.probe(step, self.device) for name, step in variants.items()}
+        few = Until(
+            **{**asdict(self.until), "most_rounds": min(self.until.most_rounds, DENSE_ROUNDS), "beside": len(probes)}
+        )
+        self.dense = InTurn(probes, next(iter(probes)), few, torch.get_num_threads())
+        dense = self.dense.run(lambda text: ratios.say(f"dense steps: {text}"))
+        reference, ours = self._fastest(dense), self._fastest(dense, "stepper/")
+        _, attention, precision, mode = ours.split("/")
+        self.how = How(attention, precision, mode == "compiled")
+        arms = {f"{kind} {rate:g}": self.steps.arm(kind, rate, self.how) for kind in self.kinds for rate in self.rates}
+        found = {name: self._arm_probe(name, arm) for name, arm in arms.items()} | self._products(reference)
+        self.gated = InTurn({reference: probes[reference], **found}, reference, self.until, torch.get_num_threads())
+        self.gated.run(lambda text: ratios.say(f"gated steps: {text}"))
 
-    def _time(self, step: Callable[[], Any]) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        start = time.perf_counter()
-        step()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return 1000 * (time.perf_counter() - start)
+    def _precisions(self) -> tuple[str, ...]:
+        if self.options.precision != "auto":
+            return (self.options.precision,)
+        return ("fp32", "bf16") if self.device.type != "cpu" or bf16_pays() else ("fp32",)
+
+    @staticmethod
+    def _fastest(dense: Measured, start: str = "") -> str:
+        medians = {name: dense.median_s(name) for name in dense.seconds if name.startswith(start)}
+        return min(medians, key=lambda name: medians[name])
+
+    def _arm_probe(self, name: str, arm: Arm) -> Probe:
+        """Seconds of one step and its share of the choice of weights; the mean over a cycle where turns differ."""
+        step = ratios.probe(arm.step, self.device)
+        turns = [0]
+
+        def once() -> float:
+            moved = 0.0
+            if arm.turn is not None:
+                turn, turns[0] = arm.turn, turns[0] + 1
+                moved = ratios.probe(lambda: turn(turns[0]), self.device)() / arm.every
+                arm.step()  # the first step with fresh state allocates it: once in `every` steps, not in each
+            seconds = step()
+            self.flops.setdefault(name, []).append(arm.flops())
+            return seconds + moved
+
+        return once if arm.cycle == 1 else lambda: statistics.fmean(once() for _ in range(arm.cycle))
+
+    def _products(self, reference: str) -> dict[str, Probe]:
+        """The products of the reference and of every kind alone, as further arms."""
+        pool = Pool()
+        eager = How(self.how.attention, self.how.precision)
+        found = {"dense": [record(self.steps.dense(f"{reference.rpartition('/')[0]}/eager"), pool)]}
+        for kind in self.kinds:
+            for rate in self.rates:
+                found[f"{kind} {rate:g}"] = _recordings(self.steps.arm(kind, rate, eager), pool)
+        return {PRODUCTS + name: self._replayed(recordings) for name, recordings in found.items()}
+
+    def _replayed(self, recordings: list[Recording]) -> Probe:
+        whole = ratios.probe(replay(*recordings), self.device)
+        return lambda: whole() / len(recordings)
 
     # report
 
     def document(self) -> dict[str, Any]:
         """What was measured, as JSON types."""
-        dense_flops = plan_flops(self.cfg, len(self.x)).total
-        steps: dict[str, dict[str, dict[str, float]]] = {kind: {} for kind in self.kinds}
-        base = statistics.median(self.base_ms) if self.base_ms else float("nan")
-        for name, ratios in self.arm_ms.items():
-            kind, rate = name.split(" ")
-            moved = statistics.median(self.turn_ms[name]) / base if name in self.turn_ms else 0.0
-            typical = statistics.fmean if kind == "layers_frozen" else statistics.median  # its cost follows the turn
-            time_ratio = typical(ratios) + moved
-            flop_ratio = statistics.fmean(self.flops[name]) / dense_flops
-            steps[kind][rate] = {
-                "time_ratio": time_ratio,
-                "flop_ratio": flop_ratio,
-                "conversion": (1 - time_ratio) / (1 - flop_ratio) if flop_ratio < 1 else float("nan"),
-                "spread": _spread(ratios),
-            }
+        dense = None if self.dense is None else self.dense.measured()
+        gated = None if self.gated is None else self.gated.measured()
+        steps: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in self.kinds}
+        for kind in self.kinds:
+            for rate in self.rates:
+                if gated is not None and (row := self._row(gated, f"{kind} {rate:g}")):
+                    steps[kind][f"{rate:g}"] = row
+        conversion = {
+            kind: {rate: {key: row[key] for key in ("conversion", "bound", "of_bound")} for rate, row in rates.items()}
+            for kind, rates in steps.items()
+        }
+        dense_flops = plan_flops(self.cfg, self.options.batch).total
+        typical = gated.median_s(gated.base) if gated is not None and gated.seconds[gated.base] else None
         return {
-            "step": steps,
-            "dense": {name: statistics.median(ms) for name, ms in self.dense_ms.items()},
-            "dense_spread": {name: _spread(ms) for name, ms in self.dense_ms.items()},
-            "reference": self.reference,
-            "reference_ms": base,
+            "targets": _targets(steps),
+            "conversion": conversion,
+            "reference": None if gated is None else gated.base,
+            "reference_ms": None if typical is None else 1000 * typical,
+            "machine": None if gated is None else asdict(gated.machine),
             "dense_gflop": dense_flops / 1e9,
-            "gflop_per_s": dense_flops / 1e6 / base,
-            "gated_steps_run": f"{self.attention}/{self.precision}/{'compiled' if self.mode else 'eager'}",
+            "gflop_per_s": None if typical is None else dense_flops / 1e9 / typical,
+            "gated_steps_run": self.how.name,
             "model": asdict(self.cfg),
-            "batch": len(self.x),
-            "threads": torch.get_num_threads(),
+            "batch": self.options.batch,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "torch": torch.__version__,
-            "rounds": min((len(r) for r in self.arm_ms.values()), default=0),
             "interrupted": self.interrupted,
+            "step": steps,
+            "dense": None if dense is None else dense.to_dict(),
+            "gated": None if gated is None else gated.to_dict(),
         }
 
-
-def _top_sequences(count: int) -> Choose:
-    return lambda view: Chosen(sequences_S=view.loss_BT.mean(1).topk(count).indices.sort().values)
-
-
-def _top_rows(count: int) -> Choose:
-    def choose_rows(view: View) -> Chosen:
-        return Chosen(rows_SR=view.loss_BT.topk(count, dim=1).indices.sort(dim=1).values)
-
-    return choose_rows
-
-
-def _bf16_pays() -> bool:
-    """Whether the processor multiplies bfloat16 in hardware; elsewhere it is emulated, several times slower than
-    float32."""
-    try:
-        return "avx512_bf16" in Path("/proc/cpuinfo").read_text() or "amx_bf16" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-
-
-def _order(names: list[str], turn: int) -> list[str]:
-    return names if turn % 2 == 0 else names[::-1]
+    def _row(self, gated: Measured, name: str) -> dict[str, Any] | None:
+        """One kind at one rate; None where it was not reached."""
+        ratio, own = gated.ratios.get(name), gated.ratios.get(PRODUCTS + name)
+        whole = gated.ratios.get(f"{PRODUCTS}dense")
+        if ratio is None or name not in self.flops:
+            return None
+        flop_ratio = statistics.fmean(self.flops[name]) / plan_flops(self.cfg, self.options.batch).total
+        conversion = ratios.converted(ratio, flop_ratio)
+        bound = bound_of(whole, own, flop_ratio)
+        reached = None
+        if conversion["median"] is not None and bound["conversion"]:
+            reached = conversion["median"] / bound["conversion"]
+        return {
+            "time": ratio.to_dict(), "flop_ratio": flop_ratio, "conversion": conversion["median"],
+            "conversion_best": conversion["best"], "conversion_interval": [conversion["low"], conversion["high"]],
+            "bound": bound["conversion"], "bound_interval": [bound["low"], bound["high"]],
+            "bound_time_ratio": bound["time"], "of_bound": reached,
+        }  # fmt: skip
 
 
-def _spread(values: list[float]) -> float:
-    """Interquartile range over the median; 0 for fewer than two values."""
-    if len(values) < 2:
-        return 0.0
-    low, middle, high = statistics.quantiles(values, n=4)
-    return (high - low) / middle
+def _recordings(arm: Arm, pool: Pool) -> list[Recording]:
+    """The products of an arm's steps, over a cycle of its turns."""
+    found = []
+    for turn in range(arm.cycle):
+        if arm.turn is not None:
+            arm.turn(turn)
+        found.append(record(arm.step, pool))
+    return found
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def bound_of(whole: Ratio | None, own: Ratio | None, flop_ratio: float) -> dict[str, float | None]:
+    """The bound that the products' rates give, see the module: of the time ratio, of the conversion, and ends of the
+    latter's interval (those of both times added up, the cautious way). Null where a time is missing or too noisy, or no
+    FLOPs are saved.
+
+    Args:
+        whole, own: time of the products of the reference and of the kind, over the reference's step.
+    """
+    nothing: dict[str, float | None] = dict.fromkeys(("time", "conversion", "low", "high"))
+    if whole is None or own is None or whole.median is None or own.median is None or flop_ratio >= 1:
+        return nothing
+    left = 1 - flop_ratio
+    low, high = (whole.low or 0.0) - (own.high or 0.0), (whole.high or 0.0) - (own.low or 0.0)  # settled: both are there
+    time, conversion = 1 - whole.median + own.median, (whole.median - own.median) / left
+    return {"time": time, "conversion": conversion, "low": low / left, "high": high / left}
 
 
-def print_table(document: dict[str, Any]) -> None:
+def _targets(steps: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What each judged kind reached of its bound; "too noisy" where it cannot be said."""
+    found = []
+    for kind in JUDGED:
+        for rate, row in steps.get(kind, {}).items():
+            reached = row["of_bound"]
+            verdict = "too noisy" if reached is None else "met" if reached >= TARGET else "missed"
+            found.append({"of": f"{kind} {rate}", "of_bound": reached, "target": TARGET, "verdict": verdict})
+    return found
+
+
+def _shown(value: float | None, width: int, digits: int = 2) -> str:
+    return f"{'noisy' if value is None else f'{value:.{digits}f}':>{width}}"
+
+
+def print_table(document: dict[str, Any], bench: Bench) -> None:
     """The document for people."""
     model = document["model"]
     print(
         f"model {model['name']}: width {model['width']}, {model['layers']} layers, context {model['context']}, "
-        f"vocabulary {model['vocab_size']}; batch {document['batch']}, {document['threads']} threads, {document['device']}"
+        f"vocabulary {model['vocab_size']}; batch {document['batch']}, {document['device']}"
     )
-    print(f"  {'dense step':<34}{'ms':>9}{'spread':>9}")
-    for name, milliseconds in sorted(document["dense"].items(), key=lambda pair: pair[1]):
-        mark = "  <- reference" if name == document["reference"] else ""
-        print(f"  {name:<34}{milliseconds:>9.1f}{document['dense_spread'][name]:>8.0%}{mark}")
-    print(f"  {'gated step':<20}{'rate':>6}{'time':>8}{'FLOPs':>8}{'conversion':>12}{'spread':>8}")
+    dense = document["dense"]
+    if dense is not None:
+        print(f"  {'dense step':<34}{'median ms':>11}{'best ms':>9}")
+        for name, seconds in sorted(dense["median_s"].items(), key=lambda pair: pair[1]):
+            mark = "  <- reference" if name == document["reference"] else ""
+            print(f"  {name:<34}{1000 * seconds:>11.1f}{1000 * dense['best_s'][name]:>9.1f}{mark}")
+    print(
+        f"  {'gated step':<20}{'rate':>6}{ratios.HEADER}{'FLOPs':>8}{'conversion':>12}{'best':>7}{'bound':>7}{'of it':>7}"
+    )
+    gated = None if bench.gated is None else bench.gated.measured()
     for kind, rates in document["step"].items():
         for rate, row in rates.items():
+            assert gated is not None
             print(
-                f"  {kind:<20}{rate:>6}{row['time_ratio']:>8.3f}{row['flop_ratio']:>8.3f}{row['conversion']:>12.2f}"
-                f"{row['spread']:>7.0%}"
+                f"  {kind:<20}{rate:>6}{ratios.columns(gated.ratios[f'{kind} {rate}'])}{row['flop_ratio']:>8.3f}"
+                f"{_shown(row['conversion'], 12)}{_shown(row['conversion_best'], 7)}{_shown(row['bound'], 7)}"
+                f"{_shown(row['of_bound'], 7)}"
             )
+    if gated is not None:
+        print(f"  {ratios.legend(gated)}")
+        print("  bound: the conversion of a step that saves exactly its products' measured time")
+    for target in document["targets"]:
+        reached = "" if target["of_bound"] is None else f"{target['of_bound']:.2f}, "
+        print(f"  {target['of']}: {reached}target {target['target']} of the bound: {target['verdict']}")

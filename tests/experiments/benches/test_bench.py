@@ -7,10 +7,17 @@ import torch
 
 from experiments import bench
 from experiments.benches import gate as bench_gate
+from experiments.benches.gating.products import Pool, record, replay
+from experiments.benches.gating.steps import EXTRA, KINDS, How, Steps
 from experiments.benches.nanogpt import PlainGPT
+from hardware.meters.ratios import Ratio
+from sparse_update.step.flops import plan_flops
+from sparse_update.transformer import ModelConfig
 from tests.experiments.console import document as printed
 
-SMALLEST = ["--model", "tiny", "--batch", "2", "--rounds", "2", "--compile", "off", "--precision", "fp32"]
+SMALLEST = ["--model", "tiny", "--batch", "2", "--compile", "off", "--precision", "fp32"]
+ANY_WIDTH = ["--width", "100", "--rounds", "7"]
+"""Every ratio is narrow enough: what is checked is arithmetic, not time."""
 
 
 @pytest.fixture
@@ -26,38 +33,111 @@ def narrow(monkeypatch):
     monkeypatch.setattr(bench_gate, "load_model", load_narrow)
 
 
-def test_the_last_line_is_the_document(narrow, capsys):
-    assert bench.main(["gate", *SMALLEST, "--rates", "0.5,0.25", "--kinds", "all", "--rounds", "1"]) == 0
+def test_the_last_line_is_the_document(narrow, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert bench.main(["gate", *SMALLEST, *ANY_WIDTH, "--rates", "0.5,0.25", "--kinds", "all"]) == 0
     document = printed(capsys.readouterr().out)
-    assert set(document["step"]) == set(bench_gate.KINDS + bench_gate.EXTRA)
-    for kind, rates in document["step"].items():
+    steps, gated = document["step"], document["gated"]["ratios"]
+    assert set(steps) == set(KINDS + EXTRA)
+    whole = gated["products of dense"]
+    for kind, rates in steps.items():
         assert set(rates) == {"0.5", "0.25"}, kind
-        for row in rates.values():
-            assert row["conversion"] == pytest.approx((1 - row["time_ratio"]) / (1 - row["flop_ratio"]))
-            assert 0 < row["flop_ratio"] < 1
-            assert row["time_ratio"] > 0
-    steps = document["step"]
+        for rate, row in rates.items():
+            left = 1 - row["flop_ratio"]
+            assert 0 < left < 1
+            assert row["time"] == gated[f"{kind} {rate}"]
+            assert row["conversion"] == pytest.approx((1 - row["time"]["median"]) / left)
+            own = gated[f"products of {kind} {rate}"]
+            assert row["bound"] == pytest.approx((whole["median"] - own["median"]) / left)
+            assert row["bound_time_ratio"] == pytest.approx(1 - whole["median"] + own["median"])
+            assert row["bound_interval"][0] <= row["bound"] <= row["bound_interval"][1]
+            assert row["of_bound"] == pytest.approx(row["conversion"] / row["bound"])
     assert steps["sequence_before"]["0.5"]["flop_ratio"] == 0.5
     assert steps["token_rows"]["0.5"]["flop_ratio"] > steps["token_rows"]["0.25"]["flop_ratio"] > 1 / 3
-    assert document["reference"] == min(document["dense"], key=document["dense"].get)
-    assert {name.split("/")[0] for name in document["dense"]} == {"plain gpt", "autograd", "stepper"}
+    times = document["dense"]["median_s"]
+    assert document["reference"] == min(times, key=times.get)
+    assert {name.split("/")[0] for name in times} == {"plain gpt", "autograd", "stepper"}
+    assert [target["of"] for target in document["targets"]] == [
+        f"{k} {r}" for k in bench_gate.JUDGED for r in ("0.5", "0.25")
+    ]
+    for target in document["targets"]:
+        assert target["verdict"] == ("met" if target["of_bound"] >= 0.95 else "missed")
+    assert document["machine"]["threads"] == torch.get_num_threads()
+
+
+def test_what_is_noisy_has_no_number(narrow, capsys):
+    arguments = ["--rounds", "2", "--kinds", "blocks", "--rates", "0.5"]  # two rounds give no interval
+    assert bench.main(["gate", *SMALLEST, *arguments]) == 0
+    out = capsys.readouterr().out
+    document = printed(out)
+    row = document["step"]["blocks"]["0.5"]
+    assert row["time"]["verdict"] == "too noisy"
+    assert [row[key] for key in ("conversion", "bound", "of_bound")] == [None] * 3
+    assert row["time"]["best"] > 0
+    assert document["targets"][0]["verdict"] == "too noisy"
+    assert "blocks 0.5: target 0.95 of the bound: too noisy" in out
+
+
+def test_the_bound_of_known_times():
+    """Products of the reference take 0.8 of it, those of a kind with 0.6 of its FLOPs 0.5: by hand."""
+    whole, own = (Ratio("", "", m, m, m - 0.01, m + 0.01, 12, True) for m in (0.8, 0.5))
+    found = bench_gate.bound_of(whole, own, 0.6)
+    assert found == pytest.approx({"time": 0.7, "conversion": 0.75, "low": 0.7, "high": 0.8})
+    noisy = Ratio("", "", 0.5, 0.5, 0.3, 0.7, 12, False)
+    assert set(bench_gate.bound_of(whole, noisy, 0.6).values()) == {None}
+
+
+CFG = ModelConfig(width=32, layers=3, heads=2, context=24, vocab_size=40)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS + EXTRA if kind != "layers_frozen"])
+@pytest.mark.parametrize("rate", [0.5, 0.25])
+def test_recorded_products_are_the_counted_ones(kind, rate):
+    """The recording sees what ran; `plan_flops` counts from the plan alone."""
+    steps = Steps(CFG, 4, torch.device("cpu"), 8)
+    arm = steps.arm(kind, rate, How())
+    found = record(arm.step, Pool())
+    assert found.flops == arm.flops()
+
+
+def test_recorded_products_of_the_dense_step_are_called_again_in_their_order():
+    steps = Steps(CFG, 4, torch.device("cpu"), 8)
+    pool = Pool(depth=2)
+    found = record(steps.dense("stepper/explicit/fp32/eager"), pool)
+    assert found.flops == plan_flops(CFG, 4).total
+    again = record(replay(found), Pool())
+    assert [(f, [a.shape for a in args], [a.stride() for a in args]) for f, args, _ in again.calls] == [
+        (f, [a.shape for a in args], [a.stride() for a in args]) for f, args, _ in found.calls
+    ]
+    layers = [args[0].data_ptr() for f, args, _ in found.calls if args[0].shape == (96, 32)]
+    assert len(set(layers)) > 1  # not one operand over and over
+    fused = record(steps.dense("stepper/sdpa/fp32/eager"), pool)
+    kinds = [f.overloadpacket.__name__ for f, _, _ in fused.calls]
+    assert sum("flash_attention" in kind and "backward" not in kind for kind in kinds) == CFG.layers
+    assert sum("backward" in kind for kind in kinds) == CFG.layers
+    replay(found, fused)()
 
 
 def test_an_interruption_prints_what_is_there(narrow, capsys, monkeypatch):
-    times = bench_gate.Bench._time
+    times = bench_gate.ratios.probe
     calls = []
 
-    def stop_later(self, step):
-        calls.append(step)
-        if len(calls) > 60:
-            raise KeyboardInterrupt
-        return times(self, step)
+    def probe(step, device, least_s=0.0):
+        inner = times(step, device, least_s)
 
-    monkeypatch.setattr(bench_gate.Bench, "_time", stop_later)
+        def once():
+            calls.append(step)
+            if len(calls) > 80:
+                raise KeyboardInterrupt
+            return inner()
+
+        return once
+
+    monkeypatch.setattr(bench_gate.ratios, "probe", probe)
     assert bench.main(["gate", *SMALLEST, "--rounds", "30", "--kinds", "dw_rows"]) == 130
     document = printed(capsys.readouterr().out)
     assert document["interrupted"] is True
-    assert document["dense"]
+    assert document["dense"]["rounds"] > 0
 
 
 @pytest.mark.parametrize(
@@ -68,6 +148,7 @@ def test_an_interruption_prints_what_is_there(narrow, capsys, monkeypatch):
         (["--kinds", "magic"], "magic"),
         (["--model", "giant"], "--model giant"),
         (["--batch", "0"], "--batch 0"),
+        (["--rounds", "0"], "most_rounds = 0"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message, capsys):
