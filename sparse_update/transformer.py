@@ -37,9 +37,11 @@ class ModelConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for field in ("width", "layers", "heads", "context", "hidden_ratio"):
+        for field in ("width", "heads", "context", "hidden_ratio"):
             if getattr(self, field) < 1:
                 raise ValueError(f"model.{field} = {getattr(self, field)}: must be at least 1")
+        if self.layers < 0:
+            raise ValueError(f"model.layers = {self.layers}: must not be negative (0: embedding, final norm and head)")
         if self.width % (2 * self.heads):
             raise ValueError(
                 f"model.width = {self.width} is not divisible by 2 x model.heads = {2 * self.heads}: rotary positions turn "

@@ -29,7 +29,7 @@ class Savings:
     def __init__(self, trainer: Trainer) -> None:
         windows = trainer.budget.windows
         self._trainer = trainer
-        self._window_flops = plan_flops(trainer.updates.model.cfg, windows, PLAIN).total / windows
+        self._window_flops = plan_flops(trainer.updates.growth.full, windows, PLAIN).total / windows
         self._window_s = trainer.budget.clock.times.dense_ms / 1000 / windows
 
     def windows(self) -> float:
@@ -60,6 +60,7 @@ class BlockUpdates:
     """Share of each block's weights that the optimizer moves, noted at each report; drawn as a heat map."""
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.steps: list[int] = []
         self.shares: dict[str, list[float]] = {name: [] for name in dict.fromkeys(map(block_of, self._shapes))}
@@ -68,6 +69,9 @@ class BlockUpdates:
         """The weights that are active at `step`; a step before the last one noted is ignored."""
         if self.steps and step <= self.steps[-1]:
             return
+        self._shapes = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
+        for name in map(block_of, self._shapes):  # a block that is new was not moved before
+            self.shares.setdefault(name, [0.0] * len(self.steps))
         self.steps.append(step)
         for name, share in moved(self._shapes, active).items():
             self.shares[name].append(share)

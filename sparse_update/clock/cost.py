@@ -56,6 +56,12 @@ class Step:
     length: int
     optimizer: str = ""
     """`optimizer_tag` where it is not the table's own, "" where it is"""
+    layers: int | None = None
+    """blocks of the model where they are not the table's own: a model that grows has fewer at first"""
+
+    def of(self, cfg: ModelConfig) -> ModelConfig:
+        """The model that the step is taken on: `cfg` with the step's blocks."""
+        return cfg if self.layers is None else replace(cfg, layers=self.layers)
 
     @property
     def plain(self) -> bool:
@@ -66,7 +72,8 @@ class Step:
         """Key in the table. The plain step of the table's own batch and length is `DENSE_KEY` there."""
         weights = "all" if self.active is None else _short(self.active.key)
         optimizer = f"|o={self.optimizer}" if self.optimizer else ""
-        return f"step[{self.plan.key}|{weights}|b={self.batch}|t={self.length}{optimizer}]"
+        layers = "" if self.layers is None else f"|l={self.layers}"
+        return f"step[{self.plan.key}|{weights}|b={self.batch}|t={self.length}{optimizer}{layers}]"
 
 
 def _short(key: Hashable) -> str:
@@ -105,7 +112,7 @@ class ComponentTimes:
 
     def dense_key(self, step: Step) -> bool:
         """Whether `step` is the plain step that the table was measured at."""
-        own = step.plain and not step.optimizer
+        own = step.plain and not step.optimizer and step.layers is None
         return own and step.batch == self.batch and step.length == self.model.get("context", step.length)
 
     def key(self, step: Step) -> str:

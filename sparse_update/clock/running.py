@@ -8,7 +8,7 @@ from typing import Any
 
 from sparse_update.clock.component import Component
 from sparse_update.clock.cost import ComponentTimes, Step, optimizer_tag
-from sparse_update.step.plan import StepPlan
+from sparse_update.step.plan import PLAIN, StepPlan
 from sparse_update.weights.settings import OptimConfig
 from sparse_update.weights.subset import Active
 
@@ -25,6 +25,7 @@ class RunClock:
         optim: of the run; steps of another optimizer than the table's have entries of their own.
         active: the weights that are updated now, None for all of them.
         batch_windows: windows of a step.
+        layers: blocks that the model has now, None for the table's.
         measure: extends the table by what it lacks; without it a missing entry is an error.
     """
 
@@ -35,8 +36,9 @@ class RunClock:
         active: Callable[[], Active | None],
         batch_windows: int,
         measure: Measure | None = None,
+        layers: Callable[[], int | None] = lambda: None,
     ) -> None:
-        self.times, self.optim, self.active, self.measure = times, optim, active, measure
+        self.times, self.optim, self.active, self.measure, self.layers = times, optim, active, measure, layers
         self.batch_windows = batch_windows
         self.uses: Counter[str] = Counter()
         """Steps taken, by key of the table."""
@@ -50,11 +52,12 @@ class RunClock:
         if hasattr(user, "uses"):
             self.others.append(user)
 
-    def step(self, plan: StepPlan, batch: int, length: int) -> Step:
-        """What the time of a step by `plan` depends on, now."""
+    def step(self, plan: StepPlan, batch: int, length: int, layers: int | None = None) -> Step:
+        """What the time of a step by `plan` depends on, now; or on a model of so many `layers`."""
         tag = optimizer_tag(self.optim)
         tag = "" if tag == self.times.model.get("optimizer", tag) else tag
-        return Step(plan, self.active(), batch, length, tag)
+        found = self.layers() if layers is None else layers
+        return Step(plan, self.active(), batch, length, tag, None if found == self.times.model.get("layers") else found)
 
     def key(self, step: Step) -> str:
         """The step's key in the table."""
@@ -84,8 +87,11 @@ class RunClock:
         return self.times.ms_of(key) / 1000
 
     def over_plain(self, step: Step) -> float:
-        """What one such step costs, over a plain one of the table's own shape."""
-        return self.seconds(step) / (self.times.dense_ms / 1000)
+        """What one such step costs, over a plain one of the table's own batch and length on the model as it is now."""
+        if step.layers is None:
+            return self.seconds(step) / (self.times.dense_ms / 1000)
+        plain = Step(PLAIN, None, self.times.batch, int(self.times.model["context"]), step.optimizer, step.layers)
+        return self.seconds(step) / self.seconds(plain)
 
     def charge(self, key: str) -> None:
         """One use of a component, a whole step as a rule."""

@@ -159,6 +159,7 @@ def extend(
 
 def step_probe(setting: Setting, step: Step, key: str) -> Probe:
     """Times one whole step, its choice of rows and its optimizer included."""
+    setting = replace(setting, cfg=step.of(setting.cfg))
     model, x_BT, y_BT = _setup(setting, step.batch, step.length)
     active = step.active or Active.everything(model)
     rank = rank_of(active)

@@ -64,6 +64,7 @@ Strips = tuple[str, tuple[int, int], bool]
 
 def work_of(cfg: ModelConfig, step: Step, optim: OptimConfig) -> dict[str, float]:
     """Counts of one whole step by the names in `COUNTS`, those that are 0 left out."""
+    cfg = step.of(cfg)
     plan, batch, length, d = step.plan, step.batch, step.length, cfg.width
     flops = plan_flops(cfg, batch, plan, step.active, length)
     count = Count(cfg, batch, plan, None if rank_of(step.active) else step.active, length, None)
@@ -154,7 +155,7 @@ def kinds(cfg: ModelConfig, step: Step) -> tuple[str, ...]:
         else:
             suffix = {"rows": plan.rows_exact and "_exact", "bypass": plan.bypass_keys and "_keys"}.get(f.name)
             found.append(f"{f.name}{suffix or ''}")
-    return (*found, *_weight_kinds(cfg, step.active))
+    return (*found, *_weight_kinds(step.of(cfg), step.active))
 
 
 def _weight_kinds(cfg: ModelConfig, active: Active | None) -> tuple[str, ...]:

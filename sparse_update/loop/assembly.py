@@ -16,6 +16,8 @@ from sparse_update.clock.running import Measure, RunClock
 from sparse_update.gates.choice import make_gate
 from sparse_update.gates.config import GateConfig
 from sparse_update.gates.gate import GateContext
+from sparse_update.growth.rule import make_growth
+from sparse_update.growth.settings import GrowthConfig, check_growth
 from sparse_update.loop.budget import Budget
 from sparse_update.loop.checkpoint import checkpoint_of
 from sparse_update.loop.checkpoints import Checkpoints
@@ -33,7 +35,7 @@ from sparse_update.transformer import Transformer
 from sparse_update.weights.lowrank import adapt
 from sparse_update.weights.optimizer import Optimizer
 from sparse_update.weights.settings import OptimConfig
-from sparse_update.weights.subset import Subset, SubsetConfig
+from sparse_update.weights.subset import Active, Subset, SubsetConfig
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Arm:
     gate: GateConfig = field(default_factory=GateConfig)
     subset: SubsetConfig = field(default_factory=SubsetConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    growth: GrowthConfig = field(default_factory=GrowthConfig)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +100,8 @@ def make_trainer(
     """
     times, device = prices.times, model.embed.weight.device
     _check_table(times, model, arm.optim, cfg)
+    check_growth(arm.growth, model.cfg.layers, arm.gate, arm.subset)
+    growth = make_growth(arm.growth, model, seed)
     adapted = arm.subset.kind == "lora"
     if adapted:
         check_adapter(arm.gate)
@@ -109,7 +114,11 @@ def make_trainer(
     subset = Subset(model, arm.subset, seed)
     optimizer = Optimizer(model, subset.active, arm.optim)
     every_weight = arm.subset.kind == "all"
-    clock = RunClock(times, arm.optim, lambda: None if every_weight else subset.active, cfg.batch_windows, prices.measure)
+
+    def active() -> Active | None:
+        return None if every_weight else subset.active
+
+    clock = RunClock(times, arm.optim, active, cfg.batch_windows, prices.measure, lambda: model.cfg.layers)
     vocabulary = int(getattr(getattr(text.stream, "corpus", None), "vocab_size", model.cfg.vocab_size))
     context = GateContext(
         vocabulary,
@@ -124,7 +133,7 @@ def make_trainer(
         known_tokens=text.known_tokens,
     )
     gate = make_gate(arm.gate, text.stream, context)
-    budget = Budget(cfg, model.cfg.context, clock, gate, text.stream, mesh)
+    budget = Budget(cfg, model.cfg.context, clock, gate, text.stream, mesh, growth)
     given = Given(model, gate, subset, clock, stepper, seed, adapted, cfg.measure_bias)
     minimised = objective(given)
     clock.add(gate.components, gate)
@@ -133,7 +142,7 @@ def make_trainer(
     clock.require(budget.planned(), clock.components())
     tally = Tally()
     updates = Updates(
-        model, minimised, optimizer, subset, clock, tally, mesh, cfg.stop_after_skipped, place.folder / "checkpoint"
+        model, minimised, optimizer, subset, clock, tally, mesh, cfg.stop_after_skipped, place.folder / "checkpoint", growth
     )
     records = Recorder(cfg, text.held_out, tally, budget, updates, listeners or Listeners(), mesh)
     checkpoints = Checkpoints(place.folder, place.meta, cfg, updates, gate, adapted, mesh)

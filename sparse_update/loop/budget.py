@@ -7,6 +7,7 @@ from typing import Any
 from sparse_update.clock.cost import ComponentTimesError, Step
 from sparse_update.clock.running import RunClock
 from sparse_update.gates.gate import Gate
+from sparse_update.growth.rule import Growth
 from sparse_update.loop.records import TrainerConfig
 from sparse_update.parallel.mesh import Mesh
 
@@ -21,11 +22,14 @@ class Budget:
         context: tokens of a window.
         clock, gate, stream: what is spent, and on what.
         mesh: the processes that share the budget: the slowest one's seconds count, everybody's tokens and FLOPs.
+        growth: how many blocks the model will have.
 
     Raises ValueError for lengths that do not divide the context.
     """
 
-    def __init__(self, cfg: TrainerConfig, context: int, clock: RunClock, gate: Gate, stream: Any, mesh: Mesh) -> None:
+    def __init__(
+        self, cfg: TrainerConfig, context: int, clock: RunClock, gate: Gate, stream: Any, mesh: Mesh, growth: Growth
+    ) -> None:
         for length, _ in cfg.lengths():
             if context % length:
                 raise ValueError(
@@ -33,7 +37,7 @@ class Budget:
                     "cut into equal parts"
                 )
         self.cfg, self.context = cfg, context
-        self.clock, self.gate, self.stream, self.mesh = clock, gate, stream, mesh
+        self.clock, self.gate, self.stream, self.mesh, self.growth = clock, gate, stream, mesh, growth
         self.windows = cfg.batch_windows
         self.by_time = not cfg.budget_offered_tokens
         self.progress = self.reference_s = 0.0
@@ -63,11 +67,14 @@ class Budget:
         return self.clock.step(self.gate.plan(progress, *shape), *shape)
 
     def planned(self) -> list[Step]:
-        """Every step that the run may take, so that each is priced beforehand."""
+        """Every step that the run may take, so that each is priced beforehand. Where some weights rest, those of a model
+        that will have grown are not known yet: they are priced when it has."""
         lengths = [length for length, _ in (*self.cfg.lengths(), (self.context, 1.0))]
         shapes = {length: self.windows * (self.context // length) for length in lengths}
+        depths = self.growth.depths()
         return [
-            self.clock.step(plan, batch, length)
+            self.clock.step(plan, batch, length, depth)
+            for depth in (depths if self.clock.active() is None else depths[:1])
             for length, batch in shapes.items()
             for plan in self.gate.plans(batch, length)
         ]

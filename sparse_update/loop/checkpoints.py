@@ -66,6 +66,7 @@ class Checkpoints:
             "counters": updates.tally.state_dict(updates.clock.uses),
             "rng": torch.get_rng_state(),
             **updates.objective.state_dict(),
+            **({"growth": updates.growth.state_dict()} if updates.growth.grows else {}),
             **({"adapted": apart(updates.model)} if self.adapted else {}),
         }
 
@@ -75,7 +76,10 @@ class Checkpoints:
             updates = self.updates
             times = {"component_times_sha256": updates.clock.times.sha256}
             weights = merged(updates.model) if self.adapted else dict(updates.model.state_dict())
-            save_checkpoint(self.target, weights, self.state_dict(), {**self.meta, "step": updates.tally.step, **times})
+            meta = {**self.meta, "step": updates.tally.step, **times}
+            if updates.growth.grows and "model" in meta:
+                meta["model"] = {**meta["model"], "layers": updates.model.cfg.layers}
+            save_checkpoint(self.target, weights, self.state_dict(), meta)
         self.mesh.wait()
         return self.target
 
@@ -99,6 +103,7 @@ class Checkpoints:
                 "component_times.json of the run's own folder"
             )
         state = found.state
+        updates.growth.load_state_dict(state.get("growth", {}), updates.model, updates.subset)
         if self.adapted:
             restore(updates.model, found.model, state.get("adapted", {}))
         else:

@@ -51,16 +51,20 @@ class Recorder:
         self.budget, self.updates, self.gate, self.stream = budget, updates, budget.gate, budget.stream
         tally.held_out = {name: float("nan") for name in self.held_out}
         self._mark = 0.0
+        self._compiled_layers: int | None = None
 
     # wall time: steps count, and nothing else
 
     def start_watch(self) -> None:
         self._mark = time.perf_counter()
+        self._layers_of_step = len(self.updates.model.blocks)
 
     def stop_watch(self) -> None:
         elapsed = time.perf_counter() - self._mark
-        if self.updates.objective.compiles and not self.tally.compile_s:
-            self.tally.compile_s = elapsed  # the first step compiles: reported apart
+        layers = self._layers_of_step
+        if self.updates.objective.compiles and layers != self._compiled_layers:
+            self.tally.compile_s += elapsed  # the first step of a depth compiles: reported apart
+            self._compiled_layers = layers
         else:
             self.tally.wall_s += elapsed
 
@@ -122,8 +126,12 @@ class Recorder:
             flops=self.total_flops,
             skipped=tally.skipped,
             kept_share=gate.kept_share(),
-            notes={**gate.notes(), **(notes or {})},
+            notes={**gate.notes(), **self._depth(), **(notes or {})},
         )
+
+    def _depth(self) -> dict[str, float]:
+        updates = self.updates
+        return {"growth/layers": float(len(updates.model.blocks))} if updates.growth.grows else {}
 
     def result(self, finished: bool) -> RunResult:
         """Where the run stands, for its record."""

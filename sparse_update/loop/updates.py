@@ -13,6 +13,7 @@ from torch import Tensor
 from sparse_update.clock.cost import Step
 from sparse_update.clock.running import RunClock
 from sparse_update.gates.gate import GatedBatch
+from sparse_update.growth.rule import Growth
 from sparse_update.loop.records import TrainingDiverged
 from sparse_update.loop.tally import Tally
 from sparse_update.objectives.objective import Objective
@@ -34,6 +35,7 @@ class Updates:
         mesh: gradients and losses are means over its ranks.
         stop_after_skipped: steps in a row without a finite loss and gradient before the run gives up.
         kept: where the last good state would be found; for the message.
+        growth: what the model becomes over the run.
     """
 
     def __init__(
@@ -47,10 +49,11 @@ class Updates:
         mesh: Mesh,
         stop_after_skipped: int,
         kept: Path,
+        growth: Growth,
     ) -> None:
         self.model, self.objective, self.optimizer, self.subset = model, objective, optimizer, subset
         self.clock, self.tally, self.mesh = clock, tally, mesh
-        self.stop_after_skipped, self.kept = stop_after_skipped, kept
+        self.stop_after_skipped, self.kept, self.growth = stop_after_skipped, kept, growth
 
     def take(self, batch: GatedBatch, step: Step, progress: float) -> SparseStep:
         """Take and charge one step at `progress` of the budget; what comes back has the losses by window.
@@ -71,7 +74,10 @@ class Updates:
         return found
 
     def turn(self, progress: float) -> None:
-        """Move on to the next choice of weights where it is due."""
+        """Grow, and move on to the next choice of weights, where it is due."""
+        if self.growth.due(progress):
+            self.growth.grow(self.model, self.subset)
+            self.optimizer.activate(self.subset.active)
         if self.subset.due(self.tally.step, progress):
             self.optimizer.activate(self.subset.advance(None))
 

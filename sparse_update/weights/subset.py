@@ -283,9 +283,9 @@ class Subset:
         self.active = self._active()
         return self.active
 
-    def at(self, turn: int) -> Active:
-        """The choice of any turn with what was observed so far; the subset goes there."""
-        self._next = (turn, -1)
+    def at(self, turn: int, piece: int = -1) -> Active:
+        """The choice of any turn (and piece of its look) with what was observed so far; the subset goes there."""
+        self._next = (turn, piece)
         return self.advance()
 
     def _choose(self, turn: int) -> None:

@@ -271,3 +271,23 @@ def test_a_budget_of_tokens_is_what_the_progress_line_counts(runs, text):
     done = spikegate("train", *FAST, f"data.path={text}", "data.garbage_fraction=0.3", *words, cwd=runs)
     assert last_json(done)["tokens"] == 25600
     assert "25,600/25,600 tokens" in done.stderr
+
+
+def test_a_run_that_grows(text, tmp_path):
+    words = [*FAST, f"data.path={text}", "model.layers=3", "growth=depth", "optim.schedule=wsd", "run=grown"]
+    found = last_json(spikegate("train", *words, "trainer.budget_reference_s=0.5", cwd=tmp_path))
+    assert found["arm"] == "dense+depth"
+    lines = [json.loads(line) for line in (tmp_path / "grown/metrics.jsonl").read_text().splitlines()]
+    depths = [line["growth/layers"] for line in lines if "growth/layers" in line]
+    assert set(depths) == {1.0, 3.0}
+    assert depths == sorted(depths)
+    for line in (line for line in lines if "growth/layers" in line):
+        assert (line["growth/layers"] == 3.0) == (line["reference_s"] >= 0.6 * 0.5)
+    for wrong, said in (
+        ("growth.start=1", "growth.start_layers"),
+        ("gate=auto", "growth.kind = depth with gate.unit = 'auto'"),
+        ("init=grown", "a model that starts from weights has its blocks already"),
+    ):
+        done = spikegate("train", *words, wrong, cwd=tmp_path, check=False)
+        assert done.returncode == 2
+        assert said in done.stderr

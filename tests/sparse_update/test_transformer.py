@@ -83,7 +83,7 @@ def test_sizes_of_the_design():
         ("width", 20, "heads"),
         ("activation", "gelu", "relu2"),
         ("attention", "flash", "sdpa"),
-        ("layers", 0, "at least 1"),
+        ("layers", -1, "must not be negative"),
     ],
 )
 def test_bad_shapes_are_refused(field, value, word):

@@ -83,7 +83,7 @@ def run_arm(
 
         trainer = make_trainer(
             model,
-            Arm(cfg.gate, cfg.subset, cfg.optim),
+            Arm(cfg.gate, cfg.subset, cfg.optim, cfg.growth),
             cfg.trainer,
             Text(stream, windows, corpus.known_tokens),
             Prices(times, lambda table, steps, components: extended(cfg, device, table, steps, components)),

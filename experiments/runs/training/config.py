@@ -14,6 +14,7 @@ from hardware.text import short
 from sparse_update.data.corpus import DataConfig
 from sparse_update.data.records import Corpus
 from sparse_update.gates.config import GateConfig
+from sparse_update.growth.settings import GrowthConfig, check_growth
 from sparse_update.loop.records import TrainerConfig
 from sparse_update.transformer import ModelConfig
 from sparse_update.weights.settings import OptimConfig
@@ -48,6 +49,7 @@ class TrainConfig:
     gate: GateConfig = field(default_factory=GateConfig)
     subset: SubsetConfig = field(default_factory=SubsetConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    growth: GrowthConfig = field(default_factory=GrowthConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     def __post_init__(self) -> None:
@@ -58,6 +60,12 @@ class TrainConfig:
         if self.init and self.trainer.init_from not in ("", self.init):
             raise ValueError(f"init = {self.init} and trainer.init_from = {self.trainer.init_from}: give one of them")
         self.trainer.init_from = self.init = self.init or self.trainer.init_from
+        if self.init and self.growth.kind != "none":
+            raise ValueError(
+                f"init = {self.init} with growth.kind = {self.growth.kind}: a model that starts from weights has its "
+                "blocks already; leave one of them out"
+            )
+        check_growth(self.growth, self.model.layers, self.gate, self.subset)
 
     @property
     def stream_name(self) -> str:
@@ -67,7 +75,8 @@ class TrainConfig:
     def arm_name(self) -> str:
         if self.arm:
             return self.arm
-        return self.gate.name if self.subset.kind == "all" else f"{self.gate.name}+{self.subset.name}"
+        more = [self.subset.name] * (self.subset.kind != "all") + [self.growth.name] * (self.growth.kind != "none")
+        return "+".join([self.gate.name, *more])
 
     @property
     def folder(self) -> Path:
