@@ -13,7 +13,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,20 @@ from experiments.runs.sweeps.reading import SweepError, find_sweep, read_sweep
 from experiments.runs.sweeps.runner import TRAIN, Runner, say
 from experiments.runs.sweeps.shipped import shipped
 
+Conclusion = Callable[[Sweep, Sequence[Job], dict[str, str]], int]
+"""The plan, its runs, name -> reason of what is missing -> the exit code."""
 
-def sweep(plan: Sweep, jobs: int, threads: int, compare: bool = True, command: Sequence[str] = TRAIN) -> int:
-    """Run a sweep in `plan.folder`, which no other process may use meanwhile.
+
+def sweep(
+    plan: Sweep,
+    jobs: int,
+    threads: int,
+    compare: bool = True,
+    command: Sequence[str] = TRAIN,
+    conclude: Conclusion | None = None,
+) -> int:
+    """Run a sweep in `plan.folder`, which no other process may use meanwhile. `conclude`: what is made of the runs in the
+    end; None compares them, where `compare` says so.
 
     Returns the exit code: 0; 130 when stopped; 1 when a run is missing in the end, which is named with its reason.
     Raises ConfigError for a folder that another sweep uses, RunError for a finished run that had other settings.
@@ -48,7 +59,7 @@ def sweep(plan: Sweep, jobs: int, threads: int, compare: bool = True, command: S
             finish({"status": "interrupted", "folder": str(plan.folder), "failed": runner.failed}, "sweep")
             return EXIT_INTERRUPTED
         missing |= {job.name: runner.failed[job.name] for job in wanted if job.name in runner.failed}
-        return _conclude(plan, wanted, missing, compare)
+        return conclude(plan, wanted, missing) if conclude else _conclude(plan, wanted, missing, compare)
 
 
 def _run(plan: Sweep, runner: Runner) -> tuple[Sweep, list[Job], dict[str, str]]:
