@@ -17,6 +17,7 @@ READERS_VENV := .venv-readers
 NEUROBENCH_VENV := .venv-neurobench
 ENERGY_VENV := .venv-energy
 XYLO_VENV := .venv-xylo
+AKIDA_VENV := .venv-akida
 PY := $(VENV)/bin/python
 ARGS ?=
 JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
@@ -32,8 +33,9 @@ INSTALLED_READERS := $(READERS_VENV)/.spikegate-$(call key,constraints-readers.t
 INSTALLED_NEUROBENCH := $(NEUROBENCH_VENV)/.spikegate-$(call key,constraints-neurobench.txt)
 INSTALLED_ENERGY := $(ENERGY_VENV)/.spikegate-$(call key,constraints-energy.txt)
 INSTALLED_XYLO := $(XYLO_VENV)/.spikegate-$(call key,constraints-xylo.txt)
+INSTALLED_AKIDA := $(AKIDA_VENV)/.spikegate-$(call key,constraints-akida.txt)
 
-.PHONY: help demo test soak coverage lint docs loops notebooks findings lava lava-if-possible readers neurobench energy-check xylo install clean distclean
+.PHONY: help demo test soak coverage lint docs loops notebooks findings lava lava-if-possible readers neurobench energy-check xylo akida install clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -99,6 +101,11 @@ energy-check: $(INSTALLED_ENERGY) ## SANA-FE and Zeus in an environment of their
 xylo: $(INSTALLED_XYLO) ## xylosim, the simulator of Xylo's makers, in an environment of its own; built with a C++ compiler
 	@echo "xylosim: $(XYLO_VENV)/bin/python"
 
+# Proprietary software: whoever makes this environment accepts its licence, which forbids, among other things, to publish
+# results of tests. Read it first (PyPI's page of akida 2.19.3, or LICENSE in the wheel). No other target makes or needs it.
+akida: $(INSTALLED_AKIDA) ## BrainChip's akida package, PROPRIETARY, for those who accept its licence; Python 3.10 to 3.12
+	@echo "akida: $(AKIDA_VENV)/bin/python"
+
 # `make`, not the variable for it: `make -n test` must not run this.
 lava-if-possible:
 	@if [[ -z $${SPIKEGATE_LAVA_PYTHON:-} && ! -e $(INSTALLED_LAVA) ]]; then \
@@ -145,9 +152,14 @@ $(INSTALLED_XYLO):
 	$(XYLO_VENV)/bin/python $(PIP_INSTALL) --no-deps -r constraints-xylo.txt
 	@rm $(XYLO_VENV)/.installing && touch $@
 
+$(INSTALLED_AKIDA):
+	@env -u PYTHON .ci/make_venv $(AKIDA_VENV) 3.10 3.12
+	$(AKIDA_VENV)/bin/python $(PIP_INSTALL) --no-deps -r constraints-akida.txt
+	@rm $(AKIDA_VENV)/.installing && touch $@
+
 clean: ## caches and build leftovers; environments and runs stay
 	rm -rf build dist site *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## the environments too
-	rm -rf $(VENV) $(LAVA_VENV) $(READERS_VENV) $(NEUROBENCH_VENV) $(ENERGY_VENV) $(XYLO_VENV)
+	rm -rf $(VENV) $(LAVA_VENV) $(READERS_VENV) $(NEUROBENCH_VENV) $(ENERGY_VENV) $(XYLO_VENV) $(AKIDA_VENV)

@@ -70,6 +70,7 @@ THIRD_PARTIES = {
     "galore_torch": ("sparse_update/weights/lowrank.py",),
     "lava": (WORKER,),
     "xylosim": ("neuro/simulators/xylo/worker.py",),
+    "akida": ("neuro/simulators/akida/worker.py",),
 }
 # Read also by Python 3.10 in an environment that has numpy and Lava, and nothing of ours.
 GRAPHS = ("__init__", "archive", "files", "kinds", "network", "synapses", "text", "values")

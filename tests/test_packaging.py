@@ -307,6 +307,7 @@ def test_a_dry_run_changes_nothing(shop):
         "neurobench",
         "energy-check",
         "xylo",
+        "akida",
         "install",
         "clean",
         "distclean",
@@ -355,6 +356,14 @@ def test_xylosim_is_made_from_its_pins_and_is_no_dependency(shop):
     assert pins("constraints-xylo.txt")["xylosim"] == "0.1.3"
     assert "xylosim" not in pins("constraints.txt")
     assert not any("xylosim" in text for texts in PROJECT["project"]["optional-dependencies"].values() for text in texts)
+
+
+def test_the_proprietary_akida_package_is_only_installed_by_name(shop):
+    assert shop.make("akida")[0] == ["venv .venv-akida", "install --no-deps -r constraints-akida.txt"]
+    assert pins("constraints-akida.txt")["akida"] == "2.19.3"
+    assert "akida" not in pins("constraints.txt")
+    assert not any("akida" in text for texts in PROJECT["project"]["optional-dependencies"].values() for text in texts)
+    assert "akida" not in (ROOT / ".ci" / "run").read_text()
 
 
 def test_energy_check_is_made_from_its_pins(shop):

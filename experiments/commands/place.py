@@ -18,6 +18,10 @@ from hardware.placement import DoesNotFit, LayerDemand, place
 from hardware.placement.pooled import place_pooled
 from neuro.graph import FILE_SUFFIX, ArchiveError, GraphError, SpikingGraph, load_graph, read_archive
 from neuro.graph.demand import layer_demands, pooled_demand
+from neuro.simulators.akida.devices import DEVICES as AKIDA_DEVICES
+from neuro.simulators.akida.devices import NOTE as AKIDA_NOTE
+from neuro.simulators.akida.devices import map_on
+from neuro.simulators.akida.process import AkidaError
 
 if TYPE_CHECKING:
     from neuro.simulators.activity import Activity
@@ -31,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chip",
         default="loihi2",
-        help="loihi1, loihi2, xylo_audio2 (or xylo), xylo_audio3, xylo_imu, or a chip file (default: loihi2)",
+        help="loihi1, loihi2, xylo_audio2 (or xylo), xylo_audio3, xylo_imu, akida (all its virtual devices) or one of"
+        f" {', '.join(AKIDA_DEVICES)}, or a chip file (default: loihi2)",
     )
     parser.add_argument("--chips", type=int, default=None, help="chips there are (default: as many as it takes)")
     parser.add_argument(
@@ -52,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.chip in (*list_pooled(), *FAMILIES):
             return _pooled(args)
+        if args.chip in ("akida", *AKIDA_DEVICES):
+            return _akida(args)
         chip = load_chip(args.chip)
         demands = _demands(args.graph, args.input)
         result = place(
@@ -65,6 +72,9 @@ def run(args: argparse.Namespace) -> int:
         )
     except DoesNotFit as failure:
         return refuse("place", failure)
+    except AkidaError as failure:
+        print(f"place: {failure}", file=sys.stderr)
+        return 1
     except (OSError, DataFileError, GraphError, ValueError) as error:
         print(f"place: {error}", file=sys.stderr)
         return 2
@@ -82,6 +92,29 @@ def run(args: argparse.Namespace) -> int:
 
 def _pooled(args: argparse.Namespace) -> int:
     """A network of Xylo against its chip's pools."""
+    name, graph = _one_graph(args, "has fixed pools")
+    found = place_pooled(pooled_demand(graph, name), args.chip)
+    print(found)
+    finish({"fits": True, **found.to_dict()}, "place")
+    return 0
+
+
+def _akida(args: argparse.Namespace) -> int:
+    """A graded network on the virtual devices of the akida package, as its own mapper lays it out."""
+    name, graph = _one_graph(args, "is laid out by its makers' own mapper")
+    devices = tuple(AKIDA_DEVICES) if args.chip == "akida" else (args.chip,)
+    found, version = map_on(graph, devices)
+    print(f"{name} on virtual devices of Akida 2.0, laid out by the mapper of akida {version}:")
+    for device in found:
+        print(f"  {device}")
+    print(f"note: {AKIDA_NOTE}")
+    fits = any(not device.refused for device in found)
+    finish({"fits": fits, "chip": args.chip, "akida": version, "devices": {d.name: d.to_dict() for d in found}}, "place")
+    return 0 if fits else 1
+
+
+def _one_graph(args: argparse.Namespace, has: str) -> tuple[str, SpikingGraph]:
+    """Name and graph of a command for a chip without cores; ValueError for what only chips of cores have."""
     core_options = {
         "--chips": args.chips,
         "--budget": args.budget,
@@ -91,13 +124,10 @@ def _pooled(args: argparse.Namespace) -> int:
         "--figure": args.figure,
     }
     if given := [name for name, value in core_options.items() if value is not None]:
-        raise ValueError(f"{given[0]} goes with chips of cores; {args.chip} has fixed pools, so leave it out")
+        raise ValueError(f"{given[0]} goes with chips of cores; {args.chip} {has}, so leave it out")
     if len(args.graph) != 1 or args.graph[0].is_dir():
         raise ValueError(f"{args.chip} holds one network; name one *{FILE_SUFFIX}")
-    found = place_pooled(pooled_demand(load_graph(args.graph[0]), args.graph[0].name.removesuffix(FILE_SUFFIX)), args.chip)
-    print(found)
-    finish({"fits": True, **found.to_dict()}, "place")
-    return 0
+    return args.graph[0].name.removesuffix(FILE_SUFFIX), load_graph(args.graph[0])
 
 
 def _demands(paths: Sequence[Path], inputs: Path | None) -> tuple[LayerDemand, ...]:

@@ -1,4 +1,4 @@
-"""`spikegate verify GRAPH [INPUT]`: our integer simulator against Lava, xylosim or a board: equal, or the first divergence.
+"""`spikegate verify GRAPH [INPUT]`: our integer simulator against Lava, xylosim, Akida or a board: equal, or what differs.
 
 Every state is compared at every step. With a folder, every graph file under it, on random input.
 """
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from neuro.simulators.activity import Comparison
     from neuro.simulators.lava.client import LavaWorker
 
-HELP = "our simulator against Lava, xylosim (or a board): equal, or the first value that differs"
+HELP = "our simulator against Lava, xylosim, Akida's software (or a board): equal, or the first value that differs"
 TIMEOUT_S = 300.0
 BOARD_STATES = ("spikes", "u", "v")  # what a board is asked for; states are compared where the graph has them
+AKIDA_RANDOM = 63
 RANDOM_BITS = 16  # wider payloads can leave Lava's int32 sums, where it is not defined
 
 
@@ -44,7 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--timeout", type=float, default=TIMEOUT_S, metavar="S", help=f"limit per graph in seconds (default: {TIMEOUT_S:g})"
     )
     parser.add_argument(
-        "--chip", choices=("loihi", "xylo"), default=None, help="whose peer: Lava or xylosim (default: that of each graph)"
+        "--chip",
+        choices=("loihi", "xylo", "akida"),
+        default=None,
+        help="whose peer: Lava, xylosim, or the akida package for graded graphs (default: Lava; for Xylo's kinds xylosim)",
     )
     parser.add_argument("--board", action="store_true", help="on the Loihi board that the environment names (see doctor)")
     add_json_argument(parser)
@@ -81,12 +85,14 @@ def verify(
         input_path: an npz for one graph file.
         timeout_s: limit on the other side's run of each graph, in seconds.
         board: compare with the board that the environment names, instead of Lava on the CPU.
-        chip: "loihi" or "xylo", whose peer is Lava or xylosim; None: that of each graph.
+        chip: "loihi", "xylo" or "akida", whose peers are Lava, xylosim and the akida package; None: Lava or, for Xylo's
+            kinds, xylosim.
 
     Returns:
         0 equal in every value; 1 not, or the peer failed; 2 a wrong argument, graph or input.
     """
     from hardware import BoardUnavailable
+    from neuro.simulators.akida.process import AkidaError
     from neuro.simulators.inputs import InputError, checked_run
     from neuro.simulators.lava.client import LavaError, LavaWorker
     from neuro.simulators.results import ResultFileError, load_inputs
@@ -107,6 +113,8 @@ def verify(
                 values, _, steps = checked_run(graph, given, alone)  # a file brings its own number
                 if chip == "xylo" or (chip is None and is_xylo(graph)):
                     result, document = _in_xylosim(graph, values, timeout_s)
+                elif chip == "akida":
+                    result, document = _in_akida(graph, values, input_path is None, timeout_s)
                 else:
                     result, document = (_on_board if board else _in_lava)(graph, values, alone, worker, timeout_s)
                 name = path.name.removesuffix(FILE_SUFFIX)
@@ -117,7 +125,7 @@ def verify(
     except (GraphError, InputError, ResultFileError, OSError) as error:
         print(f"verify: {error}", file=sys.stderr)
         return 2
-    except (LavaError, BoardUnavailable, XyloSimError) as error:
+    except (LavaError, BoardUnavailable, XyloSimError, AkidaError) as error:
         print(f"verify: {error}", file=sys.stderr)
         return 1
     equal = all(each["equal"] for each in graphs.values())
@@ -168,6 +176,24 @@ def _in_xylosim(
 
     theirs = run_xylosim(graph, values, timeout_s=timeout_s)
     ours = simulate(graph, values, mode="xylo", record=RECORD_ALL)
+    return compare(theirs, ours), {"expected": theirs.ran_on, "got": ours.ran_on}
+
+
+def _in_akida(
+    graph: SpikingGraph, values: dict[str, torch.Tensor], made_up: bool, timeout_s: float
+) -> tuple[Comparison, dict[str, Any]]:
+    from neuro.graph.akida import akida_network
+    from neuro.simulators.activity import compare
+    from neuro.simulators.akida.alignment import ours as ours_in_order
+    from neuro.simulators.akida.alignment import with_constants
+    from neuro.simulators.akida.client import run as run_akida
+
+    network = akida_network(graph)
+    if made_up:  # half of 8 bits, so that what a calibrated network makes of them fits its messages
+        values = {name: value.clamp(-AKIDA_RANDOM, AKIDA_RANDOM) for name, value in values.items()}
+        values = with_constants(network, values)
+    theirs = run_akida(graph, values, timeout_s=timeout_s)
+    ours = ours_in_order(graph, network, values)
     return compare(theirs, ours), {"expected": theirs.ran_on, "got": ours.ran_on}
 
 

@@ -14,8 +14,7 @@ all channels, for fc2 adds them up, and neither a projection (one exponent) nor 
 channel. There a channel's scale is the tensor's times 2^-e, e below `channel_groups`, and the channels of one e are a
 group: a population and projections of its own, whose shift is longer by e. All groups then send in one unit and nothing
 is rounded twice; the weights of a channel use at least half of their range, up to the last group. With one group, the
-default, the hidden layer is per tensor. All these graphs run on Lava unchanged. Float scales per hidden channel without
-groups (`channel_groups=0`) are refused at conversion, for every backend, because no graph can hold them.
+default, the hidden layer is per tensor. Float scales per hidden channel (`channel_groups=0`) fit no graph and are refused.
 
 Event thresholds: an input payload of magnitude up to `drop_input` is zeroed by the host's encoder, a hidden message up
 to `drop_hidden` by the threshold of its population, an EventThreshold between the activation and fc2 by thresholds per
@@ -48,6 +47,7 @@ from neuro.conversion.integers import (
     INT8_MAX,
     PAYLOAD_BITS,
     SUM_BITS,
+    WHOLE_BIAS,
     WORD_LIMIT,
     constant_lines,
     payload_bits,
@@ -94,7 +94,8 @@ class GradedConfig:
     included, 4..15 (they are never clipped, so larger values are wider, up to 16). `square_bits`: width of what is
     squared, 4..12, so that the square keeps within 23 bits. `narrow`: where sums are shifted right, "synapse" (by the
     exponents, as Lava does) or "neuron" (by product neurons, which the simulator's mode "chip" computes alike; it takes one
-    more population, operation and update for each neuron; see `neuro.conversion.narrowing`).
+    more population, operation and update for each neuron; see `neuro.conversion.narrowing`). `bias_bits`: of a bias before
+    a shift, sign included, times a power of two of its own, 2..24; 24: whole (Akida's have 8).
     """
 
     weight_bits: int | str = 8
@@ -107,6 +108,7 @@ class GradedConfig:
     hidden_bits: int = 13
     square_bits: int = 12
     narrow: str = "synapse"
+    bias_bits: int = WHOLE_BIAS
 
     def __post_init__(self) -> None:
         weight_levels(self.weight_bits)
@@ -117,6 +119,7 @@ class GradedConfig:
             drop_input=(0, INT8_MAX - 1),
             drop_hidden=(0, PAYLOAD_LIMIT - 1),
             channel_groups=(0, 16),
+            bias_bits=(2, WHOLE_BIAS),
         )
         check_word("scales", self.scales, SCALES)
         check_word("weight_clip", self.weight_clip, WEIGHT_CLIPS)
@@ -137,6 +140,7 @@ class GradedConfig:
             scales=self.scales,
             search=self.search,
             groups=groups,
+            bias_bits=self.bias_bits,
         )
 
     def input_scale(self, found: LayerRange) -> float:
@@ -162,7 +166,7 @@ def convert(
             layer so wide that its sum does not fit 32 bits; scales per channel for a hidden layer without groups.
     """
     config = config or GradedConfig()
-    widths = Widths(config.weight_bits, config.search, config.hidden_bits)
+    widths = Widths(config.weight_bits, config.search, config.hidden_bits, bias_bits=config.bias_bits)
     segments = [
         graded_segment(
             label, module, chain, calibration, rows, config.input_scale(chain_input(chain, module, calibration)), widths,
@@ -238,15 +242,14 @@ def _seen(layer: IntegerLayer, found: LayerRange) -> float:
 
 def _first_shift(worst: float, clip: float, seen: float, square: bool, config: GradedConfig) -> int:
     """Shift of an MLP's first layer: the wanted width up to the calibration's `clip`, within the chip's exponent register
-    where it can be, and twice the largest value `seen` inside a 16-bit message.
-
+    where it can be and synapses shift, and twice the largest value `seen` inside a 16-bit message.
     What is squared is narrowed until the square of the worst case fits 23 bits, unless that left calibration data
     fewer than 8 bits and a sign; then the square of twice what calibration saw fits.
     """
     fits = max(shift_for(worst, WORD_LIMIT), shift_for(MARGIN * seen, PAYLOAD_LIMIT))
     if not square:
         wanted = shift_for(clip, 2 ** (config.hidden_bits - 1) - 1)
-        return max(fits, min(wanted, EXPONENT_REGISTER))
+        return max(fits, wanted if config.narrow == "neuron" else min(wanted, EXPONENT_REGISTER))
     root = math.isqrt(WORD_LIMIT)
     wanted = max(
         shift_for(seen, 2 ** (config.square_bits - 1) - 1), min(shift_for(worst, root), shift_for(seen, INT8_MAX * 2))
@@ -284,7 +287,7 @@ def _linear(module: nn.Module, piece: Piece, calibration: Calibration, config: G
         outputs=("out",),
         meta={"segment": label, "activation": "", "input_scale": input_scale, "output_scale": output_scale,
               "output_offset": offset, "constant_lines": list(payloads), "input_threshold": config.drop_input,
-              "channel_scales": list(layer.channels)},
+              "channel_scales": list(layer.channels), "bias_bits": config.bias_bits},
     )  # fmt: skip
     return Segment(
         **piece.described(source),
@@ -314,10 +317,9 @@ def _mlp(module: nn.Module, piece: Piece, pair: MlpPair, calibration: Calibratio
     input_scale = config.input_scale(found1)
     if config.scales == "channel" and not config.channel_groups:
         raise ValueError(
-            f"segment {quoted(label)}: {quoted(pair.fc1)} feeds {quoted(pair.fc2)} on the chip, and scales per "
-            "channel are not split into "
-            "power-of-two groups (channel_groups is 0): Lava's projections have one exponent and its neurons no factor "
-            "per channel. Set channel_groups to 1 or more, or scales to 'tensor'"
+            f"segment {quoted(label)}: {quoted(pair.fc1)} feeds {quoted(pair.fc2)} on the chip, and scales per channel are "
+            "not split into power-of-two groups (channel_groups is 0): a projection of Lava has one exponent, a neuron no "
+            "factor of its own. Set channel_groups to 1 or more, or scales to 'tensor'"
         )
     fc1 = config.integers(pair.fc1, source1, input_scale, groups=config.channel_groups)
     n_hidden = source1.out_features
@@ -400,7 +402,8 @@ def _mlp(module: nn.Module, piece: Piece, pair: MlpPair, calibration: Calibratio
         meta={"segment": label, "activation": pair.activation, "input_scale": input_scale, "output_scale": output_scale,
               "output_offset": offset, "constant_lines": list(payloads), "bias_lines": list(bias_lines),
               "rectified_scale": rectified_scale, "input_threshold": config.drop_input,
-              "channel_scales": list(fc2.channels), "hidden_channels": [m.tolist() for m in members]},
+              "channel_scales": list(fc2.channels), "bias_bits": config.bias_bits,
+              "hidden_channels": [m.tolist() for m in members]},
     )  # fmt: skip
     return Segment(
         **piece.described(source1, source2),
@@ -435,10 +438,8 @@ def _thresholds(
     if pair.threshold:
         gate = module.get_submodule(pair.threshold)
         if not isinstance(gate, EventThreshold) or gate.channels != n_hidden:
-            raise ValueError(
-                f"the report has an EventThreshold of {n_hidden} channels at {quoted(pair.threshold)}, and the module "
-                f"{gate}; analyse this module again"
-            )
+            where = f"an EventThreshold of {n_hidden} channels at {quoted(pair.threshold)}"
+            raise ValueError(f"the report has {where}, and the module {gate}; analyse this module again")
         theta_H = gate.theta_C.detach().double().cpu().numpy()
         units_H = (np.sqrt(theta_H) if square else theta_H) / rectified_scale
         vth_H = np.maximum(vth_H, np.floor(np.minimum(units_H, WORD_LIMIT)).astype(np.int64))

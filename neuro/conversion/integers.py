@@ -22,6 +22,7 @@ WORD_BITS = 23  # u and v: 23 bits and a sign
 WORD_LIMIT = 2**WORD_BITS - 1
 SUM_BITS = 31
 PAYLOAD_BITS = 16  # graded messages, sign included
+WHOLE_BIAS = 24  # bits of a bias that is not rounded to fewer
 EXPONENT_REGISTER = 8  # weight_exp of the chip: -8..7
 DIGIT_BASE = 127
 LARGEST_LINE = 2**WORD_BITS  # payloads of constant lines stay below
@@ -165,3 +166,19 @@ def bias_registers(value_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         exponent[wide] = power
         mantissa[wide] = np.rint(value_N[wide] / 2.0**power)
     return np.clip(mantissa, -BIAS_LIMIT, BIAS_LIMIT).astype(np.int32), exponent
+
+
+def on_mantissa(value_N: np.ndarray, bits: int) -> np.ndarray:
+    """Whole numbers rounded to a mantissa of that many bits, sign included, times a power of two of their own; int64 (N,).
+
+    Args:
+        bits: 2 or more; from :data:`WHOLE_BIAS` nothing is rounded.
+    """
+    value_N = np.asarray(value_N, dtype=np.int64)
+    if bits >= WHOLE_BIAS:
+        return value_N
+    high = 2 ** (bits - 1) - 1
+    power_N = np.zeros_like(value_N)
+    while np.any(wide_N := np.abs(rounded_N := np.rint(value_N / 2.0**power_N)) > high):
+        power_N = power_N + wide_N
+    return rounded_N.astype(np.int64) << power_N

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from hardware.text import quoted
-from neuro.conversion.integers import INT8_MAX, on_grid, scale_for, squared_error, weight_levels, weight_scales
+from neuro.conversion.integers import (
+    INT8_MAX,
+    WHOLE_BIAS,
+    on_grid,
+    on_mantissa,
+    scale_for,
+    squared_error,
+    weight_levels,
+    weight_scales,
+)
 from neuro.graph.synapses import weight_step
 
 SCALES = ("tensor", "power_of_two", "channel")
@@ -34,6 +43,7 @@ class IntegerLayer:
     exponent_O: np.ndarray
     bias_O: np.ndarray | None
     input_unit: float
+    bias_bits: int = WHOLE_BIAS
 
     @property
     def step(self) -> int:
@@ -68,7 +78,7 @@ class IntegerLayer:
 
     def bias_units(self) -> np.ndarray:
         """Bias in units of each channel's sum, rounded to multiples of the step, int64 (O,)."""
-        return self.step * rounded_bias(self.bias_O, self.step * self.unit_O)
+        return self.step * on_mantissa(rounded_bias(self.bias_O, self.step * self.unit_O), self.bias_bits)
 
     def reach_O(self) -> np.ndarray:
         """Largest possible |sum| per channel for int8 payloads, bias included."""
@@ -93,6 +103,7 @@ def integer_layer(
     scales: str = "tensor",
     search: bool = False,
     groups: int = 0,
+    bias_bits: int = WHOLE_BIAS,
 ) -> IntegerLayer:
     """Integers of one layer.
 
@@ -105,6 +116,7 @@ def integer_layer(
         search: scales of least squared error instead of those that reach the largest weight.
         groups: with "channel": round every channel's scale to the largest one times 2^-e, e below `groups`, so that one
             shift more brings its sum to the common unit. 0: every channel has its own float scale.
+        bias_bits: width that `on_mantissa` rounds biases in units of the step to.
 
     Raises:
         ValueError: NaN or infinite weights.
@@ -140,6 +152,7 @@ def integer_layer(
         exponent_O=exponent_O.numpy(),
         bias_O=bias_O,
         input_unit=input_unit,
+        bias_bits=bias_bits,
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hardware.energy.account import Counts
-from neuro.conversion.integers import INT8_MAX, PAYLOAD_BITS, payload_bits, quantise
+from neuro.conversion.integers import INT8_MAX, PAYLOAD_BITS, WHOLE_BIAS, on_mantissa, payload_bits, quantise
 from neuro.conversion.mapped import is_one_to_one
 from neuro.conversion.narrowing import ONES, PREFIX, total_shift
 from neuro.conversion.plan import Segment
@@ -299,7 +299,11 @@ def _whole_biases(segment: Segment, biases: list[Tensor | None]) -> list[Tensor]
     scales = segment.channel_scales[0] if segment.channel_scales and segment.channel_scales[0] else ()
     first = torch.tensor(scales or (segment.weight_scales[0],) * n_first, dtype=torch.float64) * segment.input_scale
     units = [first, output_units(segment)]
-    return [
+    found = [
         torch.zeros((), dtype=torch.float64) if b is None else torch.round(b.detach().double().cpu() / unit)
         for b, unit in zip(biases, units, strict=False)
     ]
+    if found[0].dim():
+        bits = int(segment.graph.meta.get("bias_bits", WHOLE_BIAS))
+        found[0] = torch.from_numpy(on_mantissa(found[0].numpy(), bits)).double()
+    return found

@@ -20,7 +20,16 @@ from hardware.text import quoted
 from neuro.analysis.chains import INPUT, Chain, ChainStage
 from neuro.conversion.convolutions.geometry import Layer, in_graph_order, picture
 from neuro.conversion.convolutions.ranges import Found, StageRange
-from neuro.conversion.integers import PAYLOAD_BITS, WORD_LIMIT, on_grid, shift_for, weight_levels, weight_scales
+from neuro.conversion.integers import (
+    PAYLOAD_BITS,
+    WHOLE_BIAS,
+    WORD_LIMIT,
+    on_grid,
+    on_mantissa,
+    shift_for,
+    weight_levels,
+    weight_scales,
+)
 from neuro.graph.synapses import Convolution, weight_step
 
 PAYLOAD_LIMIT = 2 ** (PAYLOAD_BITS - 1) - 1
@@ -31,13 +40,15 @@ SHARED_GAIN = 64  # of the first of several values of different units that add u
 @dataclass(frozen=True)
 class Widths:
     """Settings that decide on the integers. `weight_bits`, `search` as `integer_layer` takes them; `hidden_bits`: width
-    of a message up to the calibration's clip, sign included; `whole_outputs`: what only the host reads is not shifted.
+    of a message up to the calibration's clip, sign included; `whole_outputs`: what only the host reads is not shifted;
+    `bias_bits`: of a bias, as `on_mantissa` rounds it.
     """
 
     weight_bits: int | str = 8
     search: bool = False
     hidden_bits: int = 13
     whole_outputs: bool = False
+    bias_bits: int = WHOLE_BIAS
 
 
 @dataclass
@@ -148,7 +159,8 @@ def stage_units(
                 made.scales[link.module] = scale
                 made.stored[link.module] = on_grid(floats[link.module][0], scale, low, high).to(torch.int64) * step
                 if bias is not None:
-                    made.bias_C += step * np.rint(bias.numpy() / (step * sum_unit)).astype(np.int64)
+                    whole_C = np.rint(bias.numpy() / (step * sum_unit)).astype(np.int64)
+                    made.bias_C += step * on_mantissa(whole_C, widths.bias_bits)
         _bound(chain, number, made, units)
         units.append(made)
     return units

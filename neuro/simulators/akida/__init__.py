@@ -1,0 +1,1 @@
+"""BrainChip's Akida 2.0: its makers' simulator and mapper in a process of their own."""
