@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparse_update.gates.config import GateConfig
+from sparse_update.gates.config import BEFORE, GateConfig
 from sparse_update.signals import SIGNALS
 from sparse_update.weights.subset import SubsetConfig
 
@@ -62,11 +62,13 @@ def check_growth(growth: GrowthConfig, layers: int, gate: GateConfig, subset: Su
             f"growth.kind = depth with gate.unit = {gate.unit!r}: what that gate leaves out depends on the number of "
             f"blocks, which changes. Units that go together with growth: {', '.join(UNITS)}"
         )
-    if gate.signal in MODEL_SIGNALS or (gate.signal in SIGNALS and gate.reference):
+    scores_by_forward = gate.unit in BEFORE and gate.signal in SIGNALS and SIGNALS[gate.signal].needs == "forward"
+    if gate.signal in MODEL_SIGNALS or scores_by_forward:
         raise ValueError(
-            f"growth.kind = depth with gate.signal = {gate.signal!r}: it reads the model's blocks, or is priced by their "
-            "number, which changes. Signals of the text (ngram, novelty, duplicates, fresh) and of losses (token_loss, "
-            "stale_loss, excess_entropy, gradient_norm) go together with growth"
+            f"growth.kind = depth with gate.unit = {gate.unit!r}, gate.signal = {gate.signal!r}: it reads the model's "
+            "blocks, or is priced by their number, which changes. Signals of the text (ngram, novelty, duplicates, fresh), "
+            "stale_loss, and those out of the step's own forward (token_loss, excess_entropy, gradient_norm, with units "
+            "sequence_after, token and token_exact) go together with growth"
         )
     if subset.kind == "lora":
         raise ValueError(

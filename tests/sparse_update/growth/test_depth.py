@@ -277,6 +277,7 @@ def test_settings_that_cannot_be_are_refused(settings, said):
         ({"gate": GateConfig(unit="bypass", signal="random", keep_fraction=0.5)}, "gate.unit = 'bypass'"),
         ({"gate": GateConfig(unit="auto")}, "gate.unit = 'auto'"),
         ({"gate": GateConfig(unit="sequence", signal="early_exit", keep_fraction=0.5)}, "gate.signal = 'early_exit'"),
+        ({"gate": GateConfig(unit="sequence", signal="token_loss", keep_fraction=0.5)}, "priced by their number"),
         ({"subset": SubsetConfig(kind="lora")}, "subset.kind = lora"),
         ({"subset": SubsetConfig(kind="blocks", active_fraction=0.5, policy="energy")}, "subset.policy = 'energy'"),
         (
