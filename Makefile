@@ -89,8 +89,8 @@ findings: ## what libraries of this field do that one would guess wrong, in envi
 lava: $(INSTALLED_LAVA) ## the Lava worker's own environment, Python 3.10
 	@echo "Lava worker: $(LAVA_VENV)/bin/python"
 
-readers: $(INSTALLED_READERS) ## norse and snnTorch's importer in an environment of their own: do they run our NIR files alike?
-	@echo "NIR readers: $(READERS_VENV)/bin/python"
+readers: $(INSTALLED_READERS) ## norse, snnTorch and SpikingJelly in an environment of their own: do they run our NIR files alike, and how fast are they?
+	@echo "Float simulators: $(READERS_VENV)/bin/python"
 
 neurobench: $(INSTALLED_NEUROBENCH) ## NeuroBench's metrics in an environment of their own: do our counts equal its?
 	@echo "NeuroBench: $(NEUROBENCH_VENV)/bin/python"

@@ -55,7 +55,10 @@ THIRD_PARTIES = {
         "neuro/modules/spiking.py",
         "neuro/simulators/snntorch_backend.py",
         "experiments/benches/families/models.py",
+        "experiments/benches/peers/float_peers.py",
     ),
+    "spikingjelly": ("experiments/benches/peers/float_peers.py",),
+    "norse": ("experiments/benches/peers/float_peers.py",),
     "nir": ("neuro/exchange/nir/",),
     "h5py": ("neuro/exchange/hdf5.py",),
     "transformers": (

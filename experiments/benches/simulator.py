@@ -35,10 +35,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from experiments.benches.peers import report
+from experiments.benches.products import products
 from experiments.runs.output import add_json_argument, entry, finish
 from neuro.graph import Population, Projection, SpikingGraph, save_graph
 from neuro.simulators.activity import Activity
-from neuro.simulators.exact import Matrix
 from neuro.simulators.fixed_point import simulate
 from neuro.simulators.lava.client import LavaError, find_python
 
@@ -191,23 +192,9 @@ def lava_seconds(graph: SpikingGraph, steps: int, repeats: int = 5) -> float:
 
 def products_alone(graph: SpikingGraph, activity: Activity, rows: int) -> tuple[float, str]:
     """Seconds for the two matrix products of one step and sample, nothing else, and the arithmetic they take."""
-    calls, how = [], ""
-    for projection in graph.projections:
-        matrix = Matrix(projection.weight, torch.device("cpu"))
-        x = activity.spikes[projection.source].reshape(-1, projection.weight.shape[1])[:rows].to(torch.int8).contiguous()
-        how = matrix.arithmetic(len(x), 1)
-        x = x if how == "int8" else x.to(getattr(torch, how))
-        out = torch.empty(len(x), projection.weight.shape[0], dtype=torch.int32 if how == "int8" else x.dtype)
-        weight = matrix._weight(x.dtype)
-        multiply = torch._int_mm if how == "int8" else torch.mm
-        calls.append((multiply, x, weight, out))
-
-    def both() -> None:
-        for multiply, x, weight, out in calls:
-            multiply(x, weight, out=out)
-
+    both, multiplied, how = products(graph, activity, rows)
     both()
-    return best_of(both) / len(calls[0][1]), how
+    return best_of(both) / multiplied, how
 
 
 def peak_mib() -> float:
@@ -228,7 +215,7 @@ def _line(n: int, batch: int, steps: int, name: str, ours: Measured, lava_s: flo
 
 
 @entry
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Measure, print a table and the JSON line. Exit code 0 when it ran, whatever the numbers; 1 without Lava."""
     parser = argparse.ArgumentParser(prog="spikegate bench simulator", description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of ours (default: torch's)")
@@ -238,6 +225,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--steps", type=int, default=None, help="steps of one timed run of ours (default: by width and batch)"
     )
     add_json_argument(parser)
+    parser.add_argument("--peers", action="store_true", help="beside float simulators and Lava; --peers --help says how")
+    if "--peers" in argv:
+        return report.main([word for word in argv if word != "--peers"])
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     load = os.getloadavg()[0]
