@@ -35,6 +35,7 @@ _HOME = {
     "make_gate": "gates.choice",
     "make_stream": "data.regimes",
     "make_trainer": "loop.assembly",
+    "masked": "weights.masked",
     "register_policy": "gates.policies",
     "register_signal": "signals",
     "register_source": "data.sources",

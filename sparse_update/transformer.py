@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_update.growth.superposition import bag_embeddings
+
 ATTENTIONS = ("auto", "sdpa", "explicit")
 ACTIVATIONS = ("relu", "relu2")
 
@@ -188,7 +190,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Byte- or subword-level language model. `forward`: tokens (B, T) int64 -> logits (B, T, V).
+    """Byte- or subword-level language model. `forward`: tokens (B, T) int64 -> logits (B, T, V). Bags of s tokens,
+    (B, T, s), are positions whose input is the mean of their embeddings.
 
     With a cache the tokens go on where those before ended; logits are theirs alone, and equal those of one forward over
     all of them up to rounding.
@@ -235,7 +238,7 @@ class Transformer(nn.Module):
         if end > self.cfg.context:
             raise ValueError(f"{end} tokens in a row, but the model's context is {self.cfg.context}: cut the input")
         cos, sin = self.cos[start:end], self.sin[start:end]  # type: ignore[index]
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = self.embed(tokens_BT) if tokens_BT.dim() == 2 else bag_embeddings(self.embed, tokens_BT)
         for number, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, cos, sin) if cache is None else block(x_BTD, cos, sin, cache, number)
         return self.norm(x_BTD)

@@ -38,6 +38,7 @@ from sparse_update.signals import SignalContext, make_signal
 from sparse_update.step.plan import PLAIN, StepPlan
 from sparse_update.transformer import ModelConfig, Transformer
 from sparse_update.weights.lowrank import adapt
+from sparse_update.weights.masking import MaskConfig
 from sparse_update.weights.settings import OptimConfig
 from sparse_update.weights.subset import Active, Subset, SubsetConfig
 
@@ -64,6 +65,8 @@ SUBSETS = {
     "lora": SubsetConfig(kind="lora"),
 }
 FEW = ("plain", "engine", "rows", "sequences")
+CHANGES = "changes"
+"""The steps of `changes` alone."""
 SOME = (*FEW, "rows_exact", "bypass", "strips")
 
 
@@ -98,6 +101,10 @@ def steps(cfg: ModelConfig, batch: int, which: str, attention: str, compiled: bo
     muon = OptimConfig(name="muon")
     plain = Step(PLAIN, None, batch, length)
     yield Timed("plain", plain, muon, f"autograd{tail}")
+    if which in ("all", CHANGES):
+        yield from changes(batch, length, f"autograd{tail}")
+    if which == CHANGES:
+        return
     for name, plan in plans.items():
         if which == "all" or name in (SOME if which == "some" else FEW):
             yield Timed(name, Step(plan, None, batch, length), muon, f"engine{tail}")
@@ -107,6 +114,16 @@ def steps(cfg: ModelConfig, batch: int, which: str, attention: str, compiled: bo
     if which == "all":
         for name in ("adamw", "sign"):
             yield Timed(f"plain_{name}", plain, OptimConfig(name=name), f"autograd{tail}")
+
+
+def changes(batch: int, length: int, variant: str) -> Iterator[Timed]:
+    """Steps on bags of tokens, and steps whose updates are masked; by autograd."""
+    muon = OptimConfig(name="muon")
+    for bag in (2, 4):
+        yield Timed(f"bag_{bag}", Step(StepPlan(bag=bag), None, bag * batch, length // bag), muon, variant)
+    for kind in ("random", "agreement", "surprise"):
+        masked = OptimConfig(name="muon", mask=MaskConfig(kind=kind))
+        yield Timed(f"mask_{kind}", Step(PLAIN, None, batch, length), masked, variant)
 
 
 def active_of(cfg: ModelConfig, subset: SubsetConfig) -> Active:
@@ -231,6 +248,7 @@ def measure_all(arguments: argparse.Namespace) -> int:
         document = json.loads(arguments.out.read_text())
     for mode in arguments.modes.split(","):
         for model, vocab, batch, which in SETTINGS:
+            which = arguments.only or which
             key = {"model": model, "vocab": vocab, "batch": batch, "mode": mode, "attention": arguments.attention}
             if any(all(s[k] == v for k, v in key.items()) for s in document["settings"]):
                 continue
@@ -263,6 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--modes", default="eager", help="eager, compiled, or both divided by a comma")
     parser.add_argument("--attention", default="explicit", help="explicit (the default) or sdpa")
     parser.add_argument("--limit-s", type=float, default=600.0, help="wall seconds after which a setting is done (600)")
+    parser.add_argument("--only", default="", choices=[CHANGES], help="of each setting only these steps and the plain one")
     parser.add_argument("--scoring", action="store_true", help="scoring and filters instead of steps")
     add_json_argument(parser)
     given = parser.parse_args(arguments)

@@ -27,6 +27,7 @@ from experiments.runs.plain_json import write_json
 from sparse_update.clock.shipped import SCHEMA, ShippedTable, read_table
 from sparse_update.clock.work import ALL, kinds, work_of
 from sparse_update.transformer import ModelConfig
+from sparse_update.weights.settings import OptimConfig
 
 GUESS_PS: dict[str, float] = {
     "forward_flops": 13, "dx_flops": 13, "dw_flops": 11, "muon_flops": 15,
@@ -35,7 +36,7 @@ GUESS_PS: dict[str, float] = {
     "wanted_logits": 2000, "wanted_elements": 1000, "adamw_elements": 1500, "muon_elements": 1500, "sign_elements": 1000,
     "galore_elements": 1500, "galore_flops": 200, "tensors": 1e7, "muon_tensors": 2e8, "forward_gathers": 1e8,
     "backward_gathers": 2e8,
-    "step": 2e8, "layers": 2e8, "backward_layers": 3e8,
+    "mask_tensors": 5e7, "mask_elements": 1000, "mask_products": 300, "step": 2e8, "layers": 2e8, "backward_layers": 3e8,
 }  # fmt: skip
 """Picoseconds, by rule of thumb."""
 SECOND = "dw_rows"
@@ -118,6 +119,41 @@ def fit(
     return replace(table, factors={"eager": factors, "compiled": factors}, components_ps=components)
 
 
+def extended(table: ShippedTable, document: Mapping[str, Any]) -> ShippedTable:
+    """The table with prices of the counts, and factors of the kinds of steps, that it lacks; what it has stays.
+
+    The new prices are fitted to what the steps took beyond the plain one beside them, weighed by the intervals, then raised
+    together until no step is priced more than 1 % below what it was measured to take.
+    """
+    measured = [item for item in read_measured(document) if item.timed.name != "plain"]
+    work = [work_of(item.cfg, item.timed.step, item.timed.optim) for item in measured]
+    new = sorted({name for found in work for name in found} - set(table.prices_ps))
+    rows, beyond = [], []
+    for item, found in zip(measured, work, strict=True):
+        if set(new) & set(found):
+            plain_ps = 1e12 * table.work_s(item.cfg, item.timed.step, OptimConfig(name=item.timed.optim.name))
+            rows.append([found.get(name, 0.0) * GUESS_PS[name] / plain_ps / item.half_width for name in new])
+            beyond.append((item.ratio - 1) / item.half_width)
+    if rows:
+        hold = HOLD * np.eye(len(new)) * np.abs(rows).max()
+        share, _ = nnls(np.vstack((rows, hold)), np.concatenate((beyond, hold.sum(1))))
+        wide = [item.half_width for item, found in zip(measured, work, strict=True) if set(new) & set(found)]
+        priced = np.array(rows) @ share * wide
+        least = np.array([0.99 * (1 + b * w) - 1 for b, w in zip(beyond, wide, strict=True)])
+        share = share * max(1.0, float((least / priced).max()))
+        prices = {name: float(f"{part * GUESS_PS[name]:.3g}") for name, part in zip(new, share, strict=True)}
+        table = replace(table, prices_ps={**table.prices_ps, **prices})
+    factors: dict[str, float] = {}
+    for item in measured:
+        if lacking := [kind for kind in kinds(item.cfg, item.timed.step) if kind not in table.factors["eager"]]:
+            plain = replace(item.timed.step, plan=type(item.timed.step.plan)())
+            plain = replace(plain, batch=plain.batch // item.timed.step.plan.bag, length=item.cfg.context)
+            plain_s = table.factors["eager"]["plain"] * table.work_s(item.cfg, plain, item.timed.optim)
+            needed = item.ratio * plain_s / table.work_s(item.cfg, item.timed.step, item.timed.optim)
+            factors[lacking[0]] = max(factors.get(lacking[0], 0.0), float(f"{needed:.3g}"))
+    return replace(table, factors={mode: {**found, **factors} for mode, found in table.factors.items()})
+
+
 def check(table: ShippedTable, document: Mapping[str, Any]) -> list[tuple[str, str, float, float, float]]:
     """(setting, step, measured ratio to the plain step, its half interval, priced ratio)."""
     found, plain = [], 1.0
@@ -135,7 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the table and print how well it predicts what was measured. Exit code 0."""
     parser = argparse.ArgumentParser(prog="spikegate bench clock_fit", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("steps", type=Path, help="what `bench clock` wrote")
-    parser.add_argument("scoring", type=Path, help="what `bench clock --scoring` wrote")
+    parser.add_argument("scoring", type=Path, nargs="?", help="what `bench clock --scoring` wrote")
+    parser.add_argument("--extend", type=Path, help="a table that gets what it lacks, from `steps` alone")
     parser.add_argument("--beside", type=Path, help="more settings, for the factors and the check alone")
     parser.add_argument("--out", type=Path, required=True, help="the table; its name is the file's")
     parser.add_argument("--about", type=json.loads, default={}, help="provenance, a JSON object")
@@ -143,14 +180,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     document = json.loads(given.steps.read_text())
     beside = json.loads(given.beside.read_text()) if given.beside else {"settings": []}
-    table = fit(document, beside, json.loads(given.scoring.read_text()), given.about, given.out.stem)
+    known: list[Any] = []
+    if given.extend:
+        table = extended(read_table(given.extend), document)
+        known = list(table.about["check"])
+        table = replace(table, about={**table.about, **given.about})
+    elif given.scoring:
+        table = fit(document, beside, json.loads(given.scoring.read_text()), given.about, given.out.stem)
+    else:
+        parser.error("give what `bench clock --scoring` wrote, or --extend TABLE")
     rows = [
         [s["model"], s["vocab"], s["batch"], s["which"], name, round(statistics.median(v), 3), round(half_width(v), 3)]
         for s in [*document["settings"], *beside["settings"]]
         for name, v in s["ratios"].items()
         if v
     ]
-    table = replace(table, about={**table.about, "check": rows})
+    table = replace(table, about={**table.about, "check": [*known, *rows]})
     content = {key: value for key, value in vars(table).items() if key != "sha256"}
     write_json(given.out, {"schema": SCHEMA, **content})
     table = read_table(given.out)

@@ -26,6 +26,7 @@ from typing import Any
 
 from sparse_update.step.plan import StepPlan
 from sparse_update.transformer import ModelConfig
+from sparse_update.weights.masking import MaskConfig
 from sparse_update.weights.settings import OptimConfig
 from sparse_update.weights.subset import Active
 
@@ -266,15 +267,19 @@ def identity(cfg: ModelConfig, optim: OptimConfig) -> dict[str, Any]:
 
 
 def optimizer_tag(optim: OptimConfig) -> str:
-    """What a step's time depends on: the name, and GaLore's rank and steps between two decompositions."""
-    return f"galore:{optim.galore_rank}/{optim.galore_every_steps}" if optim.name == "galore" else optim.name
+    """What a step's time depends on: the name, GaLore's rank and steps between two decompositions, the mask of updates."""
+    tag = f"galore:{optim.galore_rank}/{optim.galore_every_steps}" if optim.name == "galore" else optim.name
+    return tag if optim.mask.kind == "none" else f"{tag}+{optim.mask.kind}/{optim.mask.block_rows}"
 
 
 def tagged_optimizer(tag: str) -> OptimConfig:
     """Settings whose `optimizer_tag` is `tag`."""
+    tag, _, masked = tag.partition("+")
+    kind, _, rows = masked.partition("/")
+    mask = MaskConfig(kind=kind, block_rows=int(rows)) if masked else MaskConfig()
     name, _, numbers = tag.partition(":")
     if not numbers:
-        return OptimConfig(name=name)
+        return OptimConfig(name=name, mask=mask)
     rank, every = map(int, numbers.split("/"))
     return OptimConfig(name=name, galore_rank=rank, galore_every_steps=every)
 

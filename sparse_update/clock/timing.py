@@ -16,6 +16,7 @@ from torch import Tensor
 from sparse_update.clock.component import Component
 from sparse_update.clock.cost import DENSE_KEY, ComponentTimes, Step, identity, tagged_optimizer
 from sparse_update.gates.policies import band
+from sparse_update.growth.superposition import bag_loss, bags_of
 from sparse_update.step.backward import Stepper
 from sparse_update.step.plan import Chosen, StepPlan, View
 from sparse_update.transformer import ModelConfig, Transformer, token_loss
@@ -160,20 +161,22 @@ def extend(
 def step_probe(setting: Setting, step: Step, key: str) -> Probe:
     """Times one whole step, its choice of rows and its optimizer included."""
     setting = replace(setting, cfg=step.of(setting.cfg))
-    model, x_BT, y_BT = _setup(setting, step.batch, step.length)
+    bag = step.plan.bag
+    model, x_BT, y_BT = _setup(setting, step.batch, step.length * bag)
     active = step.active or Active.everything(model)
     rank = rank_of(active)
     if rank:
         add_lora(model, rank)
     optimizer = Optimizer(model, active, setting.optim)
     device = setting.device
-    if rank or (step.plain and setting.variant.startswith("autograd")):
+    if rank or bag > 1 or (step.plain and setting.variant.startswith("autograd")):
         run = torch.compile(model) if setting.compiled or setting.variant == "autograd_compiled" else model
 
         def plain() -> dict[str, float]:
             start = clock(device)
+            x, y = (x_BT, y_BT) if bag == 1 else bags_of(x_BT, y_BT, bag)
             with torch.autocast(device.type, torch.bfloat16, enabled=setting.precision == "bf16"):
-                loss = token_loss(run(x_BT), y_BT).mean()
+                loss = (token_loss if bag == 1 else bag_loss)(run(x), y).mean()
             loss.backward()
             optimizer.step(0.5)
             return {key: clock(device) - start + _decomposition(optimizer, device)}

@@ -51,6 +51,9 @@ COUNTS = {
         "sign_elements",
         "galore_elements",
         "galore_flops",  # the decompositions, spread over the steps between two of them
+        "mask_tensors",  # matrices whose update may be taken back, once more for each scalar product
+        "mask_elements",
+        "mask_products",  # elements of the scalar products that a mask takes of gradients and momenta
         "tensors",  # strips and parameters that are updated
     ),
 }
@@ -129,6 +132,11 @@ def _update(name: str, shape: tuple[int, int], sign: bool, optim: OptimConfig) -
     yield "tensors", 1
     small, large = sorted(shape)
     inner = name.startswith("blocks.") and ".norm" not in name
+    if inner and not sign and optim.mask.kind != "none":
+        products = {"agreement": 3, "surprise": 1}.get(optim.mask.kind, 0)
+        yield "mask_tensors", 1 + products
+        yield "mask_elements", size
+        yield "mask_products", products * size
     if sign or optim.name == "sign":
         yield "sign_elements", size
     elif inner and optim.name == "muon":

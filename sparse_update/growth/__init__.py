@@ -1,1 +1,1 @@
-"""A model that grows while it is trained: fewer blocks at first, all of them for the rest of the budget."""
+"""What changes while a model is trained: how many blocks it has, and how many tokens a position is made of."""

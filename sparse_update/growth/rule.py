@@ -30,6 +30,10 @@ class Growth:
         """Numbers of blocks that the model has from now on, the present one first."""
         return (self.full.layers,)
 
+    def depth_at(self, progress: float) -> int:
+        """Number of blocks at `progress` of the budget."""
+        return self.full.layers
+
     def due(self, progress: float) -> bool:
         """Whether `grow` is to be called before the step at `progress` of the budget."""
         return False
@@ -71,6 +75,9 @@ class Depth(Growth):
 
     def depths(self) -> tuple[int, ...]:
         return (self.full.layers,) if self.grown else (self.cfg.start_layers, self.full.layers)
+
+    def depth_at(self, progress: float) -> int:
+        return self.full.layers if self.grown or progress >= self.cfg.until else self.cfg.start_layers
 
     def due(self, progress: float) -> bool:
         return not self.grown and progress >= self.cfg.until

@@ -97,6 +97,7 @@ def make_trainer(
     Raises:
         ComponentTimesError: for a table of another model or kind of step, or one that lacks what the run may use.
         ValueError: for settings that do not fit one another.
+        CorpusError: where bags of tokens would read the text twice.
     """
     times, device = prices.times, model.embed.weight.device
     _check_table(times, model, arm.optim, cfg)
@@ -110,9 +111,11 @@ def make_trainer(
         raise ValueError(
             f"subset.inactive = sign8 with {mesh.size} processes: signs have no mean over processes. Use sign or frozen"
         )
+    if cfg.bags:
+        check_bags(arm.gate, arm.subset, cfg.bags)
     stepper = Stepper(model, torch.bfloat16 if times.precision == "bf16" else None, times.compiled)
     subset = Subset(model, arm.subset, seed)
-    optimizer = Optimizer(model, subset.active, arm.optim)
+    optimizer = Optimizer(model, subset.active, arm.optim, seed)
     every_weight = arm.subset.kind == "all"
 
     def active() -> Active | None:
@@ -140,6 +143,7 @@ def make_trainer(
     clock.add(lambda: _looking(text.stream, cfg.batch_windows), text.stream)
     clock.add(minimised.components)
     clock.require(budget.planned(), clock.components())
+    budget.check_text()
     tally = Tally()
     updates = Updates(
         model, minimised, optimizer, subset, clock, tally, mesh, cfg.stop_after_skipped, place.folder / "checkpoint", growth
@@ -155,6 +159,21 @@ def check_adapter(gate: GateConfig) -> None:
         raise ValueError(
             f"subset.kind = lora with gate.unit = {gate.unit!r}, gate.signal = {gate.signal!r}: LoRA runs by autograd, "
             "so gate=dense, or unit sequence by a signal that is asked before the forward (random, ngram, ...)"
+        )
+
+
+def check_bags(gate: GateConfig, subset: SubsetConfig, bags: str) -> None:
+    """Raise ValueError for what does not go with steps on bags of tokens."""
+    if not gate.only_tokens:
+        raise ValueError(
+            f"trainer.bags = {bags} with gate.unit = {gate.unit!r}, gate.signal = {gate.signal!r}: a position is a bag of "
+            "tokens, whose rows, layers and losses no gate knows; use gate=dense, or unit sequence by a signal that is "
+            "asked before the forward (random, ngram, ...)"
+        )
+    if subset.kind != "all":
+        raise ValueError(
+            f"trainer.bags = {bags} with subset.kind = {subset.kind}: the step that updates a part of the weights knows no "
+            "bags of tokens; use subset=all"
         )
 
 

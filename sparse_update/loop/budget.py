@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from sparse_update.clock.cost import ComponentTimesError, Step
 from sparse_update.clock.running import RunClock
+from sparse_update.data.records import CorpusError
 from sparse_update.gates.gate import Gate
 from sparse_update.growth.rule import Growth
 from sparse_update.loop.records import TrainerConfig
 from sparse_update.parallel.mesh import Mesh
+from sparse_update.step.plan import PLAIN, StepPlan
+
+MOMENTS = 1000
+"""Shares of the budget at which the shape of a step is looked at, where text is counted beforehand."""
 
 
 class Budget:
@@ -24,18 +31,13 @@ class Budget:
         mesh: the processes that share the budget: the slowest one's seconds count, everybody's tokens and FLOPs.
         growth: how many blocks the model will have.
 
-    Raises ValueError for lengths that do not divide the context.
+    Raises ValueError for lengths that do not divide the context, and bags that do not tile a length.
     """
 
     def __init__(
         self, cfg: TrainerConfig, context: int, clock: RunClock, gate: Gate, stream: Any, mesh: Mesh, growth: Growth
     ) -> None:
-        for length, _ in cfg.lengths():
-            if context % length:
-                raise ValueError(
-                    f"trainer.length_schedule: {length} does not divide the model's context {context}: windows are "
-                    "cut into equal parts"
-                )
+        cfg.check_context(context)
         self.cfg, self.context = cfg, context
         self.clock, self.gate, self.stream, self.mesh, self.growth = clock, gate, stream, mesh, growth
         self.windows = cfg.batch_windows
@@ -56,28 +58,59 @@ class Budget:
             spent, limit = self.offered_tokens, self.cfg.budget_offered_tokens
         self.progress = spent / limit
 
+    def windows_at(self, progress: float) -> int:
+        """Windows that the step at `progress` reads: a step on bags of tokens takes as many times more."""
+        return self.windows * self.cfg.bag_at(progress)
+
     def shape(self, progress: float) -> tuple[int, int]:
-        """(sequences, their length) of the step at `progress`."""
-        length = self.cfg.length_at(progress, self.context)
-        return self.windows * (self.context // length), length
+        """(sequences, their positions) of the step at `progress`."""
+        return self._shape(self.cfg.length_at(progress, self.context), self.cfg.bag_at(progress))
+
+    def _shape(self, length: int, bag: int) -> tuple[int, int]:
+        return self.windows * bag * (self.context // length), length // bag
 
     def step(self, progress: float) -> Step:
         """The step that the gate plans at `progress`."""
         shape = self.shape(progress)
-        return self.clock.step(self.gate.plan(progress, *shape), *shape)
+        return self.clock.step(_bagged(self.gate.plan(progress, *shape), self.cfg.bag_at(progress)), *shape)
 
     def planned(self) -> list[Step]:
         """Every step that the run may take, so that each is priced beforehand. Where some weights rest, those of a model
         that will have grown are not known yet: they are priced when it has."""
-        lengths = [length for length, _ in (*self.cfg.lengths(), (self.context, 1.0))]
-        shapes = {length: self.windows * (self.context // length) for length in lengths}
+        shapes = {(bag, self._shape(length, bag)): None for _, length, bag in self.cfg.stages(self.context)}
         depths = self.growth.depths()
         return [
-            self.clock.step(plan, batch, length, depth)
+            self.clock.step(_bagged(plan, bag), batch, length, depth)
             for depth in (depths if self.clock.active() is None else depths[:1])
-            for length, batch in shapes.items()
+            for bag, (batch, length) in shapes
             for plan in self.gate.plans(batch, length)
         ]
+
+    def check_text(self) -> None:
+        """Raise CorpusError where bags would make the run read its text twice: superposition pays with text for steps."""
+        if not self.cfg.bags:
+            return
+        wanted = self.cfg.budget_offered_tokens / self.context
+        if self.by_time:
+            moments = [(i + 0.5) / MOMENTS for i in range(MOMENTS)]
+            shapes = Counter(
+                (self.cfg.length_at(p, self.context), self.cfg.bag_at(p), self.growth.depth_at(p)) for p in moments
+            )
+            wanted = sum(
+                count / MOMENTS * self.cfg.budget_reference_s / self._seconds(length, bag, depth) * self.windows * bag
+                for (length, bag, depth), count in shapes.items()
+            )
+            wanted /= self.gate.cfg.keep_fraction
+        windows = int(getattr(self.stream, "windows", 0))
+        if windows and wanted > windows:
+            raise CorpusError(
+                f"trainer.bags = {self.cfg.bags}: the run would read {wanted:,.0f} windows of {self.context} tokens and "
+                f"the text has {windows:,}, so that it would read some of them twice: give more text, smaller bags, a "
+                "shorter share or a lower budget"
+            )
+
+    def _seconds(self, length: int, bag: int, depth: int) -> float:
+        return self.clock.seconds(self.clock.step(_bagged(PLAIN, bag), *self._shape(length, bag), depth))
 
     def check_first_step(self) -> None:
         """Raise ComponentTimesError for a budget that buys no step at all."""
@@ -90,8 +123,13 @@ class Budget:
 
     def text_is_spent(self) -> bool:
         """Whether a budget of offered tokens is used up, down to the last batch that was kept."""
-        return self.mesh.any(not self.by_time and self.progress >= 1 and self.gate.waiting < self.windows)
+        return self.mesh.any(not self.by_time and self.progress >= 1 and self.gate.waiting < self.windows_at(self.progress))
 
     def affords(self, step: Step) -> bool:
         """Whether the reference seconds that are left pay for a step."""
         return self.mesh.all(not self.by_time or self.reference_s + self.clock.seconds(step) <= self.cfg.budget_reference_s)
+
+
+def _bagged(plan: StepPlan, bag: int) -> StepPlan:
+    """The plan on bags of so many tokens."""
+    return plan if bag == 1 else replace(plan, bag=bag)

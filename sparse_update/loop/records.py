@@ -31,6 +31,9 @@ class TrainerConfig:
     length_schedule: str = ""
     """Sequence-length warm-up, "32@0.2,64@0.5": length 32 until 0.2 of the budget, 64 until 0.5, then the model's
     context. A window is cut into shorter ones, so a step keeps its number of tokens."""
+    bags: str = ""
+    """Token superposition, "2@0.3" or "4@0.2,2@0.4": positions are bags of 4 neighbouring tokens until 0.2 of the budget,
+    of 2 until 0.4, then single tokens. A step keeps its number of positions, so it reads 4 times as many windows."""
     init_from: str = ""
     """Run folder or checkpoint whose weights the run starts from (not its optimizer)."""
     precision: str = "auto"
@@ -79,28 +82,57 @@ class TrainerConfig:
                 f"trainer.prequential_windows = {self.prequential_windows}: must lie in 1..trainer.prequential_every = "
                 f"{self.prequential_every}"
             )
-        self.lengths()
+        self.lengths(), self.bag_sizes()
 
     def lengths(self) -> list[tuple[int, float]]:
         """(length, share of the budget until which it holds), rising. Raises ValueError for a schedule that is none."""
-        found: list[tuple[int, float]] = []
-        for piece in filter(None, self.length_schedule.split(",")):
-            try:
-                length, share = piece.split("@")
-                found.append((int(length), float(share)))
-            except ValueError:
-                raise ValueError(
-                    f"trainer.length_schedule: {piece!r} is not LENGTH@SHARE, for instance 32@0.2,64@0.5"
-                ) from None
-        shares = [0.0, *(share for _, share in found)]
-        if any(not a < b <= 1 for a, b in itertools.pairwise(shares)) or any(n < 1 for n, _ in found):
-            raise ValueError(
-                f"trainer.length_schedule = {self.length_schedule!r}: lengths from 1 on, shares rising within (0, 1]"
-            )
-        return found
+        return _stages("length_schedule", self.length_schedule, "LENGTH@SHARE, for instance 32@0.2,64@0.5", "lengths")
 
     def length_at(self, progress: float, context: int) -> int:
         return next((length for length, share in self.lengths() if progress < share), context)
+
+    def bag_sizes(self) -> list[tuple[int, float]]:
+        """(tokens of a bag, share of the budget until which it holds), rising. Raises ValueError for a schedule that is
+        none."""
+        return _stages("bags", self.bags, "SIZE@SHARE, for instance 2@0.3", "sizes")
+
+    def bag_at(self, progress: float) -> int:
+        return next((size for size, share in self.bag_sizes() if progress < share), 1)
+
+    def stages(self, context: int) -> list[tuple[float, int, int]]:
+        """(share of the budget from which it holds, length, tokens of a bag), rising: the shapes of a run's steps."""
+        starts = sorted({0.0, *(share for _, share in (*self.lengths(), *self.bag_sizes()) if share < 1)})
+        return [(share, self.length_at(share, context), self.bag_at(share)) for share in starts]
+
+    def check_context(self, context: int) -> None:
+        """Raise ValueError for lengths that do not divide the context, and bags that do not tile a length."""
+        for length, _ in self.lengths():
+            if context % length:
+                raise ValueError(
+                    f"trainer.length_schedule: {length} does not divide the model's context {context}: windows are "
+                    "cut into equal parts"
+                )
+        for share, length, size in self.stages(context):
+            if length % size:
+                raise ValueError(
+                    f"trainer.bags: from {share:g} of the budget on, bags of {size} tokens do not tile sequences of "
+                    f"{length}: take a size that divides their length"
+                )
+
+
+def _stages(name: str, text: str, form: str, what: str) -> list[tuple[int, float]]:
+    """The stages of a schedule "NUMBER@SHARE,...". Raises ValueError for one that is none."""
+    found: list[tuple[int, float]] = []
+    for piece in filter(None, text.split(",")):
+        try:
+            number, share = piece.split("@")
+            found.append((int(number), float(share)))
+        except ValueError:
+            raise ValueError(f"trainer.{name}: {piece!r} is not {form}") from None
+    shares = [0.0, *(share for _, share in found)]
+    if any(not a < b <= 1 for a, b in itertools.pairwise(shares)) or any(n < 1 for n, _ in found):
+        raise ValueError(f"trainer.{name} = {text!r}: {what} from 1 on, shares rising within (0, 1]")
+    return found
 
 
 class TrainingDiverged(RuntimeError):

@@ -55,7 +55,7 @@ class Trainer:
                 progress = budget.progress
                 if budget.text_is_spent():
                     break
-                batch = gate.next(budget.windows, progress)
+                batch = gate.next(budget.windows_at(progress), progress)
                 step = budget.step(progress)
                 over_plain = budget.clock.over_plain(step)
                 budget.settle()

@@ -67,9 +67,11 @@ class Updates:
         self._update(self.mesh.mean(float(found.loss_BT.mean())), found, progress)
         self.clock.charge(self.objective.component(step, self.clock.key(step)))
         self.tally.step += 1
-        self.tally.tokens += int(self.mesh.sum(step.batch * step.length))
+        self.tally.tokens += int(self.mesh.sum(step.batch * step.length * step.plan.bag))
         self.tally.flops += int(self.mesh.sum(self.objective.flops(step)))
-        if len(found.loss_BT) != len(batch.tokens):  # the gate thinks in windows
+        if step.plan.bag > 1:  # the gate thinks in tokens
+            found = replace(found, loss_BT=found.loss_BT.repeat_interleave(step.plan.bag, 1))
+        if len(found.loss_BT) != len(batch.tokens):  # and in windows
             found = replace(found, loss_BT=found.loss_BT.reshape(len(batch.tokens), -1))
         return found
 

@@ -1,5 +1,7 @@
 """Next-token likelihood: a batch is scored by the cross-entropy of its tokens, in nats.
 
+Positions are tokens, or bags of neighbouring tokens where the step's plan says so (`growth/superposition.py`).
+
 The gradient comes from autograd or from the sparse step (`step/backward.py`), whichever the table of component times found
 faster for a plain step; a step that leaves something out always takes the sparse one.
 
@@ -20,6 +22,7 @@ from sparse_update.clock.cost import Step
 from sparse_update.clock.timing import Setting, step_probe
 from sparse_update.gates.bias import cosines
 from sparse_update.gates.gate import GatedBatch
+from sparse_update.growth.superposition import bag_loss, bags_of
 from sparse_update.loop.evaluation import evaluate
 from sparse_update.objectives.objective import Given, Objective, by_autograd
 from sparse_update.step.backward import Stepper
@@ -42,6 +45,10 @@ class Likelihood(Objective):
             self.engine = Stepper(self.model, dtype, times.variant == "engine_compiled")
         compiled = times.variant == "autograd_compiled" or (given.adapted and times.compiled)
         self.forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if compiled else self.model
+        bags_compiled = compiled or times.compiled  # static shapes, one compilation for each size of a bag
+        self._on_bags: Callable[[Tensor], Tensor] = (
+            torch.compile(self.model, dynamic=False) if bags_compiled else self.model
+        )
         self.generator = torch.Generator(device=given.device).manual_seed(given.seed + 3)
         self._last: tuple[Tensor, Tensor, Step, Tensor | None] | None = None
 
@@ -51,14 +58,18 @@ class Likelihood(Objective):
 
     def gradients(self, batch: GatedBatch, step: Step) -> SparseStep:
         tokens_BT1 = batch.tokens.to(self.given.device)
-        x_BT = tokens_BT1[:, :-1].reshape(step.batch, step.length)
-        y_BT = tokens_BT1[:, 1:].reshape(step.batch, step.length)
+        size = step.plan.bag
+        x_BT = tokens_BT1[:, :-1].reshape(step.batch, step.length * size)
+        y_BT = tokens_BT1[:, 1:].reshape(step.batch, step.length * size)
         weight_B = batch.weight_B
         if weight_B is not None:
             weight_B = weight_B.repeat_interleave(len(x_BT) // len(weight_B)).to(self.given.device)
+        if size > 1:
+            self._last = None
+            return self._autograd(*bags_of(x_BT, y_BT, size), weight_B, self._on_bags, bag_loss)
         if self._by_autograd(step):
             self._last = (x_BT, y_BT, step, None)
-            return self._autograd(x_BT, y_BT, weight_B)
+            return self._autograd(x_BT, y_BT, weight_B, self.model if self.gate.observing else self.forward, token_loss)
         places_BR = self.gate.bypass(batch, step.plan)
         if places_BR is not None:
             places_BR = places_BR.reshape(len(x_BT), -1).to(self.given.device)
@@ -84,11 +95,17 @@ class Likelihood(Objective):
         hooked = variant == "autograd" or not self.gate.observing
         return self.given.adapted or (_takes_all(step) and variant.startswith("autograd") and hooked)
 
-    def _autograd(self, x_BT: Tensor, y_BT: Tensor, weight_B: Tensor | None) -> SparseStep:
-        run = self.model if self.gate.observing else self.forward
+    def _autograd(
+        self,
+        x: Tensor,
+        y: Tensor,
+        weight_B: Tensor | None,
+        run: Callable[[Tensor], Tensor],
+        loss_of: Callable[[Tensor, Tensor], Tensor],
+    ) -> SparseStep:
         cast = torch.autocast(self.given.device.type, torch.bfloat16, enabled=self.bf16)
         with self.gate.tap(self.model), cast:
-            loss_BT = token_loss(run(x_BT), y_BT)
+            loss_BT = loss_of(run(x), y)
             loss = loss_BT.mean() if weight_B is None else (loss_BT * weight_B[:, None]).mean()
             loss.backward()
         return by_autograd(loss_BT)

@@ -9,7 +9,7 @@ Shape letters: B batch, T token, L layer, S kept sequence, R kept row.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from torch import Tensor
 
@@ -48,6 +48,8 @@ class StepPlan:
     drawn in proportion to their gradient's norm and scaled by 1/p, so unbiased (VCAS, arXiv 2402.17227). Empty: all."""
     skip_rate: float = 0.0
     """Expected share of sub-blocks whose backward is skipped (DropBP); which ones is the step's `skip` argument."""
+    bag: int = 1
+    """Neighbouring tokens that make one position (growth/superposition.py); such a step leaves nothing out."""
     want: frozenset[str] = field(default_factory=frozenset)
     """Extra signals to compute: any of `SIGNALS`."""
 
@@ -65,6 +67,8 @@ class StepPlan:
             raise ValueError(
                 f"plan.sample = {self.sample}: the backward runs from the top, so shares must not fall with the layer"
             )
+        if self.bag < 1 or (self.bag > 1 and replace(self, bag=1) != PLAIN):
+            raise ValueError(f"plan.bag = {self.bag}: at least 1, and with bags of tokens a step leaves nothing out")
         if not 0 <= self.skip_rate < 1:
             raise ValueError(f"plan.skip_rate = {self.skip_rate}: must lie in [0, 1)")
         if unknown := self.want - set(SIGNALS):
@@ -106,6 +110,8 @@ class StepPlan:
 
     def check(self, batch: int, length: int, layers: int) -> None:
         """Raise ValueError where the plan does not fit (B, T) tokens and L layers."""
+        if self.bag > 1:
+            raise ValueError(f"plan.bag = {self.bag}: steps on bags of tokens go by autograd, not by the sparse step")
         for name, limit, of in (
             ("sequences", batch, "sequences in the batch"),
             ("rows", length, "tokens in a sequence"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_update.weights.lowrank import galore_adamw
+from sparse_update.weights.masking import Mask
 from sparse_update.weights.settings import OptimConfig, schedule
 from sparse_update.weights.subset import SIGNS, Active, Part
 
@@ -22,11 +23,13 @@ class Optimizer:
     `OptimConfig.frozen_moments`), and frozen weights neither decay nor move. Strips under the rule "sign" move by
     lr * sign(gradient) and have no state; "look" strips never move.
 
-    `leaves`: what is updated, by name, or by name and place for a strip.
+    `leaves`: what is updated, by name, or by name and place for a strip. With `cfg.mask` the updates of some blocks of the
+    matrices in "blocks." are taken back after each step; `seed` is that of its coins.
     """
 
-    def __init__(self, module: nn.Module, active: Active, cfg: OptimConfig) -> None:
+    def __init__(self, module: nn.Module, active: Active, cfg: OptimConfig, seed: int = 0) -> None:
         self.module, self.cfg = module, cfg
+        self.mask = Mask(cfg.mask, seed) if cfg.mask.kind != "none" else None
         self.parked: dict[str, dict[str, Tensor]] = {}
         self.parts: list[torch.optim.Optimizer] = []
         self.leaves: dict[str, Tensor] = {}
@@ -63,6 +66,8 @@ class Optimizer:
             if key in before:
                 owner.state[leaf] = before.pop(key)
         self.parked = before if self.cfg.frozen_moments == "keep" else {}
+        if self.mask is not None:
+            self.mask.forget(self.leaves)
 
     def _build(self) -> list[torch.optim.Optimizer]:
         cfg = self.cfg
@@ -126,15 +131,25 @@ class Optimizer:
                 self.clear()
                 return norm
         factor = schedule(progress, self.cfg)
+        if self.mask is not None:
+            self.mask.before({key: p for key, p in self.leaves.items() if p.dim() == 2 and key.startswith("blocks.")})
         for part, peaks in zip(self.parts, self.peaks, strict=True):
             for group, peak in zip(part.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
             part.step()
+        if self.mask is not None:
+            self.mask.after(self._momentum)
         self._descend(self.cfg.lr * factor)
         self.gradient_peak_bytes = max(self.gradient_peak_bytes, gradient_bytes)
         self.peak_bytes = max(self.peak_bytes, gradient_bytes + self.state_bytes())
         self.clear()
         return norm
+
+    def _momentum(self, key: str) -> Tensor:
+        """First moment of a leaf that was just updated."""
+        leaf = self.leaves[key]
+        state = next(part.state[leaf] for part in self.parts if leaf in part.state)
+        return state["momentum_buffer" if "momentum_buffer" in state else "exp_avg"]
 
     @torch.no_grad()
     def _descend(self, lr: float) -> None:
@@ -159,14 +174,16 @@ class Optimizer:
         )
 
     def state_bytes(self) -> int:
-        """Bytes of optimizer state that are allocated now, parked moments included."""
-        states = [*(s for part in self.parts for s in part.state.values()), *self.parked.values()]
+        """Bytes of optimizer state that are allocated now, parked moments and a mask's copy of the weights included."""
+        states: list[Any] = [*(s for part in self.parts for s in part.state.values()), *self.parked.values()]
+        states += [] if self.mask is None else self.mask.tensors
         return storage_bytes(t for state in states for t in _tensors(state))
 
     def state_dict(self) -> dict[str, Any]:
         """Moments by part and parameter number; the numbering follows the module and the active strips."""
         found = {str(i): {str(k): v for k, v in part.state_dict()["state"].items()} for i, part in enumerate(self.parts)}
-        return {**found, "parked": self.parked} if self.parked else found
+        found |= {"parked": self.parked} if self.parked else {}
+        return found | ({"mask": self.mask.state_dict()} if self.mask is not None else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for i, part in enumerate(self.parts):
@@ -174,6 +191,13 @@ class Optimizer:
             own["state"] = {int(k): v for k, v in state.get(str(i), {}).items()}
             part.load_state_dict(own)
         self.parked = {key: dict(moments) for key, moments in state.get("parked", {}).items()}
+        if (self.mask is not None) != ("mask" in state):
+            raise ValueError(
+                f"the checkpoint's updates were {'masked' if 'mask' in state else 'not masked'} and this run has "
+                f"optim.mask.kind = {self.cfg.mask.kind}: resume with the mask of that run"
+            )
+        if self.mask is not None:
+            self.mask.load_state_dict(state["mask"])
 
 
 def storage_bytes(tensors: Iterable[Tensor | None]) -> int:

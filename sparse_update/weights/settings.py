@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from sparse_update.weights.masking import MaskConfig
 
 NAMES = ("adamw", "muon", "sign", "galore")
 MOMENTS = ("drop", "keep")
@@ -42,6 +44,8 @@ class OptimConfig:
     galore_every_steps: int = 200
     """Steps between two decompositions of the gradient."""
     galore_scale: float = 0.25
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    """Blocks whose update is left out in a step (masking.py); with "adamw" and "muon"."""
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
@@ -50,6 +54,11 @@ class OptimConfig:
             raise ValueError(f"optim.frozen_moments = {self.frozen_moments!r}: one of {', '.join(MOMENTS)}")
         if self.name == "galore" and self.frozen_moments == "keep":
             raise ValueError("optim.frozen_moments = keep: projections of optim.name = galore cannot wait, use drop")
+        if self.mask.kind != "none" and self.name not in ("adamw", "muon"):
+            raise ValueError(
+                f"optim.mask.kind = {self.mask.kind} with optim.name = {self.name}: masks need a momentum of each weight's "
+                "own shape; use adamw or muon, or mask=none"
+            )
         if self.sign_scale <= 0 or self.galore_scale <= 0 or self.galore_rank < 1 or self.galore_every_steps < 1:
             raise ValueError(
                 "optim.sign_scale, galore_scale must be positive, optim.galore_rank, galore_every_steps at least 1"

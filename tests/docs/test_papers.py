@@ -14,7 +14,8 @@ from experiments.comparison.overview import COLUMNS
 from tests.docs.pages import ROOT, name
 
 DOCS = ROOT / "docs"
-METHODS = [path for group in ("gate", "subset") for path in sorted((ROOT / "configs").glob(f"**/{group}/*.yaml"))]
+METHODS = [path for group in ("gate", "subset", "mask") for path in sorted((ROOT / "configs").glob(f"**/{group}/*.yaml"))]
+METHODS += sorted((ROOT / "configs/published/trainer").glob("*.yaml"))
 METHODS += [path for path in sorted((ROOT / "configs" / "growth").glob("*.yaml")) if path.stem != "none"]
 RESULTS = [path for path in sorted((DOCS / "results").rglob("*.md")) if path.stem not in ("index", "log")]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -15,6 +15,7 @@ from sparse_update.data.corpus import DataConfig
 from sparse_update.data.records import Corpus
 from sparse_update.gates.config import GateConfig
 from sparse_update.growth.settings import GrowthConfig, check_growth
+from sparse_update.loop.assembly import check_bags
 from sparse_update.loop.records import TrainerConfig
 from sparse_update.transformer import ModelConfig
 from sparse_update.weights.settings import OptimConfig
@@ -110,12 +111,12 @@ def check_vocabulary(cfg: TrainConfig, corpus: Corpus) -> int:
 
 
 def check_size(cfg: TrainConfig, corpus: Corpus) -> None:
-    for length, _ in cfg.trainer.lengths():
-        if cfg.model.context % length:
-            raise ConfigError(
-                f"trainer.length_schedule: {length} does not divide the model's context {cfg.model.context}: windows are "
-                "cut into equal parts"
-            )
+    try:
+        cfg.trainer.check_context(cfg.model.context)
+        if cfg.trainer.bags:
+            check_bags(cfg.gate, cfg.subset, cfg.trainer.bags)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     windows = (len(corpus.train_tokens) - 1) // cfg.model.context
     if windows < cfg.trainer.batch_windows:
         raise ConfigError(

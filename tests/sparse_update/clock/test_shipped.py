@@ -96,6 +96,7 @@ def test_the_counts_are_those_of_the_model():
         (StepPlan(want=frozenset({"entropy"})), ("want",)),
         (StepPlan(sample=(0.5, 0.75, 1.0)), ("sample",)),
         (StepPlan(skip_rate=0.5), ("skip_rate",)),
+        (StepPlan(bag=2), ("bag",)),
     ],
 )
 def test_kinds_of_steps_have_a_factor_each(plan, found):
@@ -131,7 +132,7 @@ def test_no_kind_of_step_looks_cheaper_than_it_was_measured_to_be():
     table, seen = shipped_table(), set()
     for model, vocab, batch, which in {(m, v, b, w) for m, v, b, w, *_ in table.about["check"]}:
         cfg = load_model(model, vocab)
-        measured = {row[4]: row[5] for row in table.about["check"] if row[:3] == [model, vocab, batch]}
+        measured = {row[4]: row[5] for row in table.about["check"] if row[:4] == [model, vocab, batch, which]}
         priced = {
             timed.name: sum(table.step_s(cfg, timed.optim, timed.step, "eager", timed.name == "engine").values())
             for timed in steps(cfg, batch, which, "explicit", compiled=False)
@@ -142,7 +143,7 @@ def test_no_kind_of_step_looks_cheaper_than_it_was_measured_to_be():
             seen.add(name)
             assert priced[name] / priced["plain"] > 0.985 * ratio, (model, batch, name)
             assert priced[name] / priced["plain"] < 1.35 * ratio, (model, batch, name)
-    assert {"rows", "sequences", "bypass", "strips", "layers"} <= seen
+    assert {"rows", "sequences", "bypass", "strips", "layers", "bag_2", "mask_agreement"} <= seen
 
 
 def test_a_table_of_one_run_is_the_shipped_tables_clock(tmp_path):

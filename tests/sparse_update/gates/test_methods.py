@@ -24,6 +24,7 @@ from sparse_update.loop.evaluation import evaluate, start_from
 from sparse_update.loop.recorder import Listeners
 from sparse_update.loop.records import TrainerConfig
 from sparse_update.transformer import ModelConfig, Transformer
+from sparse_update.weights.masking import MaskConfig
 from sparse_update.weights.settings import OptimConfig
 from sparse_update.weights.subset import SubsetConfig
 
@@ -32,6 +33,7 @@ SMALL = {
     "gate": {"pool_windows": 16, "ngram_bits": 12, "vcas_every": 4, "sensitivity_at": 0.3},
     "subset": {"change_every_steps": 3},
     "optim": {"galore_rank": 3, "galore_every_steps": 4},
+    "mask": {},
 }
 STEPS, STOP = 14, 6
 
@@ -43,7 +45,7 @@ def shipped(group):
     return [(group, file.name.removesuffix(".yaml"), yaml.safe_load(file.read_text())) for file in found]
 
 
-METHODS = [*shipped("gate"), *shipped("subset"), *shipped("optim")]
+METHODS = [*shipped("gate"), *shipped("subset"), *shipped("optim"), *shipped("mask")]
 PEERS = {"lora": ("peft",), "galore": ("galore_torch", "transformers")}
 """Libraries of the extra `peers` that a method needs."""
 
@@ -73,7 +75,7 @@ def measured(table, steps, components):
 
 
 def build(corpus, folder, group, settings, reference, times=None):
-    given = {"gate": {}, "subset": {}, "optim": {}}
+    given = {"gate": {}, "subset": {}, "optim": {}, "mask": {}}
     given[group] = {**{k: v for k, v in SMALL[group].items() if k not in settings or group == "gate"}, **settings}
     if group == "subset":
         known = SubsetConfig.__dataclass_fields__
@@ -87,7 +89,11 @@ def build(corpus, folder, group, settings, reference, times=None):
     reports = []
     trainer = make_trainer(
         model,
-        Arm(GateConfig(**given["gate"]), SubsetConfig(**given["subset"]), OptimConfig(**given["optim"])),
+        Arm(
+            GateConfig(**given["gate"]),
+            SubsetConfig(**given["subset"]),
+            OptimConfig(**given["optim"], mask=MaskConfig(**given["mask"])),
+        ),
         TrainerConfig(budget_reference_s=STEPS * 0.010 + 1e-6, batch_windows=4, log_every_steps=1, evaluations=2),
         Text(WindowStream(corpus, 16, seed=0), {"val": val_windows(corpus, 16, 256)}),
         Prices(times or table, measured),
@@ -151,6 +157,14 @@ def test_the_published_methods_are_there():
         "selective_backprop", "rho_loss", "rho1", "infobatch", "importance", "vcas", "random_ltd", "surprise_ltd", "dropbp",
         "exact_head", "dense", "random", "surprise", "random_tokens", "surprise_tokens",
     } <= names  # fmt: skip
+
+
+def test_a_published_mask_or_trainer_names_its_source():
+    places = [f for group in ("mask", "trainer") for f in files("configs").joinpath("published", group).iterdir()]
+    assert {place.name for place in places} >= {"magma.yaml", "skip_update.yaml", "superposition.yaml"}
+    for place in places:
+        first = next(line for line in place.read_text().splitlines() if not line.startswith("# @"))
+        assert "arXiv 26" in first
 
 
 @pytest.mark.parametrize(("group", "name"), [(group, name) for group, name, _ in METHODS if group == "gate"])
