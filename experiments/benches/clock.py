@@ -185,6 +185,7 @@ SCORING: dict[str, tuple[str, dict[str, Any]]] = {
     "signal[novelty]": ("novelty", {}),
     "signal[duplicates]": ("duplicates", {}),
     "signal[fresh]": ("fresh", {}),
+    "signal[containment]": ("containment", {}),
     "signal[tiny]": ("tiny", {}),
     "signal[early_exit]": ("early_exit", {}),
     "signal[excess]": ("excess", {}),

@@ -14,22 +14,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_update.clock.component import Component
-from sparse_update.data.records import Batch
+from sparse_update.clock.component import SCORING_FORWARD, Component
+from sparse_update.gates.again import AgainConfig
 from sparse_update.gates.config import GateConfig
 from sparse_update.gates.controller import AutoConfig, Controller
-from sparse_update.gates.gate import Gate, GateContext, GatedBatch, join, part
+from sparse_update.gates.gate import Gate, GateContext, GatedBatch
+from sparse_update.gates.trial import MarkedBatch, Trials, cut, fields_of, joined, marked
+from sparse_update.gates.windows import SCORING_WINDOWS, forward_view
+from sparse_update.signals import Signal, SignalContext, make_signal
 from sparse_update.signals.gradients import sample_gradients, tapped
 from sparse_update.step.plan import SparseStep
 
 OBSERVE = "auto_observe[window]"
 """Component key of what observing costs beyond a plain step, per window."""
+CONTAINMENT = "containment"
+"""The signal that tells what was seen before."""
 OBSERVED_TOGETHER = 16
 """Windows of the call that is timed for it."""
 OBSERVED_SHARE = 0.25
@@ -52,29 +57,8 @@ def agreement(found: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
     return gram_BB / (norm_B[:, None] * norm_B)
 
 
-@dataclass(frozen=True, eq=False)
-class MarkedBatch(GatedBatch):
-    """Windows with the stratum of their score, int64 (B,), -1 where not scored; `new_B`: not seen before, bool (B,)."""
-
-    stratum_B: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    new_B: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
-
-
-def _marked(batch: Batch, stratum_B: Tensor, new_B: Tensor) -> MarkedBatch:
-    own = {key: value for key, value in vars(batch).items() if isinstance(value, Tensor)}
-    return MarkedBatch(**own, stratum_B=stratum_B, new_B=new_B)
-
-
-def _cut(batch: MarkedBatch, which: Tensor | slice) -> MarkedBatch:
-    return part(batch, which)  # type: ignore[return-value]
-
-
-def _joined(a: MarkedBatch | None, b: MarkedBatch) -> MarkedBatch:
-    return b if a is None or not len(a.tokens) else join(a, b)  # type: ignore[return-value]
-
-
 def _split(batch: MarkedBatch, windows: int) -> tuple[MarkedBatch, MarkedBatch]:
-    return _cut(batch, slice(windows)), _cut(batch, slice(windows, None))
+    return cut(batch, slice(windows)), cut(batch, slice(windows, None))
 
 
 def _windows(x_BTX: Tensor, windows: int) -> Tensor:
@@ -89,12 +73,21 @@ class AutoGate(Gate):
     `controller.decisions` goes into the run's record.
     """
 
-    def __init__(self, cfg: GateConfig, stream: Any, context: GateContext, auto: AutoConfig | None = None) -> None:
+    def __init__(
+        self,
+        cfg: GateConfig,
+        stream: Any,
+        context: GateContext,
+        auto: AutoConfig | None = None,
+        again: AgainConfig | None = None,
+    ) -> None:
         signal = cfg.signal if cfg.signal != "none" else "novelty" if context.known_tokens is not None else "ngram"
         super().__init__(replace(cfg, signal=signal), stream, context)
         if self.signal is None or self.signal.needs != "tokens":
             raise ValueError(f"gate.signal = {cfg.signal!r}: unit auto needs a signal that is asked before the forward")
         self.controller = Controller(auto or AutoConfig(upper=signal != "novelty"))
+        self.trials = Trials(again or AgainConfig(), context, self._judged)
+        self.containment = self._containment()
         self.queue: MarkedBatch | None = None
         self.probe: MarkedBatch | None = None
         self.steps = 0
@@ -103,20 +96,36 @@ class AutoGate(Gate):
             self.watched = frozenset(name + ".weight" for name in observed_layers(context.model))
         self._found: dict[str, tuple[Tensor, Tensor]] = {}
 
+    def _containment(self) -> Signal:
+        return make_signal(
+            CONTAINMENT, SignalContext(self.context.vocab_size, self.context.context, device=self.context.device)
+        )
+
+    def _judged(self, windows: int, flops: int) -> None:
+        self.uses[SCORING_FORWARD] += windows
+        self.scoring_flops += flops
+
     @property
     def decisions(self) -> list[dict[str, Any]]:
         """What was decided, when, why, with its numbers."""
-        return self.controller.decisions
+        return sorted((*self.controller.decisions, *self.trials.again.decisions), key=lambda found: found["progress"])
 
     # what a step asks
 
     def next(self, windows: int, progress: float = 0.0) -> GatedBatch:
-        """The next batch: of the uniform probe stream where the step is observed, else what the band lets through."""
+        """The next batch: of a trial where one runs, of the uniform probe stream where the step is observed, else what the
+        band and the verdict on seen windows let through."""
         self.progress = progress
         self.controller.advance(progress, self.steps)
-        state = self.controller.state
-        self.observing = state == "look" and self.controller.observes(self.steps)
-        if state == "on" and self.probe is not None and len(self.probe.tokens) >= windows:
+        if length := self.trials.wanted(progress, self.steps, windows):
+            self.trials.begin(length, self._new(self.trials.again.cfg.judges, windows))
+        state, branch = self.controller.state, self.trials.branch
+        self.observing = state == "look" and branch != "again" and self.controller.observes(self.steps)
+        if branch == "again":
+            batch = self.trials.take(windows)
+        elif branch == "new":
+            batch = self._new(windows, windows)
+        elif state == "on" and self.probe is not None and len(self.probe.tokens) >= windows:
             self.observing = True
             batch, self.probe = _split(self.probe, windows)
         else:
@@ -128,34 +137,57 @@ class AutoGate(Gate):
         self.steps += 1
         return batch
 
+    def _new(self, count: int, windows: int) -> MarkedBatch:
+        """The next `count` windows of the queue that were not seen before; the seen ones stay in it."""
+        while self.queue is None or int(self.queue.new_B.sum()) < count:
+            self._fill(windows)
+        chosen = torch.zeros(len(self.queue.tokens), dtype=torch.bool)
+        chosen[self.queue.new_B.nonzero()[:count, 0]] = True
+        found, self.queue = cut(self.queue, chosen), cut(self.queue, ~chosen)
+        return found
+
     def _fill(self, windows: int) -> None:
-        """Draw windows from the stream into the queue: as they come at rest, else a scored pool, whole or its band."""
-        on = self.controller.state == "on"
-        if self.controller.state == "rest":
-            pool = self._take(windows)
-            self._tally(pool, pool)
-            self.queue = _joined(self.queue, _marked(pool, torch.full((windows,), -1), torch.ones(windows).bool()))
-            return
-        pool = self._take(self.cfg.pool_windows)
+        """Draw windows from the stream into the queue: as they come at rest, else a scored pool, whole or its band; without
+        those that were seen before, where that is the verdict."""
+        rest = self.controller.state == "rest"
+        drawn = self._take(windows if rest and not self.trials.again.dropping else self.cfg.pool_windows)
+        self.uses[self.containment.cost_key] += len(drawn.tokens)
+        self.scoring_flops += self.containment.flops(len(drawn.tokens))
+        new_N = self.containment.score(drawn).cpu() < self.trials.again.cfg.contained
+        plain = marked(drawn, torch.full((len(new_N),), -1), new_N)
+        pool, back = self.trials.sort(plain, self.progress, windows)
+        self._tally(drawn, pool)
+        if back is not None:
+            self.queue = joined(self.queue, back)
+            self._kept(back)
+        if rest:
+            self.queue = joined(self.queue, pool)
+        elif len(pool.tokens):
+            self._score_into_queue(pool)
+
+    def _score_into_queue(self, pool: MarkedBatch) -> None:
         size = len(pool.tokens)
         score = self._score(pool)
         score_N = score.mean(-1) if score.dim() == 2 else score
         self.last_score_N = score_N
         rank_N = score_N.argsort(stable=True).argsort()
         stratum_N = (rank_N * self.controller.cfg.strata) // size
-        marked = _marked(pool, stratum_N, score_N.cpu() >= self.controller.cfg.seen * score_N.median().cpu())
-        if not on:
-            self._tally(pool, pool)
-            self.queue = _joined(self.queue, marked)
+        pool = replace(pool, stratum_B=stratum_N)
+        if self.controller.state != "on":
+            self.queue = joined(self.queue, pool)
             return
         aside = torch.zeros(size, dtype=torch.bool)
         count = max(1, round(self.controller.cfg.probe_share * size))
         aside[torch.randperm(size, generator=self.generator)[:count]] = True
         band = self.controller.band
         kept = (stratum_N >= band.first) & (stratum_N < band.stop) & ~aside
-        self._tally(pool, part(pool, kept | aside))
-        self.probe = _joined(self.probe, _cut(marked, aside))
-        self.queue = _joined(self.queue, _cut(marked, kept))
+        self._kept(cut(pool, ~(kept | aside)), -1)
+        self.probe = joined(self.probe, cut(pool, aside))
+        self.queue = joined(self.queue, cut(pool, kept))
+
+    def _kept(self, batch: MarkedBatch, times: int = 1) -> None:
+        """Count windows as kept after all, or, with -1, as not kept."""
+        self.kept_by_source += times * torch.bincount(batch.source.long(), minlength=len(self.source_names))
 
     @contextmanager
     def tap(self, model: nn.Module) -> Iterator[None]:
@@ -168,7 +200,12 @@ class AutoGate(Gate):
         self._found = found
 
     def observe(self, batch: GatedBatch, step: SparseStep, progress: float, cost_over_plain: float) -> None:
-        super().observe(batch, step, progress, cost_over_plain)
+        if self.trials.branch == "again":
+            self.rate.observe(cost_over_plain)  # the signal learns nothing of steps that are taken back
+        else:
+            super().observe(batch, step, progress, cost_over_plain)
+        if self.trials.branch and (judges := self.trials.after_step(progress)) is not None:
+            self.queue = joined(self.queue, judges)
         found, self._found = self._found or step.factors, {}
         if not self.observing or not found or not isinstance(batch, MarkedBatch):
             return
@@ -191,8 +228,13 @@ class AutoGate(Gate):
 
         pool, length = self.cfg.pool_windows, self.context.context
         weights = sum(layer.weight.numel() for layer in observed_layers(self.context.model).values())
+        judging = {SCORING_FORWARD: Component(SCORING_WINDOWS, self._judging_probe)} if self.trials.possible else {}
         return {
             self.signal.cost_key: Component(pool, scoring, self.signal.flops(pool)),
+            self.containment.cost_key: Component(
+                pool, lambda: self._containment().probe(pool), self.containment.flops(pool)
+            ),
+            **judging,
             OBSERVE: Component(OBSERVED_TOGETHER, self._observe_probe, 2 * OBSERVED_TOGETHER * length * weights),
         }
 
@@ -212,24 +254,42 @@ class AutoGate(Gate):
 
         return once
 
+    def _judging_probe(self) -> Callable[[], None]:
+        shape = (SCORING_WINDOWS, self.context.context + 1)
+        tokens = torch.randint(0, self.context.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+
+        def use() -> None:
+            forward_view(self.context, tokens, frozenset()).loss_BT.sum().item()
+
+        return use
+
     def notes(self) -> dict[str, float]:
-        """For the log: whether it gates, what it keeps, observed steps."""
+        """For the log: whether it gates, what it keeps, observed steps; what was seen before, whether that is dropped."""
         on = self.controller.state == "on"
         share = self.controller.band.share(self.controller.cfg.strata) if on else 1.0
-        return {"auto/on": float(on), "auto/keep": share, "auto/observed": float(self.controller.observed)}
+        again = self.trials.again
+        found = {"auto/on": float(on), "auto/keep": share, "auto/observed": float(self.controller.observed)}
+        return found | {
+            "auto/seen": again.share,
+            "auto/drops_seen": float(again.dropping),
+            "auto/trials": len(again.trials),
+        }
 
     # state
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict() | {"controller": self.controller.state_dict(), "steps": self.steps}
+        state |= {"trials": self.trials.state_dict(), "containment": self.containment.state_dict()}
         for key in ("queue", "probe"):
             if (held := getattr(self, key)) is not None:
-                state[key] = {name: value for name, value in vars(held).items() if value is not None}
+                state[key] = fields_of(held)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.controller.load_state_dict(state["controller"])
+        self.trials.load_state_dict(state["trials"])
+        self.containment.load_state_dict(state["containment"])
         self.steps = int(state["steps"])
         self.queue = MarkedBatch(**state["queue"]) if "queue" in state else None
         self.probe = MarkedBatch(**state["probe"]) if "probe" in state else None

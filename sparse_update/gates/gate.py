@@ -28,6 +28,7 @@ from sparse_update.signals import Signal, SignalContext, make_signal
 from sparse_update.step.backward import Stepper
 from sparse_update.step.plan import Chosen, SparseStep, StepPlan, View
 from sparse_update.weights.subset import Active
+from sparse_update.weights.undo import Undo
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +54,8 @@ class GateContext:
     reference: str = ""
     """folder of a checkpoint: the reference model"""
     known_tokens: Tensor | None = None
+    undo: Undo | None = None
+    """takes steps back; None where the weights that move change over the run, or several processes train"""
     step_key: Callable[[StepPlan, int, int], str] | None = None
     """component-time key of a step by plan, windows and length"""
 

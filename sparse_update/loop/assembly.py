@@ -36,6 +36,7 @@ from sparse_update.weights.lowrank import adapt
 from sparse_update.weights.optimizer import Optimizer
 from sparse_update.weights.settings import OptimConfig
 from sparse_update.weights.subset import Active, Subset, SubsetConfig
+from sparse_update.weights.undo import Undo
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ def make_trainer(
         step_key=lambda plan, batch, length: clock.key(clock.step(plan, batch, length)),
         reference=str(checkpoint_of(arm.gate.reference)) if arm.gate.reference else "",
         known_tokens=text.known_tokens,
+        undo=Undo(model, optimizer) if every_weight and mesh.size == 1 else None,
     )
     gate = make_gate(arm.gate, text.stream, context)
     budget = Budget(cfg, model.cfg.context, clock, gate, text.stream, mesh, growth)

@@ -3,7 +3,7 @@
 `make_signal("ngram", SignalContext(256, 128))` makes one, `@register_signal("mine")` adds one.
 """
 
-from sparse_update.signals import forward, gradients, memory, novelty, proxies, reference  # noqa: F401
+from sparse_update.signals import containment, forward, gradients, memory, novelty, proxies, reference  # noqa: F401
 from sparse_update.signals.base import (
     SIGNALS,
     Signal,
