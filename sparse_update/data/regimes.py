@@ -75,6 +75,19 @@ def held_out_starts(corpus: Corpus, cfg: DataConfig, context: int, tokens: int |
     return {"val": val_starts(corpus, context, tokens)}
 
 
+def judging(corpus: Corpus, cfg: DataConfig, context: int, tokens: int | None, count: int) -> torch.Tensor | None:
+    """Up to `count` windows of held-out text that are not in the set "val" of `held_out`, spread evenly, int64 (N, T + 1).
+
+    A gate may judge by them while it trains: what it is judged by in the end stays untouched. None where fewer than half of
+    `count` are left.
+    """
+    every = held_out_starts(corpus, cfg, context, None)["val"]
+    rest = np.setdiff1d(every, held_out_starts(corpus, cfg, context, tokens)["val"])
+    if 2 * len(rest) < count:
+        return None
+    return cut_at(corpus.val_tokens, _evenly(rest, min(count, len(rest))), context)
+
+
 @dataclass(frozen=True)
 class Preview:
     """Windows that a stream brings next, spread evenly over a stretch of it, and their most frequent source."""

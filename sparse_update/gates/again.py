@@ -3,7 +3,7 @@
 Gradients cannot see repetition: that of a repeat agrees with other windows' as well as that of new text does. What a
 repeat adds is seen only after several steps, because what is its own adds up instead of averaging out. So the run tries
 it: from one state it takes some steps on windows whose text was seen, goes back, takes as many steps on new windows, and
-compares by how much the loss on further new windows fell. The steps on new windows are the run's own and are kept; the
+compares by how much the loss on held-out text fell. The steps on new windows are the run's own and are kept; the
 steps that are taken back are paid for like any others. Where little of the stream was seen, nothing is tried.
 
 Shape letters: B windows of a step, N windows of a pool, M windows that judge.
@@ -35,17 +35,18 @@ class AgainConfig:
     latest: float = 0.4
     """No trial begins later: what is left would not repay it."""
     steps_share: float = 0.02
-    """Steps of a branch, over the steps of the run; at least `least_steps`, at most `most_steps`. At a learning rate that is
-    not decayed weights shake: the end of a branch moves by as much after 4 steps as after 16, while the difference that is
-    looked for grows with every step. So one long trial tells more than many short ones."""
+    """Steps of a branch, over the steps of the run; at least `least_steps`, at most `most_steps`. At a rate that is not decayed
+    weights shake: the end of a branch moves by as much after 4 steps as after 16, while the difference that is looked for
+    grows with every step. So one long trial tells more than many short ones."""
     least_steps: int = 6
     most_steps: int = 24
     judges: int = 128
-    """Windows that judge."""
+    """Windows that judge: held-out text that the run's own figure is not taken from, so that boilerplate which held-out
+    text has as well counts for what it is there; new windows of the stream where there is none."""
     noise: float = 2.0
     """Standard error of the difference between two branches, over its standard error across the windows that judge: another
     draw of the windows that a branch trains on moves it as well."""
-    sigma: float = 2.0
+    sigma: float = 1.5
     """Standard errors that the difference must exceed. To err is cheap: new text takes the place of what is dropped."""
     worth: float = 0.8
     """Seen windows are dropped where a step on them is worth at most this share of one on new windows."""

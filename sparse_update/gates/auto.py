@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from sparse_update.clock.component import SCORING_FORWARD, Component
 from sparse_update.gates.again import AgainConfig
 from sparse_update.gates.config import GateConfig
-from sparse_update.gates.controller import AutoConfig, Controller
+from sparse_update.gates.controller import AutoConfig, Controller, kept_by
 from sparse_update.gates.gate import Gate, GateContext, GatedBatch
 from sparse_update.gates.trial import MarkedBatch, Trials, cut, fields_of, joined, marked
 from sparse_update.gates.windows import SCORING_WINDOWS, forward_view
@@ -118,7 +118,8 @@ class AutoGate(Gate):
         self.progress = progress
         self.controller.advance(progress, self.steps)
         if length := self.trials.wanted(progress, self.steps, windows):
-            self.trials.begin(length, self._new(self.trials.again.cfg.judges, windows))
+            held_out = self.context.judges is not None
+            self.trials.begin(length, None if held_out else self._new(self.trials.again.cfg.judges, windows))
         state, branch = self.controller.state, self.trials.branch
         self.observing = state == "look" and branch != "again" and self.controller.observes(self.steps)
         if branch == "again":
@@ -179,8 +180,7 @@ class AutoGate(Gate):
         aside = torch.zeros(size, dtype=torch.bool)
         count = max(1, round(self.controller.cfg.probe_share * size))
         aside[torch.randperm(size, generator=self.generator)[:count]] = True
-        band = self.controller.band
-        kept = (stratum_N >= band.first) & (stratum_N < band.stop) & ~aside
+        kept = kept_by(score_N, self.controller.band, self.controller.cfg) & ~aside
         self._kept(cut(pool, ~(kept | aside)), -1)
         self.probe = joined(self.probe, cut(pool, aside))
         self.queue = joined(self.queue, cut(pool, kept))

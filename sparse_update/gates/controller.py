@@ -49,9 +49,10 @@ class AutoConfig:
     """Gain that is left after the price of scoring, to switch on."""
     revise: float = 2.0
     """Standard errors by which strata must lie beyond `worth`, for a band in force to move over them."""
-    border: int = 1
-    """Strata dropped beside a cut end: how much garbage a pool holds varies between pools by about half a stratum, and a
-    window that is dropped in vain costs its score alone, one that is kept in vain a step's share."""
+    reach: int = 1
+    """Strata on both sides of a cut end within which a pool is cut, at the widest gap between its scores: how much garbage a
+    pool holds varies by about half a stratum, and garbage is set off from text. A fixed border of one stratum (reach 0 cuts
+    at the stratum itself) lost 14 % of the text of four sources where the gap loses 0 to 3 % and keeps as little garbage."""
     least_kept: float = 0.5
     price: float = 0.012
     """Scoring a window over training on it: what was measured for "ngram" at width 64; wider models pay less."""
@@ -182,15 +183,6 @@ class Controller:
             first, stop = found
         return self.compare(first, stop)
 
-    def _bordered(self, band: Band) -> Band:
-        """`band` without the strata beside its cut ends, where enough is left."""
-        strata, border = self.cfg.strata, self.cfg.border
-        first = band.first + border if band.first else 0
-        stop = band.stop - border if band.stop < strata else strata
-        if stop - first < max(1, round(self.cfg.least_kept * strata)):
-            return band
-        return self.compare(first, stop) or band
-
     def mean_value(self, band: Band) -> tuple[float, float]:
         """(mean agreement of kept windows that lie apart, its standard error over observed steps)."""
         value = self.values(band.first, band.stop)
@@ -219,7 +211,7 @@ class Controller:
         elif not looking:
             self._revise(best, progress, price, numbers)
         elif numbers["net_gain"] - self.cfg.sigma * best.error > 1 + self.cfg.margin and best.worth <= self.cfg.nothing:
-            self._keep(self._bordered(best), progress, "the gain is significant and repays scoring", numbers)
+            self._keep(best, progress, "the gain is significant and repays scoring", numbers)
         elif last:
             self._rest(progress, "no band pays significantly", **numbers, best=asdict(best))
 
@@ -231,7 +223,6 @@ class Controller:
             self.band = Band(0, self.cfg.strata)
             self._rest(progress, "keeping a band no longer pays", **numbers)
             return
-        best = self._bordered(best)
         first = self._edge(held.first, best.first, held)
         stop = self._edge(held.stop, best.stop, held)
         if (first, stop) == (held.first, held.stop) or stop - first < self.cfg.least_kept * self.cfg.strata:
@@ -285,6 +276,30 @@ class Controller:
         self.band = Band(**state["band"])
         self.sums, self.counts = state["sums"].clone(), state["counts"].clone()
         self.decisions = [dict(record) for record in state["decisions"]]
+
+
+def kept_by(score_N: Tensor, band: Band, cfg: AutoConfig) -> Tensor:
+    """Which windows of a pool `band` keeps, bool (N,): each cut end lies at the widest gap between neighbouring scores that
+    is at most `reach` strata away; of equal gaps, at the one with the fewest windows dropped."""
+    score_N = score_N.detach().cpu()
+    size, order_N = len(score_N), score_N.argsort(stable=True)
+    gap_N = score_N[order_N].diff()  # gap i: between ranks i and i + 1
+
+    def end(stratum: int, low: bool) -> int:
+        """Rank of the first window behind the cut."""
+        place, reach = stratum * size // cfg.strata, cfg.reach * size // cfg.strata
+        first, stop = max(1, place - reach), min(size - 1, place + reach)
+        if not cfg.reach or stop < first:
+            return place
+        near = gap_N[first - 1 : stop]
+        widest = (near == near.max()).nonzero()[:, 0]
+        return first + int(widest[0] if low else widest[-1])
+
+    start = end(band.first, True) if band.first else 0
+    stop = end(band.stop, False) if band.stop < cfg.strata else size
+    kept = torch.zeros(size, dtype=torch.bool)
+    kept[order_N[start : max(start, stop)]] = True
+    return kept
 
 
 def _jackknife(value: Tensor) -> float:

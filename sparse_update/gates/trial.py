@@ -102,8 +102,9 @@ class Trials:
         held = 0 if self.held is None else len(self.held.tokens)
         return length if held >= length * windows else 0
 
-    def begin(self, length: int, judges: MarkedBatch) -> None:
-        """Remember the state and start with the branch that is taken back."""
+    def begin(self, length: int, judges: MarkedBatch | None) -> None:
+        """Remember the state and start with the branch that is taken back. `judges`: new windows of the stream, where
+        `context.judges` has no held-out ones; they are not trained on before the end."""
         assert self.context.undo is not None
         self.branch, self.length, self.left = "again", length, length
         self.judges = judges
@@ -118,7 +119,7 @@ class Trials:
         return batch
 
     def after_step(self, progress: float) -> MarkedBatch | None:
-        """Told after each step. At the end of a trial the windows that judged come back, to be trained on."""
+        """Told after each step. At the end of a trial windows of the stream that judged come back, to be trained on."""
         self.left -= 1
         if self.left:
             return None
@@ -136,9 +137,9 @@ class Trials:
 
     def _losses(self) -> Tensor:
         """Loss of each window that judges, nats per token, (M,); charged."""
-        assert self.judges is not None
         assert self.context.model is not None
-        tokens = self.judges.tokens
+        tokens = self.context.judges if self.judges is None else self.judges.tokens
+        assert tokens is not None
         flops = plan_flops(self.context.model.cfg, len(tokens), PLAIN, None, self.context.context).forward
         self.charge(len(tokens), int(flops))
         parts = (forward_view(self.context, piece, frozenset()) for piece in tokens.split(SCORING_WINDOWS))

@@ -52,11 +52,13 @@ class Arm:
 @dataclass(frozen=True, eq=False)
 class Text:
     """What is read. `stream`: source of windows; `held_out`: windows by name, int64 (N, T + 1), on the CPU, "val" is the
-    headline; `known_tokens`: text that the model knows already, int64 (tokens,), for signals of novelty."""
+    headline; `known_tokens`: text that the model knows already, int64 (tokens,), for signals of novelty; `judges`: held-out
+    windows that are in none of those sets, int64 (N, T + 1), by which a gate may judge while it trains."""
 
     stream: Any
     held_out: Mapping[str, Tensor]
     known_tokens: Tensor | None = None
+    judges: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +137,7 @@ def make_trainer(
         step_key=lambda plan, batch, length: clock.key(clock.step(plan, batch, length)),
         reference=str(checkpoint_of(arm.gate.reference)) if arm.gate.reference else "",
         known_tokens=text.known_tokens,
+        judges=text.judges,
         undo=Undo(model, optimizer) if every_weight and mesh.size == 1 else None,
     )
     gate = make_gate(arm.gate, text.stream, context)

@@ -24,7 +24,8 @@ from hardware.meters.meter import Meter, measure_idle
 from hardware.meters.zeus import ZeusCheck, compare_all
 from sparse_update.clock.cost import ComponentTimes
 from sparse_update.data.records import Corpus
-from sparse_update.data.regimes import held_out, make_stream
+from sparse_update.data.regimes import held_out, judging, make_stream
+from sparse_update.gates.again import AgainConfig
 from sparse_update.loop.assembly import Arm, Place, Prices, Text, make_trainer
 from sparse_update.loop.checkpoint import load_checkpoint
 from sparse_update.loop.evaluation import start_from
@@ -48,6 +49,7 @@ def run_arm(
         start_from(model, cfg.trainer.init_from)
     stream = make_stream(corpus, cfg.data, cfg.model.context, cfg.seed)
     windows = held_out(corpus, cfg.data, cfg.model.context, cfg.trainer.eval_tokens or None)
+    judges = judging(corpus, cfg.data, cfg.model.context, cfg.trainer.eval_tokens or None, AgainConfig().judges)
     meta = {
         "config": resolved,
         "model": asdict(cfg.model),
@@ -85,7 +87,7 @@ def run_arm(
             model,
             Arm(cfg.gate, cfg.subset, cfg.optim, cfg.growth),
             cfg.trainer,
-            Text(stream, windows, corpus.known_tokens),
+            Text(stream, windows, corpus.known_tokens, judges),
             Prices(times, lambda table, steps, components: extended(cfg, device, table, steps, components)),
             Place(folder, meta),
             cfg.seed,

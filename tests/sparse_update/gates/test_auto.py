@@ -10,7 +10,7 @@ from torch import nn
 from sparse_update.data.records import Batch
 from sparse_update.gates.auto import OBSERVE, AutoGate, agreement, observed_layers
 from sparse_update.gates.config import GateConfig
-from sparse_update.gates.controller import AutoConfig, Controller
+from sparse_update.gates.controller import AutoConfig, Band, Controller, kept_by
 from sparse_update.gates.gate import GateContext
 from sparse_update.nested import pack, unpack
 from sparse_update.signals.gradients import tapped
@@ -36,7 +36,7 @@ def feed(controller, along, steps, seed=0, noise=0.13, windows=32, price=0.015):
 
 
 def looking(allowed=30, **changes):
-    controller = Controller(AutoConfig(**{"border": 0, **changes}))
+    controller = Controller(AutoConfig(**changes))
     controller.phase, controller.allowed = 1, allowed
     return controller
 
@@ -100,11 +100,24 @@ def test_a_minority_that_is_worth_something_stays():
     assert feed(looking(nothing=0.2), [0.5] * 12 + [0.13] * 4, 30, noise=0.02).state == "rest"
 
 
-def test_the_strata_beside_a_cut_end_go_too_where_enough_is_left():
-    band = feed(looking(border=1), [0.45] * 13 + [0.0] * 3, 30).band
-    assert (band.first, band.stop) == (0, 12)
-    band = feed(looking(border=1), [0.0] * 8 + [0.45] * 8, 30).band
-    assert (band.first, band.stop) == (8, 16)
+def test_a_pool_is_cut_at_the_widest_gap_near_the_end_of_the_band():
+    generator = torch.Generator().manual_seed(0)
+    text, cfg = torch.rand(200, generator=generator), AutoConfig()
+    for garbage in (44, 50, 56):  # of about 250: 12.4 to 13.2 of 16 strata are text
+        noise = 3 + torch.rand(garbage, generator=generator)
+        order = torch.randperm(200 + garbage, generator=generator)
+        score = torch.cat((text, noise))[order]
+        assert torch.equal(kept_by(score, Band(0, 13), cfg), score < 2)
+    score = torch.cat((text, text[:30] / 1000 - 1))  # repeats, far below
+    assert torch.equal(kept_by(score, Band(2, 16), cfg), score > -0.5)
+    assert kept_by(score, Band(0, 16), cfg).all()
+
+
+def test_without_reach_and_with_equal_gaps_a_pool_is_cut_by_rank():
+    score = torch.arange(64.0)[torch.randperm(64, generator=torch.Generator().manual_seed(1))]
+    assert torch.equal(kept_by(score, Band(2, 12), AutoConfig(reach=0)), (score >= 8) & (score < 48))
+    # all gaps alike: the fewest windows go
+    assert torch.equal(kept_by(score, Band(2, 12), AutoConfig()), (score >= 4) & (score < 52))
 
 
 def test_the_most_surprising_ranks_stay_where_they_are_what_is_new():
@@ -221,7 +234,7 @@ class Run:
         self.model, self.total, self.trace = Transformer(shape), total, []
         cfg = GateConfig(name="auto", unit="auto", pool_windows=32, ngram_bits=14)
         context = GateContext(V, T, 0, model=self.model)
-        settings = AutoConfig(strata=8, border=0, least=8, quotas=(0.2, 0.25, 0.3, 0.35), apart=0.125, probe_share=1 / 16)
+        settings = AutoConfig(strata=8, least=8, quotas=(0.2, 0.25, 0.3, 0.35), apart=0.125, probe_share=1 / 16)
         self.gate = AutoGate(cfg, Stream(noise), context, settings)
         self.step = 0
 
@@ -301,7 +314,7 @@ def test_components_are_timed_and_a_signal_after_the_forward_is_refused():
         component.make()()
         assert component.uses >= 1
         assert component.flops > 0
-        assert key in ("signal[ngram]", OBSERVE)
+        assert key in ("signal[ngram]", "signal[containment]", OBSERVE)
     with pytest.raises(ValueError, match="before the forward"):
         AutoGate(GateConfig(name="auto", unit="auto", signal="token_loss"), Stream(0.0), GateContext(V, T, 0))
 
