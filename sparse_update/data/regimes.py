@@ -76,13 +76,13 @@ def held_out_starts(corpus: Corpus, cfg: DataConfig, context: int, tokens: int |
 
 
 def judging(corpus: Corpus, cfg: DataConfig, context: int, tokens: int | None, count: int) -> torch.Tensor | None:
-    """Up to `count` windows of held-out text that are not in the set "val" of `held_out`, spread evenly, int64 (N, T + 1).
+    """Up to `count` windows of held-out text that are in no set of `held_out`, spread evenly, int64 (N, T + 1).
 
-    A gate may judge by them while it trains: what it is judged by in the end stays untouched. None where fewer than half of
-    `count` are left.
+    They are of the text of "val". A gate may judge by them while it trains: what it is judged by in the end stays
+    untouched. None where fewer than half of `count` are left.
     """
     every = held_out_starts(corpus, cfg, context, None)["val"]
-    rest = np.setdiff1d(every, held_out_starts(corpus, cfg, context, tokens)["val"])
+    rest = np.setdiff1d(every, np.concatenate(list(held_out_starts(corpus, cfg, context, tokens).values())))
     if 2 * len(rest) < count:
         return None
     return cut_at(corpus.val_tokens, _evenly(rest, min(count, len(rest))), context)

@@ -35,9 +35,9 @@ class AgainConfig:
     latest: float = 0.4
     """No trial begins later: what is left would not repay it."""
     steps_share: float = 0.02
-    """Steps of a branch, over the steps of the run; at least `least_steps`, at most `most_steps`. At a rate that is not decayed
-    weights shake: the end of a branch moves by as much after 4 steps as after 16, while the difference that is looked for
-    grows with every step. So one long trial tells more than many short ones."""
+    """Steps of a branch, over the steps of the run; at least `least_steps`, at most `most_steps`. At a rate that is not
+    decayed weights shake: the end of a branch moves by as much after 4 steps as after 16, while the difference that is
+    looked for grows with every step. So one long trial tells more than many short ones."""
     least_steps: int = 6
     most_steps: int = 24
     judges: int = 128

@@ -3,9 +3,9 @@
 On a few observed steps each window's gradient is taken out of the step's own backward, and held against those of the other
 windows: what training on the one does for the other. The cosines are averaged over pairs of ranks of a cheap score made
 before the forward. Those windows are a uniform draw that is never gated, and only windows of unlike rank vouch for each
-other, so that garbage does not vouch for itself. What the score shows to have been seen before counts as nothing. From this
+other, so that garbage does not vouch for itself. What was seen before counts as nothing. From this
 the controller finds which ranks at the ends do little for those that are kept; it drops them where the gain is significant
-and exceeds the price of scoring, and rests otherwise.
+and exceeds the price of scoring, and rests otherwise. Repetition, which gradients do not show, is tried apart (`again.py`).
 
 Shape letters: B windows of a step, N windows of a pool, S strata, R observed steps, I inputs, O outputs.
 """

@@ -35,11 +35,6 @@ class AutoConfig:
     nothing: float = 0.3
     """It switches on only where all that it drops is worth at most this: noise was worth -0.4 to 0.25, the top ranks of
     clean text 0.5 to 1. A minority of another kind of text lies in between, and stays."""
-    seen: float = 0.5
-    """Windows whose score lies below this share of their pool's median count as seen before, and as worth nothing. Exact
-    repeats scored 0.1 to 0.45 of it, under 1 % of other text below 0.5; where half of the stream repeats, the median falls
-    too and few are recognised. A gradient cannot tell: a repeat's agrees with the others' as well as a new window's, but
-    what is its own adds up instead of averaging out."""
     upper: bool = True
     """Whether the most surprising ranks may go. Not where the score is novelty against known text: they are what it is for,
     and windows unlike them, the known ones, cannot judge them."""
@@ -50,9 +45,9 @@ class AutoConfig:
     revise: float = 2.0
     """Standard errors by which strata must lie beyond `worth`, for a band in force to move over them."""
     reach: int = 1
-    """Strata on both sides of a cut end within which a pool is cut, at the widest gap between its scores: how much garbage a
-    pool holds varies by about half a stratum, and garbage is set off from text. A fixed border of one stratum (reach 0 cuts
-    at the stratum itself) lost 14 % of the text of four sources where the gap loses 0 to 3 % and keeps as little garbage."""
+    """Strata on both sides of a cut end within which a pool is cut, at the widest gap between its scores: how much garbage
+    a pool holds varies by about half a stratum, and garbage is set off from text. Dropping one stratum more instead lost
+    14 % of the text of four sources, where the gap loses 0 to 3 %. 0 cuts at the stratum itself."""
     least_kept: float = 0.5
     price: float = 0.012
     """Scoring a window over training on it: what was measured for "ngram" at width 64; wider models pay less."""

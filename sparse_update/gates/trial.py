@@ -18,6 +18,7 @@ from sparse_update.gates.gate import GateContext, GatedBatch, join, part
 from sparse_update.gates.windows import SCORING_WINDOWS, forward_view
 from sparse_update.step.flops import plan_flops
 from sparse_update.step.plan import PLAIN
+from sparse_update.transformer import ModelConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,8 +141,8 @@ class Trials:
         assert self.context.model is not None
         tokens = self.context.judges if self.judges is None else self.judges.tokens
         assert tokens is not None
-        flops = plan_flops(self.context.model.cfg, len(tokens), PLAIN, None, self.context.context).forward
-        self.charge(len(tokens), int(flops))
+        cfg: ModelConfig = self.context.model.cfg  # type: ignore[assignment]
+        self.charge(len(tokens), plan_flops(cfg, len(tokens), PLAIN, None, self.context.context).forward)
         parts = (forward_view(self.context, piece, frozenset()) for piece in tokens.split(SCORING_WINDOWS))
         return torch.cat([view.loss_BT.mean(1).cpu() for view in parts])
 

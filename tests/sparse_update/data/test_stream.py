@@ -11,7 +11,7 @@ from sparse_update.data.domains import docs_and_code
 from sparse_update.data.filters import FilterStream
 from sparse_update.data.mixture import MixtureStream, Part
 from sparse_update.data.records import Corpus, CorpusError, Document, Span
-from sparse_update.data.regimes import DOCUMENT_WINDOWS, held_out, held_out_starts, make_stream, prequential
+from sparse_update.data.regimes import DOCUMENT_WINDOWS, held_out, held_out_starts, judging, make_stream, prequential
 from sparse_update.data.sources import register_source, split
 from sparse_update.data.stream import WindowStream
 from sparse_update.data.tokens import ByteTokenizer
@@ -239,6 +239,21 @@ def test_held_out_sets_are_by_domain(made):
     assert set(map(tuple, sets["val"][50:].tolist())) <= set(map(tuple, sets["folio"].tolist()))
     corpus, cfg = made["redundant"]
     assert torch.equal(held_out(corpus, cfg, 64)["val"], val_windows(corpus, 64))
+
+
+def test_windows_that_judge_are_held_out_and_in_no_set_that_a_run_is_judged_by(made):
+    for name in ("familiar", "drift", "redundant"):
+        corpus, cfg = made[name]
+        sets = held_out(corpus, cfg, 64, 6400)
+        found = judging(corpus, cfg, 64, 6400, 40)
+        assert found.shape == (40, 65)
+        shown = {tuple(row) for windows in sets.values() for row in windows.tolist()}
+        assert shown.isdisjoint(map(tuple, found.tolist()))
+        every = set(map(tuple, held_out(corpus, cfg, 64)["val"].tolist()))
+        assert every.issuperset(map(tuple, found.tolist()))
+    assert judging(corpus, cfg, 64, None, 40) is None  # all is taken
+    few = judging(corpus, cfg, 64, 64 * (len(every) - 30), 40)
+    assert len(few) == 30
 
 
 def test_known_tokens_are_the_training_text_of_the_known_domain(made):
