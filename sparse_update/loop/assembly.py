@@ -138,7 +138,7 @@ def make_trainer(
         reference=str(checkpoint_of(arm.gate.reference)) if arm.gate.reference else "",
         known_tokens=text.known_tokens,
         judges=text.judges,
-        undo=Undo(model, optimizer) if every_weight and mesh.size == 1 else None,
+        undo=Undo(model, optimizer) if every_weight and mesh.size == 1 and not growth.grows else None,
     )
     gate = make_gate(arm.gate, text.stream, context)
     budget = Budget(cfg, model.cfg.context, clock, gate, text.stream, mesh, growth)
