@@ -23,11 +23,13 @@ import torch
 from scipy.optimize import nnls
 from torch import nn
 
+from experiments.benches import ratios
 from experiments.runs.output import add_json_argument, entry, finish
 from experiments.runs.plain_json import write_json
+from hardware.meters.ratios import Until, load, processor
 from sparse_update.own.arms import DENSE, OwnArm, gated
 from sparse_update.own.counting import Count
-from sparse_update.own.measure import in_turn, rehearse, timed
+from sparse_update.own.measure import OTHER, beside_dense, rehearse
 from sparse_update.own.prices import FLOPS, MODELLED, SCHEMA
 from sparse_update.own.task import UserTask
 from sparse_update.transformer import ModelConfig, Transformer
@@ -122,6 +124,8 @@ class Step:
     counts: Mapping[str, float]
     seconds: float
     over_plain: float
+    settled: bool = True
+    """Whether that ratio is known as well as it was to be; it is taken either way."""
 
 
 def counts_of(work: Mapping[str, Count]) -> dict[str, float]:
@@ -134,7 +138,7 @@ def counts_of(work: Mapping[str, Count]) -> dict[str, float]:
     return found
 
 
-def measured(setting: Setting, rounds: int) -> list[Step]:
+def measured(setting: Setting, until: Until) -> list[Step]:
     """The plain step of a setting, and every gated one timed in turn with it."""
     task, device = setting.task(), torch.device("cpu")
     plain = rehearse(task, OwnArm(DENSE), 0, device)
@@ -143,10 +147,11 @@ def measured(setting: Setting, rounds: int) -> list[Step]:
     for name, config in GATES.items():
         arm = gated(name, config)
         other = rehearse(task, arm, 0, device)
-        found = in_turn({DENSE: timed(plain.take, device), name: timed(other.take, device)}, rounds)
-        ratio = statistics.median(a / b for a, b in zip(found[name], found[DENSE], strict=True))
-        seconds += found[DENSE]
-        steps.append(Step(setting.name, name, arm.kind, counts_of(other.work), statistics.median(found[name]), ratio))
+        found = beside_dense(plain.take, other.take, device, until)
+        ratio = found.ratios[OTHER]
+        seconds += found.seconds[DENSE]
+        counts, typical = counts_of(other.work), statistics.median(found.seconds[OTHER])
+        steps.append(Step(setting.name, name, arm.kind, counts, typical, ratio.typical, ratio.settled))
     return [Step(setting.name, DENSE, DENSE, counts_of(plain.work), statistics.median(seconds), 1.0), *steps]
 
 
@@ -188,24 +193,32 @@ def _key(step: Step) -> tuple[str, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `spikegate bench any_module`."""
     parser = argparse.ArgumentParser(prog="spikegate bench any_module", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15, help="timings of each step, whose median counts (15)")
+    ratios.add_arguments(parser, most_rounds=60, most_s=120.0, beside=1)
     parser.add_argument("--settings", default="", help="names of settings with commas between them (all)")
     parser.add_argument("--out", type=Path, default=None, help="file for the table of prices")
     add_json_argument(parser)
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
     wanted = [s for s in SETTINGS if not given.settings or s.name in given.settings.split(",")]
-    if not wanted or given.rounds < 2:
-        print(f"any_module: settings are {', '.join(s.name for s in SETTINGS)}; two rounds at least", file=sys.stderr)
+    if not wanted:
+        print(f"any_module: settings are {', '.join(s.name for s in SETTINGS)}", file=sys.stderr)
         return 2
-    steps = [step for setting in wanted for step in measured(setting, given.rounds)]
+    try:
+        until = ratios.until(given)
+    except ValueError as error:
+        print(f"any_module: {error}", file=sys.stderr)
+        return 2
+    load_before = load()
+    steps = [step for setting in wanted for step in measured(setting, until)]
+    if noisy := [f"{step.setting} {step.gate}" for step in steps if not step.settled]:
+        print(f"too noisy, and taken as measured: {', '.join(noisy)}")
     prices, factors, check = fit(steps)
     for setting, gate, took, priced in check:
         print(f"{setting:<14} {gate:<14} {took:.3f} of a plain step, {priced:.3f} by the prices")
     about = {
-        "machine": "two virtual x86-64 cores of a shared AMD EPYC, AVX-512", "threads": 1, "torch": torch.__version__,
+        "machine": f"{processor()}, load {load_before} before and {load()} after", "threads": 1, "torch": torch.__version__,
         "precision": "fp32", "date": time.strftime("%Y-%m-%d"), "clock": "CPU seconds of one thread, beside other work",
-        "command": f"spikegate bench any_module --rounds {given.rounds}",
+        "command": f"spikegate bench any_module --rounds {given.rounds}", "too_noisy": noisy,
         "check_columns": ["setting", "gate", "measured over the plain step", "priced over the plain step"], "check": check,
     }  # fmt: skip
     table = {"schema": SCHEMA, "source": MODELLED, "name": "any_module_x86_1_thread", "prices_ps": prices}

@@ -1,32 +1,31 @@
 """`python -m experiments.bench attach`: what a gate on somebody's own model costs and saves, beside the plain model.
 
-All steps run in one process in turn, each on a copy of the model with its optimizer's step. The plain step is measured
-before and after the others of a round; a ratio is the median over rounds of an arm's time over their mean. conversion =
-(1 - time ratio) / (1 - FLOP ratio), where torch's counter counts the products of both. Memory is that of a process for
-each model, beside what the gate promises (`experiments.benches.attach_memory`).
+All steps run in one process in turn (`hardware.meters.ratios`), each on a copy of the model with its optimizer's step.
+Ratios are to the plain step, which is measured beside every second arm. conversion = (1 - time ratio) / (1 - FLOP ratio),
+where torch's counter counts the products of both. Memory is that of a process for each model, beside what the gate promises
+(`experiments.benches.attach_memory`).
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import platform
-import statistics
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from experiments.benches import ratios
 from experiments.benches.attach_arms import ARMS, BLOCKS, MODELS, Arm, Shape, build, count_flops, tokens
 from experiments.benches.attach_memory import Peak, peak_apart
 from experiments.runs.folder import git_state, versions
 from experiments.runs.output import add_json_argument, entry, finish
 from experiments.runs.plain_json import write_json
 from experiments.runs.progress import Bar
+from hardware.meters.ratios import TOO_NOISY, InTurn, Measured, Ratio, processor
 from sparse_update.step.kernels import can_compile
 
 SLOWEST_KEPT = 1.03
@@ -35,23 +34,20 @@ CONVERSION = {"transformer": 0.85, "llama": 0.75}
 """Share of the counted saving that token rows should turn into time, at least."""
 MEMORY_WITHIN = 0.05
 """How far measured memory may be from what was promised."""
+PLAIN = "plain"
 WARM_UP = 5
 """Rounds that are not counted: compilation, first state of the optimizer, backwards that a gate still checks."""
+DEFAULTS = {"most_s": 600.0, "warm_up": WARM_UP}
 
 
 def arguments_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="spikegate bench attach", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--models", default=",".join(MODELS), help=f"of {', '.join(MODELS)} (default: both)")
-    parser.add_argument("--rounds", type=int, default=9, help="measured rounds (default: 9)")
+    ratios.add_arguments(parser, **DEFAULTS)
+    ratios.add_clock_argument(parser)
     parser.add_argument("--compile", choices=("on", "off", "auto"), default="auto", help="auto: where a compiler is found")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
-    parser.add_argument(
-        "--clock",
-        choices=("wall", "cpu"),
-        default="wall",
-        help="cpu: seconds of this process, for machines that are shared",
-    )
     parser.add_argument("--memory", choices=("on", "off"), default="on", help="whether memory is measured, too")
     parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="also write the whole document there")
     for field in fields(Shape):
@@ -76,13 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         bench.interrupted = True
         print("interrupted: what was measured so far follows", file=sys.stderr)
     document = bench.document()
-    print_table(document)
+    print_table(document, {name: run.measured() for name, run in bench.runs.items()})
     file = None if options.out is None else write_json(options.out, document)
     finish(document, "bench-attach", file=file, headline=HEADLINE)
     return 130 if bench.interrupted else 0
 
 
-HEADLINE = ("targets", "shape", "clock", "rounds", "threads", "device", "interrupted")
+HEADLINE = ("targets", "shape", "clock", "threads", "device", "interrupted")
 
 
 @dataclass(frozen=True)
@@ -106,19 +102,15 @@ class Bench:
         self.models = options.models.split(",")
         if unknown := [name for name in self.models if name not in MODELS]:
             raise ValueError(f"--models {unknown[0]}: known are {', '.join(MODELS)}")
-        if options.rounds < 1:
-            raise ValueError(f"--rounds {options.rounds}: must be at least 1")
+        self.until = ratios.until(options)
         device = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         self.device = torch.device(device)
-        if options.clock == "cpu" and self.device.type != "cpu":
-            raise ValueError(f"--clock cpu with --device {device}: seconds of the processor say nothing about that")
+        ratios.check_clock(options.clock, self.device)
         if options.threads:
             torch.set_num_threads(options.threads)
         compiled = options.compile == "on" or (options.compile == "auto" and can_compile(self.device))
         self.cells = [Cell(name, mode) for name in self.models for mode in ((False, True) if compiled else (False,))]
-        self.plain_ms: dict[str, list[float]] = {}
-        self.arm_ms: dict[tuple[str, str], list[float]] = {}
-        self.ratios: dict[tuple[str, str], list[float]] = {}
+        self.runs: dict[str, InTurn] = {}
         self.flops: dict[tuple[str, str], int] = {}
         self.peaks: dict[tuple[str, str], Peak] = {}
         self.interrupted = False
@@ -129,7 +121,7 @@ class Bench:
         """FLOPs and times of every cell, then the memory of every model."""
         for cell in self.cells:
             self._measure_cell(cell)
-        arms = {"plain": None, "blocks 0.25": BLOCKS}
+        arms = {PLAIN: None, "blocks 0.25": BLOCKS}
         if self.options.memory == "on":
             with Bar("memory", len(self.models) * len(arms), "processes") as bar:
                 for name in self.models:
@@ -144,40 +136,19 @@ class Bench:
         plain = Arm(copy.deepcopy(model), x, y, None, cell.compiled)
         arms = {name: Arm(copy.deepcopy(model), x, y, config, cell.compiled) for name, config in ARMS.items()}
         if not cell.compiled:  # the counter does not see into compiled code; the products are the same
-            for name, arm in {"plain": plain, **arms}.items():
+            for name, arm in {PLAIN: plain, **arms}.items():
                 self.flops[cell.model, name] = count_flops(arm)
-        rounds = self.options.rounds
-        with Bar(cell.name, (rounds + WARM_UP) * (len(arms) + 2), "steps") as bar:
-            for turn in range(rounds + WARM_UP):
-                found: dict[str, float] = {}
-                before = self._time(plain)
-                bar.advance(note="warm-up" if turn < WARM_UP else f"round {turn - WARM_UP + 1} of {rounds}")
-                for name in [*arms] if turn % 2 == 0 else [*arms][::-1]:
-                    found[name] = self._time(arms[name])
-                    bar.advance()
-                after = self._time(plain)
-                bar.advance()
-                if turn >= WARM_UP:
-                    self.plain_ms.setdefault(cell.name, []).extend((before, after))
-                    for name, milliseconds in found.items():
-                        self.arm_ms.setdefault((cell.name, name), []).append(milliseconds)
-                        self.ratios.setdefault((cell.name, name), []).append(2 * milliseconds / (before + after))
-
-    def _time(self, arm: Arm) -> float:
-        clock = time.process_time if self.options.clock == "cpu" else time.perf_counter
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        start = clock()
-        arm.step()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return 1000 * (clock() - start)
+        probes = {
+            name: ratios.probe(one.step, self.device, self.options.clock) for name, one in {PLAIN: plain, **arms}.items()
+        }
+        self.runs[cell.name] = InTurn(probes, PLAIN, self.until, torch.get_num_threads())
+        self.runs[cell.name].run(lambda text: ratios.say(f"{cell.name}: {text}"))
 
     # report
 
     def document(self) -> dict[str, Any]:
         """What was measured, as JSON types."""
-        cells = {cell.name: self._cell(cell) for cell in self.cells if cell.name in self.plain_ms}
+        cells = {cell.name: self._cell(cell) for cell in self.cells if cell.name in self.runs}
         memory: dict[str, dict[str, Any]] = {name: {} for name in self.models}
         for (name, arm), found in self.peaks.items():
             memory[name][arm] = found.to_dict()
@@ -187,42 +158,39 @@ class Bench:
             "flops": {f"{model}/{arm}": count for (model, arm), count in self.flops.items()},
             "memory": memory if self.peaks else {},
             "shape": asdict(self.shape),
-            "rounds": self.options.rounds,
             "clock": self.options.clock,
             "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else _processor(),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else processor(),
             "versions": {**versions(), "transformers": _transformers()},
             "git": git_state(),
             "interrupted": self.interrupted,
         }
 
     def _cell(self, cell: Cell) -> dict[str, Any]:
-        arms: dict[str, Any] = {}
-        for name in ARMS:
-            ratios = self.ratios[cell.name, name]
-            time_ratio = statistics.median(ratios)
-            flop_ratio = self.flops[cell.model, name] / self.flops[cell.model, "plain"]
-            arms[name] = {
-                "ms": statistics.median(self.arm_ms[cell.name, name]),
-                "time_ratio": time_ratio,
-                "quartiles": _quartiles(ratios),
-                "flop_ratio": flop_ratio,
-                "conversion": (1 - time_ratio) / (1 - flop_ratio) if flop_ratio < 1 else None,
-            }
-        plain = self.plain_ms[cell.name]
-        return {"plain_ms": statistics.median(plain), "plain_quartiles_ms": _quartiles(plain), "arms": arms}
+        found = self.runs[cell.name].measured()
+        arms = {name: self._arm(cell, name, ratio) for name, ratio in found.ratios.items()}
+        return {"arms": arms, "measured": found.to_dict()}
+
+    def _arm(self, cell: Cell, name: str, ratio: Ratio) -> dict[str, Any]:
+        flop_ratio = self.flops[cell.model, name] / self.flops[cell.model, PLAIN]
+        conversion = ratios.converted(ratio, flop_ratio)
+        return {
+            "time": ratio.to_dict(), "flop_ratio": flop_ratio, "conversion": conversion["median"],
+            "conversion_best": conversion["best"], "conversion_interval": [conversion["low"], conversion["high"]],
+        }  # fmt: skip
 
     def _targets(self, cells: dict[str, Any], memory: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+        """Each with `met`, null where the time was too noisy to say."""
         found = []
         for cell, record in cells.items():
             for name, arm in record["arms"].items():
-                if arm["conversion"] is None:
-                    value, wanted, met = arm["time_ratio"], f"<= {SLOWEST_KEPT}", arm["time_ratio"] <= SLOWEST_KEPT
-                    what = "time over plain"
+                if arm["flop_ratio"] >= 1:
+                    value, wanted, what = arm["time"]["median"], f"<= {SLOWEST_KEPT}", "time over plain"
+                    met = None if value is None else value <= SLOWEST_KEPT
                 else:
                     least = CONVERSION[cell.split("/")[0]]
-                    value, wanted, met = arm["conversion"], f">= {least}", arm["conversion"] >= least
-                    what = "conversion"
+                    value, wanted, what = arm["conversion"], f">= {least}", "conversion"
+                    met = None if value is None else value >= least
                 found.append({"of": f"{cell}, {name}", "what": what, "value": value, "target": wanted, "met": met})
         for model, arms in memory.items():
             for name, record in arms.items():
@@ -235,23 +203,6 @@ class Bench:
         return found
 
 
-def _quartiles(values: list[float]) -> list[float]:
-    """Lower and upper quartile; the value itself, twice, where there is one."""
-    if len(values) < 2:
-        return [values[0], values[0]]
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return [low, high]
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def _transformers() -> str | None:
     from importlib.metadata import PackageNotFoundError, version
 
@@ -261,7 +212,7 @@ def _transformers() -> str | None:
         return None
 
 
-def print_table(document: dict[str, Any]) -> None:
+def print_table(document: dict[str, Any], runs: Mapping[str, Measured]) -> None:
     """The document for people."""
     s = document["shape"]
     print(f"{s['layers']} blocks of width {s['width']}, hidden {s['hidden']}, {s['heads']} heads, vocabulary {s['vocab']}")
@@ -269,18 +220,16 @@ def print_table(document: dict[str, Any]) -> None:
         f"{s['batch']} x {s['length']} tokens; {document['threads']} threads, {document['device']}; "
         f"{document['clock']} clock"
     )
-    print(f"  {'step':<32}{'ms':>9}{'time':>8}{'quartiles':>16}{'FLOPs':>8}{'conversion':>12}")
+    print(f"  {'step':<32}{ratios.HEADER}{'FLOPs':>8}{'conversion':>12}")
     for cell, record in document["cells"].items():
-        low, high = record["plain_quartiles_ms"]
-        spread = f"{low:.0f} .. {high:.0f} ms"
-        print(f"  {cell + ' plain':<32}{record['plain_ms']:>9.1f}{1:>8.3f}{spread:>16}{1:>8.3f}")
-        for name, arm in record["arms"].items():
-            low, high = arm["quartiles"]
-            share = "" if arm["conversion"] is None else f"{arm['conversion']:.2f}"
-            print(
-                f"  {cell + ' ' + name:<32}{arm['ms']:>9.1f}{arm['time_ratio']:>8.3f}{f'{low:.3f} .. {high:.3f}':>16}"
-                f"{arm['flop_ratio']:>8.3f}{share:>12}"
-            )
+        found = runs[cell]
+        if found.seconds[PLAIN]:
+            print(f"  {cell + ' plain':<32}{1000 * found.median_s(PLAIN):>8.1f} ms")
+        for name, ratio in found.ratios.items():
+            arm = record["arms"][name]
+            share = "" if arm["flop_ratio"] >= 1 else ratios.shown(arm["conversion"])
+            print(f"  {cell + ' ' + name:<32}{ratios.columns(ratio)}{arm['flop_ratio']:>8.3f}{share:>12}")
+        print(f"  {ratios.legend(found, document['clock'])}")
     for model, arms in document["memory"].items():
         for name, record in arms.items():
             print(
@@ -288,5 +237,7 @@ def print_table(document: dict[str, Any]) -> None:
                 f"{record['promised'] / 2**20:.1f}: {record['ratio']:.3f}"
             )
     for target in document["targets"]:
-        verdict = "met" if target["met"] else "MISSED"
-        print(f"  {target['of']}: {target['what']} {target['value']:.3f}, target {target['target']}: {verdict}")
+        verdict = TOO_NOISY if target["met"] is None else "met" if target["met"] else "MISSED"
+        print(
+            f"  {target['of']}: {target['what']} {ratios.shown(target['value'], 3)}, target {target['target']}: {verdict}"
+        )

@@ -8,24 +8,25 @@ than +0.05 nats against a float control of as many further steps: from a frontie
 (--frontier), or from a short setting of it, run here: more steps reach fewer operations.
 
 The last line is JSON: `delta_nats_w8a8`, `synops_fraction_at_0.05` (null where no point qualifies or none was measured:
-`frontier` says which), `mapped_mac_share`, `tokens_per_s` {"float", "deployed", "ratio"}, and what they come from.
+`frontier` says which), `mapped_mac_share`, `tokens_per_s` {"float", "deployed", "ratio" (null where too noisy), its
+interval, "ratio_best", and the machine with its load}, and what they come from.
 Exit codes: 0 done; 1 a run or a file cannot be used; 2 the command is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from experiments.benches import ratios
 from experiments.benches.families import report
 from experiments.benches.families.table import table
 from experiments.deploy import DeployConfig, calibration_windows, converted, load_run
@@ -34,6 +35,7 @@ from experiments.runs.folder import RunError, read_json
 from experiments.runs.output import add_json_argument, entry, finish
 from experiments.studies.activity import qualifying, summary
 from experiments.studies.frontier import Frontier, Points
+from hardware.meters.ratios import InTurn, Probe, Until
 from hardware.placement import DoesNotFit
 from neuro.analysis.compatibility import NothingToMap
 from neuro.analysis.tracing import evaluating
@@ -75,17 +77,28 @@ def own_run(folder: Path, tokens: int) -> Path:
     return run
 
 
-def tokens_per_s(models: dict[str, nn.Module], tokens_BT: Tensor, rounds: int) -> dict[str, float]:
-    """Medians over rounds in which every model reads the same tokens once, one after the other."""
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for number in range(rounds + 1):
-        for name, model in models.items():
+def tokens_per_s(plain: nn.Module, deployed: nn.Module, tokens_BT: Tensor, until: Until) -> dict[str, Any]:
+    """Speed of both at the same tokens, measured in turn: medians, and the deployed model's share of the float one's.
+
+    `ratio` is null where it is too noisy; its interval and the best, out of the shortest times, are there all the same.
+    """
+
+    def reads(model: nn.Module) -> Probe:
+        def call() -> None:
             with evaluating(model):
-                start = time.perf_counter()
                 model(tokens_BT)
-                if number:  # the first round warms up
-                    seconds[name].append(time.perf_counter() - start)
-    return {name: tokens_BT.numel() / statistics.median(each) for name, each in seconds.items()}
+
+        return ratios.probe(call, tokens_BT.device)
+
+    run = InTurn({"float": reads(plain), "deployed": reads(deployed)}, "float", until, torch.get_num_threads())
+    found = run.run(lambda text: say(f"tokens a second: {text}"))
+    slower = found.ratios["deployed"]  # its time over the float model's: the speeds' ratio is the inverse
+    return {
+        **{name: tokens_BT.numel() / found.median_s(name) for name in ("float", "deployed")},
+        "ratio": None if slower.median is None else 1 / slower.median, "ratio_best": 1 / slower.best,
+        "ratio_interval": None if slower.low is None or slower.high is None else [1 / slower.high, 1 / slower.low],
+        "verdict": slower.verdict, "rounds": slower.rounds, "machine": asdict(found.machine),
+    }  # fmt: skip
 
 
 def frontier(run: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -140,13 +153,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     chip = held_out_loss(simulated, windows)
     mapped = [c for c in simulated.counts() if not c.host]
     less = chip.less(plain)
-    speeds = tokens_per_s({"float": model, "deployed": simulated}, windows[:TIMED_WINDOWS, :-1], args.rounds)
+    speeds = tokens_per_s(model, simulated, windows[:TIMED_WINDOWS, :-1], ratios.until(args))
     found = frontier(run, args)
     return {
         "delta_nats_w8a8": less["mean"],
         "synops_fraction_at_0.05": found["synops_fraction_at_0.05"],
         "mapped_mac_share": report.mac_share,
-        "tokens_per_s": speeds | {"ratio": speeds["deployed"] / speeds["float"]},
+        "tokens_per_s": speeds,
         "delta_nats_w8a8_interval": [less["low"], less["high"]],
         "delta_nats_quantised": twin.less(plain)["mean"],
         "loss_float_nats": plain.nats,
@@ -157,7 +170,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "model": model.cfg.name,
         "chip": report.chip,
         "threads": torch.get_num_threads(),
-        "rounds": args.rounds,
     }
 
 
@@ -174,9 +186,8 @@ def print_table(found: dict[str, Any]) -> None:
     print(f"  synaptic operations       {found['synops_fraction_w8a8']:.1%} of dense MACs as converted")
     print(f"  at most +0.05 nats        {'none' if best is None else f'{best:.1%}'} ({found['frontier']['source']})")
     print(f"  mapped                    {found['mapped_mac_share']:.1%} of all MACs")
-    print(
-        f"  tokens/s                  float {speed['float']:,.0f}, deployed {speed['deployed']:,.0f}: {speed['ratio']:.4f}"
-    )
+    share = ratios.shown(speed["ratio"], 4)
+    print(f"  tokens/s                  float {speed['float']:,.0f}, deployed {speed['deployed']:,.0f}: {share}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -206,7 +217,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--record", type=Path, default=None, metavar="FOLDER", help="write that table there, as page and JSON"
     )
-    made.add_argument("--rounds", type=positive, default=5, help="timed rounds (default: 5)")
+    ratios.add_arguments(made, most_s=120.0)
     made.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
     add_json_argument(made)
     return made
@@ -246,6 +257,11 @@ def say(text: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; see the module for exit codes."""
     args = parser().parse_args(argv)
+    try:
+        ratios.until(args)
+    except ValueError as error:
+        print(f"bench conversion: {error}", file=sys.stderr)
+        return 2
     if args.frontier_steps < 0 or args.threads < 0:
         print("bench conversion: --frontier-steps and --threads are at least 0", file=sys.stderr)
         return 2

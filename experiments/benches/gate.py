@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ def arguments_parser() -> argparse.ArgumentParser:
         "--vocab", type=int, default=256, help="vocabulary where the model's file gives none (default: 256, bytes)"
     )
     ratios.add_arguments(parser, **DEFAULTS)
+    ratios.add_clock_argument(parser)
     parser.add_argument("--rates", default="0.5,0.25", help="kept shares (default: 0.5,0.25)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     parser.add_argument(
@@ -119,6 +120,7 @@ class Bench:
             torch.set_num_threads(options.threads)
         name = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         self.device = torch.device(name)
+        ratios.check_clock(options.clock, self.device)
         self.compiled = options.compile == "on" or (options.compile == "auto" and can_compile(self.device))
         self.interrupted = False
         self.steps = Steps(self.cfg, options.batch, self.device, options.block_rows)
@@ -132,7 +134,7 @@ class Bench:
     def measure(self) -> None:
         """The dense steps, of which the fastest is the reference; then every kind of step and its products beside it."""
         variants = {name: self.steps.dense(name) for name in names(self._precisions(), self.compiled)}
-        probes = {name: ratios.probe(step, self.device) for name, step in variants.items()}
+        probes = {name: self._probe(step) for name, step in variants.items()}
         few = Until(
             **{**asdict(self.until), "most_rounds": min(self.until.most_rounds, DENSE_ROUNDS), "beside": len(probes)}
         )
@@ -146,6 +148,9 @@ class Bench:
         self.gated = InTurn({reference: probes[reference], **found}, reference, self.until, torch.get_num_threads())
         self.gated.run(lambda text: ratios.say(f"gated steps: {text}"))
 
+    def _probe(self, step: Callable[[], object]) -> Probe:
+        return ratios.probe(step, self.device, self.options.clock)
+
     def _precisions(self) -> tuple[str, ...]:
         if self.options.precision != "auto":
             return (self.options.precision,)
@@ -158,14 +163,14 @@ class Bench:
 
     def _arm_probe(self, name: str, arm: Arm) -> Probe:
         """Seconds of one step and its share of the choice of weights; the mean over a cycle where turns differ."""
-        step = ratios.probe(arm.step, self.device)
+        step = self._probe(arm.step)
         turns = [0]
 
         def once() -> float:
             moved = 0.0
             if arm.turn is not None:
                 turn, turns[0] = arm.turn, turns[0] + 1
-                moved = ratios.probe(lambda: turn(turns[0]), self.device)() / arm.every
+                moved = self._probe(lambda: turn(turns[0]))() / arm.every
                 arm.step()  # the first step with fresh state allocates it: once in `every` steps, not in each
             seconds = step()
             self.flops.setdefault(name, []).append(arm.flops())
@@ -184,7 +189,7 @@ class Bench:
         return {PRODUCTS + name: self._replayed(recordings) for name, recordings in found.items()}
 
     def _replayed(self, recordings: list[Recording]) -> Probe:
-        whole = ratios.probe(replay(*recordings), self.device)
+        whole = self._probe(replay(*recordings))
         return lambda: whole() / len(recordings)
 
     # report
@@ -215,6 +220,7 @@ class Bench:
             "gated_steps_run": self.how.name,
             "model": asdict(self.cfg),
             "batch": self.options.batch,
+            "clock": self.options.clock,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "torch": torch.__version__,
             "interrupted": self.interrupted,
@@ -281,10 +287,6 @@ def _targets(steps: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]
     return found
 
 
-def _shown(value: float | None, width: int, digits: int = 2) -> str:
-    return f"{'noisy' if value is None else f'{value:.{digits}f}':>{width}}"
-
-
 def print_table(document: dict[str, Any], bench: Bench) -> None:
     """The document for people."""
     model = document["model"]
@@ -307,11 +309,11 @@ def print_table(document: dict[str, Any], bench: Bench) -> None:
             assert gated is not None
             print(
                 f"  {kind:<20}{rate:>6}{ratios.columns(gated.ratios[f'{kind} {rate}'])}{row['flop_ratio']:>8.3f}"
-                f"{_shown(row['conversion'], 12)}{_shown(row['conversion_best'], 7)}{_shown(row['bound'], 7)}"
-                f"{_shown(row['of_bound'], 7)}"
+                f"{ratios.shown(row['conversion']):>12}{ratios.shown(row['conversion_best']):>7}"
+                f"{ratios.shown(row['bound']):>7}{ratios.shown(row['of_bound']):>7}"
             )
     if gated is not None:
-        print(f"  {ratios.legend(gated)}")
+        print(f"  {ratios.legend(gated, bench.options.clock)}")
         print("  bound: the conversion of a step that saves exactly its products' measured time")
     for target in document["targets"]:
         reached = "" if target["of_bound"] is None else f"{target['of_bound']:.2f}, "

@@ -16,12 +16,13 @@ import torch
 
 from hardware.meters.ratios import Measured, Probe, Ratio, Until, timed
 
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 HEADER = f"{'median':>8}{'interval':>18}{'best':>8}{'rounds':>8}"
 """Over the columns of `columns`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, **defaults: float) -> None:
-    """`--rounds`, `--seconds`, `--width`, `--seed`: the ceiling, and when a ratio is known well enough.
+    """`--rounds`, `--seconds`, `--interval`, `--seed`: the ceiling, and when a ratio is known well enough.
 
     Args:
         defaults: other than those of `Until`, by its names.
@@ -37,11 +38,19 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: float) -> None:
         help=f"seconds of one measurement at most (default: {until.most_s:g})",
     )
     parser.add_argument(
-        "--width", type=float, default=until.width,
+        "--interval", type=float, default=until.width,
         help=f"an arm is done when the interval of its ratio is so narrow, as a share of it (default: {until.width:g})",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=until.seed, help="of the order of the arms (default: 0)")
     parser.set_defaults(until_beside=until.beside, until_warm_up=until.warm_up, until_least=until.least_rounds)
+
+
+def add_clock_argument(parser: argparse.ArgumentParser) -> None:
+    """`--clock`, for arms that all run in this process."""
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall",
+        help="cpu: seconds that this process's threads had a processor, for machines that are shared (default: wall)",
+    )  # fmt: skip
 
 
 def until(options: argparse.Namespace) -> Until:
@@ -51,15 +60,21 @@ def until(options: argparse.Namespace) -> Until:
         ValueError: a value outside its range; names the option's field.
     """
     return Until(
-        width=options.width, least_rounds=min(options.until_least, max(1, options.rounds)), most_rounds=options.rounds,
+        width=options.interval, least_rounds=min(options.until_least, max(1, options.rounds)), most_rounds=options.rounds,
         most_s=options.seconds, warm_up=options.until_warm_up, beside=options.until_beside, seed=options.seed,
     )  # fmt: skip
 
 
-def probe(call: Callable[[], object], device: torch.device, least_s: float = 0.0) -> Probe:
-    """Seconds of one call by the wall clock, the device's work included."""
+def check_clock(clock: str, device: torch.device) -> None:
+    """Raises ValueError where the clock sees nothing of what the device does."""
+    if clock == "cpu" and device.type != "cpu":
+        raise ValueError(f"--clock cpu with --device {device}: seconds of the processor say nothing about that")
+
+
+def probe(call: Callable[[], object], device: torch.device, clock: str = "wall", least_s: float = 0.0) -> Probe:
+    """Seconds of one call by a clock of `CLOCKS`, the device's work included."""
     wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else None
-    return timed(call, time.perf_counter, wait, least_s)
+    return timed(call, CLOCKS[clock], wait, least_s)
 
 
 def columns(ratio: Ratio) -> str:
@@ -69,13 +84,19 @@ def columns(ratio: Ratio) -> str:
     return f"{middle:>8}{ends:>18}{ratio.best:>8.3f}{ratio.rounds:>8}"
 
 
-def legend(found: Measured) -> str:
+def shown(value: float | None, digits: int = 2) -> str:
+    """A number, or "noisy" where there is none."""
+    return "noisy" if value is None else f"{value:.{digits}f}"
+
+
+def legend(found: Measured, clock: str = "wall") -> str:
     """One line under a table: the machine, its load, and what the columns mean."""
     until = found.until
     noisy = sum(not ratio.settled for ratio in found.ratios.values())
     tail = f"; {noisy} of {len(found.ratios)} too noisy at the ceiling" if noisy else ""
+    of = "" if clock == "wall" else " of CPU seconds"
     return (
-        f"{found.machine}; medians over {found.rounds} rounds in {found.spent_s:.0f} s, with 95 % intervals of at most "
+        f"{found.machine}; medians{of} over {found.rounds} rounds in {found.spent_s:.0f} s, with 95 % intervals of at most "
         f"{until.width:.0%} of them{tail}; best: ratio of the shortest times"
     )
 

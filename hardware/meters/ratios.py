@@ -204,6 +204,22 @@ def timed(
     return probe
 
 
+def rounds_of(probes: Mapping[str, Probe], rounds: int, warm_up: int = 2, seed: int = 0) -> dict[str, list[float]]:
+    """Seconds of every probe in a given number of rounds, each in a random order, for prices rather than ratios.
+
+    Args:
+        warm_up: first rounds that are thrown away.
+    """
+    order = random.Random(seed)
+    found: dict[str, list[float]] = {name: [] for name in probes}
+    for number in range(warm_up + rounds):
+        for name in order.sample(list(probes), len(probes)):
+            seconds = probes[name]()
+            if number >= warm_up:
+                found[name].append(seconds)
+    return found
+
+
 @dataclass
 class InTurn:
     """A run of several arms beside a base; `measured` is valid at any time, so an interrupted run has what it has.

@@ -14,13 +14,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from sparse_update.clock.timing import WARM_UP, Say, clock
+from hardware.meters.ratios import InTurn, Measured, Probe, Until, rounds_of, timed
+from sparse_update.clock.timing import WARM_UP, Say
 from sparse_update.library.attach import Gate
 from sparse_update.own.arms import DENSE, OwnArm
 from sparse_update.own.batches import Batches, seed_all
@@ -30,9 +31,12 @@ from sparse_update.own.prices import MEASURED, Prices
 from sparse_update.own.task import UserTask, to_device
 
 ROUNDS = 9
+STEPS = Until(least_rounds=ROUNDS, most_rounds=3 * ROUNDS, most_s=120.0, warm_up=WARM_UP, beside=1)
+"""Of whole steps in turn with dense ones; what is noisy at the ceiling is taken as it is, and marked."""
 SHORTEST_S = 2e-4
 """A product is repeated until one timing of it takes as long."""
 WARM_STEPS = 2
+OTHER = "other"
 CHAIN = 64
 """Operations in a row whose start is timed."""
 
@@ -100,12 +104,13 @@ def measure(
     for arm in others:
         progress(f"prices: whole steps, dense and {arm.name} in turn")
         other = rehearse(task, arm, seed, device)
-        found = in_turn({DENSE: timed(dense.take, device), arm.name: timed(other.take, device)}, rounds)
-        dense_s += found[DENSE]
-        measured = statistics.median(a / b for a, b in zip(found[arm.name], found[DENSE], strict=True))
+        found = beside_dense(dense.take, other.take, device, replace(STEPS, least_rounds=rounds, most_rounds=3 * rounds))
+        dense_s += found.seconds[DENSE]
+        ratio = found.ratios[OTHER]
         counted = bare.total_s(other.work, DENSE) / bare.total_s(dense.work, DENSE)
-        check[arm.name] = {"kind": arm.kind, "measured_over_dense": measured, "counted_over_dense": counted}
-    dense_s = dense_s or in_turn({DENSE: timed(dense.take, device)}, rounds)[DENSE]
+        check[arm.name] = {"kind": arm.kind, "measured_over_dense": ratio.typical, "counted_over_dense": counted}
+        check[arm.name] |= {"interval": [ratio.low, ratio.high], "rounds": ratio.rounds, "verdict": ratio.verdict}
+    dense_s = dense_s or rounds_of({DENSE: probe(dense.take, device)}, rounds)[DENSE]
     for kind in {arm.kind for arm in others}:
         ratios = [one["measured_over_dense"] / one["counted_over_dense"] for one in check.values() if one["kind"] == kind]
         factors[kind] = max(1.0, statistics.fmean(ratios))
@@ -130,36 +135,22 @@ def dense_step_s(task: UserTask, prices: Prices, seed: int, device: torch.device
     return prices.total_s(rehearse(task, OwnArm(DENSE), seed, device).work, DENSE)
 
 
-def _now(device: torch.device) -> float:
-    """Seconds; of this thread alone where it does all the work, so that a busy machine counts for less."""
-    return time.thread_time() if device.type == "cpu" and torch.get_num_threads() == 1 else clock(device)
+def probe(use: Callable[[], object], device: torch.device, least_s: float = 0.0) -> Probe:
+    """Seconds of one use; of this thread alone where it does all the work, so that a busy machine counts for less."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else None
+    return timed(use, time.thread_time if alone else time.perf_counter, wait, least_s)
 
 
-def timed(use: Callable[[], object], device: torch.device, times: int = 1) -> Callable[[], float]:
-    """A probe: seconds of one use."""
-
-    def probe() -> float:
-        start = _now(device)
-        for _ in range(times):
-            use()
-        return (_now(device) - start) / times
-
-    return probe
+def beside_dense(
+    dense: Callable[[], object], other: Callable[[], object], device: torch.device, until: Until = STEPS
+) -> Measured:
+    """Two whole steps in turn: `ratios[OTHER]` is the other's time over the dense one's."""
+    return InTurn({DENSE: probe(dense, device), OTHER: probe(other, device)}, DENSE, until, torch.get_num_threads()).run()
 
 
-def in_turn(probes: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every probe in every round; in each round all have their turn."""
-    found: dict[str, list[float]] = {name: [] for name in probes}
-    for turn in range(rounds + WARM_UP):
-        for name, probe in probes.items():
-            seconds = probe()
-            if turn >= WARM_UP:
-                found[name].append(seconds)
-    return found
-
-
-def _medians_ps(probes: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    return {name: 1e12 * statistics.median(values) for name, values in in_turn(probes, rounds).items()}
+def _medians_ps(probes: Mapping[str, Probe], rounds: int) -> dict[str, float]:
+    return {name: 1e12 * statistics.median(values) for name, values in rounds_of(probes, rounds).items()}
 
 
 def _products(products: Sequence[Product], device: torch.device, rounds: int) -> dict[str, float]:
@@ -167,18 +158,14 @@ def _products(products: Sequence[Product], device: torch.device, rounds: int) ->
     return _medians_ps({product.key: _product_probe(product, device) for product in products}, rounds)
 
 
-def _product_probe(product: Product, device: torch.device) -> Callable[[], float]:
+def _product_probe(product: Product, device: torch.device) -> Probe:
     left = _operand(product.b, product.m, product.k, product.layout[0], product.dtype, device)
     right = _operand(product.b, product.k, product.n, product.layout[1], product.dtype, device)
 
     def use() -> object:
         return torch.bmm(left, right) if product.b > 1 else torch.mm(left[0], right[0])
 
-    use()
-    start = clock(device)
-    use()
-    times = max(1, min(200, round(SHORTEST_S / max(clock(device) - start, 1e-7))))
-    return timed(use, device, times)
+    return probe(use, device, SHORTEST_S)
 
 
 def _operand(b: int, rows: int, columns: int, layout: str, dtype: str, device: torch.device) -> torch.Tensor:
@@ -206,10 +193,10 @@ def _others(
 
     ps = _medians_ps(
         {
-            "add": timed(lambda: torch.add(one, two), device, 20),
-            "exp": timed(lambda: torch.exp(one), device, 20),
-            "tiny": timed(lambda: torch.add(tiny, tiny), device, 200),
-            "chain": timed(chain, device),
+            "add": probe(lambda: torch.add(one, two), device, SHORTEST_S),
+            "exp": probe(lambda: torch.exp(one), device, SHORTEST_S),
+            "tiny": probe(lambda: torch.add(tiny, tiny), device, SHORTEST_S),
+            "chain": probe(chain, device),
         },
         rounds,
     )
@@ -240,7 +227,7 @@ def _signals(task: UserTask, arms: Sequence[OwnArm], seed: int, device: torch.de
             continue
         size = arm.config.before.pool
         found |= {
-            key: ps / size for key, ps in _medians_ps({signal.cost_key: timed(signal.probe(size), device)}, rounds).items()
+            key: ps / size for key, ps in _medians_ps({signal.cost_key: probe(signal.probe(size), device)}, rounds).items()
         }
     return found
 

@@ -298,7 +298,7 @@ def test_what_cannot_be_converted_leaves_no_folder(
 
 @pytest.mark.slow
 def test_the_bench_of_conversion(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["conversion", "--run", str(run), "--eval-tokens", "512", "--calibration-tokens", "256", "--rounds", "2"]
+    words = ["conversion", "--run", str(run), "--eval-tokens", "512", "--calibration-tokens", "256", "--rounds", "7"]
     frontier = tmp_path / "frontier.json"
     rows = [{"name": "gated-0.1", "share": 0.11, "delta_nats": 0.04}]
     write_json(frontier, {"run": "r", "steps": 9, "rows": rows, "goal_nats": 0.05, "synops_fraction_at_0.05": 0.11})
@@ -313,8 +313,10 @@ def test_the_bench_of_conversion(run: Path, tmp_path: Path, capsys: pytest.Captu
     mapped = 12 * 16**2 + 16 * 256
     assert found["mapped_mac_share"] == pytest.approx(mapped / (mapped + 2 * 32 * 16))
     speed = found["tokens_per_s"]
-    assert speed["ratio"] == pytest.approx(speed["deployed"] / speed["float"])
-    assert 0 < speed["ratio"] < 1
+    low, high = speed["ratio_interval"]
+    assert 0 < low <= high < 1
+    assert (speed["ratio"] is None) == (speed["verdict"] == "too noisy")
+    assert speed["ratio"] is None or low <= speed["ratio"] <= high
     assert "11.0%" in "\n".join(lines)
 
     assert bench.main([*words, "--frontier-steps", "8", "--targets", "0.3"]) == 0

@@ -16,7 +16,7 @@ from sparse_update.transformer import ModelConfig
 from tests.experiments.console import document as printed
 
 SMALLEST = ["--model", "tiny", "--batch", "2", "--compile", "off", "--precision", "fp32"]
-ANY_WIDTH = ["--width", "100", "--rounds", "7"]
+ANY_WIDTH = ["--interval", "1e9", "--rounds", "7"]
 """Every ratio is narrow enough: what is checked is arithmetic, not time."""
 
 
@@ -122,8 +122,8 @@ def test_an_interruption_prints_what_is_there(narrow, capsys, monkeypatch):
     times = bench_gate.ratios.probe
     calls = []
 
-    def probe(step, device, least_s=0.0):
-        inner = times(step, device, least_s)
+    def probe(step, device, clock):
+        inner = times(step, device, clock)
 
         def once():
             calls.append(step)

@@ -43,7 +43,8 @@ def test_flops_are_those_of_the_products(name: str) -> None:
 
 
 def test_the_document(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    words = ["attach", *SIZES, "--models", "transformer", "--rounds", "2", "--compile", "off", "--memory", "off"]
+    words = ["attach", *SIZES, "--models", "transformer", "--compile", "off", "--memory", "off"]
+    words += ["--rounds", "7", "--interval", "1e9"]  # every ratio is narrow enough: what is checked is arithmetic, not time
     assert bench.main([*words, "--out", str(tmp_path / "attach.json")]) == 0
     found = printed(capsys.readouterr().out)
     whole = json.loads((tmp_path / "attach.json").read_text())
@@ -51,13 +52,15 @@ def test_the_document(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     assert list(whole["cells"]) == ["transformer/eager"]
     cell = whole["cells"]["transformer/eager"]
     assert set(cell["arms"]) == set(ARMS)
-    assert cell["plain_quartiles_ms"][0] <= cell["plain_ms"] <= cell["plain_quartiles_ms"][1]
+    assert cell["measured"]["base"] == "plain"
     for name, row in cell["arms"].items():
         ratio = whole["flops"][f"transformer/{name}"] / whole["flops"]["transformer/plain"]
         assert row["flop_ratio"] == ratio
-        assert row["quartiles"][0] <= row["time_ratio"] <= row["quartiles"][1]
+        assert row["time"]["low"] <= row["time"]["median"] <= row["time"]["high"]
         if ratio < 1:
-            assert row["conversion"] == pytest.approx((1 - row["time_ratio"]) / (1 - ratio))
+            assert row["conversion"] == pytest.approx((1 - row["time"]["median"]) / (1 - ratio))
+        else:
+            assert row["conversion"] is None
     assert [target["of"] for target in whole["targets"]] == [f"transformer/eager, {name}" for name in ARMS]
     for target in whole["targets"]:
         word, limit = target["target"].split()
@@ -67,19 +70,27 @@ def test_the_document(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
 
 
 def test_an_interruption_prints_what_is_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    steps: list[Arm] = []
-    timed = bench_attach.Bench._time
+    steps: list[object] = []
+    timed = bench_attach.ratios.probe
 
-    def stop_later(self: bench_attach.Bench, arm: Arm) -> float:
-        steps.append(arm)
-        if len(steps) > (bench_attach.WARM_UP + 2) * (len(ARMS) + 2):
-            raise KeyboardInterrupt
-        return timed(self, arm)
+    def probe(call, device, clock):
+        inner = timed(call, device, clock)
 
-    monkeypatch.setattr(bench_attach.Bench, "_time", stop_later)
-    words = ["attach", *SIZES, "--models", "transformer", "--rounds", "9", "--compile", "off"]
+        def once() -> float:
+            steps.append(call)
+            if len(steps) > (bench_attach.WARM_UP + 2) * (len(ARMS) + 2):
+                raise KeyboardInterrupt
+            return inner()
+
+        return once
+
+    monkeypatch.setattr(bench_attach.ratios, "probe", probe)
+    words = ["attach", *SIZES, "--models", "transformer", "--compile", "off"]
     assert bench.main(words) == 130
-    found = printed(capsys.readouterr().out)
+    out = capsys.readouterr().out
+    found = printed(out)
+    assert "too noisy" in out  # two rounds give no interval
+    assert {target["met"] for target in found["targets"]} == {None}
     assert found["interrupted"] is True
     assert found["targets"]
 
@@ -87,7 +98,7 @@ def test_an_interruption_prints_what_is_there(capsys: pytest.CaptureFixture[str]
 def test_wrong_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for words, said in (
         (["--models", "gru"], "--models gru: known are transformer, llama"),
-        (["--rounds", "0"], "--rounds 0"),
+        (["--rounds", "0"], "most_rounds = 0"),
         (["--hidden", "100"], "--hidden 100 must be a multiple of --width 768"),
         (["--batch", "0"], "--batch 0: must be at least 1"),
     ):

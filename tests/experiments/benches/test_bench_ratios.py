@@ -20,7 +20,7 @@ def parsed(*words: str, **defaults: float) -> Until:
 def test_the_defaults_are_those_of_the_meter():
     assert parsed() == Until()
     assert parsed(most_rounds=30, beside=4) == Until(most_rounds=30, beside=4)
-    assert parsed("--rounds", "3", "--seconds", "9", "--width", "0.5", "--seed", "4") == Until(0.5, 3, 3, 9.0, 2, 2, 4)
+    assert parsed("--rounds", "3", "--seconds", "9", "--interval", "0.5", "--seed", "4") == Until(0.5, 3, 3, 9.0, 2, 2, 4)
     with pytest.raises(ValueError, match="most_rounds = 0"):
         parsed("--rounds", "0")
 
