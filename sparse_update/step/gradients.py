@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from sparse_update.step.draw import draw
+from sparse_update.step.kernels import Strip, strip_products, tiled
 from sparse_update.weights.subset import Active
-
-Strip = tuple[int, int, int]
-"""Dimension, start, stop."""
 
 
 def strips(active: Active, name: str) -> tuple[Strip, ...]:
@@ -76,13 +74,13 @@ class Gradients:
             self.factors[name] = x, g
         wanted = strips(self.active, self.owner(name))
         if wanted:
-            self._add(name, _products(*_rows(g, x, sampled), wanted))
+            self._add(name, strip_products(*_rows(g, x, sampled), wanted))
 
     def joined(self, names: list[str], g: Tensor, x: Tensor, sampled: Sampled | None = None) -> None:
         """The gradients of equally high matrices whose outputs lie side by side in g; one product if all are whole."""
         height = g.shape[-1] // len(names)
         wanted = [strips(self.active, name) for name in names]
-        if not all(parts and _tile(parts, height, x.shape[-1]) for parts in wanted):
+        if not all(parts and tiled(parts, height, x.shape[-1]) for parts in wanted):
             for name, part in zip(names, g.split(height, dim=-1), strict=True):
                 self.weight(name, part, x, sampled)
             return
@@ -105,7 +103,7 @@ class Gradients:
         if not wanted:
             return
         place, flat = tokens.flatten(), g.flatten(0, 1)
-        if _tile(wanted, *size) or wanted[0][0] == 0:
+        if tiled(wanted, *size) or wanted[0][0] == 0:
             whole = flat.new_zeros(size).index_add_(0, place, flat)
             self._add(
                 "embed.weight",
@@ -137,19 +135,4 @@ def _rows(g: Tensor, x: Tensor, sampled: Sampled | None) -> tuple[Tensor, Tensor
     return (
         g_NO.index_select(0, sampled.index_M) * sampled.weight_M1.to(x.dtype),
         x_NI.index_select(0, sampled.index_M),
-    )
-
-
-def _tile(parts: tuple[Strip, ...], height: int, width: int) -> bool:
-    """Whether strips cover a (height, width) matrix whole."""
-    return sum(stop - start for _, start, stop in parts) == (height, width)[parts[0][0]]
-
-
-def _products(g_NO: Tensor, x_NI: Tensor, parts: tuple[Strip, ...]) -> tuple[Tensor, ...]:
-    """g^T x at each strip; one product, narrowed, where they cover the matrix."""
-    if _tile(parts, g_NO.shape[1], x_NI.shape[1]):
-        whole = g_NO.t() @ x_NI
-        return tuple(whole.narrow(dim, start, stop - start) for dim, start, stop in parts)
-    return tuple(
-        g_NO[:, start:stop].t() @ x_NI if dim == 0 else g_NO.t() @ x_NI[:, start:stop] for dim, start, stop in parts
     )
