@@ -16,6 +16,7 @@ from neuro.conversion.integers import INT8_MAX, PAYLOAD_BITS, WHOLE_BIAS, on_man
 from neuro.conversion.mapped import is_one_to_one
 from neuro.conversion.narrowing import ONES, PREFIX, total_shift
 from neuro.conversion.plan import Segment
+from neuro.deployment.rows import FastRows
 from neuro.deployment.runner import SegmentHealth, SegmentRunner
 from neuro.graph import Projection
 from neuro.graph.synapses import weight_step
@@ -147,10 +148,14 @@ class GradedRunner(SegmentRunner):
         self._hidden = [p.name for p in segment.graph.populations if p.name.split(".")[0] == "hidden"]
         self._channels = hidden_channels(segment) if segment.n_hidden else ()
         self.layers = self._layer_names()
+        self._rows: FastRows | None = None
+        self._unprepared = backend == "fixed_point" and mode == "lava"
         self.reset()
 
     def reset(self) -> None:
         super().reset()
+        if self._rows is not None:
+            self._rows.forget()
         self._payload: dict[str, int] = {}
         self._traffic = {name: _Traffic() for name in self.layers}
 
@@ -173,6 +178,21 @@ class GradedRunner(SegmentRunner):
         shaped = None if hidden_NH is None else hidden_NH.reshape(*x.shape[:-1], s.n_hidden)
         return out_NO.reshape(*x.shape[:-1], s.n_out), shaped
 
+    def _run_quickly(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        if self._unprepared:
+            self._unprepared = False
+            self._rows = FastRows.of(self.segment, output_units(self.segment))
+        if self._rows is None or x.dtype != torch.float32 or x.device.type != "cpu":
+            return None
+        s = self.segment
+        found = self._rows.run(x.reshape(-1, s.n_in).contiguous())
+        if found is None:
+            return None
+        out_NO, hidden_NH, clipped = found
+        self._clipped += clipped
+        shaped = None if hidden_NH is None else hidden_NH.reshape(*x.shape[:-1], s.n_hidden)
+        return out_NO.reshape(*x.shape[:-1], s.n_out), shaped
+
     def _simulate(self, x_NI: Tensor) -> tuple[Tensor, Tensor | None]:
         s = self.segment
         inputs, clipped = encode(s, x_NI)
@@ -180,16 +200,7 @@ class GradedRunner(SegmentRunner):
         record = [f"{name}.spikes" for name in self._hidden]
         activity = run_pipelined(s.graph, inputs, mode=self.mode, record=record)
         self.notes = activity.notes
-        for layer, populations in self.layers.items():
-            self._count(layer, populations, activity)
-        for name, counts in activity.populations.items():
-            self._wraps += counts.wraps_sum + counts.wraps_u
-            self._wide += counts.wide_v + counts.saturations_v
-            self._payload[name] = max(self._payload.get(name, 0), counts.max_abs_payload)
-        for projection in s.graph.projections:
-            sent = activity.projections[projection.name].max_abs_payload
-            self._payload[projection.source] = max(self._payload[projection.source], sent)
-        self._overflows += sum(p.payload_overflows for p in activity.projections.values())
+        self._add(activity)
         out = decode(s, activity.spikes["out"][0], x_NI.dtype)
         if not s.n_hidden:
             return out, None
@@ -199,6 +210,25 @@ class GradedRunner(SegmentRunner):
             for name, channels in zip(self._hidden, self._channels, strict=True):
                 hidden_NH[:, channels.to(parts.device)] = activity.spikes[name][0]
         return out, (hidden_NH.double() * s.rectified_scale).to(x_NI.dtype)
+
+    def _add(self, activity: Activity) -> None:
+        """Add all that was counted."""
+        for layer, populations in self.layers.items():
+            self._count(layer, populations, activity)
+        for name, counts in activity.populations.items():
+            self._wraps += counts.wraps_sum + counts.wraps_u
+            self._wide += counts.wide_v + counts.saturations_v
+            self._payload[name] = max(self._payload.get(name, 0), counts.max_abs_payload)
+        for projection in self.segment.graph.projections:
+            sent = activity.projections[projection.name].max_abs_payload
+            self._payload[projection.source] = max(self._payload[projection.source], sent)
+        self._overflows += sum(p.payload_overflows for p in activity.projections.values())
+
+    def _caught_up(self) -> None:
+        """Add what the shorter way has counted."""
+        activity = None if self._rows is None else self._rows.take()
+        if activity is not None:
+            self._add(activity)
 
     def _count(self, layer: str, populations: tuple[str, ...], activity: Activity) -> None:
         """Add what reached `populations`. A message into several groups of channels is one event."""
@@ -251,6 +281,7 @@ class GradedRunner(SegmentRunner):
 
     def health(self) -> SegmentHealth:
         """Range violations so far."""
+        self._caught_up()
         widths = {name: payload_bits(value) for name, value in self._payload.items()}
         return SegmentHealth(
             self.segment.name, self._inputs, self._clipped, self._wraps, self._wide, self._overflows, widths
@@ -258,6 +289,7 @@ class GradedRunner(SegmentRunner):
 
     def counts(self) -> list[Counts]:
         """One record per layer (and one for the product neurons of a squared ReLU)."""
+        self._caught_up()
         s = self.segment
         sizes = {"out": s.n_out * (s.n_hidden or s.n_in), "hidden": s.n_in * s.n_hidden, "square": 0}
         lines = []
