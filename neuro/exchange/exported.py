@@ -14,8 +14,7 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,20 @@ from torch import Tensor, nn
 from hardware.text import listed, quoted
 from neuro.analysis import rules
 from neuro.analysis.lookup import FUNCTIONS
+from neuro.exchange.exported_layers import (
+    ALONE,
+    LAYERS,
+    Call,
+    joined,
+    layer_of,
+    layers_of,
+    name_of,
+    norm_path,
+    norms_of,
+    operation_of,
+    part_of,
+    same_layer,
+)
 from neuro.exchange.paths import existing_file
 
 SUFFIX = ".pt2"
@@ -44,8 +57,6 @@ DTYPES = {
 """Number of a type in the file's schema (version 8) -> torch's type; complex and 8-bit floats are left out."""
 FORMATS = {1: torch.contiguous_format, 2: torch.channels_last, 3: torch.channels_last_3d, 4: torch.preserve_format}
 SCHEMA_MAJOR = 8
-ALONE = "layer"
-"""Name of the layer of a program that is one layer and nothing else."""
 OTHERS = (
     *("scaled_dot_product_attention", "embedding", "bilinear", "add", "sub", "rsub", "mul", "div", "neg", "remainder"),
     *(
@@ -90,16 +101,6 @@ class ExportedError(ValueError):
     """An exported program that is damaged, of another version, or holds what is not read; says what, and what to do."""
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One operation: names of the results, what runs it, its arguments as the file has them."""
-
-    results: tuple[str | None, ...]
-    run: Callable[..., Any] | str
-    arguments: tuple[tuple[str, Mapping[str, Any]], ...]
-    several: bool
-
-
 class ExportedModule(nn.Module):
     """What `read_exported` returns: the program's operations in their order, layers as modules under their own names.
 
@@ -108,7 +109,7 @@ class ExportedModule(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[_Call] = []
+        self.calls: list[Call] = []
         self.inputs: tuple[str, ...] = ()
         self.outputs: tuple[str, ...] = ()
         self.held: dict[str, str] = {}
@@ -207,19 +208,28 @@ def _read(archive: _Archive) -> tuple[ExportedModule, tuple[Tensor, ...]]:
         trained |= {entry[word]} if kind == "parameter" else set()
     module.inputs = tuple(given)
     module.outputs = tuple(_outputs(archive, signature["output_specs"]))
-    layers = _layers(graph["nodes"], module.held, tensors)
+    layers = layers_of(graph["nodes"], module.held, tensors) | norms_of(graph["nodes"], module.held, tensors, meta)
+    own = {part_of(layer, name) for layer, made in layers.items() for name in made.state_dict()}
     for path in module.held.values():
         if path not in tensors:
             raise ExportedError(f"{archive.path}: {quoted(path)} has no values in the file; {AGAIN}")
-        if not any(path in (_part(layer, "weight"), _part(layer, "bias")) for layer in layers):
+        if path not in own:
             value = tensors[path]
             _put(module, path, nn.Parameter(value) if path in trained and value.is_floating_point() else value)
+    calls = [_call(archive, node, layers, module.held) for node in graph["nodes"]]
+    module.calls, layers, moved = joined(calls, layers, module.outputs)
     for path, layer in layers.items():
         _put(module, path, layer)
-    module.calls = [_call(archive, node, layers, module.held) for node in graph["nodes"]]
+    read = {*module.outputs, *(name for call in module.calls for name in call.reads)}
+    module.held = {name: _moved(path, moved) for name, path in module.held.items() if name in read}
     if ALONE in layers:
         module.held = {n: f"{ALONE}.{path}" if path in ("weight", "bias") else path for n, path in module.held.items()}
     return module.eval(), tuple(_example(archive, name, meta[name]) for name in given)
+
+
+def _moved(path: str, moved: Mapping[str, str]) -> str:
+    layer, _, last = path.rpartition(".")
+    return f"{moved[layer]}.{last}" if layer in moved else path
 
 
 def _outputs(archive: _Archive, specs: Any) -> Iterator[str]:
@@ -286,61 +296,6 @@ def _example(archive: _Archive, name: str, meta: Mapping[str, Any]) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def _layers(nodes: Any, held: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
-    """Path -> nn.Linear or convolution, for every weight PATH.weight that only calls of this form read."""
-    made: dict[str, nn.Module] = {}
-    for node in nodes:
-        operation = _operation(node["target"])
-        if operation in ("linear", "conv1d", "conv2d"):
-            arguments = {entry["name"]: entry["arg"] for entry in node["inputs"]}
-            weight, bias = (held.get(_name(arguments.get(key))) for key in ("weight", "bias"))
-            path = _layer_of(weight)
-            if weight is None or not path or bias not in (None, _part(path, "bias")) or path in made:
-                continue
-            layer = _layer(operation, arguments, tensors[weight], None if bias is None else tensors[bias])
-            if layer is not None:
-                made[path] = layer
-    return made
-
-
-def _layer(operation: str, arguments: Mapping[str, Any], weight: Tensor, bias: Tensor | None) -> nn.Module | None:
-    if not weight.is_floating_point():
-        return None
-    if operation == "linear":
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, dtype=weight.dtype)
-        return _filled(linear, weight, bias)
-    rank = weight.dim() - 2
-    settings: dict[str, Any] = {}
-    for key, usual in (("stride", 1), ("padding", 0), ("dilation", 1)):
-        value = arguments.get(key, {"as_ints": [usual]})
-        if key == "padding" and value.get("as_string") in ("same", "valid"):
-            settings[key] = value["as_string"]
-            continue
-        if "as_ints" not in value:
-            return None
-        settings[key] = tuple(value["as_ints"]) * (rank if len(value["as_ints"]) == 1 else 1)
-    groups = arguments.get("groups", {"as_int": 1})["as_int"]
-    kind = nn.Conv1d if rank == 1 else nn.Conv2d
-    conv = kind(
-        weight.shape[1] * groups,
-        weight.shape[0],
-        tuple(weight.shape[2:]),  # type: ignore[arg-type]
-        **settings,
-        groups=groups,
-        bias=bias is not None,
-        dtype=weight.dtype,
-    )
-    return _filled(conv, weight, bias)
-
-
-def _filled(layer: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-        if bias is not None:
-            layer.bias.copy_(bias)
-    return layer
-
-
 def _put(module: nn.Module, path: str, value: Tensor | nn.Module) -> None:
     """Register a layer, a parameter or a buffer under a dotted path."""
     *outer, last = path.split(".")
@@ -363,15 +318,9 @@ def _tensor_at(module: nn.Module, path: str) -> Tensor:
     return value
 
 
-def _operation(target: str) -> str:
-    """Name of an aten operation, "" for every other target."""
-    words = target.split(".")
-    return words[3] if len(words) == 5 and words[:3] == ["torch", "ops", "aten"] else ""
-
-
-def _call(archive: _Archive, node: Mapping[str, Any], layers: Mapping[str, nn.Module], held: Mapping[str, str]) -> _Call:
+def _call(archive: _Archive, node: Mapping[str, Any], layers: Mapping[str, nn.Module], held: Mapping[str, str]) -> Call:
     target = str(node["target"])
-    operation = _operation(target)
+    operation = operation_of(target)
     if not {operation, operation.rstrip("_")} & KNOWN:
         raise ExportedError(
             f"{archive.path}: operation {quoted(target)} has no rule here, and only known ones are run. Give the module "
@@ -382,41 +331,17 @@ def _call(archive: _Archive, node: Mapping[str, Any], layers: Mapping[str, nn.Mo
     several = len(node["outputs"]) > 1 or "as_tensors" in first
     entries: Any = first["as_tensors"] if "as_tensors" in first else [e.get("as_tensor") for e in node["outputs"]]
     results: tuple[str | None, ...] = tuple(None if entry is None else entry["name"] for entry in entries)
-    path = _layer_of(held.get(_name(dict(arguments).get("weight"))))
-    if operation in ("linear", "conv1d", "conv2d") and path in layers and _same(layers[path], dict(arguments), held, path):
-        return _Call(results, path, arguments[:1], several)
+    path = layer_of(held.get(name_of(dict(arguments).get("weight"))))
+    if operation in LAYERS and path in layers and same_layer(layers[path], dict(arguments), held, path):
+        return Call(results, path, arguments[:1], several)
+    norm = norm_path(node, held)
+    if norm in layers and not any(results[1:]):
+        return Call(results[:1], norm, arguments[:1], several=False)
     run = getattr(getattr(torch.ops.aten, operation), target.split(".")[4])
     named = {argument.name for argument in run._schema.arguments}
     if unknown := [name for name, _ in arguments if name not in named]:
         raise ExportedError(f"{archive.path}: operation {quoted(target)} has no argument {quoted(unknown[0])}; {AGAIN}")
-    return _Call(results, run, arguments, several)
-
-
-def _same(layer: nn.Module, arguments: Mapping[str, Any], held: Mapping[str, str], path: str) -> bool:
-    """Whether a call is that of the layer which the first call of its weight made: the same bias and settings."""
-    bias = held.get(_name(arguments.get("bias")))
-    if (bias is None) != (getattr(layer, "bias", None) is None) or bias not in (None, _part(path, "bias")):
-        return False
-    if isinstance(layer, nn.Linear):
-        return True
-    again = _layer("conv", arguments, layer.weight, None)  # type: ignore[arg-type]
-    keys = ("stride", "padding", "dilation", "groups")
-    return again is not None and all(getattr(again, key) == getattr(layer, key) for key in keys)
-
-
-def _layer_of(weight: str | None) -> str:
-    """Path of the layer that holds a parameter PATH.weight, `ALONE` where it is the whole program; "" for other names."""
-    if weight == "weight":
-        return ALONE
-    return weight.removesuffix(".weight") if weight is not None and weight.endswith(".weight") else ""
-
-
-def _part(layer: str, name: str) -> str:
-    return name if layer == ALONE else f"{layer}.{name}"
-
-
-def _name(argument: Any) -> str:
-    return str(argument["as_tensor"]["name"]) if isinstance(argument, Mapping) and "as_tensor" in argument else ""
+    return Call(results, run, arguments, several)
 
 
 def _value(argument: Mapping[str, Any], values: Mapping[str, Any]) -> Any:

@@ -110,6 +110,50 @@ def test_a_program_is_converted_and_deployed_like_a_module(tmp_path: Path) -> No
     assert torch.equal(*found)
 
 
+class Normed(nn.Module):
+    """Batch norms behind a convolution, behind linear layers, without factors, and behind a layer that is read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm2 = nn.Conv2d(1, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
+        self.fc1, self.norm1 = nn.Linear(48, 12), nn.BatchNorm1d(12, eps=1e-3)
+        self.fc2, self.bare = nn.Linear(12, 12, bias=False), nn.BatchNorm1d(12, affine=False)
+        self.fc3, self.shared = nn.Linear(12, 12), nn.BatchNorm1d(12)
+        for norm in (self.norm2, self.norm1, self.bare, self.shared):
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm1(self.fc1(torch.relu(self.norm2(self.conv(x))).flatten(1)))
+        h = self.bare(self.fc2(torch.relu(h)))
+        last = self.fc3(h.sigmoid())
+        return self.shared(last) + last
+
+
+def test_batch_norms_fold_as_those_of_a_module_in_order(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    module, x = Normed().eval(), torch.rand(6, 1, 4, 4)
+    torch.export.save(torch.export.export(module, (x,)), tmp_path / "net.pt2")
+    again, inputs = read_exported(tmp_path / "net.pt2")
+    assert torch.equal(again(x), module(x))
+    assert {name.split(".")[0] for name in again.state_dict()} == {name.split(".")[0] for name in module.state_dict()} - {
+        "norm1",
+        "bare",
+    }
+    assert isinstance(again.fc1, nn.Sequential)  # the form that is folded
+    assert isinstance(again.fc3, nn.Linear)  # read twice, so its norm is an operation of its own
+    report = neuro.analyse(again, inputs)
+    norms = [op for op in report.operations if op.kind == "normalisation (fixed statistics)"]
+    assert [op.runs_on for op in norms] == ["chip", "chip", "chip", "host"]
+    assert report.mac_share == 1
+    plan = neuro.convert(again, neuro.calibrate(again, [x]), report)
+    deployed = neuro.deploy(again, plan)(x)
+    wanted = module(x).detach()
+    assert float((deployed - wanted).norm() / wanted.norm()) < 0.03
+
+
 def test_paddings_by_name_are_those_of_layers(tmp_path: Path) -> None:
     parts = [nn.Conv2d(1, 2, 3, padding="same"), nn.ReLU(), nn.Conv2d(2, 2, 3, padding="valid")]
     module, x = nn.Sequential(*parts).eval(), torch.rand(2, 1, 5, 6)
