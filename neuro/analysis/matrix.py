@@ -52,6 +52,7 @@ SAMPLES: tuple[tuple[str, TracedOp, Mapping[str, Any]], ...] = (
     ("event threshold elsewhere", _op("EventThreshold"), {"layer": THRESHOLD}),
     ("Hugging Face's Conv1D", _op("Conv1D"), {"layer": CONV1D}),
     ("product with a bare parameter", _op("matmul", (1, 64), (64, 64), weights=("weight",)), {}),
+    ("ReLU6, hardtanh, clamp", _op("hardtanh"), {}),
     ("GELU", _op("gelu"), {}),
     ("SiLU", _op("silu"), {}),
     ("tanh", _op("tanh"), {}),

@@ -56,6 +56,7 @@ SUMS = _words("""
 RECTIFIERS = _words("""
     relu clamp_min ReLU threshold
 """)
+CLIPS = _words("relu6 hardtanh clamp clamp_max ReLU6 Hardtanh")
 LEAKY = _words("""
     leaky_relu prelu _prelu_kernel abs LeakyReLU PReLU
 """)
@@ -284,6 +285,10 @@ def _element_wise(op: TracedOp, where: Where) -> Rule:
         return _rule("activation", "after transform", "ReLU outside an MLP graph: its neighbours run on the host")
     if target in LEAKY:
         return _rule("activation", "after transform", "two rectifiers, one for each sign; its neighbours run on the host")
+    if target in CLIPS and op.floating:
+        reason = "two rectifiers, relu(x) less relu(x - end), and twice the synapses behind them; not done here"
+        remedy = "nn.ReLU in place of ReLU6: the same where no sum reaches the upper end, else fine-tune with it"
+        return _rule("activation with two ends", "after transform", reason, remedy)
     function = "gelu" if target == "GELU" else target.lower()
     if function in FUNCTIONS:
         return _activation(function, where)

@@ -223,3 +223,19 @@ def test_the_module_is_left_as_it_was() -> None:
     flags = [m.training for m in model.modules()]
     analyse(model, torch.zeros(1, 8, dtype=torch.long))
     assert [m.training for m in model.modules()] == flags
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU6(), nn.Hardtanh()])
+@pytest.mark.parametrize("layer", [nn.Linear(8, 8), nn.Conv1d(8, 8, 3, padding=1)])
+def test_an_activation_with_two_ends_says_what_it_would_take(activation: nn.Module, layer: nn.Module) -> None:
+    model = nn.Sequential(layer, activation, nn.Linear(8, 4)).eval()
+    example = torch.rand(2, 8, 8) if isinstance(layer, nn.Conv1d) else torch.rand(2, 8)
+    report = analyse(model, example)
+    (op,) = (op for op in report.operations if op.name == "1")
+    assert (op.kind, op.verdict, op.runs_on) == ("activation with two ends", "after transform", "host")
+    assert "relu(x) less relu(x - end)" in op.reason
+    assert "remedy: nn.ReLU in place of ReLU6" in report.table()
+    assert "no rule for" not in report.table()
+    # what the reason says is so
+    x = torch.linspace(-3, 9, 200)
+    assert torch.allclose(nn.functional.relu6(x), torch.relu(x) - torch.relu(x - 6), atol=1e-6)
