@@ -24,6 +24,8 @@ from hardware.units import Quantity
 
 __all__ = ["Board", "Counts", "EnergyLine", "EnergyReport", "Profile", "account", "list_profiles", "load_profile"]
 
+UNPLACED = "no placement given"
+
 
 @dataclass(frozen=True)
 class Board:
@@ -50,6 +52,7 @@ def account(
     time: Quantity | Interval | None = None,
     board: Board | None = None,
     host_profile: Profile | None = None,
+    unplaced: str = UNPLACED,
 ) -> EnergyReport:
     """Price ``counts`` with ``profile``.
 
@@ -63,6 +66,7 @@ def account(
         board: chips powered and used; without it the placement's chips, all used.
         host_profile: a dense profile (a CPU, GPU or digital reference) that prices the layers on the host. Without it the
             host's share is named, not costed.
+        unplaced: why there is no placement, for the report.
 
     Raises:
         ValueError: counts that do not belong together, nothing to price (every layer on the host under a chip profile,
@@ -94,7 +98,7 @@ def account(
     _static(profile, powered, time, _board(board, placement), lines, unknown, missing)
     if spiking:
         _host(counts, host_profile, lines, unknown, missing)
-        _off_chip(priced, profile, placement, traffic, lines, unknown, missing)
+        _off_chip(priced, profile, placement, traffic, lines, unknown, missing, unplaced)
     unknown += profile.not_modelled
     return EnergyReport(
         profile=profile.name,
@@ -102,7 +106,7 @@ def account(
         tokens=counts[0].tokens,
         lines=tuple(lines),
         unknown=tuple(unknown),
-        labels=_labels(priced, profile, placement if traffic else None, host_profile),
+        labels=_labels(priced, profile, placement if traffic else None, host_profile, unplaced),
         missing=missing,
     )
 
@@ -226,6 +230,7 @@ def _off_chip(
     lines: list[EnergyLine],
     unknown: list[str],
     missing: dict[str, str],
+    unplaced: str,
 ) -> None:
     """Messages between chips and from the host: priced where the profile can, else counted where it is known and named."""
     cost = profile.coefficients.get(OFF_CHIP)
@@ -235,7 +240,8 @@ def _off_chip(
             _price(lines, unknown, item.layer, OFF_CHIP, item.events * (flow.between_chips + flow.from_host), cost)
         return
     if placement is None:
-        reason = "not counted without a placement" + ("" if cost else ", and no energy per message is published")
+        why = "not counted without a placement" if unplaced == UNPLACED else f"not counted ({unplaced})"
+        reason = why + ("" if cost else ", and no energy per message is published")
     elif not traffic:
         reason = "the chip's mesh or the profile's hops are not known"
     else:
@@ -251,7 +257,11 @@ def _off_chip(
 
 
 def _labels(
-    priced: Sequence[Counts], profile: Profile, placement: Placement | None, host_profile: Profile | None
+    priced: Sequence[Counts],
+    profile: Profile,
+    placement: Placement | None,
+    host_profile: Profile | None,
+    unplaced: str,
 ) -> tuple[str, ...]:
     labels: list[str] = []
     graded = [item for item in priced if item.graded and not item.host]
@@ -262,7 +272,7 @@ def _labels(
             f"({len(graded)} of {len(priced)} layers, up to {bits} bits)"
         )
     if profile.costs == "spiking" and placement is None:
-        labels.append("assumes: one message per event and two hops (no placement given: each event goes to one core)")
+        labels.append(f"assumes: one message per event and two hops ({unplaced}: each event goes to one core)")
     if placement is not None:
         labels.append(
             f"assumes: cores of the {placement.chip} placement ({placement.budget}) fill the mesh column by column of tiles"

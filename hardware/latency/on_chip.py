@@ -48,8 +48,11 @@ def price(
         latencies: by rates of the chip; those named like the profile are taken before the others.
         turns: of tokens.
     """
-    if placement is None or not of_chip(profile, placement):
+    if placement is None:
         return account(counts, profile)
+    if not of_chip(profile, placement):
+        elsewhere = f"the layers are placed on {placement.chip}, and this profile is of another chip"
+        return account(counts, profile, unplaced=elsewhere)
     latency = next((one for one in latencies if one.rates == profile.name), next(iter(latencies), None))
     if latency is None:
         return account(counts, profile, placement=placement)
