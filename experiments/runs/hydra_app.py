@@ -29,6 +29,8 @@ from typing import Any
 
 from experiments.runs.folder import NoRun
 from experiments.runs.output import entry, finish
+from experiments.samples.records import DataError
+from hardware.datafile import DataFileError
 from hardware.text import short
 
 EXIT_FAILED = 1
@@ -134,7 +136,7 @@ def _run(
         if verbose:
             traceback.print_exc()
         print(f"{command}: {error}", file=sys.stderr)
-        return EXIT_CONFIG if isinstance(error, FileNotFoundError | NoRun) else EXIT_FAILED
+        return EXIT_CONFIG if isinstance(error, FileNotFoundError | NoRun | DataError | DataFileError) else EXIT_FAILED
     return 0
 
 

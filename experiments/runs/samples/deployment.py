@@ -26,7 +26,7 @@ from experiments.runs.placed import Placed, extrapolated, host_energy, price, pu
 from experiments.runs.plain_json import plain, write_json
 from experiments.runs.progress import Bar
 from experiments.runs.samples.judging import Judged, JudgeError, Readout, judge
-from experiments.runs.samples.model import find_model
+from experiments.runs.samples.model import trained_module
 from experiments.runs.samples.outcome import Outcome, answered
 from experiments.runs.samples.settings import DeployModuleConfig
 from experiments.runs.samples.spiking import LIF, as_streams, deploy_spiking
@@ -98,7 +98,7 @@ def _deployed(cfg: DeployModuleConfig, folder: Path) -> dict[str, Any]:
         calibration=cfg.calibration_samples,
         recording=Recording(cfg.step_us, cfg.steps, (cfg.sensor[0], cfg.sensor[1]), cfg.flat),
     ).held_out(cfg.eval_samples)
-    model = find_model(cfg.module, cfg.weights)
+    model = trained_module(cfg.module, cfg.weights)
     clear(folder)
     shutil.rmtree(folder / "plan", ignore_errors=True)
     record = new_record(KIND, module=cfg.module, data=cfg.data, route=cfg.route, sources=sources)

@@ -13,7 +13,7 @@ from experiments.runs.own.reference import called
 from hardware.text import listed, quoted
 
 
-def find_model(word: str, weights: str = "") -> nn.Module:
+def trained_module(word: str, weights: str = "") -> nn.Module:
     """The torch module, in eval mode.
 
     Args:
