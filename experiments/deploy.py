@@ -56,6 +56,7 @@ from experiments.views.chip_figure import chip_figure
 from experiments.views.rasters import raster_figure
 from experiments.views.samples.tables import lines
 from experiments.views.samples.written import PAGE
+from experiments.views.terminal import compatibility_text, in_lines, terminal_width
 from experiments.views.tracking import Tracker
 from hardware.energy.account import load_profile
 from hardware.meters.meter import Meter, total
@@ -232,9 +233,10 @@ def _deploy(
             tracker.figure("core utilisation", chip_figure(placed.placement))
         tracker.figure("spike raster", raster_figure(placed.messages, f"messages on held-out text, {cfg.route} route"))
     write_json(out / "run.json", record | {"status": "finished"})
-    print(document["compatibility"])
-    print(losses_text(document))
-    print(*(pair["sentence"] for pair in document["break_even"]), sep="\n")
+    width = terminal_width()
+    print(compatibility_text(report, width))
+    print(in_lines(losses_text(document), width))
+    print(in_lines("\n".join(pair["sentence"] for pair in document["break_even"]), width))
     if "sensitivity" in texts:
         print(texts["sensitivity"])
     if cfg.generate:
@@ -278,7 +280,7 @@ def _tell(document: Mapping[str, Any]) -> None:
 
 
 def _tell_module(document: Mapping[str, Any]) -> None:
-    print(*lines(document), sep="\n")
+    print(*lines(document, terminal_width()), sep="\n")
     print(f"all of it: {Path(document['folder']) / PAGE}")
     finish(document, "deploy", file=Path(document["folder"]) / "deploy.json", headline=HEADLINE_OF_MODULE)
 

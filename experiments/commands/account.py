@@ -14,6 +14,7 @@ from pathlib import Path
 from experiments.commands.inputs import add_input_arguments, check_device, read_inputs
 from experiments.commands.refusal import refuse
 from experiments.runs.output import add_json_argument, entry, finish
+from experiments.views.terminal import account_text, terminal_width
 from hardware.datafile import DataFileError
 from hardware.placement import DoesNotFit
 from neuro.graph import FILE_SUFFIX, GraphError, load_graph
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"account: {error}; give fewer samples, or fewer steps with --steps", file=sys.stderr)
         return 1
     placed = found.placement
-    print(f"{args.graph.name}: {found.table()}")
+    print(account_text(found, args.graph.name, terminal_width()))
     heads = {
         "graph": args.graph.name,
         "graph_sha256": hashlib.sha256(args.graph.read_bytes()).hexdigest(),

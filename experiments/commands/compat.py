@@ -11,6 +11,7 @@ from experiments.commands.models import HELP as MODEL_HELP
 from experiments.commands.models import find_model
 from experiments.commands.refusal import refuse
 from experiments.runs.output import add_json_argument, entry, finish
+from experiments.views.terminal import compatibility_text, terminal_width
 from experiments.views.tracking import Tracker
 from hardware.datafile import DataFileError
 from hardware.placement import DoesNotFit
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     except (OSError, CheckpointError, DataFileError, TypeError, ValueError) as error:
         print(f"compat: {error}", file=sys.stderr)
         return 2
-    print(report.table())
+    print(compatibility_text(report, terminal_width()))
     finish({"fits": True, **found.origin, **report.to_dict()}, "compat")
     return 0 if report.mapped else 1
 

@@ -199,11 +199,11 @@ def energy_markdown(reports: Sequence[EnergyReport]) -> str:
 
 def losses_text(document: dict[str, Any]) -> str:
     """Three losses, differences to the float model, and operations, for people."""
-    lines = [f"{'nats per token':<16}{'loss':>9}{'95 % over windows':>22}{'less float':>12}{'95 %, paired':>22}"]
+    lines = [f"{'nats per token':<16}{'loss':>9}{'95 % over windows':>20}{'less float':>12}{'95 %, paired':>20}"]
     for name in ("float", "quantised", "simulated"):
         own, less = document[f"loss_{name}_interval"], document.get(f"delta_{name}")
-        difference = f"{less['mean']:>+12.4f}{_range(less, '+'):>22}" if less else ""
-        lines.append(f"{name:<16}{own['mean']:>9.4f}{_range(own):>22}{difference}")
+        difference = f"{less['mean']:>+12.4f}{_range(less, '+'):>20}" if less else ""
+        lines.append(f"{name:<16}{own['mean']:>9.4f}{_range(own):>20}{difference}")
     return "\n".join(
         [
             *lines,

@@ -18,11 +18,20 @@ Row = tuple[str, ...]
 
 def account_table(found: GraphAccount) -> str:
     """Lines of text: what every population did per sample, what all of it takes and costs, and what was assumed."""
+    lines = [head(found), *_aligned([POPULATIONS, *population_rows(found)], range(2, 8))]
+    lines += ["", *_aligned([HEAD, *figure_rows(found)], range(1, 4)), ""]
+    return "\n".join([*lines, *sentences(found)])
+
+
+def head(found: GraphAccount) -> str:
+    """How much was run, where, and what the counts are of."""
     activity = found.activity
-    head = f"{found.samples} samples of {activity.steps} steps, {activity.ran_on}; counts are per sample"
-    lines = [head, *_aligned([POPULATIONS, *_population_rows(found)], range(2, 8))]
-    lines += ["", *_aligned([HEAD, *_figures(found)], range(1, 4)), ""]
-    lines += [entry.sentence(found.samples) for entry in found.zeros]
+    return f"{found.samples} samples of {activity.steps} steps, {activity.ran_on}; counts are per sample"
+
+
+def sentences(found: GraphAccount) -> list[str]:
+    """What stands under the tables: zeros, break-even, what is missing and why, notes and assumptions."""
+    lines = [entry.sentence(found.samples) for entry in found.zeros]
     for often, compared in found.break_evens.items():
         lines += [f"break-even, dense {often}, static power left out: {one.sentence}" for one in compared]
     if found.placement is None:
@@ -31,11 +40,12 @@ def account_table(found: GraphAccount) -> str:
         lines.append(f"no time: {found.latency_reason}")
     if found.break_even_reason:
         lines.append(f"no break-even: {found.break_even_reason}")
-    lines += [f"note: {note}" for note in activity.notes]
-    return "\n".join([*lines, *_remarks(found)])
+    lines += [f"note: {note}" for note in found.activity.notes]
+    return [*lines, *_remarks(found)]
 
 
-def _population_rows(found: GraphAccount) -> list[Row]:
+def population_rows(found: GraphAccount) -> list[Row]:
+    """Cells under :data:`POPULATIONS`."""
     placed = found.placement
     cores = {} if placed is None else {layer.name: f"{len(layer.cores):,}" for layer in placed.layers}
     rows = []
@@ -47,7 +57,8 @@ def _population_rows(found: GraphAccount) -> list[Row]:
     return rows
 
 
-def _figures(found: GraphAccount) -> list[Row]:
+def figure_rows(found: GraphAccount) -> list[Row]:
+    """Cells under :data:`HEAD`."""
     source = found.activity.ran_on
     rows = [
         _counted(name, found.total(field), source)

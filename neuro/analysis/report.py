@@ -162,6 +162,12 @@ class CompatibilityReport:
             rows.append((kind, str(len(ops)), verdict, place, *numbers, bound, tightest.limit_text, reason))
         return rows
 
+    def shown(self) -> list[tuple[str, ...]]:
+        """`COLUMNS` and the rows under them, without bound and limit where no row has one."""
+        rows = self.rows()
+        kept = [i for i in range(len(COLUMNS)) if i < 7 or i == len(COLUMNS) - 1 or any(row[i] != "-" for row in rows)]
+        return [tuple(row[i] for i in kept) for row in (COLUMNS, *rows)]
+
     def notes(self) -> list[str]:
         """What stands below the table: shares, ties, unused parameters, remedies, what was not traced."""
         lines = [
@@ -214,10 +220,12 @@ class CompatibilityReport:
 
         The first line says what preparing the module would gain, where it would gain something.
         """
-        rows = [COLUMNS, *self.rows()]
-        shown = [i for i in range(len(COLUMNS) - 1) if i < 7 or any(row[i] != "-" for row in rows[1:])]
-        widths = {i: max(len(row[i]) for row in rows) for i in shown}
-        lines = ["  ".join([*(row[i].ljust(widths[i]) for i in shown), row[-1]]).rstrip() for row in rows]
+        rows = self.shown()
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+        lines = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
+            for row in rows
+        ]
         return "\n".join([*filter(None, [self.first_line()]), *lines, *self.notes()])
 
     def markdown(self) -> str:

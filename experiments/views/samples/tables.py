@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments.views.blocks import Block
+from experiments.views.terminal import block_text, in_lines
 
 METRIC = {"accuracy": ("accuracy, %", 100.0, 2), "nrmse": ("NRMSE", 1.0, 4)}
 """Metric -> how it is headed, what it is multiplied by, and its digits."""
@@ -125,14 +126,18 @@ def bounds(found: Mapping[str, Any], scale: float, digits: int, sign: str = "") 
     return f"[{scale * found['low']:{sign}.{digits}f}, {scale * found['high']:{sign}.{digits}f}]"
 
 
-def lines(document: Mapping[str, Any]) -> Iterator[str]:
-    """For a terminal: the answers, what a sample takes, the joules."""
+def lines(document: Mapping[str, Any], width: int = 0) -> Iterator[str]:
+    """For a terminal of so many columns, 0 for no limit: the answers, what a sample takes, the joules."""
     for block in (results(document), traffic(document), energy(document)):
+        priced = block.header[0] == "profile"  # what a price takes for granted stands on the page
+        if width:
+            yield block_text(block, width, notes=not priced) + "\n"
+            continue
         yield block.title
         yield from text(block.header, block.rows)
-        if block.header[0] != "profile":  # what a price takes for granted stands on the page
+        if not priced:
             yield from (f"  {note}" for note in block.notes)
-    yield from (pair["sentence"] for pair in document["break_even"])
+    yield from (in_lines(pair["sentence"], width) for pair in document["break_even"])
 
 
 def text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
