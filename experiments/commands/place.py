@@ -18,9 +18,9 @@ from hardware.placement import DoesNotFit, LayerDemand, place
 from hardware.placement.pooled import place_pooled
 from neuro.graph import FILE_SUFFIX, ArchiveError, GraphError, SpikingGraph, load_graph, read_archive
 from neuro.graph.demand import layer_demands, pooled_demand
+from neuro.simulators.akida.devices import AKIDA_1, AKIDA_1_REASON, map_on
 from neuro.simulators.akida.devices import DEVICES as AKIDA_DEVICES
 from neuro.simulators.akida.devices import NOTE as AKIDA_NOTE
-from neuro.simulators.akida.devices import map_on
 from neuro.simulators.akida.process import AkidaError
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
             return _pooled(args)
         if args.chip in ("akida", *AKIDA_DEVICES):
             return _akida(args)
+        if args.chip in AKIDA_1:
+            raise ValueError(f"{args.chip}: {AKIDA_1_REASON}: {', '.join(AKIDA_DEVICES)}")
         chip = load_chip(args.chip)
         demands = _demands(args.graph, args.input)
         result = place(

@@ -28,6 +28,11 @@ DEVICES: Mapping[str, str] = MappingProxyType(
 """Our names of the virtual devices of Akida 2.0, and the package's."""
 
 
+AKIDA_1 = ("akd1000", "akd1500")
+AKIDA_1_REASON = (
+    "a chip of Akida 1.0, whose layers send 4 bits without a sign; graphs of graded kinds have 8-bit inputs with one, and"
+    " are laid out for virtual devices of Akida 2.0"
+)
 NOTE = (
     "nodes are neural processors, in the mapper's mode that takes the fewest. The limits are the mapper's own, so that no"
     " data file here has them. The package gives no energy and no time of a virtual device"

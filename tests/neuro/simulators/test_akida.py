@@ -324,6 +324,8 @@ def test_the_commands_refuse_and_fail_with_their_exit_codes(
     for main in (place_command.main, verify_command.main):
         assert main([str(other), "--chip", "akida"]) == 2
         assert "'y' (lif) is no part of an Akida network" in capsys.readouterr().err
+    assert place_command.main([str(good), "--chip", "akd1000"]) == 2
+    assert "akd1000: a chip of Akida 1.0, whose layers send 4 bits without a sign" in capsys.readouterr().err
     monkeypatch.setenv(process.ENV_PYTHON, str(tmp_path / "none"))
     for main in (place_command.main, verify_command.main):
         assert main([str(good), "--chip", "akida"]) == 1
