@@ -230,7 +230,7 @@ REFUSED = {
     "no module": (["module=number"], 2, "written PACKAGE:FUNCTION"),
     "no torch module": (["module=netmod:number"], 2, "returns int; a trained torch.nn.Module"),
     "no file": (["module=netmod:network", "path=none.npz"], 2, "no such file"),
-    "damaged file": (["module=netmod:network", "path=netmod.py"], 2, "not a readable .npz"),
+    "damaged file": (["module=netmod:network", "path=netmod.py"], 2, "not readable as .npz, or cut short"),
     "unknown key": (["module=netmod:network", "pth=flat.npz"], 2, "unknown configuration key 'pth'"),
     "unknown data": (["module=netmod:network", "data=imagenet"], 2, "it is one of arrays, events, digits"),
     "unknown route": (["module=netmod:network", "route=magic"], 2, "route is"),
@@ -266,3 +266,14 @@ def test_a_refusal_keeps_what_a_folder_held(own: Path, capsys: pytest.CaptureFix
     (own / "mine/notes.txt").write_text("keep")
     deployed(capsys, "module=netmod:diverged", "path=flat.npz", "out=mine", code=1)
     assert (own / "mine/notes.txt").read_text() == "keep"
+
+
+def test_the_help_of_a_deployment_names_both_forms(capsys: pytest.CaptureFixture[str]) -> None:
+    assert deploy.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "spikegate deploy module=PACKAGE:FUNCTION data=NAME" in shown
+    assert "eval_tokens:" in shown
+    assert deploy.main(["module=a:b", "data=digits", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "spikegate deploy run=RUN" in shown
+    assert "batch:" in shown
