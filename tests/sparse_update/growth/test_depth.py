@@ -24,6 +24,7 @@ from sparse_update.loop.checkpoint import load_checkpoint
 from sparse_update.loop.recorder import Listeners
 from sparse_update.loop.records import TrainerConfig
 from sparse_update.transformer import ModelConfig, Transformer, token_loss
+from sparse_update.weights.masking import MaskConfig
 from sparse_update.weights.settings import OptimConfig, schedule
 from sparse_update.weights.subset import SubsetConfig
 
@@ -42,6 +43,8 @@ ARMS = {
     "copied": {"growth": GrowthConfig("depth", "depth", start_layers=2, until=0.3, new_blocks="copied")},
     "random": {"growth": GrowthConfig("depth", "depth", start_layers=2, until=0.3, new_blocks="random")},
     "lengths": {"trainer": {"length_schedule": "4@0.3,8@0.7"}},
+    "bags": {"trainer": {"bags": "2@0.7"}},
+    "masks": {"optim": OptimConfig(name="muon", mask=MaskConfig(kind="agreement"))},
 }
 
 
