@@ -59,7 +59,7 @@ def test_the_wheel_holds_all_code_and_data_and_no_tests(installed):
         path.relative_to(ROOT).as_posix()
         for top in TOPS
         for path in (ROOT / top).rglob("*")
-        if (path.suffix in {".py", ".yaml", ".md", ".c", ".json"} or path.name == "py.typed")
+        if (path.suffix in {".py", ".yaml", ".md", ".c", ".h", ".json"} or path.name == "py.typed")
         and "__pycache__" not in path.parts
     }
     assert code == expected

@@ -25,6 +25,7 @@ from neuro.graph import Projection, truncate_weights
 FLOAT32_EXACT = 2**24
 FLOAT64_EXACT = 2**53
 INT32_LIMIT = 2**31
+CONV_LIMIT = 2**23  # what a sum of a convolution of mode "lava" must stay below so as not to wrap at 24 bits
 PATCH_VALUES = 2**25  # gathered inputs of a convolution held at a time
 # Below these shares of messages other than 0 it is cheaper to add up the weights of each event (measured, 2-core CPU).
 EVENT_SHARE_INT8 = 1 / 64
@@ -219,18 +220,24 @@ class Synapses:
 
     def __init__(self, projection: Projection, device: torch.device, mode: str, zero_or_one: bool = False) -> None:
         """`zero_or_one`: the source sends nothing else."""
-        self.projection, self._mode, self._zero_or_one = projection, mode, zero_or_one
+        self.projection, self.mode, self._zero_or_one = projection, mode, zero_or_one
         self.binary = projection.num_message_bits == 0
         self.exponent = projection.weight_exp
         self.notes: list[str] = []
-        weight = projection.weight
-        if mode == "chip":
-            weight = self._per_synapse(weight.astype(np.int64))
+        self.weight = projection.weight  # as the mode has them
+        if mode == "chip" and (projection.kind == "conv" or self.exponent):
+            self.weight = self._per_synapse(projection.weight.astype(np.int64))
         elif projection.kind == "conv" and self.exponent:
             self.notes.append(f"{projection.name}: Lava's Conv ignores weight_exp, which is {self.exponent}")
             self.exponent = 0
+        self._device = device
         self._patches: Tensor | None = None
         self._delays = [0]
+        self._matrices: list[Matrix] = []
+
+    def _prepare(self) -> None:
+        """What `sums` needs, made when it is first called."""
+        projection, weight, device = self.projection, self.weight, self._device
         if projection.conv is not None:
             groups = projection.conv.groups
             flat = weight.reshape(groups, len(weight) // groups, -1)
@@ -270,6 +277,8 @@ class Synapses:
 
         `again`: what the call before returned is not needed any more.
         """
+        if not self._matrices:
+            self._prepare()
         parts = [
             self._sums(matrix, read(delay), again) for matrix, delay in zip(self._matrices, self._delays, strict=False)
         ]
@@ -284,7 +293,7 @@ class Synapses:
         elif self.binary and not self._zero_or_one:
             value = value.abs()  # a ternary -1 counts as 1
         elif (
-            self._mode == "chip"
+            self.mode == "chip"
             and not self.binary
             and bound >= 1 << (self.projection.num_message_bits - 1)
             and value.dtype != torch.int8
@@ -294,7 +303,7 @@ class Synapses:
         rows = value.reshape(steps * batch, sources)
         if self._patches is not None:
             return self._convolve(rows, bound, steps, batch)
-        if self.projection.kind == "delay_dense" and self._mode == "lava" and 256 * bound >= INT32_LIMIT:
+        if self.projection.kind == "delay_dense" and self.mode == "lava" and 256 * bound >= INT32_LIMIT:
             total, drop = _wrapped_one_by_one(rows, matrix), 0
         else:
             total, drop = matrix.product(rows, bound, messages.share, again=again)
@@ -308,7 +317,7 @@ class Synapses:
         if limit < INT32_LIMIT and after < INT32_LIMIT:
             return Arrived(total, e + drop, after)
         value = total.to(torch.int64) << drop
-        whole = self.projection.kind == "delay_dense" or self._mode == "chip"  # summed in 64 bits
+        whole = self.projection.kind == "delay_dense" or self.mode == "chip"  # summed in 64 bits
         wrapped = outside(value, 32)
         if not whole:
             value = wrap(value, 32)
@@ -337,9 +346,9 @@ class Synapses:
                 parts.append((total << drop).reshape(-1, positions, 1, total.shape[1]))
             found.append(torch.cat(parts, dim=2).reshape(len(parts[0]), -1))
         total = torch.cat(found).reshape(steps, batch, -1)
-        if self._mode == "chip":
+        if self.mode == "chip":
             return self._settle(total, 0, limit)
-        if limit < 2**23:
+        if limit < CONV_LIMIT:
             return Arrived(total, 0, limit)
         wrapped = outside(total, 24)
         if limit >= INT32_LIMIT:  # Lava's cast from float64 gives -2^31 there, and 0 is what is left of it in 24 bits

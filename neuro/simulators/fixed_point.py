@@ -34,6 +34,8 @@ from neuro.graph import PORTS, GraphError, Population, Projection, SpikingGraph
 from neuro.graph.kinds import BINARY_KINDS, KINDS, LIF_KINDS, STATELESS, XYLO_KINDS
 from neuro.graph.xylo import xylo_network
 from neuro.simulators.activity import Activity, recorded
+from neuro.simulators.compiled.calls import use_compiled
+from neuro.simulators.compiled.program import Program
 from neuro.simulators.exact import Arrived, Synapses, add, join_arrived, magnitude, narrow
 from neuro.simulators.inputs import InputError, Integers, checked_inputs, checked_run
 from neuro.simulators.ledger import CHIP_NOTE, FixedPointOverflow, Ledger, Run
@@ -217,6 +219,11 @@ class _Engine:
         }
         self._start = 0
         self._input_bounds: dict[str, int] = {}
+        self._program = (
+            Program(graph, batch, self._synapses, self._lif, self._lines, run.delayed)
+            if use_compiled(in_c, device)
+            else None
+        )
         self._ledger = Ledger(run, tally, self._lines)
 
     def advance(self, inputs: Mapping[str, Tensor], steps: int) -> None:
@@ -229,6 +236,8 @@ class _Engine:
             self._start = self._ledger.start = start
             for names, loop in self._components:
                 population = self._run.graph.population(names[0])
+                if self._in_c(names, count):
+                    continue
                 if loop:
                     self._loop(names, count)
                 elif population.kind == "input":
@@ -244,6 +253,40 @@ class _Engine:
                     block = self._advance(population, parts, slice(0, count))
                     self._put(population.name, block.messages)
                     self._ledger.send(population, block.messages, parts, block.states, block)
+
+    def _in_c(self, names: tuple[str, ...], count: int) -> bool:
+        """Populations of the lif family, on a loop or not, through the loops in C with all that they receive; False where
+        something about them is only in torch: nothing has happened then."""
+        run = self._run
+        if (
+            self._program is None
+            or run.strict
+            or not all(name in self._lif and "a_in" not in run.keep[name] for name in names)
+        ):
+            return False
+        lines = [self._lines[name, "s_out"] for name in names]
+        inputs = self._program.inputs(names)
+        if inputs is None:
+            return False
+        messages = [line.begin(count) for line in lines]
+        for line in lines:
+            line.bound = 1
+        states = [self._lif[name].room(count) if run.keep[name] & {"u", "v"} else {} for name in names]
+        first, end = run.windows[names[0]]
+        edges = sorted({0, count, *(min(max(edge - self._start, 0), count) for edge in (first, end))})
+        for low, high in pairwise(edges):
+            counts = first <= self._start + low < end
+            fired = [
+                self._lif[name].silence() if counts and self._ledger.tally.wants_each(name) else None for name in names
+            ]
+            found = self._program.advance(names, inputs, messages, states, fired, self._start, slice(low, high))
+            for name, numbers, each in zip(names, found, fired, strict=True):
+                if counts:
+                    stat = dict(zip(STATS, numbers, strict=False))
+                    self._ledger.count_lif(run.graph.population(name), stat, each, None, high - low)
+        for name, sent, kept in zip(names, messages, states, strict=True):
+            self._ledger.send(run.graph.population(name), {"s_out": sent}, {}, kept, None)
+        return True
 
     def _input(self, population: Population, value: Tensor, start: int, count: int) -> None:
         part = value[:, start : start + count].transpose(0, 1)
@@ -278,6 +321,9 @@ class _Engine:
         if not incoming:
             shape = (rows.stop - rows.start, self._run.batch, population.size)
             return Arrived(torch.zeros(shape, dtype=torch.int32, device=self._run.device), 0, 0)
+        found = self._program.arrived(population.name, port, rows, without) if self._program is not None else None
+        if found is not None:
+            return found
         return add([self._read(p, rows) for p in incoming])
 
     def _advance_lif(self, population: Population, arrived: Arrived, messages: Tensor, row: int) -> dict[str, Tensor]:
@@ -298,7 +344,7 @@ class _Engine:
             kept.append(states)
             if first <= at + low < end:
                 stat = dict(zip(STATS, numbers, strict=True))
-                self._ledger.count_lif(population, stat, fired, part, high - low)
+                self._ledger.count_lif(population, stat, fired, part.wrapped, high - low)
                 if before is not None:
                     self._ledger.refuse_lif(population, lif, part, rows, at + low, before, stat, row + low)
         return {key: torch.cat([states[key] for states in kept]) for key in kept[0]}

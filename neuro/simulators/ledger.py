@@ -70,7 +70,7 @@ class Ledger:
         self._kept: dict[str, dict[str, Tensor]] = {name: {} for name in run.keep}
 
     def count_lif(
-        self, population: Population, stat: dict[str, int], fired_M: Tensor | None, arrived: Arrived, steps: int
+        self, population: Population, stat: dict[str, int], fired_M: Tensor | None, wrapped: Tensor | None, steps: int
     ) -> None:
         """Counts of a lif kind over some steps, as its scan gives them (`neuro.simulators.scan.STATS`)."""
         name, events = population.name, stat["fired"]
@@ -83,8 +83,8 @@ class Ledger:
         self.tally.raise_to(name, "max_abs_u", stat["max_abs_u"])
         self.tally.raise_to(name, "max_abs_v", min(stat["max_abs_v"], REGISTER_LIMIT - 1))
         self.tally.raise_to(name, "max_abs_payload", int(events > 0))
-        if arrived.wrapped is not None:
-            counts["wraps_sum"] += int(torch.count_nonzero(arrived.wrapped))
+        if wrapped is not None:
+            counts["wraps_sum"] += int(torch.count_nonzero(wrapped))
         self._lines[name, "s_out"].share = events / max(1, steps * self._run.batch * population.size)
 
     def refuse_lif(

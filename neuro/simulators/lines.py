@@ -15,7 +15,7 @@ class Line:
     def __init__(self, past: int, batch: int, size: int, device: torch.device, dtype: torch.dtype) -> None:
         self._past = past
         self.whole = torch.zeros(past, batch, size, dtype=dtype, device=device)
-        self.bound, self.share, self._bound_before = 0, 1.0, 0
+        self.bound, self.share, self.bound_before = 0, 1.0, 0
 
     def begin(self, steps: int) -> Tensor:
         """Room for a chunk's messages, to be written in place; returns it."""
@@ -23,7 +23,7 @@ class Line:
         same = len(self.whole) == self._past + steps  # then the room is used again
         whole = self.whole if same else past.new_empty(self._past + steps, *past.shape[1:])
         whole[: self._past] = past.clone()
-        self.whole, self._bound_before = whole, self.bound
+        self.whole, self.bound_before = whole, self.bound
         return whole[self._past :]
 
     def put(self, messages: Tensor, bound: int, share: float) -> None:
@@ -32,13 +32,17 @@ class Line:
         kept = max(self.bound, bound)
         dtype = narrow(kept)
         self.whole = torch.cat([past.to(dtype), messages.to(dtype)])
-        self._bound_before, self.bound, self.share = self.bound, bound, share
+        self.bound_before, self.bound, self.share = self.bound, bound, share
 
     def read(self, delay: int, rows: slice) -> Exact:
         """Messages that arrive at `rows` of this chunk, 1 + delay steps after they were sent."""
         first = self._past - 1 - delay
-        bound = max(self.bound, self._bound_before)
+        bound = max(self.bound, self.bound_before)
         return Exact(self.whole[first + rows.start : first + rows.stop], bound, self.share)
+
+    def arriving(self, delay: int, row: int, delayed: bool = True) -> Tensor:
+        """Messages that arrive from row `row` of this chunk on."""
+        return self.whole[self._past + row - (1 + delay) * delayed :]
 
     def now(self) -> Exact:
         """This chunk's messages without delay."""

@@ -107,6 +107,7 @@ class Lif:
         if self._interval:
             self._offset = _parameter(population, "reset_offset") % self._interval
         self._compiled = use_compiled(fused, device)
+        self._shape, self._device = (batch, population.size), device
 
         def zeros() -> Tensor:
             return torch.zeros(batch * population.size, dtype=torch.int32, device=device)
@@ -127,7 +128,7 @@ class Lif:
             u and v, if kept, and the numbers that `scan.STATS` names.
         """
         steps = len(s_TBN)
-        reset = self._resets(start, steps)
+        reset = self.resets(start, steps)
         s_TM = s_TBN.view(steps, -1)
         if self._compiled:
             pair = (
@@ -142,7 +143,16 @@ class Lif:
             return {}, stat
         return {"u": torch.stack(trace.u).view_as(s_TBN), "v": torch.stack(trace.v).view_as(s_TBN)}, stat
 
-    def _resets(self, start: int, steps: int) -> Tensor | None:
+    def room(self, steps: int) -> dict[str, Tensor]:
+        """Room for u and v of so many steps, (T, B, N)."""
+        return {name: torch.empty((steps, *self._shape), dtype=torch.int32, device=self._device) for name in ("u", "v")}
+
+    def silence(self) -> Tensor:
+        """Messages of each neuron, (B x N,), none so far."""
+        return torch.zeros_like(self.state.u)
+
+    def resets(self, start: int, steps: int) -> Tensor | None:
+        """Before which of these steps, the first being step `start` of the run, u and v become 0; None: before none."""
         if not self._interval:
             return None
         step = torch.arange(start + 1, start + 1 + steps)  # Lava counts steps from 1
@@ -152,7 +162,7 @@ class Lif:
         """Run again from `state`, and say which values left their registers."""
         steps, trace = len(s_TBN), scans.Trace()
         sums = arrived.settled().reshape(steps, -1)
-        scans.plain(self.scan, sums, s_TBN.view(steps, -1), state, self._resets(start, steps), trace=trace)
+        scans.plain(self.scan, sums, s_TBN.view(steps, -1), state, self.resets(start, steps), trace=trace)
         raw_u, raw_v = torch.stack(trace.raw_u).view_as(s_TBN), torch.stack(trace.raw_v).view_as(s_TBN)
         chip = bool(self.scan.flags & scans.CHIP)
         over_u = outside(raw_u, 24) if chip else (raw_u > REGISTER_LIMIT) | (raw_u <= -REGISTER_LIMIT)

@@ -58,6 +58,9 @@ class Scan:
     in_chunks: bool | None = None
     each_3M: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        self.largest_bias = int(self.bias_M.abs().max()) if self.bias_M.numel() else 0
+
     @property
     def numbers(self) -> tuple[int | Tensor, int | Tensor, int | Tensor, int, int]:
         if self.each_3M is not None:

@@ -1,26 +1,67 @@
 """Calls of the loops in C, shared out over threads. `use_compiled` says whether a run takes them.
 
-Layout: T steps, M = samples x neurons.
+Layout: T steps, B samples, M = samples x neurons.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from neuro.simulators.compiled.library import library
-from neuro.simulators.scan import STATS, Scan, State
+from neuro.simulators.compiled.structures import NO_NEURONS, STATS, Input, Member, pointer
+from neuro.simulators.scan import STATS as SCAN_STATS
+from neuro.simulators.scan import Scan, State
 
-THREAD_VALUES = 2**18  # neurons x steps below which a second thread costs more than it saves
+THREAD_NEURONS = 2**17  # neurons x steps below which a second thread costs more than it saves
+THREAD_SYNAPSES = 2**24  # and synapses x rows
 
 
 def use_compiled(fused: bool | None, device: torch.device) -> bool:
     """Whether the loops in C are to be taken: on the CPU, unless `fused` is False or there is no library."""
     return fused is not False and device.type == "cpu" and library() is not None
+
+
+@cache
+def best_product() -> int:
+    """The quickest dense product that this machine has (`EVENTS`, `VNNI`, `AMX`)."""
+    return int(library().best_product())
+
+
+def neurons(
+    scan: Scan,
+    exponent: int,
+    state: State,
+    reset_T: Tensor | None = None,
+    fired_M: Tensor | None = None,
+    keep: tuple[Tensor, Tensor] | None = None,
+) -> Member:
+    """A population of the lif family, its sums to be shifted by `exponent` first. What is given must outlive the call.
+
+    Args:
+        reset_T: uint8, steps before which u and v become 0.
+        fired_M: int32, messages of each neuron are added to it.
+        keep: int32 (T, M), receive u and v of every step.
+    """
+    found = Member(flags=scan.flags)
+    numbers = (scan.keep_u, scan.keep_v, scan.high, scan.low, max(-exponent, 0), max(exponent, 0), scan.refractory)
+    found.numbers[:] = [*numbers, scan.largest_bias]
+    found.U, found.V, found.R, found.bias = map(pointer, (state.u, state.v, state.rest, scan.bias_M))
+    found.each_3M, found.reset_T, found.fired_M = pointer(scan.each_3M), pointer(reset_T), pointer(fired_M)
+    if keep is not None:
+        found.u_TM, found.v_TM = map(pointer, keep)
+    return found
+
+
+def sums_only(sums: Tensor) -> Member:
+    """No neurons: what arrives is written to `sums`, int32 (T, B, N)."""
+    return Member(flags=NO_NEURONS, sums=pointer(sums))
 
 
 def lif_scan(
@@ -38,30 +79,73 @@ def lif_scan(
     Args:
         keep: (T, M) int32 for u and v of every step.
     """
-    steps, neurons = a_TM.shape
-    numbers = (scan.keep_u, scan.keep_v, scan.high, scan.low, max(-exponent, 0), max(exponent, 0), scan.refractory)
-    parameters = (ctypes.c_int32 * len(numbers))(*numbers)
+    steps, size = a_TM.shape
     reset = None if reset_T is None else reset_T.to(torch.uint8).contiguous()
-    tensors = (a_TM, s_TM, *(keep or (None, None)), state.u, state.v, state.rest, scan.bias_M, reset, scan.each_3M)
-    assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
-    *pointers, each = [None if tensor is None else ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-    function = library().lif_scan
-
-    fired = None if fired_M is None else ctypes.c_void_p(fired_M.data_ptr())
+    member = neurons(scan, exponent, state, reset, fired_M, keep)
+    member.sent = pointer(s_TM)
 
     def part(begin: int, end: int) -> list[int]:
-        stat = (ctypes.c_int64 * len(STATS))()
-        sizes = [ctypes.c_size_t(number) for number in (steps, neurons, begin, end)]
-        function(ctypes.c_int(scan.flags), *pointers, parameters, each, stat, fired, *sizes)
+        stat = (ctypes.c_int64 * STATS)()
+        library().run_scan(
+            ctypes.byref(member), ctypes.c_void_p(a_TM.data_ptr()), *_whole(steps, size, begin, end), ctypes.byref(stat)
+        )
         return list(stat)
 
-    threads = min(torch.get_num_threads(), max(1, steps * neurons // THREAD_VALUES))
+    assert a_TM.is_contiguous()
+    return _merged(_shared(part, size, steps * size // THREAD_NEURONS))[: len(SCAN_STATS)]
+
+
+def run_members(members: Sequence[Member], inputs: Sequence[Sequence[Input]], steps: int, batch: int) -> list[list[int]]:
+    """Take populations through `steps` steps, with all that they receive.
+
+    Args:
+        members: in the order of evaluation; several of them are on one loop.
+        inputs: of each member.
+
+    Returns:
+        for each member, numbers in the order of `neuro.simulators.scan.STATS`, then rows summed by events, and dense.
+
+    Raises:
+        MemoryError: no room for a block of sums.
+    """
+    whole = (Member * len(members))(*members)
+    held = [(Input * max(1, len(each)))(*each) for each in inputs]
+    for member, own, each in zip(whole, held, inputs, strict=True):
+        member.inputs, member.count = own, len(each)
+    work = max(
+        sum(m.size for m in members) * steps * batch // THREAD_NEURONS,
+        sum(i.sources * min(i.targets, 64 * i.sources) for each in inputs for i in each) * steps * batch // THREAD_SYNAPSES,
+    )
+
+    def part(begin: int, end: int) -> list[int]:
+        stats = (ctypes.c_int64 * (STATS * len(members)))()
+        way = ctypes.c_int(best_product())
+        sizes = _whole(len(members), steps, batch, begin, end)
+        if library().run_members(ctypes.byref(whole), *sizes, way, ctypes.byref(stats)):
+            raise MemoryError(f"no memory for a block of sums of {sum(m.size for m in members)} neurons")
+        return list(stats)
+
+    parts = _shared(part, batch, work)
+    return [_merged([stats[i * STATS : (i + 1) * STATS] for stats in parts]) for i in range(len(members))]
+
+
+def _whole(*numbers: int) -> list[ctypes.c_int64]:
+    return [ctypes.c_int64(number) for number in numbers]
+
+
+def _shared(part: Callable[[int, int], list[int]], size: int, most: int) -> list[list[int]]:
+    """`part` of 0..size, cut for up to `most` threads."""
+    threads = max(1, min(torch.get_num_threads(), size, most))
     if threads == 1:
-        return part(0, neurons)
-    edges = [neurons * i // threads for i in range(threads + 1)]
-    parts = list(_pool(threads).map(part, edges[:-1], edges[1:]))  # ctypes lets go of the interpreter lock
+        return [part(0, size)]
+    edges = [size * i // threads for i in range(threads + 1)]
+    others = [_pool(threads - 1).submit(part, *pair) for pair in pairwise(edges[1:])]
+    return [part(edges[0], edges[1]), *(other.result() for other in others)]  # ctypes lets go of the interpreter lock
+
+
+def _merged(parts: Sequence[Sequence[int]]) -> list[int]:
     columns = list(zip(*parts, strict=True))
-    return [*map(sum, columns[:4]), *map(max, columns[4:])]
+    return [max(column) if index in (4, 5) else sum(column) for index, column in enumerate(columns)]
 
 
 @cache

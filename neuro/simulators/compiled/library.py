@@ -113,7 +113,7 @@ def _key(compiler: str) -> str:
     about = real.stat()
     parts = [f"{real} {about.st_size} {about.st_mtime_ns}", repr((FLAGS, NATIVE)), *platform.uname()[4:5], _processor()]
     digest = hashlib.sha256("\0".join(parts).encode())
-    for source in sources():
+    for source in sorted(SOURCES.glob("*.[ch]")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()[:24]
 

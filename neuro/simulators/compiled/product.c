@@ -1,0 +1,247 @@
+/* Exact products of rows of 8-bit messages with 8-bit weights, in int32: by events, or dense by what the processor has.
+ *
+ * By events: the weights of each source that sent something are added up, so that the work goes with the events. Weights
+ * lie as bytes + 128, two to a 16-bit lane; a lane's sum and the sum of its upper bytes give both, exactly for 256 events.
+ * Dense: VNNI (four products of bytes to a lane) or AMX (16 x 64 bytes to a tile), where the compiler was told of them.
+ */
+#include "engine.h"
+#include <string.h>
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define HAS_VNNI 1
+#include <immintrin.h>
+#endif
+#if defined(__AMX_INT8__) && defined(__linux__)
+#define HAS_AMX 1
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+typedef uint16_t lanes __attribute__((vector_size(64), aligned(1), may_alias));
+#ifdef __AVX512BW__
+enum { GROUPS = 8 }; /* of 64 columns, whose two sums stay in registers */
+#else
+enum { GROUPS = 2 };
+#endif
+enum { BATCH = 256 };
+
+/* Events a dense product is worth: it takes them where a row has more than S / DENSE_FROM of them (measured). */
+static const int64_t DENSE_FROM[] = {[EVENTS] = 1, [VNNI] = 4, [AMX] = 10};
+
+int64_t find_events(const int8_t *row, int64_t width, i32 *who, i32 *what, int *ones) {
+    int64_t n = 0;
+    int one = 1;
+    for (int64_t at = 0; at < width; at += 8) {
+        uint64_t eight;
+        memcpy(&eight, row + at, 8);
+        if (!eight) continue;
+        for (int i = 0; i < 8; i++) {
+            const int8_t x = row[at + i];
+            who[n] = (i32)(at + i), what[n] = x;
+            one &= x == 0 || x == 1;
+            n += x != 0;
+        }
+    }
+    *ones = one;
+    return n;
+}
+
+static inline __attribute__((always_inline)) void add_groups(
+    const int groups, const uint8_t *rows, int64_t row_bytes, const i32 *who, int64_t n, i32 *out, int64_t columns) {
+    for (int64_t first = 0; first == 0 || first < n; first += BATCH) {
+        const int64_t count = n - first < BATCH ? n - first : BATCH;
+        lanes whole[GROUPS] = {{0}}, upper[GROUPS] = {{0}};
+        for (int64_t e = 0; e < count; e++) {
+            const lanes *w = (const lanes *)(rows + who[first + e] * row_bytes);
+            for (int g = 0; g < groups; g++) {
+                const lanes x = w[g];
+                whole[g] += x;
+                upper[g] += x >> 8;
+            }
+        }
+        for (int g = 0; g < groups; g++) {
+            uint16_t sums[64];
+            const lanes lower = whole[g] - (upper[g] << 8);
+            memcpy(sums, &lower, 64), memcpy(sums + 32, &upper[g], 64);
+            const int64_t held = columns - 64 * g < 64 ? columns - 64 * g : 64;
+            i32 *to = out + 64 * g;
+            if (first)
+                for (int64_t i = 0; i < held; i++) to[i] += sums[i] - 128 * (i32)count;
+            else
+                for (int64_t i = 0; i < held; i++) to[i] = sums[i] - 128 * (i32)count;
+        }
+    }
+}
+
+/* One row of sums: weights of the sources `who`, times `what` unless those are all 1. */
+static void by_events(const Input *in, const i32 *who, const i32 *what, int64_t n, int ones, i32 *out, i32 *one) {
+    const int64_t all = in->row_bytes;
+    if (ones) {
+        for (int64_t c = 0; c < all;) {
+            const uint8_t *rows = in->rows + c;
+            i32 *to = out + c;
+            const int64_t columns = in->targets - c, groups = (all - c) / 64;
+            if (groups >= GROUPS)
+                add_groups(GROUPS, rows, all, who, n, to, columns), c += 64 * GROUPS;
+            else if (groups >= 4)
+                add_groups(4, rows, all, who, n, to, columns), c += 256;
+            else if (groups >= 2)
+                add_groups(2, rows, all, who, n, to, columns), c += 128;
+            else
+                add_groups(1, rows, all, who, n, to, columns), c += 64;
+        }
+        return;
+    }
+    memset(one, 0, all * sizeof(i32));
+    i32 total = 0;
+    for (int64_t e = 0; e < n; e++) {
+        const uint8_t *w = in->rows + who[e] * all;
+        const i32 x = what[e];
+        for (int64_t i = 0; i < all; i++) one[i] += x * w[i];
+        total += x;
+    }
+    for (int64_t o = 0; o < in->targets; o++) {
+        const int64_t i = o & 63;
+        out[o] = one[o - i + (i < 32 ? 2 * i : 2 * i - 63)] - 128 * total;
+    }
+}
+
+static void by_synapses(const Input *in, const i32 *who, const i32 *what, int64_t n, i32 *out) {
+    memset(out, 0, in->targets * sizeof(i32));
+    for (int64_t e = 0; e < n; e++)
+        for (i32 k = in->starts[who[e]]; k < in->starts[who[e] + 1]; k++) out[in->index[k]] += what[e] * in->weight[k];
+}
+
+#ifdef HAS_VNNI
+static void by_vnni(const int8_t *a, int64_t width, int64_t rows, const int8_t *packed, const i32 *column_sums,
+                    int64_t targets, i32 *out, int64_t row_stride, int negative) {
+    /* The instruction takes unsigned bytes on one side: messages below 0 get 128 more, which is taken off afterwards. */
+    const i32 flip = negative ? (i32)0x80808080u : 0;
+    const int64_t quads = width / 4;
+    for (int64_t c = 0; c < targets; c += 32)
+        for (int64_t r = 0; r < rows; r += 8) {
+            __m512i sum[8][2];
+            const int64_t held = rows - r < 8 ? rows - r : 8;
+            for (int i = 0; i < 8; i++) sum[i][0] = sum[i][1] = _mm512_setzero_si512();
+            const int8_t *b0 = packed + c * width, *b1 = b0 + 16 * width;
+            for (int64_t q = 0; q < quads; q++) {
+                const __m512i w0 = _mm512_loadu_si512(b0 + 64 * q), w1 = _mm512_loadu_si512(b1 + 64 * q);
+                for (int i = 0; i < 8; i++) { /* the buffer has ROOM for rows that are not there */
+                    i32 four;
+                    memcpy(&four, a + (r + i) * width + 4 * q, 4);
+                    const __m512i x = _mm512_set1_epi32(four ^ flip);
+                    sum[i][0] = _mm512_dpbusd_epi32(sum[i][0], x, w0);
+                    sum[i][1] = _mm512_dpbusd_epi32(sum[i][1], x, w1);
+                }
+            }
+            for (int i = 0; i < held; i++)
+                for (int h = 0; h < 2; h++) {
+                    i32 sums[16];
+                    _mm512_storeu_si512(sums, sum[i][h]);
+                    const int64_t first = c + 16 * h, last = targets - first < 16 ? targets - first : 16;
+                    for (int64_t o = 0; o < last; o++)
+                        out[(r + i) * row_stride + first + o] = sums[o] - (negative ? 128 * column_sums[first + o] : 0);
+                }
+        }
+}
+#endif
+
+#ifdef HAS_AMX
+static void by_amx(const int8_t *a, int64_t width, int64_t rows, const int8_t *packed, int64_t targets, i32 *out,
+                   int64_t row_stride) {
+    struct {
+        uint8_t palette, start, none[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } shape = {.palette = 1};
+    for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
+    _tile_loadconfig(&shape);
+    i32 edge[32 * 32];
+    for (int64_t c = 0; c < targets; c += 32)
+        for (int64_t r = 0; r < rows; r += 32) {
+            const int8_t *a0 = a + r * width, *a1 = a0 + 16 * width, *b0 = packed + c * width, *b1 = b0 + 16 * width;
+            const int upper = rows - r <= 16; /* the lower 16 rows are not there */
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            for (int64_t k = 0; k < width; k += 64) {
+                _tile_loadd(4, a0 + k, width);
+                _tile_loadd(6, b0 + 16 * k, 64);
+                _tile_dpbssd(0, 4, 6);
+                _tile_loadd(7, b1 + 16 * k, 64);
+                _tile_dpbssd(1, 4, 7);
+                if (upper) continue;
+                _tile_loadd(5, a1 + k, width);
+                _tile_dpbssd(2, 5, 6);
+                _tile_dpbssd(3, 5, 7);
+            }
+            const int whole = targets - c >= 32 && rows - r >= 32;
+            i32 *to = whole ? out + r * row_stride + c : edge;
+            const int64_t bytes = (whole ? row_stride : 32) * 4;
+            _tile_stored(0, to, bytes);
+            _tile_stored(1, to + 16, bytes);
+            if (!upper) {
+                _tile_stored(2, to + 4 * bytes, bytes);
+                _tile_stored(3, to + 4 * bytes + 16, bytes);
+            }
+            if (!whole)
+                for (int64_t i = 0; i < rows - r && i < 32; i++)
+                    memcpy(out + (r + i) * row_stride + c, edge + 32 * i, (targets - c < 32 ? targets - c : 32) * sizeof(i32));
+        }
+    _tile_release();
+}
+#endif
+
+/* The quickest dense product of this machine, EVENTS where there is none. */
+int best_product(void) {
+#ifdef HAS_AMX
+    enum { ASK_FOR_A_FEATURE = 0x1023, TILES = 18 }; /* Linux grants the tiles' registers on demand */
+    if (!syscall(SYS_arch_prctl, ASK_FOR_A_FEATURE, TILES)) return AMX;
+#endif
+#ifdef HAS_VNNI
+    return VNNI;
+#endif
+    return EVENTS;
+}
+
+void dense_product(int way, const int8_t *a, int64_t width, int64_t rows, const int8_t *packed, const i32 *column_sums,
+                   int64_t targets, i32 *out, int64_t row_stride, int negative) {
+#ifdef HAS_AMX
+    if (way == AMX) by_amx(a, width, rows, packed, targets, out, row_stride);
+#endif
+#ifdef HAS_VNNI
+    if (way == VNNI) by_vnni(a, width, rows, packed, column_sums, targets, out, row_stride, negative);
+#endif
+}
+
+/* Sums (rows, O) of the messages in scratch->packed; 1 where it was dense, 0 by events. */
+int product(const Input *in, int64_t rows, i32 *out, Scratch *scratch, int way) {
+    const int8_t *a = scratch->packed;
+    const int64_t size = rows * in->width;
+    if (in->kind == CONV) return convolve(in, rows, out, scratch, way);
+    if (in->kind == DENSE && way != EVENTS) {
+        int64_t events = 0;
+        for (int64_t i = 0; i < size; i += 64) { /* in bytes, which a loop over 64 of them vectorises */
+            uint8_t some = 0;
+            for (int j = 0; j < 64; j++) some += a[i + j] != 0;
+            events += some;
+        }
+        const int64_t as_rows = way == AMX ? (rows + 15) / 16 * 16 : (rows + 7) / 8 * 8;
+        if (events * DENSE_FROM[way] > as_rows * in->sources) {
+            int8_t least = 0;
+            for (int64_t i = 0; i < size; i++) least = a[i] < least ? a[i] : least;
+            dense_product(way, a, in->width, rows, in->packed, in->column_sums, in->targets, out, in->targets, least < 0);
+            return 1;
+        }
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        int ones;
+        const int64_t n = find_events(a + r * in->width, in->width, scratch->who, scratch->what, &ones);
+        if (in->kind == DENSE)
+            by_events(in, scratch->who, scratch->what, n, ones, out + r * in->targets, scratch->one);
+        else
+            by_synapses(in, scratch->who, scratch->what, n, out + r * in->targets);
+    }
+    return 0;
+}

@@ -1,0 +1,54 @@
+"""The structures of engine.h, field by field, as ctypes has them."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+DENSE, SPARSE, CONV = 0, 1, 2
+EVENTS, VNNI, AMX = 0, 1, 2
+STATS = 8
+"""Numbers of each population: those of `neuro.simulators.scan.STATS`, then rows summed by events and dense."""
+NO_NEURONS = -1
+
+_i64, _address = ctypes.c_int64, ctypes.c_void_p
+
+
+class Input(ctypes.Structure):
+    """Synapses of one source onto the targets."""
+
+    _fields_ = (
+        ("messages", _address),
+        *((name, _i64) for name in ("stride", "sources", "targets", "width", "kind", "binary", "inside", "right", "left")),
+        ("rows", _address),
+        ("row_bytes", _i64),
+        *((name, _address) for name in ("packed", "column_sums", "starts", "index", "weight")),
+        *((name, _i64) for name in ("positions", "places", "groups", "channels", "channels_in", "taps")),
+        *((name, _address) for name in ("runs", "run", "hits", "hit")),
+    )
+
+
+class Member(ctypes.Structure):
+    """One population."""
+
+    _fields_ = (
+        ("inputs", ctypes.POINTER(Input)),
+        *((name, _i64) for name in ("count", "size", "flags")),
+        ("numbers", ctypes.c_int32 * 8),
+        *((name, _address) for name in ("sent", "sums", "u_TM", "v_TM", "U", "V", "R", "bias", "each_3M", "reset_T")),
+        ("fired_M", _address),
+    )
+
+
+def pointer(array: np.ndarray | Tensor | None) -> Any:
+    """Where an array lies, which must be without gaps; None for none."""
+    if array is None:
+        return None
+    if isinstance(array, Tensor):
+        assert array.is_contiguous()
+        return array.data_ptr()
+    assert array.flags.c_contiguous
+    return array.ctypes.data
