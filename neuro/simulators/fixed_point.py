@@ -34,7 +34,7 @@ from neuro.graph import PORTS, GraphError, Population, Projection, SpikingGraph
 from neuro.graph.kinds import BINARY_KINDS, KINDS, LIF_KINDS, STATELESS, XYLO_KINDS
 from neuro.graph.xylo import xylo_network
 from neuro.simulators.activity import Activity, recorded
-from neuro.simulators.compiled.calls import use_compiled
+from neuro.simulators.compiled.calls import spread, use_compiled
 from neuro.simulators.compiled.program import Program
 from neuro.simulators.exact import Arrived, Synapses, add, join_arrived, magnitude, narrow
 from neuro.simulators.inputs import InputError, Integers, checked_inputs, checked_run
@@ -224,13 +224,14 @@ class _Engine:
             if use_compiled(in_c, device)
             else None
         )
-        self._ledger = Ledger(run, tally, self._lines)
+        self._ledger = Ledger(run, tally, self._lines, self._program is not None)
 
     def advance(self, inputs: Mapping[str, Tensor], steps: int) -> None:
         """Take the graph through `steps` steps; inputs (batch, any steps, size) are silent after their end."""
         width = self._run.batch * sum(p.size for p in self._run.graph.populations)
         chunk = max(1, CHUNK_VALUES // width)
         self._input_bounds = {name: magnitude(value) for name, value in inputs.items()}
+        inputs = {name: value.to(narrow(self._input_bounds[name])) for name, value in inputs.items()}
         for start in range(0, steps, chunk):
             count = min(chunk, steps - start)
             self._start = self._ledger.start = start
@@ -290,9 +291,20 @@ class _Engine:
 
     def _input(self, population: Population, value: Tensor, start: int, count: int) -> None:
         part = value[:, start : start + count].transpose(0, 1)
-        bound = self._input_bounds[population.name]
+        bound, line = self._input_bounds[population.name], self._lines[population.name, "s_out"]
         rest = count - len(part)
-        part = part.to(narrow(bound))
+        if self._program is not None and value.dtype == line.whole.dtype == torch.int8 and value.stride(2) == 1:
+            each = (
+                value.new_zeros(population.size, dtype=torch.int32)
+                if self._ledger.tally.wants_each(population.name)
+                else None
+            )
+            room = line.begin(count)
+            counted = spread(part, room[: len(part)], True, each), each
+            room[len(part) :] = 0
+            line.bound, line.share = bound, 1.0
+            self._ledger.send(population, {"s_out": room}, {}, {}, None, None if rest else counted)
+            return
         part = torch.cat([part, part.new_zeros(rest, *part.shape[1:])]) if rest else part.contiguous()
         self._lines[population.name, "s_out"].put(part, bound, 1.0)
         self._ledger.send(population, {"s_out": part}, {}, {}, None)

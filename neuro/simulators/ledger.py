@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from hardware.text import quoted
 from neuro.graph import PORTS, Population, Projection, SpikingGraph
 from neuro.graph.kinds import BINARY_KINDS, LIF_KINDS
 from neuro.simulators.activity import Activity, PopulationCounts, ProjectionCounts
+from neuro.simulators.compiled.calls import spread
 from neuro.simulators.exact import Arrived, Exact, magnitude
 from neuro.simulators.lines import Line, synapses_of
 from neuro.simulators.neurons import REGISTER_LIMIT, Block, Finding, Lif
@@ -61,12 +63,14 @@ class Ledger:
         run: what runs.
         tally: sums over the steps counted.
         lines: (population, port) -> its messages; their shares of events are written here.
+        in_c: whether copies are made by the loops in C.
 
     `start` is the first step of the chunk that is computed now.
     """
 
-    def __init__(self, run: Run, tally: Tally, lines: Mapping[tuple[str, str], Line]) -> None:
+    def __init__(self, run: Run, tally: Tally, lines: Mapping[tuple[str, str], Line], in_c: bool = False) -> None:
         self._run, self.tally, self._lines, self.start = run, tally, lines, 0
+        self._in_c = in_c
         self._kept: dict[str, dict[str, Tensor]] = {name: {} for name in run.keep}
 
     def count_lif(
@@ -113,8 +117,14 @@ class Ledger:
         arrived: Mapping[str, Arrived],
         states: Mapping[str, Tensor],
         block: Block | None,
+        counted: tuple[int, Tensor | None] | None = None,
     ) -> None:
-        """Count and record what a population sent, got and held in the steps of its window that lie in this chunk."""
+        """Count and record what a population sent, got and held in the steps of its window that lie in this chunk.
+
+        Args:
+            counted: of an input all of whose steps lie in the window, where known: messages that are not 0, and of each
+                neuron where `Tally.wants_each`.
+        """
         name = population.name
         first, end = self._run.windows[name]
         steps = len(next(iter(messages.values())))
@@ -122,7 +132,7 @@ class Ledger:
         if rows.start >= rows.stop:
             return
         if population.kind not in LIF_KINDS:
-            self._count_other(population, messages, block, rows)
+            self._count_other(population, messages, block, rows, counted)
         for projection in self._run.graph.outgoing(name):
             line = self._lines[name, projection.source_port]
             self._count_payload(projection, messages[projection.source_port][rows], line.bound, rows.start)
@@ -136,14 +146,22 @@ class Ledger:
                 self._record(name, port, part.settled(), rows)
 
     def _count_other(
-        self, population: Population, messages: Mapping[str, Tensor], block: Block | None, rows: slice
+        self,
+        population: Population,
+        messages: Mapping[str, Tensor],
+        block: Block | None,
+        rows: slice,
+        counted: tuple[int, Tensor | None] | None,
     ) -> None:
         name = population.name
         events = 0
         for port, value in messages.items():
             sent = value[rows]
-            each = torch.count_nonzero(sent, dim=(0, 1)) if self.tally.wants_each(name, port) else None
-            number = int(torch.count_nonzero(sent) if each is None else each.sum())
+            if counted is not None:
+                number, each = counted
+            else:
+                each = torch.count_nonzero(sent, dim=(0, 1)) if self.tally.wants_each(name, port) else None
+                number = int(torch.count_nonzero(sent) if each is None else each.sum())
             self.tally.sent(name, port, number, each)
             line = self._lines[name, port]
             line.share = number / max(1, sent.numel())
@@ -165,9 +183,13 @@ class Ledger:
         first, end = self._run.windows[name]
         if variable not in self._kept[name]:
             shape = (self._run.batch, end - first, value_TBN.shape[2])
-            self._kept[name][variable] = torch.empty(shape, dtype=torch.int32, device=self._run.device)
+            self._kept[name][variable] = _room(shape, self._run.device)
         at = self.start + rows.start - first
-        self._kept[name][variable][:, at : at + rows.stop - rows.start] = value_TBN[rows].transpose(0, 1)
+        to_TBN = self._kept[name][variable][:, at : at + rows.stop - rows.start].transpose(0, 1)
+        if self._in_c and value_TBN.dtype in (torch.int8, torch.int32) and value_TBN.stride(2) == 1:
+            spread(value_TBN[rows], to_TBN)
+        else:
+            to_TBN.copy_(value_TBN[rows])
 
     def _count_payload(self, projection: Projection, sent: Tensor, bound: int, low: int) -> None:
         counts = self.tally.projections[projection.name]
@@ -246,6 +268,13 @@ class Ledger:
             notes=tuple(notes) + ((CHIP_NOTE,) if self._run.mode == "chip" else ()),
             mode=self._run.mode,
         )
+
+
+def _room(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32, not yet written. On the CPU by numpy, which asks the system for large pages where an array is large."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.empty(shape, dtype=np.int32))
+    return torch.empty(shape, dtype=torch.int32, device=device)
 
 
 def _beyond_32(mask: Tensor) -> Finding:

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from neuro.simulators.compiled.library import library
-from neuro.simulators.compiled.structures import NO_NEURONS, STATS, Input, Member, pointer
+from neuro.simulators.compiled.structures import NO_NEURONS, STATS, Input, Layout, Member, pointer
 from neuro.simulators.scan import STATS as SCAN_STATS
 from neuro.simulators.scan import Scan, State
 
 THREAD_NEURONS = 2**17  # neurons x steps below which a second thread costs more than it saves
+THREAD_COPIES = 2**19  # and numbers copied
 THREAD_SYNAPSES = 2**24  # and synapses x rows
+_COPIES = ((torch.int8, torch.int8), (torch.int8, torch.int32), (torch.int32, torch.int32))
 
 
 def use_compiled(fused: bool | None, device: torch.device) -> bool:
@@ -127,6 +129,34 @@ def run_members(members: Sequence[Member], inputs: Sequence[Sequence[Input]], st
 
     parts = _shared(part, batch, work)
     return [_merged([stats[i * STATS : (i + 1) * STATS] for stats in parts]) for i in range(len(members))]
+
+
+def spread(from_TBN: Tensor, to_TBN: Tensor, count: bool = False, each_N: Tensor | None = None) -> int:
+    """Copy int8 to int8 or int32, or int32 to int32, whatever their strides over steps and samples.
+
+    Args:
+        count: whether to count what is not 0.
+        each_N: int32, receives that of each neuron, added; one thread does it then.
+
+    Returns:
+        how many are not 0; 0 where nobody asks.
+    """
+    steps, batch, size = from_TBN.shape
+    assert from_TBN.shape == to_TBN.shape
+    assert size == 1 or from_TBN.stride(2) == to_TBN.stride(2) == 1
+    assert (from_TBN.dtype, to_TBN.dtype) in _COPIES
+    layouts = [Layout(x.element_size(), x.stride(0), x.stride(1)) for x in (from_TBN, to_TBN)]
+    addresses = [ctypes.c_void_p(x.data_ptr()) for x in (from_TBN, to_TBN)]
+    function = library().spread
+    function.restype = ctypes.c_int64
+
+    def part(begin: int, end: int) -> list[int]:
+        sizes = _whole(steps, begin, end, size)
+        each = ctypes.c_void_p(pointer(each_N))
+        return [int(function(addresses[0], layouts[0], addresses[1], layouts[1], *sizes, ctypes.c_int(count), each))]
+
+    most = 1 if each_N is not None else steps * batch * size // THREAD_COPIES
+    return sum(found[0] for found in _shared(part, batch, most))
 
 
 def _whole(*numbers: int) -> list[ctypes.c_int64]:

@@ -127,9 +127,10 @@ def _convolution(projection: Projection, small: np.ndarray, drop: int) -> Packed
     geometry, channels_out = projection.conv, len(small)
     assert geometry is not None
     groups, channels, channels_in = geometry.groups, channels_out // geometry.groups, small.shape[3]
-    flat_GOK = small.reshape(groups, channels, -1)
+    # Convolutions flip the kernel; with its taps in the order of the messages patches are long runs of memory.
+    flat_GOK = small[:, ::-1, ::-1].reshape(groups, channels, -1)
     taps, sources = flat_GOK.shape[2], projection.ends[1]
-    place = geometry.patches(projection.weight.shape)[:, 0, ::channels_in]  # of channel 0, in messages
+    place = geometry.patches(projection.weight.shape)[:, 0, ::channels_in][:, ::-1]  # of channel 0, in messages
     position, tap = np.nonzero(place >= 0)
     source = place[position, tap]
     # What patches are copied from: one run for each place, longer where the next place follows in memory.

@@ -6,13 +6,14 @@
  */
 #include "engine.h"
 #include <string.h>
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-#define HAS_VNNI 1
+#ifdef __AVX512BW__
 #include <immintrin.h>
 #endif
-#if defined(__AMX_INT8__) && defined(__linux__)
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define HAS_VNNI 1
+#endif
+#if defined(__AMX_INT8__) && defined(__AVX512BW__) && defined(__linux__)
 #define HAS_AMX 1
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -23,23 +24,32 @@ enum { GROUPS = 8 }; /* of 64 columns, whose two sums stay in registers */
 #else
 enum { GROUPS = 2 };
 #endif
-enum { BATCH = 256 };
+enum { BATCH = 256, AHEAD = 4 };
 
 /* Events a dense product is worth: it takes them where a row has more than S / DENSE_FROM of them (measured). */
 static const int64_t DENSE_FROM[] = {[EVENTS] = 1, [VNNI] = 4, [AMX] = 10};
 
+/* Sources of a row that sent something, in order, and what; `ones`: nothing but 1. The lists hold `width` + 64. */
 int64_t find_events(const int8_t *row, int64_t width, i32 *who, i32 *what, int *ones) {
     int64_t n = 0;
     int one = 1;
-    for (int64_t at = 0; at < width; at += 8) {
-        uint64_t eight;
-        memcpy(&eight, row + at, 8);
-        if (!eight) continue;
-        for (int i = 0; i < 8; i++) {
-            const int8_t x = row[at + i];
-            who[n] = (i32)(at + i), what[n] = x;
-            one &= x == 0 || x == 1;
-            n += x != 0;
+    for (int64_t at = 0; at < width; at += 64) {
+#ifdef __AVX512BW__
+        const __m512i bytes = _mm512_loadu_si512(row + at);
+        uint64_t some = _mm512_test_epi8_mask(bytes, bytes);
+#else
+        uint64_t some = 0;
+        for (int i = 0; i < 64; i += 8) {
+            uint64_t eight;
+            memcpy(&eight, row + at + i, 8);
+            if (!eight) continue;
+            for (int k = i; k < i + 8; k++) some |= (uint64_t)(row[at + k] != 0) << k;
+        }
+#endif
+        for (; some; some &= some - 1) {
+            const int i = __builtin_ctzll(some);
+            who[n] = (i32)(at + i), what[n] = row[at + i];
+            one &= what[n++] == 1;
         }
     }
     *ones = one;
@@ -53,6 +63,8 @@ static inline __attribute__((always_inline)) void add_groups(
         lanes whole[GROUPS] = {{0}}, upper[GROUPS] = {{0}};
         for (int64_t e = 0; e < count; e++) {
             const lanes *w = (const lanes *)(rows + who[first + e] * row_bytes);
+            const lanes *soon = (const lanes *)(rows + who[first + (e + AHEAD < count ? e + AHEAD : e)] * row_bytes);
+            for (int g = 0; g < groups; g++) __builtin_prefetch(soon + g);
             for (int g = 0; g < groups; g++) {
                 const lanes x = w[g];
                 whole[g] += x;
@@ -63,12 +75,13 @@ static inline __attribute__((always_inline)) void add_groups(
             uint16_t sums[64];
             const lanes lower = whole[g] - (upper[g] << 8);
             memcpy(sums, &lower, 64), memcpy(sums + 32, &upper[g], 64);
-            const int64_t held = columns - 64 * g < 64 ? columns - 64 * g : 64;
+            const int64_t held = columns - 64 * g;
+            const i32 much = 128 * (i32)count;
             i32 *to = out + 64 * g;
-            if (first)
-                for (int64_t i = 0; i < held; i++) to[i] += sums[i] - 128 * (i32)count;
+            if (held >= 64 && !first)
+                for (int i = 0; i < 64; i++) to[i] = sums[i] - much;
             else
-                for (int64_t i = 0; i < held; i++) to[i] = sums[i] - 128 * (i32)count;
+                for (int i = 0; i < held && i < 64; i++) to[i] = (first ? to[i] : 0) + sums[i] - much;
         }
     }
 }

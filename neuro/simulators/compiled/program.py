@@ -54,7 +54,7 @@ class Program:
         self._delayed = delayed
 
     def inputs(self, names: Sequence[str]) -> list[list[Part]] | None:
-        """What each of these populations of the lif family receives; None where that is not exact in 32 bits or no bytes."""
+        """What each of these populations of the lif family receives; None where only torch has it."""
         found = []
         for name in names:
             parts = self._parts(name, "a_in", names)

@@ -43,6 +43,12 @@ class Member(ctypes.Structure):
     )
 
 
+class Layout(ctypes.Structure):
+    """How numbers lie: bytes of one, and numbers from step to step and from sample to sample."""
+
+    _fields_ = tuple((name, _i64) for name in ("bytes", "step", "sample"))
+
+
 def pointer(array: np.ndarray | Tensor | None) -> Any:
     """Where an array lies, which must be without gaps; None for none."""
     if array is None:

@@ -15,7 +15,7 @@ import pytest
 
 from neuro.graph import Population, Projection, SpikingGraph
 from neuro.simulators.activity import RECORD_ALL, compare
-from neuro.simulators.compiled import calls, library
+from neuro.simulators.compiled import library, program
 from neuro.simulators.fixed_point import simulate
 
 COMPILER = next((name for name in library.COMPILERS if library.shutil.which(name)), None)
@@ -185,8 +185,8 @@ def test_a_compiler_that_fails_is_one_line_too(small: Path, forgotten: Any) -> N
 @needs_compiler
 def test_the_default_call_takes_the_loops_in_c(monkeypatch: Any) -> None:
     taken = []
-    original = calls.lif_scan
-    monkeypatch.setattr("neuro.simulators.neurons.lif_scan", lambda *given: (taken.append(1), original(*given))[1])
+    original = program.run_members
+    monkeypatch.setattr(program, "run_members", lambda *given: (taken.append(1), original(*given))[1])
     simulate(GRAPH, X, fused=False)
     assert taken == []
     simulate(GRAPH, X)

@@ -1,0 +1,35 @@
+/* Messages and states from one layout to another. */
+#include "engine.h"
+
+typedef struct {
+    int64_t bytes, step, sample; /* of one number, and numbers from step to step, from sample to sample */
+} Layout;
+
+#define MOVE(FROM, TO)                                                                  \
+    do {                                                                                \
+        const FROM *restrict f = (const FROM *)from + t * in.step + b * in.sample;      \
+        TO *restrict g = (TO *)to + t * out.step + b * out.sample;                      \
+        for (int64_t i = 0; i < n; i++) g[i] = (TO)f[i];                                \
+        if (count)                                                                      \
+            for (int64_t i = 0; i < n; i++) some += f[i] != 0;                          \
+        if (each_N)                                                                     \
+            for (int64_t i = 0; i < n; i++) each_N[i] += f[i] != 0;                     \
+    } while (0)
+
+/* Copy n neurons of `steps` steps and samples begin..end. Where asked, how many are not 0: of all, and of each neuron. */
+int64_t spread(const void *from, Layout in, void *to, Layout out, int64_t steps, int64_t begin, int64_t end, int64_t n,
+               int count, i32 *each_N) {
+    int64_t found = 0;
+    for (int64_t b = begin; b < end; b++)
+        for (int64_t t = 0; t < steps; t++) {
+            i32 some = 0;
+            if (in.bytes == 1 && out.bytes == 1)
+                MOVE(int8_t, int8_t);
+            else if (in.bytes == 1)
+                MOVE(int8_t, i32);
+            else
+                MOVE(i32, i32);
+            found += some;
+        }
+    return found;
+}
