@@ -205,7 +205,7 @@ class _Engine:
         for lif in self._lif.values():
             lif.scan.in_chunks = isinstance(fused, str) or (fused if device.type == "cuda" else False)
         self._other = {
-            p.name: Other(p, batch, device, mode)
+            p.name: Other(p, batch, device, mode, in_c, run.keep[p.name])
             for p in graph.populations
             if p.kind not in (*LIF_KINDS, *XYLO_KINDS, "input")
         }

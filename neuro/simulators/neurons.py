@@ -11,6 +11,7 @@ nor one of `lif_general`, whose decays and thresholds may differ from neuron to 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 from neuro.graph import Population
 from neuro.graph.kinds import KINDS, RESONATORS
 from neuro.simulators import scan as scans
+from neuro.simulators.compiled import signals
 from neuro.simulators.compiled.calls import lif_scan, use_compiled
 from neuro.simulators.exact import Arrived, outside, wrap
 
@@ -181,7 +183,17 @@ class Lif:
 class Other:
     """State of one population of another kind for B samples; `advance` takes it through T steps."""
 
-    def __init__(self, population: Population, batch: int, device: torch.device, mode: str) -> None:
+    def __init__(
+        self,
+        population: Population,
+        batch: int,
+        device: torch.device,
+        mode: str,
+        fused: bool | None = False,
+        keep: Collection[str] = (),
+    ) -> None:
+        """`fused`: as of `simulate`. `keep`: states that are wanted of every step."""
+        self._compiled, self._keep = population.kind in signals.KINDS and use_compiled(fused, device), keep
         self._population, self._chip, self._device = population, mode == "chip", device
         self._shape = (batch, population.size)
         vth = population.params.get("vth", 0)  # an int, or one per neuron
@@ -192,6 +204,9 @@ class Other:
 
     def advance(self, arrived: dict[str, Arrived]) -> Block:
         """Update through the T steps that `arrived` holds for each port."""
+        sent = signals.advance(self._population, arrived, self.state, self._keep) if self._compiled else None
+        if sent is not None:
+            return Block({"s_out": sent.messages}, v=sent.v, states=sent.states)
         findings: list[Finding] = []
         sums = []
         for part in arrived.values():
@@ -387,6 +402,10 @@ def join(blocks: list[Block]) -> Block:
     return Block(
         {port: torch.cat([block.messages[port] for block in blocks]) for port in blocks[0].messages},
         v=torch.cat([block.v for block in blocks]),
-        states={name: torch.cat([block.states[name] for block in blocks]) for name in blocks[0].states},
+        states={
+            name: torch.cat([block.states[name] for block in blocks])
+            for name in blocks[0].states
+            if all(name in block.states for block in blocks)  # what nobody keeps may be missing in some
+        },
         findings=list(findings.values()),
     )

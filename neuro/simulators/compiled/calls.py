@@ -89,12 +89,15 @@ def lif_scan(
     def part(begin: int, end: int) -> list[int]:
         stat = (ctypes.c_int64 * STATS)()
         library().run_scan(
-            ctypes.byref(member), ctypes.c_void_p(a_TM.data_ptr()), *_whole(steps, size, begin, end), ctypes.byref(stat)
+            ctypes.byref(member),
+            ctypes.c_void_p(a_TM.data_ptr()),
+            *whole_numbers(steps, size, begin, end),
+            ctypes.byref(stat),
         )
         return list(stat)
 
     assert a_TM.is_contiguous()
-    return _merged(_shared(part, size, steps * size // THREAD_NEURONS))[: len(SCAN_STATS)]
+    return _merged(shared(part, size, steps * size // THREAD_NEURONS))[: len(SCAN_STATS)]
 
 
 def run_members(members: Sequence[Member], inputs: Sequence[Sequence[Input]], steps: int, batch: int) -> list[list[int]]:
@@ -122,12 +125,12 @@ def run_members(members: Sequence[Member], inputs: Sequence[Sequence[Input]], st
     def part(begin: int, end: int) -> list[int]:
         stats = (ctypes.c_int64 * (STATS * len(members)))()
         way = ctypes.c_int(best_product())
-        sizes = _whole(len(members), steps, batch, begin, end)
+        sizes = whole_numbers(len(members), steps, batch, begin, end)
         if library().run_members(ctypes.byref(whole), *sizes, way, ctypes.byref(stats)):
             raise MemoryError(f"no memory for a block of sums of {sum(m.size for m in members)} neurons")
         return list(stats)
 
-    parts = _shared(part, batch, work)
+    parts = shared(part, batch, work)
     return [_merged([stats[i * STATS : (i + 1) * STATS] for stats in parts]) for i in range(len(members))]
 
 
@@ -151,19 +154,20 @@ def spread(from_TBN: Tensor, to_TBN: Tensor, count: bool = False, each_N: Tensor
     function.restype = ctypes.c_int64
 
     def part(begin: int, end: int) -> list[int]:
-        sizes = _whole(steps, begin, end, size)
+        sizes = whole_numbers(steps, begin, end, size)
         each = ctypes.c_void_p(pointer(each_N))
         return [int(function(addresses[0], layouts[0], addresses[1], layouts[1], *sizes, ctypes.c_int(count), each))]
 
     most = 1 if each_N is not None else steps * batch * size // THREAD_COPIES
-    return sum(found[0] for found in _shared(part, batch, most))
+    return sum(found[0] for found in shared(part, batch, most))
 
 
-def _whole(*numbers: int) -> list[ctypes.c_int64]:
+def whole_numbers(*numbers: int) -> list[ctypes.c_int64]:
+    """As the loops take sizes."""
     return [ctypes.c_int64(number) for number in numbers]
 
 
-def _shared(part: Callable[[int, int], list[int]], size: int, most: int) -> list[list[int]]:
+def shared(part: Callable[[int, int], list[int]], size: int, most: int) -> list[list[int]]:
     """`part` of 0..size, cut for up to `most` threads."""
     threads = max(1, min(torch.get_num_threads(), size, most))
     if threads == 1:

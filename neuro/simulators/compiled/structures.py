@@ -49,6 +49,29 @@ class Layout(ctypes.Structure):
     _fields_ = tuple((name, _i64) for name in ("bytes", "step", "sample"))
 
 
+class Signal(ctypes.Structure):
+    """A population of kind sigma, delta or sigma_delta."""
+
+    _fields_ = (
+        ("a_TM", _address),
+        *((name, _i64) for name in ("right", "left")),
+        *((name, _address) for name in ("sent_TM", "v_TM", "sigma_TM", "act_TM", "residue_TM", "error_TM")),
+        *((name, _address) for name in ("sigma_M", "act_M", "residue_M", "error_M", "bias_N")),
+        *((name, _i64) for name in ("n", "exponent", "state_exp", "threshold", "relu", "cum_error", "corrected", "encode")),
+    )
+
+
+class Resonator(ctypes.Structure):
+    """A population of kind rf or rf_iz."""
+
+    _fields_ = (
+        *((name, _address) for name in ("real_in_TM", "imag_in_TM")),
+        *((name, _i64) for name in ("real_right", "real_left", "imag_right", "imag_left")),
+        *((name, _address) for name in ("sent_TM", "real_TM", "imag_TM", "real_M", "imag_M", "sin_M", "cos_M")),
+        *((name, _i64) for name in ("exponent", "threshold", "izhikevich")),
+    )
+
+
 def pointer(array: np.ndarray | Tensor | None) -> Any:
     """Where an array lies, which must be without gaps; None for none."""
     if array is None:

@@ -224,3 +224,44 @@ def test_a_placement_counts_each_neuron(networks: Any) -> None:
         cores = [simulate(graph, values, placement=placed, fused=fused).cores for fused in (False, None)]
         assert cores[0] == cores[1]
         assert cores[0]
+
+
+@pytest.mark.parametrize("strength", [40, 900])
+def test_resonators_with_and_without_saturation(strength: int, networks: Any) -> None:
+    for seed in range(8):
+        graph = networks.resonators(["rf", "rf_iz"][seed % 2], seed, each=seed % 3 == 0, loop=seed > 3, strength=strength)
+        assert_same(graph, networks.rings(seed, 3), ("lava", "chip")[seed // 2 % 2], RECORDS[seed % 4])
+
+
+@FEW
+@given(
+    kind=st.sampled_from(["sigma", "delta", "sigma_delta"]),
+    mode=st.sampled_from(["lava", "chip"]),
+    most=st.sampled_from([30, 5000, 2**20, 2**27]),
+    seed=st.integers(0, 10**6),
+    record=st.sampled_from(RECORDS),
+)
+def test_differences_and_sums_up_to_and_beyond_their_registers(
+    kind: str, mode: str, most: int, seed: int, record: Any
+) -> None:
+    rng = np.random.default_rng(seed)
+    params: dict[str, Any] = {}
+    if kind != "sigma":
+        corrected, exponents = int(rng.integers(2)), rng.integers(0, 8, 2)
+        room = 2 ** (23 - int(exponents.sum()))
+        params = {"vth": int(rng.integers(0, min(most, room))), "corrected": corrected}
+        params |= {"spike_exp": int(exponents[0]), "state_exp": int(exponents[1])}
+        params |= {"cum_error": int(rng.integers(2)) * (1 - corrected)}
+        if kind == "sigma_delta":
+            highest = min(room, 2**15)
+            params |= {"bias": rng.integers(1 - highest, highest, 7), "relu": int(rng.integers(2))}
+    weight = 2 * np.eye(7, dtype=np.int64)
+    graph = SpikingGraph(
+        (Population("x", "input", 7), Population("y", kind, 7, params)),
+        (Projection("w", "x", "y", "a_in", weight, int(rng.integers(-2, 2)), num_message_bits=32),),
+        ("y",),
+    )
+    values = rng.integers(-most, most, (3, 30, 7)) * (rng.random((3, 30, 7)) < 0.6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fixed_point, "CHUNK_VALUES", int(rng.choice([2**23, 300])))
+        assert_same(graph, {"x": values}, mode, record)
