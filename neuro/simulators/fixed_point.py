@@ -8,8 +8,9 @@ weight exponents act on each synapse and round down, a lif kind receives 16 bits
 (tests/neuro/simulators/test_silicon.py). `mode="xylo"` is another chip: the integers of SynSense's Xylo for
 graphs of its kinds (`neuro/graph/xylo.py`), equal to its makers' simulator.
 
-Populations that lie on no loop are evaluated layer by layer: one exact matrix product over all samples and steps of a
-chunk, then one elementwise update (stateless kinds) or a scan over time. Only populations on a loop go step by step.
+Populations that lie on no loop are evaluated layer by layer, over all samples and steps of a chunk: an exact product, then
+one elementwise update (stateless kinds) or a scan over time. Only populations on a loop go step by step. On the CPU the lif
+kinds, loops of them included, go through `neuro.simulators.compiled` with their synapses, in blocks that stay in the cache.
 Memory is bounded by chunks over time; what is recorded is kept in full.
 
 A message sent at step t arrives at step t + 1, or t + 1 + delay. Layout inside: (T, B, N) = steps, samples, neurons. At

@@ -78,8 +78,10 @@ def _parameter(population: Population, key: str) -> int:
 
 def per_neuron(population: Population, value: np.ndarray | int, batch: int, device: torch.device) -> Tensor:
     """A parameter as int32 (batch x size,)."""
-    row = np.broadcast_to(np.asarray(value, dtype=np.int64), (population.size,)).astype(np.int32)
-    return torch.from_numpy(row.copy()).to(device).repeat(batch)
+    row = np.asarray(value, dtype=np.int32)
+    if row.ndim == 0 or row.size == 1:
+        return torch.full((batch * population.size,), int(row.reshape(-1)[0]), dtype=torch.int32, device=device)
+    return torch.from_numpy(np.tile(row, batch)).to(device)
 
 
 class Lif:

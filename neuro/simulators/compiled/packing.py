@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import weakref
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -33,12 +34,16 @@ class Packed:
     fields: dict[str, int | np.ndarray]
     delay: int = 0
 
-    def input(self) -> Input:
-        """As the loops take it, without messages."""
+    @cached_property
+    def _empty(self) -> Input:
         found = Input()
         for name, value in self.fields.items():
             setattr(found, name, pointer(value) if isinstance(value, np.ndarray) else value)
         return found
+
+    def input(self) -> Input:
+        """As the loops take it, without messages."""
+        return Input.from_buffer_copy(self._empty)
 
 
 _kept: dict[tuple[int, str], tuple[Packed, ...] | None] = {}

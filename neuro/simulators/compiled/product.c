@@ -27,7 +27,7 @@ enum { GROUPS = 2 };
 enum { BATCH = 256, AHEAD = 4 };
 
 /* Events a dense product is worth: it takes them where a row has more than S / DENSE_FROM of them (measured). */
-static const int64_t DENSE_FROM[] = {[EVENTS] = 1, [VNNI] = 4, [AMX] = 10};
+static const int64_t DENSE_FROM[] = {[EVENTS] = 1, [VNNI] = 4, [AMX] = 32};
 
 /* Sources of a row that sent something, in order, and what; `ones`: nothing but 1. The lists hold `width` + 64. */
 int64_t find_events(const int8_t *row, int64_t width, i32 *who, i32 *what, int *ones) {
