@@ -15,14 +15,16 @@ class Line:
     def __init__(self, past: int, batch: int, size: int, device: torch.device, dtype: torch.dtype) -> None:
         self._past = past
         self.whole = torch.zeros(past, batch, size, dtype=dtype, device=device)
+        self._room = self.whole  # of the largest chunk so far, which later ones use again
         self.bound, self.share, self.bound_before = 0, 1.0, 0
 
     def begin(self, steps: int) -> Tensor:
         """Room for a chunk's messages, to be written in place; returns it."""
-        past = self.whole[len(self.whole) - self._past :]
-        same = len(self.whole) == self._past + steps  # then the room is used again
-        whole = self.whole if same else past.new_empty(self._past + steps, *past.shape[1:])
-        whole[: self._past] = past.clone()
+        past = self.whole[len(self.whole) - self._past :].clone()
+        if self._room.dtype != past.dtype or len(self._room) < self._past + steps:
+            self._room = past.new_empty(self._past + steps, *past.shape[1:])
+        whole = self._room[: self._past + steps]
+        whole[: self._past] = past
         self.whole, self.bound_before = whole, self.bound
         return whole[self._past :]
 
