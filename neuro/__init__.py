@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from neuro.conversion.sigma_delta import SigmaDeltaConfig
     from neuro.conversion.spiking.convert import convert_spiking
     from neuro.conversion.spiking.describing import describe
+    from neuro.conversion.spiking.xylo.convert import to_xylo
     from neuro.deployment.deployed import Deployed, deploy, load_deployed, save_deployed
     from neuro.deployment.generation import generate
     from neuro.exchange.events import events_to_frames
@@ -42,6 +43,7 @@ _HOME = {
     "convert": "neuro.conversion.routes",
     "convert_spiking": "neuro.conversion.spiking.convert",
     "describe": "neuro.conversion.spiking.describing",
+    "to_xylo": "neuro.conversion.spiking.xylo.convert",
     "RateConfig": "neuro.conversion.rate",
     "SigmaDeltaConfig": "neuro.conversion.sigma_delta",
     "GradedConfig": "neuro.conversion.graded",
@@ -112,6 +114,7 @@ __all__ = [
     "save_graph",
     "save_plan",
     "split_attention",
+    "to_xylo",
     "unregister_layer",
 ]
 

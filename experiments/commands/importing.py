@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 
+from experiments.commands.refusal import refuse
 from experiments.runs.output import add_json_argument, entry, finish
+from hardware.chips.pooled import FAMILIES, list_pooled
+from hardware.placement import DoesNotFit
 from hardware.text import short
 from neuro.exchange.nir.library import NirFileError, NirUnavailable, NotInNir
 from neuro.graph import FILE_SUFFIX, GraphError, SpikingGraph, save_graph
@@ -24,8 +27,9 @@ NET = ".net"
 # What belongs to one of the two forms, with the values that say it was not given.
 OF_NODES = {
     "nodes": False, "dt": None, "steps": None, "reset": "zero", "pools": "auto", "pieces": "1", "calibration": None,
-    "headroom_bits": 0.5, "messages": None, "input_scale": 1.0, "input_range": (0, 1),
+    "headroom_bits": 0.5, "messages": None, "input_scale": 1.0, "input_range": (0, 1), "chip": "loihi",
 }  # fmt: skip
+OF_LOIHI = {"pools": "auto", "pieces": "1", "headroom_bits": 0.5, "input_range": (0, 1)}
 OF_NET = {"reset_interval": None, "input_shape": None, "input_bits": 0}
 
 
@@ -34,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="NAME.nir, or NAME.net")
     parser.add_argument("--out", type=Path, default=None, help=f"NAME{FILE_SUFFIX} (default: beside the file)")
     parser.add_argument("--nodes", action="store_true", help="convert the nodes, though integers ride along")
+    parser.add_argument(
+        "--chip",
+        choices=("loihi", *FAMILIES, *list_pooled()),
+        default="loihi",
+        help="nodes: whose integers (default: loihi); xylo is xylo_audio2",
+    )
     parser.add_argument("--dt", type=float, default=None, metavar="S", help="nodes: seconds of a step (default: 1e-4)")
     parser.add_argument(
         "--steps", type=int, default=None, help="nodes: length of a sample; IF and biases need it (default: any length)"
@@ -96,12 +106,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit codes: 0 done; 1 the nodes have no integer counterpart; 2 the command or the file is wrong."""
     net = args.file.suffix == NET
-    for name, absent in (OF_NODES if net else OF_NET).items():
-        value = getattr(args, name)
-        if (tuple(value) if isinstance(value, list) else value) != absent:
-            option, other = f"--{name.replace('_', '-')}", "NIR" if net else NET
-            print(f"import: {option} belongs to {other} files, and {args.file} is none; leave it out", file=sys.stderr)
-            return 2
+    if option := _given(args, OF_NODES if net else OF_NET):
+        other = "NIR" if net else NET
+        print(f"import: {option} belongs to {other} files, and {args.file} is none; leave it out", file=sys.stderr)
+        return 2
     if net:
         return _run_net(args)
     from neuro.conversion.spiking.description import NotConvertible
@@ -112,6 +120,8 @@ def run(args: argparse.Namespace) -> int:
         out = _out(args)
         if args.dt is not None and not args.dt > 0:
             raise GraphError(f"--dt is {args.dt}; a step is longer than 0 s")
+        if args.chip != "loihi" and (given := _given(args, OF_LOIHI)):
+            raise GraphError(f"{given} belongs to Loihi, and the chip is {args.chip}; leave it out")
         if args.messages is not None and args.calibration is None:
             raise GraphError("--messages writes the calibration as messages; give one with --calibration FILE.npy")
         found = load_with_notes(args.file)
@@ -122,6 +132,8 @@ def run(args: argparse.Namespace) -> int:
             save_graph(graph, out)
         else:
             graph, how = _from_nodes(args, found.graph, found.notes, out), "nodes"
+    except DoesNotFit as failure:
+        return refuse("import", failure)
     except (NotInNir, NotConvertible) as error:
         print(f"import: {args.file}: {error}", file=sys.stderr)
         return 1
@@ -131,6 +143,15 @@ def run(args: argparse.Namespace) -> int:
     return _done(graph, out, how)
 
 
+def _given(args: argparse.Namespace, absent: Mapping[str, Any]) -> str:
+    """The first of some options that was given, "" where none was."""
+    for name, value in absent.items():
+        found = getattr(args, name)
+        if (tuple(found) if isinstance(found, list) else found) != value:
+            return f"--{name.replace('_', '-')}"
+    return ""
+
+
 def _from_nodes(args: argparse.Namespace, found: Any, notes: Sequence[str], out: Path) -> SpikingGraph:
     import torch
 
@@ -138,6 +159,11 @@ def _from_nodes(args: argparse.Namespace, found: Any, notes: Sequence[str], out:
 
     low, high = args.input_range
     given = None if args.calibration is None else torch.from_numpy(_samples(args.calibration))
+    network: Any
+    if args.chip != "loihi":
+        network, given = _onto_xylo(args, found, notes, given)
+        _write(args, network, given, out)
+        return network.graph
     network = from_nir(
         found,
         dt_s=args.dt,
@@ -151,19 +177,43 @@ def _from_nodes(args: argparse.Namespace, found: Any, notes: Sequence[str], out:
         headroom_bits=args.headroom_bits,
         notes=notes,
     )
+    _write(args, network, given, out)
+    return network.graph
+
+
+def _onto_xylo(args: argparse.Namespace, found: Any, notes: Sequence[str], given: Any) -> tuple[Any, Any]:
+    """The conversion, and the calibration in the network's order."""
+    from dataclasses import replace
+
+    import neuro
+    from neuro.exchange.nir.describing import describe
+    from neuro.exchange.nir.library import DT_S
+
+    described = describe(found, args.dt or DT_S, reset=args.reset)
+    description = replace(described.description, notes=(*notes, *described.description.notes))
+    shape = described.input.shape
+    if given is not None and tuple(given.shape[2:]) != shape:
+        form = ", ".join(map(str, shape))
+        raise GraphError(f"the calibration has shape {tuple(given.shape)}; (samples, steps, {form}) is needed")
+    given = None if given is None else described.input.arranged(given)
+    network = neuro.to_xylo(description, chip=args.chip, calibration=given, steps=args.steps, input_scale=args.input_scale)
+    return network, given
+
+
+def _write(args: argparse.Namespace, network: Any, given: Any, out: Path) -> None:
+    """The graph, and the calibration as its messages where asked for: both or none."""
     messages = None if args.messages is None or given is None else network.present(given)
     if messages is None:
         save_graph(network.graph, out)
     else:
         partial = args.messages.with_name(f".{args.messages.name}.partial.npz")
         try:
-            np.savez_compressed(partial, **{name: value.numpy() for name, value in messages.items()})  # type: ignore[arg-type]
+            np.savez_compressed(partial, **{name: value.numpy() for name, value in messages.items()})
             save_graph(network.graph, out)
             partial.replace(args.messages)
         finally:
             partial.unlink(missing_ok=True)
     print(network.table())
-    return network.graph
 
 
 def _samples(path: Path) -> np.ndarray:

@@ -121,6 +121,8 @@ def verify(
                 if name in graphs:
                     name = path.relative_to(target).as_posix().removesuffix(FILE_SUFFIX)
                 print(f"{name}: {result} ({document['expected']} against {document['got']})")
+                for line in document.get("limits", {}).values():
+                    print(f"{name}: {line}")
                 graphs[name] = {**_document(result), **document}
     except (GraphError, InputError, ResultFileError, OSError) as error:
         print(f"verify: {error}", file=sys.stderr)
@@ -176,7 +178,25 @@ def _in_xylosim(
 
     theirs = run_xylosim(graph, values, timeout_s=timeout_s)
     ours = simulate(graph, values, mode="xylo", record=RECORD_ALL)
-    return compare(theirs, ours), {"expected": theirs.ran_on, "got": ours.ran_on}
+    return compare(theirs, ours), {"expected": theirs.ran_on, "got": ours.ran_on, "limits": _limits(graph)}
+
+
+def _limits(graph: SpikingGraph) -> dict[str, str]:
+    """Chip of the family -> whether it holds the network, which xylosim does not ask."""
+    from hardware.chips.pooled import list_pooled, load_pooled
+    from hardware.placement import DoesNotFit
+    from hardware.placement.pooled import place_pooled
+    from neuro.graph.demand import pooled_demand
+
+    found = {}
+    for chip in list_pooled():
+        try:
+            placed = place_pooled(pooled_demand(graph), chip)
+            found[chip] = f"fits {placed.title}, nearest to its limit in {placed.binding}"
+        except DoesNotFit as failure:
+            title, short = load_pooled(chip).title, failure.binding
+            found[chip] = f"DOES NOT FIT {title}: {short}; `spikegate place --chip {chip}` says what would help"
+    return found
 
 
 def _in_akida(

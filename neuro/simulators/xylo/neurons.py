@@ -19,6 +19,7 @@ from neuro.simulators.exact import Arrived, outside, wrap
 from neuro.simulators.neurons import Block, Finding, per_neuron
 
 _REGISTER = "16 bits of its register"
+MOST_SUMS = 2**23  # partial sums held at a time, 64 MiB
 
 
 def decay(value: Tensor, dash: Tensor) -> Tensor:
@@ -51,6 +52,7 @@ class Xylo:
         self._ports = dict(zip(self._currents, KINDS[population.kind].ports, strict=True))
         # port -> weights of its projections in the chip's order, each (S, N), shifted; by source population
         self._synapses: dict[str, list[tuple[str, list[tuple[str, Tensor]]]]] = {}
+        self._sizes: dict[str, list[tuple[str, Tensor]]] = {}  # their magnitudes
         order = [p.name for p in graph.populations if p.kind == "input"] + [
             p.name for p in graph.populations if p.kind == "xylo"
         ]
@@ -65,9 +67,11 @@ class Xylo:
                 if found:
                     by_source.append((source, found))
             self._synapses[port] = by_source
+            self._sizes[port] = [(name, w.abs().to(torch.float64)) for _, found in by_source for name, w in found]
         alias = np.broadcast_to(np.asarray(population.params.get("alias", -1)), (population.size,))
-        self._alias = {int(i): int(alias[i]) for i in np.flatnonzero(alias >= 0)}
-        self._chained = sorted({*self._alias, *self._alias.values()})
+        self._turns = [tuple(torch.from_numpy(part).to(device) for part in turn) for turn in _turns(alias.astype(np.int64))]
+        back = np.flatnonzero((alias >= 0) & (alias <= np.arange(len(alias))))
+        self._back = tuple(torch.from_numpy(part).to(device) for part in (back, alias[back].astype(np.int64)))
 
     def advance(self, arrived: Mapping[str, Arrived], messages: Mapping[str, Tensor]) -> Block:
         """Update through T steps.
@@ -114,13 +118,11 @@ class Xylo:
         if largest + bound <= STATE_HIGH:
             return current + total, none
         parts = self._synapses[port]
-        reach = current.abs().to(torch.int64)
-        for _, found in parts:
-            for projection, weight in found:
-                reach = reach + messages[projection][t].to(torch.float64).matmul(weight.abs().to(torch.float64)).to(
-                    torch.int64
-                )
+        reach = current.abs().to(torch.float64)
+        for projection, size in self._sizes[port]:
+            reach = reach + messages[projection][t].to(torch.float64).matmul(size)
         near = torch.nonzero((reach > STATE_HIGH).any(dim=0)).flatten()
+        near = self._beyond(current, near, parts, messages, t)
         if not len(near):
             return current + total, none
         part, hit = current[:, near], none[:, near]
@@ -132,6 +134,34 @@ class Xylo:
         result[:, near] = part
         none[:, near] = hit
         return result, none
+
+    @staticmethod
+    def _beyond(
+        current: Tensor,
+        near: Tensor,
+        parts: list[tuple[str, list[tuple[str, Tensor]]]],
+        messages: Mapping[str, Tensor],
+        t: int,
+    ) -> Tensor:
+        """Of some neurons those whose register meets an end on the way, addition by addition in the chip's order."""
+        rows = sum(len(weight) * len(messages[projection][t]) for _, found in parts for projection, weight in found)
+        width = max(1, MOST_SUMS // max(1, rows))
+        found_at = []
+        for some in near.split(width):
+            steps = [
+                messages[projection][t][:, :, None] * weight[:, some]  # (B, S, N), synapses of a source side by side
+                for _, found in parts
+                for projection, weight in found
+            ]
+            ends = [len(found) for _, found in parts]
+            ordered = []
+            for count in ends:
+                own, steps = steps[:count], steps[count:]
+                ordered.append(own[0] if count == 1 else torch.stack(own, dim=2).flatten(1, 2))
+            sums = current[:, None, some].to(torch.int64) + torch.cat(ordered, dim=1).to(torch.int64).cumsum(dim=1)
+            outer = (sums.amax(dim=(0, 1)) > STATE_HIGH) | (sums.amin(dim=(0, 1)) < STATE_LOW)
+            found_at.append(some[outer])
+        return torch.cat(found_at) if found_at else near
 
     @staticmethod
     def _one_source(part: Tensor, hit: Tensor, spikes: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -155,15 +185,34 @@ class Xylo:
         """Spikes sent, those of aliases included, and how many of them are the neuron's own."""
         wanted = torch.div(v, self._vth, rounding_mode="floor").clamp_min(0)
         own = wanted.clamp_max(self._most)
-        if not self._chained:
+        if not self._turns:
             return own, own
         sent = own.clone()
-        sent[:, self._chained] = 0
-        for neuron in self._chained:  # in the chip's order
-            before = sent[:, neuron]
-            own[:, neuron] = torch.minimum(wanted[:, neuron], self._most - before)
-            sent[:, neuron] = now = before + own[:, neuron]
-            if neuron in self._alias:
-                target = self._alias[neuron]
-                sent[:, target] = (sent[:, target] + now).clamp_max(self._most)
-        return sent, own
+        for neurons, _, _ in self._turns:
+            sent[:, neurons] = 0
+        for neurons, sources, targets in self._turns:  # in the chip's order, as far as it matters
+            before = sent[:, neurons]
+            own[:, neurons] = torch.minimum(wanted[:, neurons], self._most - before)
+            sent[:, neurons] = before + own[:, neurons]
+            sent.index_add_(1, targets, sent[:, sources])
+            sent.clamp_max_(self._most)
+        sources, targets = self._back
+        late = torch.zeros_like(sent).index_add_(1, targets, sent[:, sources])
+        return (sent + late).clamp_max(self._most), own
+
+
+def _turns(alias: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Neurons that take part in aliases, in groups that may fire at once: (neurons, those of them with an alias to a
+    higher number, that number). A neuron comes after all lower ones that add to its spikes."""
+    level: dict[int, int] = {}
+    chained = sorted({*np.flatnonzero(alias >= 0).tolist(), *alias[alias >= 0].tolist()})
+    for neuron in chained:
+        level.setdefault(neuron, 0)
+        if alias[neuron] > neuron:
+            level[int(alias[neuron])] = max(level.get(int(alias[neuron]), 0), level[neuron] + 1)
+    found = []
+    for number in range(max(level.values(), default=-1) + 1):
+        neurons = np.array([neuron for neuron in chained if level[neuron] == number], dtype=np.int64)
+        sources = neurons[alias[neurons] > neurons]
+        found.append((neurons, sources, alias[sources]))
+    return found

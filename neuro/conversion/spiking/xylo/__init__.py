@@ -1,0 +1,1 @@
+"""A spiking network in real numbers to the integers of SynSense's Xylo."""
