@@ -28,7 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("graph", type=Path, help=f"NAME{FILE_SUFFIX}")
     add_input_arguments(parser)
-    parser.add_argument("--chip", default="loihi2", help="loihi1, loihi2, or a chip file (default: loihi2)")
+    parser.add_argument(
+        "--chip",
+        default=None,
+        help="loihi1, loihi2, xylo_audio2 (or xylo), xylo_audio3, xylo_imu, or a chip file (default: loihi2, or xylo for"
+        " its kinds)",
+    )
     parser.add_argument("--chips", type=int, default=None, help="chips there are (default: as many as it takes)")
     parser.add_argument(
         "--profile",
@@ -94,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     heads = {
         "graph": args.graph.name,
         "graph_sha256": hashlib.sha256(args.graph.read_bytes()).hexdigest(),
-        "chip": None if placed is None else placed.chip,
+        "chip": placed.chip if placed is not None else found.pools.chip if found.pools is not None else None,
         "chips": None if placed is None else placed.chips,
         "cores": None if placed is None else len(placed.cores),
         "energy_j": {

@@ -60,6 +60,11 @@ def list_pooled() -> tuple[str, ...]:
     return datafile.names("pools")
 
 
+def is_pooled(name: str | Path) -> bool:
+    """Whether a name is that of a shipped chip of this form, or of its family."""
+    return str(name) in (*list_pooled(), *FAMILIES)
+
+
 def load_pooled(name_or_path: str | Path) -> PooledChip:
     """Read a shipped chip by name (or by its family's), or one's own by path.
 

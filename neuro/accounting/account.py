@@ -17,15 +17,18 @@ from typing import Any
 import torch
 
 from hardware.chips.chip import Chip, load_chip
+from hardware.chips.pooled import PooledChip, is_pooled, load_pooled
 from hardware.energy.account import account, list_profiles, load_profile
 from hardware.energy.breakeven import BreakEven, Standing, break_even, standings
 from hardware.energy.counts import Counts
+from hardware.energy.measured_networks import Network, load_networks
 from hardware.energy.profile import Profile
 from hardware.energy.report import EnergyReport
 from hardware.latency import on_chip
 from hardware.latency.estimate import Latency, estimate
 from hardware.latency.rates import list_rates, load_rates
 from hardware.placement import DoesNotFit, Placement, place
+from hardware.placement.pooled import PooledPlacement, place_pooled
 from hardware.text import quoted
 from neuro.accounting.counts import (
     Zeros,
@@ -38,6 +41,7 @@ from neuro.accounting.counts import (
 )
 from neuro.accounting.running import CountedRun, counted_run
 from neuro.accounting.table import account_table
+from neuro.graph.demand import pooled_demand
 from neuro.graph.kinds import XYLO_KINDS
 from neuro.graph.network import SpikingGraph
 from neuro.simulators.activity import Activity
@@ -46,6 +50,10 @@ from neuro.simulators.schedule import components
 from neuro.simulators.support import default_mode
 
 REFERENCE = "digital45_int8_sram"
+UNPRICED = (
+    "no energy or time of this network: no constants per operation of Xylo are published, and one measured network scales"
+    " to no other. A message counts once, and carries up to 31 spikes"
+)
 TURNS = on_chip.Turns(pipelined=False, said="({rates}, samples one after another)")
 """Neurons keep state, so that the next sample waits for the last result."""
 ONCE, EACH = "once a sample", "every step"
@@ -101,6 +109,8 @@ class GraphAccount:
         break_evens: how often the dense equivalent is evaluated -> one record for each chip profile.
         break_even_reason: why there is none, or "".
         standings: the network against published thresholds.
+        pools: what of a chip of fixed pools it takes, None on a chip of cores.
+        published: networks with published measurements on that chip's family; nothing is scaled from them.
     """
 
     graph: SpikingGraph
@@ -115,6 +125,8 @@ class GraphAccount:
     break_evens: Mapping[str, tuple[BreakEven, ...]]
     break_even_reason: str
     standings: tuple[Standing, ...]
+    pools: PooledPlacement | None = None
+    published: tuple[Network, ...] = ()
 
     @property
     def samples(self) -> int:
@@ -161,6 +173,15 @@ class GraphAccount:
             "placement": None if placed is None else placed.to_dict(),
             "placement_reason": self.placement_reason,
             "standings": [asdict(standing) for standing in self.standings],
+            "pools": None if self.pools is None else self.pools.to_dict(),
+            "published": [
+                {
+                    "network": network.title,
+                    "source": network.source,
+                    "measured": {name: str(value.mid) for name, value in network.measured.items()},
+                }
+                for network in self.published
+            ],
             "notes": list(self.activity.notes),
         }
 
@@ -169,7 +190,7 @@ def graph_account(
     graph: SpikingGraph,
     inputs: Mapping[str, Integers],
     *,
-    chip: str | Path | Chip = "loihi2",
+    chip: str | Path | Chip | PooledChip | None = None,
     chips: int | None = None,
     profiles: Sequence[str | Path] | None = None,
     reference: str | Path = REFERENCE,
@@ -183,10 +204,11 @@ def graph_account(
     Args:
         graph: any graph: made by hand, converted, or imported.
         inputs: integers (batch, steps, size) per input population, as `fixed_point.simulate` takes them.
-        chip: name of a shipped chip, path of a chip file, or a `Chip`. chips: as many as there are; None for any number.
+        chip: name of a shipped chip, path of a chip file, or a record; None: loihi2, or xylo_audio2 for Xylo's kinds.
+        chips: of cores, as many as there are; None for any number.
         profiles: names or paths of energy profiles; None takes every shipped one that prices a chip, and none for Xylo's
-            kinds, of which no energy per event is published. On Loihi 2 joules scaled from one measured network are added.
-            Dense profiles price the dense equivalent.
+            kinds, of which no energy per event is published: what was measured of other networks is named. On Loihi 2
+            joules scaled from one measured network are added. Dense profiles price the dense equivalent.
         reference: the dense profile of the dense equivalent and of the break-even.
         zeros: "auto" or "stored" (`neuro.accounting.counts.ZEROS`).
         mode, device, steps: of the simulation; mode None takes the one of the graph's kinds, `steps` is for a graph without
@@ -197,10 +219,13 @@ def graph_account(
         hardware.placement.DoesNotFit: the graph needs more than `chips` chips, or more than the chip has of something.
         FileNotFoundError, DataFileError: of a chip or profile.
     """
-    target = chip if isinstance(chip, Chip) else load_chip(chip)
-    own = all(
-        population.kind not in XYLO_KINDS for population in graph.populations
-    )  # events as Loihi's profiles price them
+    own = all(population.kind not in XYLO_KINDS for population in graph.populations)  # events as Loihi's profiles price
+    target = _target(chip, own)
+    pools = None
+    if isinstance(target, PooledChip):
+        if chips is not None:
+            raise ValueError(f"chips is {chips}; {target.title} has fixed pools and holds one network, so leave it out")
+        pools = place_pooled(pooled_demand(graph), target)
     shipped = [name for name in list_profiles() if own and load_profile(name).costs == "spiking"]
     chosen = [load_profile(name) for name in (shipped if profiles is None else profiles)]
     digital = load_profile(reference)
@@ -210,8 +235,12 @@ def graph_account(
     how = default_mode(counted, "fixed_point") if mode is None else mode
     run = counted_run(counted, inputs, mode=how, steps=steps, device=device)
     counts = graph_counts(counted, run.activity)
-    placement, why_not_placed = _placed(counted, run, target, chips)
-    latencies, why_not_timed = _timed(counted, run, counts, placement)
+    placement: Placement | None = None
+    latencies: tuple[Latency, ...] = ()
+    why_not_placed, why_not_timed = "", UNPRICED
+    if not isinstance(target, PooledChip):
+        placement, why_not_placed = _placed(counted, run, target, chips)
+        latencies, why_not_timed = _timed(counted, run, counts, placement)
     chip_profiles = [profile for profile in chosen if profile.costs == "spiking"]
     dense_profiles = {profile.name: profile for profile in chosen if profile.costs == "dense"} | {digital.name: digital}
     energies = [PricedEnergy(_price(counts, profile, placement, latencies)) for profile in chip_profiles]
@@ -246,7 +275,16 @@ def graph_account(
         break_evens=break_evens,
         break_even_reason=reason,
         standings=found,
+        pools=pools,
+        published=tuple(each for each in load_networks().values() if pools is not None and is_pooled(each.chip)),
     )
+
+
+def _target(chip: str | Path | Chip | PooledChip | None, own: bool) -> Chip | PooledChip:
+    if isinstance(chip, Chip | PooledChip):
+        return chip
+    name = ("loihi2" if own else "xylo_audio2") if chip is None else chip
+    return load_pooled(name) if is_pooled(name) else load_chip(name)
 
 
 def _placed(graph: SpikingGraph, run: CountedRun, chip: Chip, chips: int | None) -> tuple[Placement | None, str]:

@@ -34,9 +34,13 @@ def sentences(found: GraphAccount) -> list[str]:
     lines = [entry.sentence(found.samples) for entry in found.zeros]
     for often, compared in found.break_evens.items():
         lines += [f"break-even, dense {often}, static power left out: {one.sentence}" for one in compared]
-    if found.placement is None:
+    if found.pools is not None:
+        lines.append(str(found.pools))
+    elif found.placement is None:
         lines.append(f"not placed: {found.placement_reason}")
-    if not found.latencies:
+    if found.pools is not None:
+        lines.append(found.latency_reason)
+    elif not found.latencies:
         lines.append(f"no time: {found.latency_reason}")
     if found.break_even_reason:
         lines.append(f"no break-even: {found.break_even_reason}")
@@ -89,6 +93,11 @@ def figure_rows(found: GraphAccount) -> list[Row]:
         if static := report.by_group().get("static"):
             microjoules = tuple(f"{1e6 * value / report.tokens:.4g}" for value in static)
             rows.append(("  of it static power", *microjoules, "uJ/sample", report.kind, "over the modelled time"))
+    for network in found.published:
+        for what, value in network.measured.items():
+            low, mid, high = value.to(unit := value.mid.unit)
+            name = f"{what.replace('_', ' ')} of another network: {network.title}"
+            rows.append((name, *_spread(low, mid, high), unit, network.method, network.source))
     for latency in found.latencies:
         kind = "modelled" + (", at least" if latency.lower_bound else "")
         for name, span, unit in (("time", latency.token, "us/sample"), ("time of a step", latency.step, "us")):
@@ -100,6 +109,11 @@ def figure_rows(found: GraphAccount) -> list[Row]:
             name = f"break-even density, {one.chip}, dense {often}"
             rows.append((name, *values, "%", "modelled", f"here {100 * one.density:.4g} %; against {one.reference}"))
     return rows
+
+
+def _spread(low: float, mid: float, high: float) -> tuple[str, str, str]:
+    """Three columns; the outer ones are empty where no spread was published."""
+    return ("" if low == mid else f"{low:.4g}", f"{mid:.4g}", "" if high == mid else f"{high:.4g}")
 
 
 def _counted(name: str, value: float, source: str) -> Row:

@@ -234,4 +234,21 @@ def test_a_graph_of_xylo_is_counted_and_priced_by_no_profile_of_another_maker() 
     assert found.activity.populations == ours.populations
     assert found.counts[1].neuron_updates_active > 0
     assert {one.dense for one in found.energies} == {ONCE, EACH}
-    assert "not placed: population 'h' (xylo) is of Xylo" in found.table()
+    assert "not placed: population 'h' (xylo) is of Xylo" in graph_account(network, {"x": x}, chip="loihi2").table()
+    assert found.pools is not None
+    assert found.pools.used["hidden"].used == 4
+    text = found.table()
+    assert "no constants per operation of Xylo are published, and one measured network scales to no other" in text
+    rows = [line for line in text.splitlines() if "of another network: keyword spotting" in line]
+    assert [(row.split("XyloAudio 2")[1].split()[:3], "arXiv:2406.15112" in row) for row in rows] == [
+        (["291", "uW", "measured"], True),
+        (["6.6", "uJ", "measured"], True),
+    ]
+    assert found.to_dict()["published"][0]["measured"] == {"dynamic_power": "291 uW", "dynamic_energy": "6.6 uJ"}
+    wide = Population("x", "input", 17)
+    into = Projection("w", "x", "h", "a_in", np.full((4, 17), 30), num_message_bits=5)
+    large = SpikingGraph([wide, *network.populations[1:]], [into, network.projections[1]], ["y"])
+    with pytest.raises(DoesNotFit, match="inputs 17 of 16"):
+        graph_account(large, {"x": np.ones((1, 3, 17), dtype=int)})
+    with pytest.raises(ValueError, match=r"XyloAudio 3 .* holds one network"):
+        graph_account(network, {"x": x}, chip="xylo_audio3", chips=2)
