@@ -17,6 +17,7 @@ BENCHES = {
     "clock": "CPU seconds of every kind of step and of scoring, for a shipped table of component times",
     "clock_fit": "the shipped table out of what `clock` measured, and how well it predicts",
     "any_module": "steps of small networks of several kinds, for the shipped prices of a model of one's own",
+    "gpu": "every figure that needs a GPU, in one command of at most eight minutes",
     "account": "modelled joules and time of published networks against what was measured",
 }
 """Name -> what it measures; each lives in `experiments.benches.NAME`, with `main(arguments) -> exit code`."""
