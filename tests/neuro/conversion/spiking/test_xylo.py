@@ -57,6 +57,7 @@ def test_decays_of_the_chip_give_the_winners_of_the_float_network(seed: int) -> 
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_forty_networks_keep_their_winners() -> None:
     shares = []
     for seed in range(40):
