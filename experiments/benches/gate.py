@@ -40,7 +40,7 @@ MODELS = Path(__file__).resolve().parents[2] / "configs" / "model"
 TARGET = 0.95
 """Share of the bound of its conversion that a kind in `JUDGED` should reach."""
 JUDGED = ("token_rows", "blocks", "layers")
-DENSE_ROUNDS = 11
+DENSE_ROUNDS = 7
 """Rounds among the dense steps at most: they only choose the reference."""
 PRODUCTS = "products of "
 DEFAULTS = {"most_s": 1200.0, "beside": 3}

@@ -185,7 +185,7 @@ class Backward:
             dq, dk, dv = _sdpa_backward(dmixed, heads, s, sequences)
         elif lse is not None and valid_SR is None:
             others = self._others(rows_SR, heads[1].shape[2])
-            dq, dk, dv = self.run(b.rows_backward, dmixed, *heads, s.mixed_BTD, lse, sequences, rows_SR, others)
+            dq, dk, dv = self._rows(dmixed, heads, s.mixed_BTD, lse, rows_SR, others)
         else:
             q = b.take_heads(heads[0], sequences, rows_SR)
             k, v = (b.take_heads(t, sequences, None) for t in heads[1:])
@@ -209,6 +209,31 @@ class Backward:
             factors,
         )
         return below[0], b.take(s.mixed_BTD, sequences, rows_SR) if factors else None, *below[1:]
+
+    def _rows(
+        self,
+        dmixed: Tensor,
+        heads: tuple[Tensor, Tensor, Tensor],
+        mixed_BTD: Tensor,
+        lse_BHT: Tensor,
+        rows_SR: Tensor,
+        others_SP: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`rows_backward`, on a CPU for a few sequences at a time: what it writes between products stays in the cache."""
+        count, sequences = len(rows_SR), self.sequences_S
+        scores = dmixed.shape[1] * dmixed.shape[2] * heads[1].shape[2]
+        size = together(count, scores) if dmixed.device.type == "cpu" else count
+        found = []
+        for start in range(0, count, size):
+            here = slice(start, start + size)
+            saved: tuple[Tensor, ...] = (*heads, mixed_BTD, lse_BHT)
+            if sequences is None and size < count:
+                saved = tuple(t[here] for t in saved)
+            mine = None if sequences is None else sequences[here]
+            found.append(self.run(b.rows_backward, dmixed[here], *saved, mine, rows_SR[here], others_SP[here]))
+        if len(found) == 1:
+            return tuple(found[0])
+        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))  # type: ignore[return-value]
 
     def _others(self, rows_SR: Tensor, length: int) -> Tensor:
         """The positions that are not among the rows, (S, T - R), ascending; the same tensor for all blocks."""
@@ -289,6 +314,16 @@ class Backward:
         gradients.joined([name + "k.weight", name + "v.weight"], dkv, n, sampled)
         gradients.vector(f"blocks.{index}.norm1.weight", dgain)
         return g_below
+
+
+CACHED = 1 << 19
+"""Entries of a tensor of scores that stay in a core's second-level cache between two products: 2 MiB of float32."""
+
+
+def together(count: int, entries: int) -> int:
+    """How many of so many sequences are worked on at a time, each with so many scores: a divisor, so that all parts have
+    one shape."""
+    return max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * entries <= CACHED))
 
 
 def _sdpa_backward(

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparse_update.step import backprop
 from sparse_update.step.backward import Stepper, row_bias
 from sparse_update.step.flops import plan_flops
 from sparse_update.step.forward import Saved
@@ -372,3 +373,28 @@ def test_fused_backward_is_the_same_with_and_without_the_saved_logsumexp(monkeyp
     for name, (ours,) in found.items():
         distance = (ours - other[name][0]).norm() / other[name][0].norm()
         assert distance < (1e-12 if dtype == torch.float64 else 0.03), name
+
+
+@pytest.mark.parametrize("sequences", [0, 2])
+@pytest.mark.parametrize("entries", [1, 2 * 2 * 4 * T])
+def test_attention_of_kept_rows_in_parts_has_the_same_bits(monkeypatch, sequences, entries):
+    """All sequences at once, one at a time, two at a time: sequences do not see each other."""
+    model, (x, y) = build("sdpa"), data()
+    chosen = Chosen(torch.tensor([1, 3]) if sequences else None, pick(sequences or B, 4))
+    plan, step = StepPlan(sequences=sequences, rows=4), Stepper(model)
+    whole = step.step(x, y, plan, choose=lambda _: chosen).gradients
+    calls = []
+    monkeypatch.setattr(backprop, "CACHED", entries)
+    rows_backward = backprop.b.rows_backward
+    monkeypatch.setattr(backprop.b, "rows_backward", lambda *given: calls.append(len(given[0])) or rows_backward(*given))
+    parts = step.step(x, y, plan, choose=lambda _: chosen).gradients
+    assert set(calls) == {backprop.together(sequences or B, 2 * 4 * T)}
+    assert max(calls) < (sequences or B) or entries > 1
+    for name, (gradient,) in whole.items():
+        assert torch.equal(gradient, parts[name][0]), name
+
+
+def test_parts_are_of_one_size(monkeypatch):
+    monkeypatch.setattr(backprop, "CACHED", 100)
+    assert [backprop.together(count, 30) for count in (1, 4, 6, 7, 9)] == [1, 2, 3, 1, 3]
+    assert backprop.together(8, 1000) == 1
