@@ -1,50 +1,72 @@
-"""bench simulator measures and names both settings, the default and the fused scan, in processes of their own."""
+"""bench simulator calls ours without options, in turn with Lava and with the products alone."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 
 from experiments.benches import simulator
+from experiments.benches.peers import report
+from hardware.meters.elsewhere import Elsewhere
 from neuro.simulators.lava.client import LavaError
 from tests.experiments.console import document as printed
 
-
-def test_both_settings_stand_in_the_lines_and_in_the_json(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    seen = []
-
-    def apart(graph: Any, batch: int, steps: int, fused: bool | None, threads: int) -> simulator.Measured:
-        seen.append((batch, fused))
-        return simulator.measured(graph, batch, steps, fused, threads, runs=1)
-
-    monkeypatch.setattr(simulator, "measured_apart", apart)
-    monkeypatch.setattr(simulator, "lava_seconds", lambda graph, steps: 1e-3)
-    monkeypatch.setattr(simulator, "best_of", lambda call, least_s=0.0, runs=1: (call(), 1e-3)[1])
-    assert simulator.main(["--widths", "16", "--steps", "8", "--threads", "1"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    document = printed(lines[-1])
-    assert document.keys() == {"n16"}
-    assert document["n16"].keys() == {"default", "fused"}
-    for found in document["n16"].values():
-        assert found.keys() == {"b1", "b256", "gemm_fraction"}
-        assert found["b1"] == pytest.approx(8.0)  # Lava's 1 ms a step over 1 ms for 8 steps
-    assert seen == [(1, None), (1, True), (256, None), (256, True)]
-    for name, setting in (("default", "None"), ("fused", "True")):
-        assert any(f"batch 1, {name} (fused={setting}): " in line for line in lines)
+STAND_IN = """
+import json, sys
+request = json.load(open(sys.argv[1]))
+json.dump({"first_s": 0.5, "firing": [0.35, 0.36], "versions": {}}, open(request["facts"], "w"))
+for _ in sys.stdin:
+    print("SECONDS", sys.argv[2], flush=True)
+"""
 
 
-def test_a_setting_is_measured_in_a_process_of_its_own() -> None:
-    found = simulator.measured_apart(simulator.network(16), 2, 4, None, 1)
-    assert found.first_s > 0
-    assert 0 < found.step_s < 1
-    assert len(found.firing) == 2
+def stand_in(seconds: dict[str, float]) -> Any:
+    """Processes that answer with given seconds in the place of those that measure."""
+    asked = []
+
+    def worker(arm: str, name: str, request: Any, folder: Any) -> Elsewhere:
+        asked.append((name, request["steps"], request["clock"]))
+        path = folder / f"{name}.request.json"
+        path.write_text(simulator.report.json.dumps({**request, "facts": str(folder / f"{name}.facts.json")}))
+        return Elsewhere(name, [sys.executable, "-c", STAND_IN, str(path), str(seconds[arm])])
+
+    worker.asked = asked  # type: ignore[attr-defined]
+    return worker
+
+
+def test_ratios_are_to_ours_per_step_and_sample(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Any) -> None:
+    """Lava's 100 steps of one sample take 0.1 s, ours 8 steps of the batch 0.02 s, the products 0.01 s."""
+    worker = stand_in({"ours": 0.02, "lava": 0.1, "exact": 0.01})
+    monkeypatch.setattr(report, "worker", worker)
+    monkeypatch.setattr(simulator, "TARGETS", {("n16", "b1"): 1, ("n16", "b256"): 100})
+    monkeypatch.chdir(tmp_path)
+    assert simulator.main(["--widths", "16", "--steps", "8", "--threads", "1", "--rounds", "10"]) == 0
+    out = capsys.readouterr().out
+    found = printed(out)
+    for batch in (1, 256):
+        row = found["n16"][f"b{batch}"]
+        assert row["lava"]["median"] == pytest.approx(0.1 / 100 / (0.02 / (8 * batch)))
+        assert row["products"]["median"] == pytest.approx(0.5)
+    assert [each["verdict"] for each in found["targets"]] == ["missed", "met"]  # 0.4 times as slow, 102.4 times
+    assert "n16 b256: 102x Lava, target 100: met" in out
+    assert {name.split(".")[1] for name, _, _ in worker.asked} == {"ours", "lava", "exact"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--rounds", "0"], "most_rounds = 0"), (["--threads", "0"], "--threads 0"), (["--steps", "0"], "1")],
+)
+def test_bad_arguments_are_named(words: list[str], message: str, capsys: Any) -> None:
+    assert simulator.main(words) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_without_lava_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def absent(*_: Any) -> float:
+    def absent(*_: Any) -> Elsewhere:
         raise LavaError("no Lava here")
 
-    monkeypatch.setattr(simulator, "lava_seconds", absent)
-    assert simulator.main(["--widths", "16"]) == 1
+    monkeypatch.setattr(report, "worker", absent)
+    assert simulator.main(["--widths", "16", "--steps", "4"]) == 1
     assert "bench simulator: no Lava here" in capsys.readouterr().err
