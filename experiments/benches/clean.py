@@ -115,14 +115,14 @@ def _arm(
 def lines(document: Mapping[str, Any]) -> list[str]:
     """The table: the controls first, then what is judged by them."""
     best = document["best_dense"]
-    said = [f"{'arm':<22} {'loss, nats':<26} {'time to dense':<32} {'against dense':<24} against {best}"]
+    said = [f"{'arm':<22} {'loss, nats':<26} {'time to dense':<44} {'against dense':<24} against {best}"]
     for name, found in {**document["controls"], **document["arms"]}.items():
         spread = "" if found["interval"] is None else " [{:.4f}, {:.4f}]".format(*found["interval"])
         time = "1" if name == DENSE else found.get("time_text", "not asked")
         if "time_p" in found:
             time += f", {p_text(found['time_p'])}"
         cells = [_difference(found.get(key)) for key in ("against_dense", "against_best_dense")]
-        said.append(f"{name:<22} {found['loss_nats']:.4f}{spread:<19} {time:<32} {cells[0]:<24} {cells[1]}")
+        said.append(f"{name:<22} {found['loss_nats']:.4f}{spread:<19} {time:<44} {cells[0]:<24} {cells[1]}")
     return said
 
 
