@@ -8,6 +8,7 @@ import torch
 
 from experiments.views.live import BlockUpdates, block_of, moved
 from experiments.views.rasters import MOST_COLUMNS, blocks_figure, raster_figure, surprise_figure
+from sparse_update.growth.blocks import cut_to, grow_to
 from sparse_update.transformer import ModelConfig, Transformer
 from sparse_update.weights.subset import Active, Part, Subset, SubsetConfig
 
@@ -90,4 +91,16 @@ def test_the_map_follows_a_rotating_choice() -> None:
         seen.append([block for block in (0, 1, 2) if updates.shares[f"blocks.{block}.attn"][i] == 1.0])
     assert sorted(seen) == [[0], [1], [2]]
     assert updates.shares["embed"] == [1.0, 1.0, 1.0]
+    assert len(updates.figure().axes) == 2
+
+
+def test_the_map_of_a_model_that_grows_shows_new_blocks_unmoved_before() -> None:
+    model = Transformer(ModelConfig(vocab_size=32, width=16, layers=3, heads=2, context=16))
+    cut_to(model, 1)
+    updates = BlockUpdates(model)
+    updates.note(10, Active.everything(model))
+    grow_to(model, 3, "zero", 0)
+    updates.note(20, Active.everything(model))
+    assert updates.shares["blocks.0.mlp"] == updates.shares["embed"] == [1.0, 1.0]
+    assert updates.shares["blocks.1.attn"] == updates.shares["blocks.2.mlp"] == [0.0, 1.0]
     assert len(updates.figure().axes) == 2
