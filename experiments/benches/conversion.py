@@ -8,8 +8,9 @@ than +0.05 nats against a float control of as many further steps: from a frontie
 (--frontier), or from a short setting of it, run here: more steps reach fewer operations.
 
 The last line is JSON: `delta_nats_w8a8`, `synops_fraction_at_0.05` (null where no point qualifies or none was measured:
-`frontier` says which), `mapped_mac_share`, `tokens_per_s` {"float", "deployed", "ratio" (null where too noisy), its
-interval, "ratio_best", and the machine with its load}, and what they come from.
+`frontier` says which), `mapped_mac_share`, `tokens_per_s` and, token by token, `generated_tokens_per_s` {"float",
+"deployed", "ratio" (null where too noisy), its interval, "ratio_best", "at_least" and "target", and the machine with its
+load}, and what they come from.
 Exit codes: 0 done; 1 a run or a file cannot be used; 2 the command is wrong.
 """
 
@@ -18,8 +19,9 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +31,19 @@ from torch import Tensor, nn
 from experiments.benches import ratios
 from experiments.benches.families import report
 from experiments.benches.families.table import table
+from experiments.benches.peers.report import judged
 from experiments.deploy import DeployConfig, calibration_windows, converted, load_run
 from experiments.runs.deployment import held_out_loss
 from experiments.runs.folder import RunError, read_json
 from experiments.runs.output import add_json_argument, entry, finish
 from experiments.studies.activity import qualifying, summary
 from experiments.studies.frontier import Frontier, Points
-from hardware.meters.ratios import InTurn, Probe, Until
+from hardware.meters.ratios import InTurn, Until
 from hardware.placement import DoesNotFit
 from neuro.analysis.compatibility import NothingToMap
 from neuro.analysis.tracing import evaluating
 from neuro.deployment.deployed import deploy
+from neuro.deployment.generation import generate
 from sparse_update.data.records import CorpusError
 from sparse_update.data.regimes import held_out
 from sparse_update.loop.checkpoint import CheckpointError
@@ -48,6 +52,9 @@ FOLDER = Path("runs/bench/conversion")
 OWN_MODEL = "mid"
 OWN_BATCH = 16
 TIMED_WINDOWS = 8
+PROMPT, GENERATED = 16, 32
+READING_TARGET, GENERATING_TARGET = 0.8, 0.5
+"""Of the float model's tokens per second."""
 EXPECTED = (RunError, CorpusError, CheckpointError, NothingToMap, DoesNotFit)
 
 
@@ -77,28 +84,43 @@ def own_run(folder: Path, tokens: int) -> Path:
     return run
 
 
-def tokens_per_s(plain: nn.Module, deployed: nn.Module, tokens_BT: Tensor, until: Until) -> dict[str, Any]:
-    """Speed of both at the same tokens, measured in turn: medians, and the deployed model's share of the float one's.
+def tokens_per_s(work: Mapping[str, Callable[[], object]], tokens: int, least: float, until: Until) -> dict[str, Any]:
+    """Speed of "float" and "deployed", measured in turn: medians, and the deployed model's share of the float one's.
 
     `ratio` is null where it is too noisy; its interval and the best, out of the shortest times, are there all the same.
+    `at_least` is the share that is wanted, and `target` says whether the interval lies on one side of it.
+
+    Args:
+        work: what each of the two does for so many `tokens`.
     """
-
-    def reads(model: nn.Module) -> Probe:
-        def call() -> None:
-            with evaluating(model):
-                model(tokens_BT)
-
-        return ratios.probe(call, tokens_BT.device)
-
-    run = InTurn({"float": reads(plain), "deployed": reads(deployed)}, "float", until, torch.get_num_threads())
-    found = run.run(lambda text: say(f"tokens a second: {text}"))
+    probes = {name: ratios.probe(call, torch.device("cpu")) for name, call in work.items()}
+    found = InTurn(probes, "float", until, torch.get_num_threads()).run(lambda text: say(f"tokens a second: {text}"))
     slower = found.ratios["deployed"]  # its time over the float model's: the speeds' ratio is the inverse
+    ends = None if slower.low is None or slower.high is None else [1 / slower.high, 1 / slower.low]
     return {
-        **{name: tokens_BT.numel() / found.median_s(name) for name in ("float", "deployed")},
+        **{name: tokens / found.median_s(name) for name in ("float", "deployed")},
         "ratio": None if slower.median is None else 1 / slower.median, "ratio_best": 1 / slower.best,
-        "ratio_interval": None if slower.low is None or slower.high is None else [1 / slower.high, 1 / slower.low],
-        "verdict": slower.verdict, "rounds": slower.rounds, "machine": asdict(found.machine),
+        "ratio_interval": ends, "verdict": slower.verdict, "rounds": slower.rounds, "machine": asdict(found.machine),
+        "at_least": least, "target": judged(dict(zip(("low", "high"), ends or (None, None), strict=True)), least),
     }  # fmt: skip
+
+
+def reads(model: nn.Module, tokens_BT: Tensor) -> None:
+    """All of these tokens at once."""
+    with evaluating(model):
+        model(tokens_BT)
+
+
+def speeds(plain: nn.Module, deployed: nn.Module, windows: Tensor, until: Until) -> dict[str, dict[str, Any]]:
+    """Of reading windows, and of generating token by token; each as `tokens_per_s`."""
+    read, prompt = windows[:TIMED_WINDOWS, :-1], windows[0, :PROMPT]
+    arms = {"float": plain, "deployed": deployed}
+    reading = {name: partial(reads, arm, read) for name, arm in arms.items()}
+    generating = {name: partial(generate, arm, prompt, GENERATED) for name, arm in arms.items()}
+    return {
+        "tokens_per_s": tokens_per_s(reading, read.numel(), READING_TARGET, until),
+        "generated_tokens_per_s": tokens_per_s(generating, GENERATED, GENERATING_TARGET, until),
+    }
 
 
 def frontier(run: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -153,13 +175,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     chip = held_out_loss(simulated, windows)
     mapped = [c for c in simulated.counts() if not c.host]
     less = chip.less(plain)
-    speeds = tokens_per_s(model, simulated, windows[:TIMED_WINDOWS, :-1], ratios.until(args))
+    timed = speeds(model, simulated, windows, ratios.until(args))
     found = frontier(run, args)
     return {
         "delta_nats_w8a8": less["mean"],
         "synops_fraction_at_0.05": found["synops_fraction_at_0.05"],
         "mapped_mac_share": report.mac_share,
-        "tokens_per_s": speeds,
+        **timed,
         "delta_nats_w8a8_interval": [less["low"], less["high"]],
         "delta_nats_quantised": twin.less(plain)["mean"],
         "loss_float_nats": plain.nats,
@@ -177,7 +199,6 @@ def print_table(found: dict[str, Any]) -> None:
     """The document for people."""
     low, high = found["delta_nats_w8a8_interval"]
     spread = "" if low is None else f" [{low:+.4f}, {high:+.4f}]"
-    speed = found["tokens_per_s"]
     best = found["synops_fraction_at_0.05"]
     tokens, plain = found["eval_tokens"], found["loss_float_nats"]
     less, twin = found["delta_nats_w8a8"], found["delta_nats_quantised"]
@@ -186,8 +207,12 @@ def print_table(found: dict[str, Any]) -> None:
     print(f"  synaptic operations       {found['synops_fraction_w8a8']:.1%} of dense MACs as converted")
     print(f"  at most +0.05 nats        {'none' if best is None else f'{best:.1%}'} ({found['frontier']['source']})")
     print(f"  mapped                    {found['mapped_mac_share']:.1%} of all MACs")
-    share = ratios.shown(speed["ratio"], 4)
-    print(f"  tokens/s                  float {speed['float']:,.0f}, deployed {speed['deployed']:,.0f}: {share}")
+    for what, key in (("read", "tokens_per_s"), ("generated", "generated_tokens_per_s")):
+        speed = found[key]
+        print(
+            f"  tokens/s, {what:<15} float {speed['float']:,.0f}, deployed {speed['deployed']:,.0f}: "
+            f"{ratios.shown(speed['ratio'], 4)}, at least {speed['at_least']:g} wanted: {speed['target']}"
+        )
 
 
 def parser() -> argparse.ArgumentParser:

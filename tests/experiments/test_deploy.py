@@ -312,11 +312,14 @@ def test_the_bench_of_conversion(run: Path, tmp_path: Path, capsys: pytest.Captu
     assert low < found["delta_nats_w8a8"] < high
     mapped = 12 * 16**2 + 16 * 256
     assert found["mapped_mac_share"] == pytest.approx(mapped / (mapped + 2 * 32 * 16))
-    speed = found["tokens_per_s"]
-    low, high = speed["ratio_interval"]
-    assert 0 < low <= high < 1
-    assert (speed["ratio"] is None) == (speed["verdict"] == "too noisy")
-    assert speed["ratio"] is None or low <= speed["ratio"] <= high
+    for key, least in (("tokens_per_s", 0.8), ("generated_tokens_per_s", 0.5)):
+        speed = found[key]
+        low, high = speed["ratio_interval"]
+        assert 0 < low <= high
+        assert (speed["ratio"] is None) == (speed["verdict"] == "too noisy")
+        assert speed["ratio"] is None or low <= speed["ratio"] <= high
+        assert speed["at_least"] == least
+        assert speed["target"] == ("met" if low >= least else "missed" if high < least else "too noisy")
     assert "11.0%" in "\n".join(lines)
 
     assert bench.main([*words, "--frontier-steps", "8", "--targets", "0.3"]) == 0
