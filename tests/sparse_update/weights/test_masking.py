@@ -303,6 +303,36 @@ def test_the_wrapper_masks_the_strips_of_a_gate():
     assert 0 < len(optimizer._update_mask.mask.kept) <= len(optimizer.param_groups[0]["params"])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_masked_gate_whose_strips_take_turns_resumes_to_the_bit(kind):
+    def parts(model, seed):
+        weights = {"kind": "blocks", "active_fraction": 0.5, "change_every_steps": 3, "block_rows": 4}
+        gate = attach(model, {"weights": weights})
+        return gate, masked(torch.optim.AdamW(gate.parameters(), lr=1e-2), kind, seed=seed)
+
+    def steps(model, gate, optimizer, first, last):
+        for step in range(first, last):
+            tokens = torch.randint(0, 11, (2, 9), generator=torch.Generator().manual_seed(step))
+            gate.loss(model(tokens[:, :-1]), tokens[:, 1:]).backward()
+            optimizer.step()
+            gate.step(optimizer)
+            optimizer.zero_grad()
+
+    whole, twin = build(), build()
+    gate, optimizer = parts(whole, 0)
+    steps(whole, gate, optimizer, 0, 4)
+    saved = copy.deepcopy((whole.state_dict(), gate.state_dict(), optimizer.state_dict()))
+    steps(whole, gate, optimizer, 4, 8)
+    again, second = parts(twin, 9)
+    twin.load_state_dict(saved[0])
+    again.load_state_dict(saved[1])
+    again.adopt(second)
+    second.load_state_dict(saved[2])
+    steps(twin, again, second, 4, 8)
+    for a, b in zip(twin.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_what_the_wrapper_cannot_do_is_refused():
     model, optimizer = pair("agreement", torch.optim.AdamW)
     with pytest.raises(ValueError, match="masked already"):
