@@ -28,6 +28,7 @@ import torch
 import yaml
 
 from experiments.benches import ratios
+from experiments.benches.gating.counted import Request, instructions_of_a_step
 from experiments.benches.gating.products import Pool, Recording, record, replay
 from experiments.benches.gating.steps import EXTRA, KINDS, Arm, How, Steps, bf16_pays, names
 from experiments.runs.output import add_json_argument, entry, finish
@@ -65,6 +66,10 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser.add_argument("--kinds", default=",".join(KINDS), help=f"any of {', '.join(KINDS + EXTRA)}; or all")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     parser.add_argument("--block-rows", type=int, default=128, help="granularity of weight blocks (default: 128)")
+    parser.add_argument(
+        "--instructions", action="store_true",
+        help="also count the instructions of eager steps, by perf or valgrind where one of them can (slow)",
+    )  # fmt: skip
     add_json_argument(parser)
     return parser
 
@@ -125,6 +130,8 @@ class Bench:
         self.interrupted = False
         self.steps = Steps(self.cfg, options.batch, self.device, options.block_rows)
         self.flops: dict[str, list[int]] = {}
+        self.instructions: dict[str, dict[str, Any] | None] = {}
+        """Of a step by its name; None where nothing here counts them."""
         self.dense: InTurn | None = None
         self.gated: InTurn | None = None
         self.how = How()
@@ -147,6 +154,10 @@ class Bench:
         found = {name: self._arm_probe(name, arm) for name, arm in arms.items()} | self._products(reference)
         self.gated = InTurn({reference: probes[reference], **found}, reference, self.until, torch.get_num_threads())
         self.gated.run(lambda text: ratios.say(f"gated steps: {text}"))
+        if self.options.instructions:
+            for name in ("dense 1", *arms):
+                ratios.say(f"instructions: {name}")
+                self.instructions[name] = self._counted(*name.split(" "))
 
     def _probe(self, step: Callable[[], object]) -> Probe:
         return ratios.probe(step, self.device, self.options.clock)
@@ -188,6 +199,13 @@ class Bench:
                 found[f"{kind} {rate:g}"] = _recordings(self.steps.arm(kind, rate, eager), pool)
         return {PRODUCTS + name: self._replayed(recordings) for name, recordings in found.items()}
 
+    def _counted(self, kind: str, rate: str) -> dict[str, Any] | None:
+        options, how = self.options, self.how
+        found = instructions_of_a_step(
+            Request(asdict(self.cfg), options.batch, options.block_rows, how.attention, kind, float(rate), 1)
+        )
+        return None if found is None else asdict(found)
+
     def _replayed(self, recordings: list[Recording]) -> Probe:
         whole = self._probe(replay(*recordings))
         return lambda: whole() / len(recordings)
@@ -224,6 +242,7 @@ class Bench:
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "torch": torch.__version__,
             "interrupted": self.interrupted,
+            "instructions": self.instructions,
             "step": steps,
             "dense": None if dense is None else dense.to_dict(),
             "gated": None if gated is None else gated.to_dict(),
@@ -315,6 +334,9 @@ def print_table(document: dict[str, Any], bench: Bench) -> None:
     if gated is not None:
         print(f"  {ratios.legend(gated, bench.options.clock)}")
         print("  bound: the conversion of a step that saves exactly its products' measured time")
+    for name, counted in document["instructions"].items():
+        said = "not counted here" if counted is None else f"{counted['count']:,} by {counted['by']}"
+        print(f"  instructions of an eager step, {name}: {said}")
     for target in document["targets"]:
         reached = "" if target["of_bound"] is None else f"{target['of_bound']:.2f}, "
         print(f"  {target['of']}: {reached}target {target['target']} of the bound: {target['verdict']}")

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 import pytest
 import torch
 
 from experiments import bench
 from experiments.benches import gate as bench_gate
+from experiments.benches.gating import counted
+from experiments.benches.gating.counted import Request, instructions_of_a_step
 from experiments.benches.gating.products import Pool, record, replay
 from experiments.benches.gating.steps import EXTRA, KINDS, How, Steps
 from experiments.benches.nanogpt import PlainGPT
+from hardware.meters.instructions import Instructions
 from hardware.meters.ratios import Ratio
+from sparse_update.step.backward import Stepper
 from sparse_update.step.flops import plan_flops
 from sparse_update.transformer import ModelConfig
 from tests.experiments.console import document as printed
@@ -176,3 +183,39 @@ def test_the_plain_gpt_learns():
         losses.append(loss.item())
     assert losses[0] == pytest.approx(torch.tensor(11.0).log().item(), abs=0.2)
     assert losses[-1] < 0.7 * losses[0]
+
+
+REQUEST = Request(asdict(CFG), 2, 8, "explicit", "blocks", 0.5, 1)
+
+
+def test_instructions_of_a_step_are_the_difference_of_two_processes():
+    asked = []
+
+    def count(command):
+        asked.append(json.loads(command[-1])["steps"])
+        return Instructions(1000 + 70 * asked[-1], "stand-in")
+
+    assert instructions_of_a_step(REQUEST, count) == Instructions(70, "stand-in")
+    assert asked == [counted.FEW, counted.MORE]
+    assert instructions_of_a_step(REQUEST, lambda command: None) is None
+
+
+@pytest.mark.parametrize("kind", ["dense", "blocks"])
+def test_the_process_takes_one_step_more_than_asked_for(kind, monkeypatch):
+    taken = []
+    step = Stepper.step
+    monkeypatch.setattr(Stepper, "step", lambda *given, **more: taken.append(1) or step(*given, **more))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    assert counted.main([json.dumps({**asdict(REQUEST), "kind": kind, "steps": 3})]) == 0
+    assert len(taken) == 4
+
+
+def test_the_bench_shows_instructions_or_that_nothing_counts_them(narrow, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        bench_gate, "instructions_of_a_step", lambda r: None if r.kind == "dense" else Instructions(5, "stand-in")
+    )
+    assert bench.main(["gate", *SMALLEST, "--rounds", "1", "--kinds", "blocks", "--rates", "0.5", "--instructions"]) == 0
+    out = capsys.readouterr().out
+    assert printed(out)["instructions"] == {"dense 1": None, "blocks 0.5": {"count": 5, "by": "stand-in"}}
+    assert "dense 1: not counted here" in out
