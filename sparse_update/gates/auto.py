@@ -286,6 +286,11 @@ class AutoGate(Gate):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if "trials" not in state:
+            raise ValueError(
+                "the checkpoint is of a version whose auto gate did not try what seen text is worth: finish that run with "
+                "the version that began it"
+            )
         super().load_state_dict(state)
         self.controller.load_state_dict(state["controller"])
         self.trials.load_state_dict(state["trials"])

@@ -277,6 +277,13 @@ def test_without_a_way_back_nothing_is_tried():
     assert not any(branch for _, branch, *_ in run.go(60).trace)
 
 
+def test_the_state_of_a_version_without_trials_is_refused_by_name():
+    run = Run(0.5, 60)
+    state = {key: value for key, value in run.gate.state_dict().items() if key != "trials"}
+    with pytest.raises(ValueError, match="finish that run with the version that began it"):
+        run.gate.load_state_dict(state)
+
+
 @pytest.mark.parametrize("cut", [5, 14, 18, 22, 28, 45])
 def test_resumes_bit_for_bit_before_in_and_after_a_trial(cut):
     whole = Run(0.5, 120).go(cut)
