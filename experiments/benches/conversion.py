@@ -84,7 +84,9 @@ def own_run(folder: Path, tokens: int) -> Path:
     return run
 
 
-def tokens_per_s(work: Mapping[str, Callable[[], object]], tokens: int, least: float, until: Until) -> dict[str, Any]:
+def tokens_per_s(
+    work: Mapping[str, Callable[[], object]], tokens: int, least: float, until: Until, clock: str
+) -> dict[str, Any]:
     """Speed of "float" and "deployed", measured in turn: medians, and the deployed model's share of the float one's.
 
     `ratio` is null where it is too noisy; its interval and the best, out of the shortest times, are there all the same.
@@ -93,7 +95,7 @@ def tokens_per_s(work: Mapping[str, Callable[[], object]], tokens: int, least: f
     Args:
         work: what each of the two does for so many `tokens`.
     """
-    probes = {name: ratios.probe(call, torch.device("cpu")) for name, call in work.items()}
+    probes = {name: ratios.probe(call, torch.device("cpu"), clock) for name, call in work.items()}
     found = InTurn(probes, "float", until, torch.get_num_threads()).run(lambda text: say(f"tokens a second: {text}"))
     slower = found.ratios["deployed"]  # its time over the float model's: the speeds' ratio is the inverse
     ends = None if slower.low is None or slower.high is None else [1 / slower.high, 1 / slower.low]
@@ -105,21 +107,17 @@ def tokens_per_s(work: Mapping[str, Callable[[], object]], tokens: int, least: f
     }  # fmt: skip
 
 
-def reads(model: nn.Module, tokens_BT: Tensor) -> None:
-    """All of these tokens at once."""
-    with evaluating(model):
-        model(tokens_BT)
-
-
-def speeds(plain: nn.Module, deployed: nn.Module, windows: Tensor, until: Until) -> dict[str, dict[str, Any]]:
+def speeds(plain: nn.Module, deployed: nn.Module, windows: Tensor, until: Until, clock: str) -> dict[str, dict[str, Any]]:
     """Of reading windows, and of generating token by token; each as `tokens_per_s`."""
     read, prompt = windows[:TIMED_WINDOWS, :-1], windows[0, :PROMPT]
     arms = {"float": plain, "deployed": deployed}
-    reading = {name: partial(reads, arm, read) for name, arm in arms.items()}
+    reading = {name: partial(arm, read) for name, arm in arms.items()}
     generating = {name: partial(generate, arm, prompt, GENERATED) for name, arm in arms.items()}
+    with evaluating(plain), evaluating(deployed):
+        read_per_s = tokens_per_s(reading, read.numel(), READING_TARGET, until, clock)
     return {
-        "tokens_per_s": tokens_per_s(reading, read.numel(), READING_TARGET, until),
-        "generated_tokens_per_s": tokens_per_s(generating, GENERATED, GENERATING_TARGET, until),
+        "tokens_per_s": read_per_s,
+        "generated_tokens_per_s": tokens_per_s(generating, GENERATED, GENERATING_TARGET, until, clock),
     }
 
 
@@ -175,7 +173,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     chip = held_out_loss(simulated, windows)
     mapped = [c for c in simulated.counts() if not c.host]
     less = chip.less(plain)
-    timed = speeds(model, simulated, windows, ratios.until(args))
+    timed = speeds(model, simulated, windows, ratios.until(args), args.clock)
     found = frontier(run, args)
     return {
         "delta_nats_w8a8": less["mean"],
@@ -192,6 +190,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "model": model.cfg.name,
         "chip": report.chip,
         "threads": torch.get_num_threads(),
+        "clock": args.clock,
     }
 
 
@@ -243,6 +242,7 @@ def parser() -> argparse.ArgumentParser:
         "--record", type=Path, default=None, metavar="FOLDER", help="write that table there, as page and JSON"
     )
     ratios.add_arguments(made, most_s=120.0)
+    ratios.add_clock_argument(made)
     made.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
     add_json_argument(made)
     return made

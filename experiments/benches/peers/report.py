@@ -10,7 +10,7 @@ neurons, one with our synaptic current and one without (`_lif`), the faster one 
 ratios are shares: 0.5 is half of the speed of the products.
 
 The clock is the wall's. `--threads 1 --clock cpu` takes the seconds of each process alone, for a machine that others use;
-Lava, which is many processes, is left out then.
+of Lava, which is many processes, those of all of them, which may work at the same time on an idle machine.
 
 The environment of the peers is `.venv-readers` (`make readers`), or what SPIKEGATE_READERS_PYTHON names.
 
@@ -284,14 +284,13 @@ def main(argv: Sequence[str]) -> int:
     if wrong:
         print(f"bench simulator --peers: {wrong}", file=sys.stderr)
         return 2
-    without = {*args.without, *(("lava",) if args.clock == "cpu" else ())}
     documents: dict[str, Any] = {}
     try:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             for row in ROWS:
                 if row.case.name in args.cases:
-                    arms = tuple(arm for arm in row.arms if arm not in without)
+                    arms = tuple(arm for arm in row.arms if arm not in args.without)
                     documents[row.case.name] = row_measured(Row(row.case, arms, row.targets), args, folder)
                     print_case(row.case.name, documents[row.case.name])
             for pair in FIRING if "firing" in args.cases else ():

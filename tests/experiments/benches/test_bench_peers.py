@@ -188,3 +188,16 @@ def test_every_peer_runs_the_network_and_fires_as_often(peer: str, conv: bool, t
         assert facts["firing"] == pytest.approx(firing, abs=0.03)
     assert len(facts["firing"]) == len(firing)
     assert facts["versions"]["torch"].startswith("2.13")
+
+
+@pytest.mark.lava
+@pytest.mark.soak
+@pytest.mark.parametrize("clock", ["wall", "cpu"])
+def test_lava_runs_the_network_in_turn(clock: str, tmp_path: Path) -> None:
+    python_of("SPIKEGATE_LAVA_PYTHON", ".venv-lava", "lava")
+    request, _ = cases.write(small(), tmp_path)
+    request |= {"threads": 1, "least_s": 0.2, "clock": clock, "steps": 50}
+    with report.worker("lava", "lava", request, tmp_path) as process:
+        assert 0.005 < process() < 30
+        assert 0.005 < process() < 30
+    assert json.loads((tmp_path / "lava.facts.json").read_text())["versions"] == {"lava-nc": "0.10.0"}
