@@ -38,7 +38,7 @@ from neuro.simulators.activity import Activity, recorded
 from neuro.simulators.compiled.calls import spread, use_compiled
 from neuro.simulators.compiled.program import Program
 from neuro.simulators.exact import Arrived, Synapses, add, join_arrived, magnitude, narrow
-from neuro.simulators.inputs import InputError, Integers, checked_inputs, checked_run
+from neuro.simulators.inputs import InputError, Integers, bounded_run, checked_inputs
 from neuro.simulators.ledger import CHIP_NOTE, FixedPointOverflow, Ledger, Run
 from neuro.simulators.lines import Line
 from neuro.simulators.neurons import Block, Lif, Other, join
@@ -106,13 +106,13 @@ def simulate(
             the order of evaluation: by chunks of steps, and within one by population.
     """
     _check_mode(graph, mode)
-    values, batch, length = checked_run(graph, inputs, steps, device)
+    values, bounds, batch, length = bounded_run(graph, inputs, steps, device)
     where = _device(values) if values else torch.device(device or "cpu")
     windows = {population.name: (0, length) for population in graph.populations}
     tally = Tally(graph, checked_placement(graph, placement))
     run = Run(graph, batch, where, mode, strict, recorded(graph, record), windows, delayed=True)
     engine = _Engine(run, tally, fused)
-    engine.advance(values, length)
+    engine.advance(values, bounds, length)
     return engine.activity(batch, length)
 
 
@@ -146,23 +146,16 @@ def run_pipelined(
         ValueError, GraphError, InputError, FixedPointOverflow: as `simulate`.
     """
     depth = depths(graph)
-    values = _values(graph, inputs, mode, device)
-    batch, tokens = next(iter(values.values())).shape[:2]
+    _check_mode(graph, mode)
+    values, bounds, batch, tokens = bounded_run(graph, inputs, None, device)
     keep = recorded(graph, record)
     delayed = any(population.kind not in STATELESS for population in graph.populations)
     flush = max(depth.values()) if delayed else 0
     windows = {name: (steps * delayed, steps * delayed + tokens) for name, steps in depth.items()}
     tally = Tally(graph, checked_placement(graph, placement))
     engine = _Engine(Run(graph, batch, _device(values), mode, strict, keep, windows, delayed), tally, fused)
-    engine.advance(values, tokens + flush)
+    engine.advance(values, bounds, tokens + flush)
     return engine.activity(batch, tokens)
-
-
-def _values(
-    graph: SpikingGraph, inputs: Mapping[str, Integers], mode: str, device: torch.device | str | None
-) -> dict[str, Tensor]:
-    _check_mode(graph, mode)
-    return checked_inputs(graph, inputs, device)
 
 
 def _check_mode(graph: SpikingGraph, mode: str) -> None:
@@ -219,7 +212,7 @@ class _Engine:
             for port in KINDS[p.kind].outs
         }
         self._start = 0
-        self._input_bounds: dict[str, int] = {}
+        self._input_bounds: Mapping[str, int] = {}
         self._program = (
             Program(graph, batch, self._synapses, self._lif, self._lines, run.delayed)
             if use_compiled(in_c, device)
@@ -227,11 +220,12 @@ class _Engine:
         )
         self._ledger = Ledger(run, tally, self._lines, self._program is not None)
 
-    def advance(self, inputs: Mapping[str, Tensor], steps: int) -> None:
-        """Take the graph through `steps` steps; inputs (batch, any steps, size) are silent after their end."""
+    def advance(self, inputs: Mapping[str, Tensor], bounds: Mapping[str, int], steps: int) -> None:
+        """Take the graph through `steps` steps; inputs (batch, any steps, size), whose largest magnitudes are `bounds`, are
+        silent after their end."""
         width = self._run.batch * sum(p.size for p in self._run.graph.populations)
         chunk = max(1, CHUNK_VALUES // width)
-        self._input_bounds = {name: magnitude(value) for name, value in inputs.items()}
+        self._input_bounds = bounds
         inputs = {name: value.to(narrow(self._input_bounds[name])) for name, value in inputs.items()}
         for start in range(0, steps, chunk):
             count = min(chunk, steps - start)

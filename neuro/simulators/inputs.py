@@ -36,6 +36,13 @@ def checked_inputs(
     Raises:
         InputError: missing, unknown, not integer, of a wrong shape, or too wide for a projection they feed.
     """
+    return _checked(graph, inputs, device)[0]
+
+
+def _checked(
+    graph: SpikingGraph, inputs: Mapping[str, Integers], device: torch.device | str | None
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Inputs as of `checked_inputs`, and the largest magnitude of each."""
     if not graph.inputs:
         raise InputError(
             "the graph has no input population, so nothing says how many steps to run; give simulate steps=, or add one"
@@ -45,6 +52,7 @@ def checked_inputs(
             if name not in needed:
                 raise InputError(f"input {quoted(name)} is {word}; the graph's inputs are: {listed(graph.inputs)}")
     values: dict[str, Tensor] = {}
+    bounds: dict[str, int] = {}
     extent: tuple[int, int] | None = None
     for name in graph.inputs:
         value = _tensor(name, inputs[name])
@@ -68,7 +76,8 @@ def checked_inputs(
         if not graph.outgoing(name):
             _refuse_wide(name, value, (least, most), -(2**31), 2**31 - 1, "a message (32 bits)")
         values[name] = value.to(device) if device is not None else value
-    return values
+        bounds[name] = max(-least, most)
+    return values, bounds
 
 
 def checked_run(
@@ -83,19 +92,30 @@ def checked_run(
         InputError: as `checked_inputs`; `steps` missing where nothing else says it, given where the inputs do, or no whole
             number from 1.
     """
+    values, _, batch, length = bounded_run(graph, inputs, steps, device)
+    return values, batch, length
+
+
+def bounded_run(
+    graph: SpikingGraph,
+    inputs: Mapping[str, Integers],
+    steps: int | None,
+    device: torch.device | str | None = None,
+) -> tuple[dict[str, Tensor], dict[str, int], int, int]:
+    """As `checked_run`, with the largest magnitude of each input behind the inputs. Raises as it does."""
     if graph.inputs and steps is not None:
         raise InputError(
             f"steps is {quoted(steps)}, but the graph has inputs, whose length says how many there are; leave it"
         )
     if graph.inputs or steps is None:
-        values = checked_inputs(graph, inputs, device)
+        values, bounds = _checked(graph, inputs, device)
         batch, length = next(iter(values.values())).shape[:2]
-        return values, int(batch), int(length)
+        return values, bounds, int(batch), int(length)
     if inputs:
         raise InputError(f"input {quoted(next(iter(inputs)))} is unknown; the graph has no input population")
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise InputError(f"steps is {quoted(steps)}; a whole number from 1 is needed")
-    return {}, 1, steps
+    return {}, {}, 1, steps
 
 
 def _tensor(name: str, raw: Integers) -> Tensor:

@@ -6,6 +6,7 @@ Layout: T steps, B samples, M = samples x neurons.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -173,7 +174,7 @@ def shared(part: Callable[[int, int], list[int]], size: int, most: int) -> list[
     if threads == 1:
         return [part(0, size)]
     edges = [size * i // threads for i in range(threads + 1)]
-    others = [_pool(threads - 1).submit(part, *pair) for pair in pairwise(edges[1:])]
+    others = [_pool(threads - 1, os.getpid()).submit(part, *pair) for pair in pairwise(edges[1:])]
     return [part(edges[0], edges[1]), *(other.result() for other in others)]  # ctypes lets go of the interpreter lock
 
 
@@ -183,5 +184,6 @@ def _merged(parts: Sequence[Sequence[int]]) -> list[int]:
 
 
 @cache
-def _pool(threads: int) -> ThreadPoolExecutor:
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads of this process: those of a process that it was forked from are not there."""
     return ThreadPoolExecutor(max_workers=threads, thread_name_prefix="spikegate-simulator")
