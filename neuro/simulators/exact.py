@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from neuro.graph import Projection, truncate_weights
+from neuro.simulators.memory import edges
 
 FLOAT32_EXACT = 2**24
 FLOAT64_EXACT = 2**53
@@ -117,8 +118,8 @@ def _is(module: Any, name: str) -> bool:
 
 def magnitude(value: Tensor) -> int:
     """Largest |value|, in Python's integers."""
-    least, most = torch.aminmax(value)
-    return max(-int(least), int(most))
+    least, most = edges(value)
+    return max(-least, most)
 
 
 def wrap(value: Tensor, bits: int) -> Tensor:

@@ -203,7 +203,7 @@ class _Engine:
             for p in graph.populations
             if p.kind not in (*LIF_KINDS, *XYLO_KINDS, "input")
         }
-        self._xylo = {p.name: Xylo(graph, p, batch, device) for p in graph.populations if p.kind in XYLO_KINDS}
+        self._xylo = {p.name: Xylo(graph, p, batch, device, in_c) for p in graph.populations if p.kind in XYLO_KINDS}
         self._lines = {
             (p.name, port): Line(
                 1 + max((q.max_delay for q in graph.outgoing(p.name)), default=0), batch, p.size, device, torch.int8

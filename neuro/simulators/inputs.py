@@ -14,6 +14,7 @@ from neuro.graph import GraphError, SpikingGraph
 from neuro.graph.kinds import XYLO_KINDS
 from neuro.graph.values import integer_array, is_array
 from neuro.graph.xylo import MOST_SPIKES
+from neuro.simulators.memory import edges
 
 Integers = Tensor | np.ndarray | Sequence[Any]
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # types that torch has hardly any arithmetic for
@@ -66,7 +67,7 @@ def _checked(
         extent = (value.shape[0], value.shape[1])
         if value.dtype == torch.bool:
             value = value.to(torch.int8)
-        least, most = (int(edge) for edge in torch.aminmax(value))
+        least, most = edges(value)
         for projection in graph.outgoing(name):
             low, high = projection.payload_range
             holder = f"projection {quoted(projection.name)} ({projection.num_message_bits} bits)"

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from neuro.simulators.activity import Activity, PopulationCounts, ProjectionCoun
 from neuro.simulators.compiled.calls import spread
 from neuro.simulators.exact import Arrived, Exact, magnitude
 from neuro.simulators.lines import Line, synapses_of
+from neuro.simulators.memory import unwritten
 from neuro.simulators.neurons import REGISTER_LIMIT, Block, Finding, Lif
 from neuro.simulators.scan import State
 from neuro.simulators.tally import Tally
@@ -183,7 +183,7 @@ class Ledger:
         first, end = self._run.windows[name]
         if variable not in self._kept[name]:
             shape = (self._run.batch, end - first, value_TBN.shape[2])
-            self._kept[name][variable] = _room(shape, self._run.device)
+            self._kept[name][variable] = unwritten(shape, self._run.device)
         at = self.start + rows.start - first
         to_TBN = self._kept[name][variable][:, at : at + rows.stop - rows.start].transpose(0, 1)
         if self._in_c and value_TBN.dtype in (torch.int8, torch.int32) and value_TBN.stride(2) == 1:
@@ -268,13 +268,6 @@ class Ledger:
             notes=tuple(notes) + ((CHIP_NOTE,) if self._run.mode == "chip" else ()),
             mode=self._run.mode,
         )
-
-
-def _room(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32, not yet written. On the CPU by numpy, which asks the system for large pages where an array is large."""
-    if device.type == "cpu":
-        return torch.from_numpy(np.empty(shape, dtype=np.int32))
-    return torch.empty(shape, dtype=torch.int32, device=device)
 
 
 def _beyond_32(mask: Tensor) -> Finding:

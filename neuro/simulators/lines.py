@@ -7,6 +7,7 @@ from torch import Tensor
 
 from neuro.graph import Projection
 from neuro.simulators.exact import Exact, narrow
+from neuro.simulators.memory import copied, write, zeros
 
 
 class Line:
@@ -14,17 +15,17 @@ class Line:
 
     def __init__(self, past: int, batch: int, size: int, device: torch.device, dtype: torch.dtype) -> None:
         self._past = past
-        self.whole = torch.zeros(past, batch, size, dtype=dtype, device=device)
+        self.whole = zeros((past, batch, size), dtype, device)
         self._room = self.whole  # of the largest chunk so far, which later ones use again
         self.bound, self.share, self.bound_before = 0, 1.0, 0
 
     def begin(self, steps: int) -> Tensor:
         """Room for a chunk's messages, to be written in place; returns it."""
-        past = self.whole[len(self.whole) - self._past :].clone()
+        past = copied(self.whole[len(self.whole) - self._past :])
         if self._room.dtype != past.dtype or len(self._room) < self._past + steps:
             self._room = past.new_empty(self._past + steps, *past.shape[1:])
         whole = self._room[: self._past + steps]
-        whole[: self._past] = past
+        write(whole[: self._past], past)
         self.whole, self.bound_before = whole, self.bound
         return whole[self._past :]
 

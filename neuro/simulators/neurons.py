@@ -24,6 +24,7 @@ from neuro.simulators import scan as scans
 from neuro.simulators.compiled import signals
 from neuro.simulators.compiled.calls import lif_scan, use_compiled
 from neuro.simulators.exact import Arrived, outside, wrap
+from neuro.simulators.memory import filled, unwritten
 
 REGISTER_LIMIT = 2**23  # u and v: 23 bits and a sign
 _FLAGS = {
@@ -80,7 +81,7 @@ def per_neuron(population: Population, value: np.ndarray | int, batch: int, devi
     """A parameter as int32 (batch x size,)."""
     row = np.asarray(value, dtype=np.int32)
     if row.ndim == 0 or row.size == 1:
-        return torch.full((batch * population.size,), int(row.reshape(-1)[0]), dtype=torch.int32, device=device)
+        return filled(batch * population.size, int(row.reshape(-1)[0]), device)
     return torch.from_numpy(np.tile(row, batch)).to(device)
 
 
@@ -114,7 +115,7 @@ class Lif:
         self._shape, self._device = (batch, population.size), device
 
         def zeros() -> Tensor:
-            return torch.zeros(batch * population.size, dtype=torch.int32, device=device)
+            return filled(batch * population.size, 0, device)
 
         self.state = scans.State(zeros(), zeros(), zeros())
 
@@ -149,11 +150,11 @@ class Lif:
 
     def room(self, steps: int) -> dict[str, Tensor]:
         """Room for u and v of so many steps, (T, B, N)."""
-        return {name: torch.empty((steps, *self._shape), dtype=torch.int32, device=self._device) for name in ("u", "v")}
+        return {name: unwritten((steps, *self._shape), self._device) for name in ("u", "v")}
 
     def silence(self) -> Tensor:
         """Messages of each neuron, (B x N,), none so far."""
-        return torch.zeros_like(self.state.u)
+        return filled(self.state.u.numel(), 0, self._device)
 
     def resets(self, start: int, steps: int) -> Tensor | None:
         """Before which of these steps, the first being step `start` of the run, u and v become 0; None: before none."""

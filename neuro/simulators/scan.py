@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from neuro.simulators.memory import edges
+
 LIMIT = 2**23
 CHIP, TERNARY, REFRACTORY, SOFT, GENERAL, FREE, LATE = 1, 2, 4, 8, 16, 32, 64
 STATS = ("wide_a", "wraps_u", "saturations_v", "fired", "max_abs_u", "max_abs_v")
@@ -59,7 +61,7 @@ class Scan:
     each_3M: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.largest_bias = int(self.bias_M.abs().max()) if self.bias_M.numel() else 0
+        self.largest_bias = max(map(abs, edges(self.bias_M))) if self.bias_M.numel() else 0
 
     @property
     def numbers(self) -> tuple[int | Tensor, int | Tensor, int | Tensor, int, int]:

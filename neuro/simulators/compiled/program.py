@@ -17,6 +17,7 @@ from neuro.simulators.compiled.packing import Packed, packed
 from neuro.simulators.compiled.structures import Input, pointer
 from neuro.simulators.exact import CONV_LIMIT, INT32_LIMIT, Arrived, Synapses
 from neuro.simulators.lines import Line
+from neuro.simulators.memory import unwritten
 from neuro.simulators.neurons import Lif
 
 
@@ -134,7 +135,7 @@ class Program:
             return None
         parts = [part for part in parts if part.projection.source not in without]
         steps, size = rows.stop - rows.start, self._graph.population(name).size
-        total = torch.empty((steps, self._batch, size), dtype=torch.int32)
+        total = unwritten((steps, self._batch, size), torch.device("cpu"))
         member = sums_only(total)
         member.size = size
         run_members([member], [self._inputs(parts, rows.start)], steps, self._batch)

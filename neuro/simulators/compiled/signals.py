@@ -1,4 +1,5 @@
-"""Kinds sigma, delta, sigma_delta, rf and rf_iz through the loops in C, as long as nothing leaves 24 bits.
+"""Kinds sigma, delta, sigma_delta, rf and rf_iz through the loops in C, as long as nothing leaves 24 bits, and Xylo's, as
+long as nothing could leave 16.
 
 Layout: (T, B, N) = steps, samples, neurons; M = samples x neurons.
 """
@@ -17,7 +18,7 @@ from neuro.graph import Population
 from neuro.graph.kinds import RESONATORS
 from neuro.simulators.compiled.calls import THREAD_NEURONS, shared, whole_numbers
 from neuro.simulators.compiled.library import library
-from neuro.simulators.compiled.structures import Resonator, Signal, pointer
+from neuro.simulators.compiled.structures import Resonator, Signal, Xylo, pointer
 from neuro.simulators.exact import Arrived
 
 KINDS = ("sigma", "delta", "sigma_delta", *RESONATORS)
@@ -112,3 +113,43 @@ def _resonator(
     if not _run("run_resonator", given, real_in):
         return None
     return Sent(sent, imag, {"real": real, "imag": imag})
+
+
+def advance_xylo(
+    arrived: Mapping[str, Arrived],
+    state: dict[str, Tensor],
+    dash: Mapping[str, Tensor],
+    numbers: Mapping[str, Tensor],
+    most: int,
+) -> Sent | None:
+    """Take a population of Xylo's, none of whose neurons has an alias, through the steps that arrived.
+
+    Args:
+        arrived: for each current, in the order of `dash`.
+        state: int32 (B, N) by name; written only where the result is not None.
+        dash: current -> int32 (N,).
+        numbers: int32 (N,) for "dash_mem", "vth" and "bias".
+        most: spikes of one neuron in a step.
+
+    Returns:
+        what it sent, or None where a register could have saturated.
+    """
+    parts = list(arrived.values())
+    if any(part.wrapped is not None or part.bound >= 2**15 for part in parts) or not len(parts[0].value):
+        return None
+    sums = [part.value.contiguous() for part in parts]
+    after = {name: value.clone() for name, value in state.items()}
+    sent, raw = torch.empty_like(sums[0]), torch.empty_like(sums[0])
+    kept = {name: torch.empty_like(sums[0]) for name in state}
+    given = Xylo(currents=len(sums), n=sums[0].shape[2], most=most)
+    given.sent_TM, given.raw_TM = pointer(sent), pointer(raw)
+    for k, (part, value, (name, own)) in enumerate(zip(parts, sums, dash.items(), strict=True)):
+        given.a_TM[k], given.dash_N[k], given.bound[k] = pointer(value), pointer(own), part.bound
+        given.right[k], given.left[k] = _shifts(part)
+        given.kept_TM[k], given.state_M[k] = pointer(kept[name]), pointer(after[name])
+    given.kept_TM[2], given.state_M[2] = pointer(kept["v_mem"]), pointer(after["v_mem"])
+    given.dash_mem_N, given.vth_N, given.bias_N = (pointer(numbers[name]) for name in ("dash_mem", "vth", "bias"))
+    if not _run("run_xylo", given, sums[0]):
+        return None
+    state.update(after)
+    return Sent(sent, raw, kept)

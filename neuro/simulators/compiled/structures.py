@@ -72,6 +72,21 @@ class Resonator(ctypes.Structure):
     )
 
 
+class Xylo(ctypes.Structure):
+    """A population of Xylo's: its currents at 0 and 1, v_mem at 2."""
+
+    _fields_ = (
+        ("a_TM", _address * 2),
+        *((name, _i64 * 2) for name in ("right", "left", "bound")),
+        ("currents", _i64),
+        *((name, _address) for name in ("sent_TM", "raw_TM")),
+        *((name, _address * 3) for name in ("kept_TM", "state_M")),
+        ("dash_N", _address * 2),
+        *((name, _address) for name in ("dash_mem_N", "vth_N", "bias_N")),
+        *((name, _i64) for name in ("n", "most")),
+    )
+
+
 def pointer(array: np.ndarray | Tensor | None) -> Any:
     """Where an array lies, which must be without gaps; None for none."""
     if array is None:

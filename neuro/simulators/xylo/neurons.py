@@ -15,6 +15,8 @@ from torch import Tensor
 from neuro.graph import Population, SpikingGraph
 from neuro.graph.kinds import KINDS
 from neuro.graph.xylo import MOST_SPIKES, STATE_HIGH, STATE_LOW, checked_projection
+from neuro.simulators.compiled.calls import use_compiled
+from neuro.simulators.compiled.signals import advance_xylo
 from neuro.simulators.exact import Arrived, outside, wrap
 from neuro.simulators.neurons import Block, Finding, per_neuron
 
@@ -36,7 +38,16 @@ def clamped(value: Tensor) -> Tensor:
 class Xylo:
     """State of one population for B samples; `advance` takes it through T steps."""
 
-    def __init__(self, graph: SpikingGraph, population: Population, batch: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        graph: SpikingGraph,
+        population: Population,
+        batch: int,
+        device: torch.device,
+        fused: bool | None = False,
+    ) -> None:
+        """`fused`: as of `simulate`."""
+        self._compiled = use_compiled(fused, device)
         self._hidden = population.kind == "xylo"
         self._most = MOST_SPIKES[population.kind]
 
@@ -80,6 +91,12 @@ class Xylo:
             arrived: port -> sums (T, B, N).
             messages: projection -> what its source sent to these steps, (T, B, S).
         """
+        if self._compiled and not self._chained:
+            parts = {port: arrived[port] for port in self._ports.values()}
+            numbers = {"dash_mem": self._dash_mem, "vth": self._vth, "bias": self._bias}
+            found = advance_xylo(parts, self.state, self._dash, numbers, self._most)
+            if found is not None:
+                return Block({"s_out": found.messages}, v=found.v, states=found.states)
         sums = {name: arrived[port].settled() for name, port in self._ports.items()}
         kept: dict[str, list[Tensor]] = {name: [] for name in self.state}
         sent: list[Tensor] = []

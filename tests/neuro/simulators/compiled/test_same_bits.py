@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from neuro.graph import Convolution, Population, Projection, SpikingGraph, truncate_weights
 from neuro.simulators import fixed_point
 from neuro.simulators.activity import RECORD_ALL, compare
-from neuro.simulators.compiled import calls, program
+from neuro.simulators.compiled import calls, program, signals
 from neuro.simulators.compiled.library import library
 from neuro.simulators.compiled.structures import AMX, EVENTS, VNNI
 from neuro.simulators.fixed_point import run_pipelined, simulate
+from tests.neuro.simulators import xylo_networks
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -265,3 +266,19 @@ def test_differences_and_sums_up_to_and_beyond_their_registers(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fixed_point, "CHUNK_VALUES", int(rng.choice([2**23, 300])))
         assert_same(graph, {"x": values}, mode, record)
+
+
+def test_xylo_with_and_without_saturation(monkeypatch: Any) -> None:
+    taken = {True: 0, False: 0}
+    original = signals.advance_xylo
+
+    def noted(*given: Any) -> Any:
+        found = original(*given)
+        taken[found is not None] += 1
+        return found
+
+    monkeypatch.setattr("neuro.simulators.xylo.neurons.advance_xylo", noted)
+    for seed in range(45):
+        graph = xylo_networks.network(seed)
+        assert_same(graph, xylo_networks.spikes(graph, seed, 3, 20), "xylo", RECORDS[seed % 4])
+    assert min(taken.values()) > 10
