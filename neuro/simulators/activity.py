@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -98,12 +98,35 @@ class CoreCounts:
     neuron_updates: int = 0
 
 
+class Messages(Mapping[str, Tensor]):
+    """Population -> int32 (batch, steps, size). What was kept as int8 becomes int32 when it is first asked for."""
+
+    def __init__(self, kept: Mapping[str, Tensor]) -> None:
+        self._kept = dict(kept)
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self._kept[name]
+        if value.dtype != torch.int32:
+            self._kept[name] = value = value.to(torch.int32)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __repr__(self) -> str:
+        return repr({name: self[name] for name in self})
+
+
 @dataclass(frozen=True)
 class Activity:
     """Result of running a graph.
 
     Attributes:
         spikes: population -> int32 (batch, steps, size), the messages sent at each step. Always holds the outputs.
+            Where our simulator kept bytes they become int32 when they are first read.
         states: population -> variable -> int32 (batch, steps, size), after the step: the states that `KINDS` lists (v of
             a lif kind after its reset), what arrived at each port ("a_in", or "a_in1" and "a_in2"), and "spikes2".
         batch, steps: extent of the run.

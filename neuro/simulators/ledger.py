@@ -15,7 +15,7 @@ from torch import Tensor
 from hardware.text import quoted
 from neuro.graph import PORTS, Population, Projection, SpikingGraph
 from neuro.graph.kinds import BINARY_KINDS, LIF_KINDS
-from neuro.simulators.activity import Activity, PopulationCounts, ProjectionCounts
+from neuro.simulators.activity import Activity, Messages, PopulationCounts, ProjectionCounts
 from neuro.simulators.compiled.calls import spread
 from neuro.simulators.exact import Arrived, Exact, magnitude
 from neuro.simulators.lines import Line, synapses_of
@@ -183,13 +183,19 @@ class Ledger:
         first, end = self._run.windows[name]
         if variable not in self._kept[name]:
             shape = (self._run.batch, end - first, value_TBN.shape[2])
-            self._kept[name][variable] = unwritten(shape, self._run.device)
+            # Of inputs and lif kinds all chunks have one type; other messages may become wider later.
+            small = variable == "spikes" and self._in_c and value_TBN.dtype == torch.int8 and self._bytes(name)
+            dtype = torch.int8 if small else torch.int32
+            self._kept[name][variable] = unwritten(shape, self._run.device, dtype)
         at = self.start + rows.start - first
         to_TBN = self._kept[name][variable][:, at : at + rows.stop - rows.start].transpose(0, 1)
         if self._in_c and value_TBN.dtype in (torch.int8, torch.int32) and value_TBN.stride(2) == 1:
             spread(value_TBN[rows], to_TBN)
         else:
             to_TBN.copy_(value_TBN[rows])
+
+    def _bytes(self, name: str) -> bool:
+        return self._run.graph.population(name).kind in (*LIF_KINDS, "input")
 
     def _count_payload(self, projection: Projection, sent: Tensor, bound: int, low: int) -> None:
         counts = self.tally.projections[projection.name]
@@ -252,7 +258,7 @@ class Ledger:
             f"{name}: the corrected model is not in Lava 0.10" for name, model in variants.items() if "cor" in model
         ]
         return Activity(
-            spikes={name: kept["spikes"] for name, kept in self._kept.items() if "spikes" in kept},
+            spikes=Messages({name: kept["spikes"] for name, kept in self._kept.items() if "spikes" in kept}),
             states={
                 name: {variable: value for variable, value in kept.items() if variable != "spikes"}
                 for name, kept in self._kept.items()

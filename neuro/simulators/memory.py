@@ -20,11 +20,11 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
-def unwritten(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32, not yet written. On the CPU by numpy, which asks the system for large pages where an array is large."""
+def unwritten(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:
+    """int8 or int32, not yet written. On the CPU by numpy, which asks the system for large pages for a large array."""
     if device.type == "cpu":
-        return torch.from_numpy(np.empty(shape, dtype=np.int32))
-    return torch.empty(shape, dtype=torch.int32, device=device)
+        return torch.from_numpy(np.empty(shape, dtype=_TYPES[dtype]))
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def filled(size: int, value: int, device: torch.device) -> Tensor:

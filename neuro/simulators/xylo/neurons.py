@@ -91,7 +91,7 @@ class Xylo:
             arrived: port -> sums (T, B, N).
             messages: projection -> what its source sent to these steps, (T, B, S).
         """
-        if self._compiled and not self._chained:
+        if self._compiled and not self._turns:
             parts = {port: arrived[port] for port in self._ports.values()}
             numbers = {"dash_mem": self._dash_mem, "vth": self._vth, "bias": self._bias}
             found = advance_xylo(parts, self.state, self._dash, numbers, self._most)
