@@ -77,6 +77,10 @@ class TrainConfig:
         if self.arm:
             return self.arm
         more = [self.subset.name] * (self.subset.kind != "all") + [self.growth.name] * (self.growth.kind != "none")
+        mask = self.optim.mask
+        more += [mask.kind if mask.name == "none" else mask.name] * (mask.kind != "none") + ["bags"] * bool(
+            self.trainer.bags
+        )
         return "+".join([self.gate.name, *more])
 
     @property
