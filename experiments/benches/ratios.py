@@ -17,7 +17,7 @@ import torch
 from hardware.meters.ratios import Measured, Probe, Ratio, Until, timed
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
-HEADER = f"{'median':>8}{'interval':>18}{'best':>8}{'rounds':>8}"
+HEADER = f"{'median':>8}{'interval':>22}{'best':>8}{'rounds':>8}"
 """Over the columns of `columns`."""
 
 
@@ -81,7 +81,7 @@ def columns(ratio: Ratio) -> str:
     """Under `HEADER`."""
     ends = "none" if ratio.low is None else f"{ratio.low:.3f} .. {ratio.high:.3f}"
     middle = "noisy" if ratio.median is None else f"{ratio.median:.3f}"
-    return f"{middle:>8}{ends:>18}{ratio.best:>8.3f}{ratio.rounds:>8}"
+    return f"{middle:>8}{ends:>22}{ratio.best:>8.3f}{ratio.rounds:>8}"
 
 
 def shown(value: float | None, digits: int = 2) -> str:

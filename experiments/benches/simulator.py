@@ -103,7 +103,8 @@ def main(argv: Sequence[str]) -> int:
         return 1
     reached = targets(found)
     for each in reached:
-        print(f"{each['of']}: {ratios.shown(each['ratio'], 0)}x Lava, target {each['target']}: {each['verdict']}")
+        times = "too noisy for a number" if each["ratio"] is None else f"{each['ratio']:.0f}x Lava"
+        print(f"{each['of']}: {times}, target {each['target']}: {each['verdict']}")
     short = {n: {batch: compact(measured) for batch, measured in row.items()} for n, row in found.items()}
     document = {**short, "targets": reached, "threads": args.threads, "measured": found}
     finish(document, "bench-simulator", headline=(*short, "targets", "threads"))
