@@ -120,6 +120,10 @@ def run(args: argparse.Namespace) -> int:
         out = _out(args)
         if args.dt is not None and not args.dt > 0:
             raise GraphError(f"--dt is {args.dt}; a step is longer than 0 s")
+        if args.steps is not None and not args.steps > 0:
+            raise GraphError(f"--steps is {args.steps}; a sample has at least 1 step")
+        if not 0 < args.input_scale < float("inf"):
+            raise GraphError(f"--input-scale is {args.input_scale}; a finite number above 0 is needed")
         if args.chip != "loihi" and (given := _given(args, OF_LOIHI)):
             raise GraphError(f"{given} belongs to Loihi, and the chip is {args.chip}; leave it out")
         if args.messages is not None and args.calibration is None:

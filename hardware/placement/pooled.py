@@ -91,7 +91,7 @@ def place_pooled(demand: PooledDemand, chip: PooledChip | str) -> PooledPlacemen
         where = demand.at.get(first.resource)
         others = [load_pooled(name) for name in list_pooled() if name != chip.name]
         fitting = [f"chip {o.name}" for o in others if all(x.used <= x.limit for x in _limits(demand, o).values())]
-        remedies = (_REMEDIES[first.resource], *fitting, *(f"and {limit} too" for limit in short[1:]))
+        remedies = (_REMEDIES[first.resource], *fitting, *(f"{_REMEDIES[x.resource]} ({x} too)" for x in short[1:]))
         what = f"{demand.name}{f' ({where})' if where else ''} on {chip.title}"
         raise DoesNotFit(what, first, remedies)
     inferred = [name for name in RESOURCES if chip.provenance[name].method == "inferred"]

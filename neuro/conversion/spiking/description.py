@@ -308,10 +308,12 @@ def flat_input(x: Tensor, shape: Sequence[int]) -> Tensor:
     """Input as (B, T, F) in a layer's order: as it is, or from (B, T, C, H, W) of a grid or (B, T, C, L) of a line.
 
     Raises:
-        NotConvertible: no tensor, another form, or values that are not finite.
+        NotConvertible: no tensor, another form, or values that are complex or not finite.
     """
     if not isinstance(x, Tensor):
         raise NotConvertible(f"input is {quoted(x)}; a tensor is needed, torch.as_tensor makes one")
+    if x.is_complex():
+        raise NotConvertible(f"input is {x.dtype}; real numbers are needed, its .real or .abs() for instance")
     if not bool(torch.isfinite(x).all()):
         raise NotConvertible("input holds values that are not finite (nan, inf); replace or leave out those samples")
     x = x.detach()

@@ -127,6 +127,8 @@ def test_wrong_words_and_files_are_answered(tmp_path, capsys):
         (("import", tmp_path / "empty"), "empty: is a folder; name a file"),
         (("import", tmp_path / "text.nir"), "not a readable NIR file"),
         (("import", tmp_path / "text.nir", "--dt", "0"), "longer than 0 s"),
+        (("import", tmp_path / "text.nir", "--steps", "0"), "--steps is 0; a sample has at least 1 step"),
+        (("import", tmp_path / "text.nir", "--input-scale", "nan"), "--input-scale is nan; a finite number above 0"),
         (("import", tmp_path / "text.nir", "--out", tmp_path / "x.npz"), "text.nir"),
     ]
     for words, message in cases:

@@ -82,7 +82,7 @@ def test_a_network_that_fits_says_what_it_takes():
         (
             {"hidden": (200,)},
             "xylo_audio3",
-            r"input_reach 200 of 128\. .*narrower first layer; chip xylo_audio2; and output",
+            r"input_reach 200 of 128\. .*narrower first layer; chip xylo_audio2; a narrower last hidden layer \(output_re",
         ),
         ({"hidden": (600, 60)}, "xylo", r"recurrent_entries 36,000 of 32,000"),
     ],

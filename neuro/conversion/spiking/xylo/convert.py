@@ -21,6 +21,7 @@ from hardware.chips.pooled import PooledChip, load_pooled
 from hardware.placement import DoesNotFit
 from hardware.placement.pooled import place_pooled
 from hardware.text import listed, quoted
+from neuro.conversion.spiking.arguments import check_input_scale, check_steps
 from neuro.conversion.spiking.checking import generated_input
 from neuro.conversion.spiking.convert import PrecisionWarning
 from neuro.conversion.spiking.description import INPUT, Description, Neurons, NotConvertible, Synapses, run_float
@@ -100,7 +101,8 @@ def to_xylo(
         FileNotFoundError, DataFileError: of a chip.
 
     Warns:
-        PrecisionWarning: decays far from those asked for, few levels of weights, or registers that saturate.
+        PrecisionWarning: decays far from those asked for, few levels of weights, registers that saturate, or an output
+            that never spikes on the calibration.
     """
     target = chip if isinstance(chip, PooledChip) else load_pooled(chip)
     if not isinstance(description, Description):
@@ -108,8 +110,8 @@ def to_xylo(
     check_pools(description, target)
     check_choice("synapses", synapses, (1, 2, "auto"))
     check_choice("spikes", spikes, ("many", "one", "auto"))
-    if isinstance(input_scale, bool) or not isinstance(input_scale, int | float) or not input_scale > 0:
-        raise NotConvertible(f"input_scale is {quoted(input_scale)}; a number above 0 is needed")
+    check_input_scale(input_scale)
+    check_steps(steps)
     if synapses == 2 and target.synapses_per_neuron < 2:
         raise NotConvertible(
             f"synapses is 2, and a hidden neuron of {target.title} has one current; give 1, or another chip"
@@ -135,7 +137,8 @@ def to_xylo(
     ]
     counts: tuple[int, ...] = (synapses,) if isinstance(synapses, int) else (1, 2)
     counts = tuple(count for count in counts if count <= target.synapses_per_neuron)
-    return _warned(_best(settings, counts, spikes))
+    silent = [name for name in sorted(spiking) if not bool(asked[name].any())]
+    return _warned(_best(settings, counts, spikes), silent)
 
 
 def _relayed(description: Description, names: frozenset[str]) -> Description:
@@ -413,8 +416,8 @@ def _notes(setting: _Setting, forms: Mapping[str, Form], made: Made) -> tuple[st
     return tuple(notes)
 
 
-def _warned(network: XyloConversion) -> XyloConversion:
-    found = []
+def _warned(network: XyloConversion, silent: list[str]) -> XyloConversion:
+    found, said = [], []
     for layer in network.layers:
         if max(layer.kernel_error, layer.reset_error) > FAR:
             found.append(
@@ -431,5 +434,12 @@ def _warned(network: XyloConversion) -> XyloConversion:
             f"registers met their ends {check.saturations:,} times in {check.updates:,} updates of the calibration"
         )
     if found:
-        warnings.warn(f"the conversion to Xylo loses much: {'; '.join(found)}. Now {check}", PrecisionWarning, stacklevel=3)
+        said.append(f"the conversion to Xylo loses much: {'; '.join(found)}. Now {check}")
+    if silent:
+        said.append(
+            f"{listed(silent)}: the float network sends no spike on the calibration, so that the check compares nothing."
+            " Give inputs that make it spike, or longer samples"
+        )
+    if said:
+        warnings.warn(". ".join(said), PrecisionWarning, stacklevel=3)
     return network

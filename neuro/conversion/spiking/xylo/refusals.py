@@ -46,7 +46,7 @@ def check_layers(description: Description) -> None:
         if layer.reset == "zero":
             raise NotConvertible(
                 f"{layer.name}: its v goes to 0 with a spike, and Xylo's neurons take the threshold off. Train with"
-                " reset_mechanism='subtract' (of a NIR file that was trained so: reset='subtract')"
+                " reset_mechanism='subtract' (of a NIR file that was trained so: reset='subtract', --reset subtract)"
             )
         if layer.reset == "none" and not layer.is_readout:
             raise NotConvertible(

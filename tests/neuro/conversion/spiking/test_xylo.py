@@ -217,6 +217,19 @@ def test_the_pools_are_looked_at_before_anything_else() -> None:
     assert neuro.to_xylo(sized(4, 5), steps=8, chip="xylo_imu", spikes="many").placement.chip == "xylo_imu"
 
 
+def test_a_calibration_without_output_spikes_is_warned_of() -> None:
+    """Winners of silence agree, whatever the integers do: such a check says nothing."""
+    description = sized(3, 4)
+    with pytest.warns(PrecisionWarning, match=r"y: the float network sends no spike .* Give inputs that make it spike"):
+        neuro.to_xylo(description, calibration=torch.zeros(2, 8, 3))
+    busy = torch.ones(2, 30, 3)
+    assert float(run_float(description, busy.double()).spikes["y"].sum()) > 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        neuro.to_xylo(description, calibration=busy)
+    assert not [warning for warning in caught if "sends no spike" in str(warning.message)]
+
+
 def changed(number: int = 0, **changes: Any) -> Description:
     base = sized(3, 4)
     neurons = list(base.neurons)
@@ -249,7 +262,12 @@ def skipping() -> Description:
         (sized(3, 4), {"calibration": torch.ones(0, 4, 3)}, "holds no sample"),
         (sized(3, 4), {"synapses": 3}, "synapses is 3; it is one of 1, 2, auto"),
         (sized(3, 4), {"spikes": True}, "spikes is True; it is one of many, one, auto"),
-        (sized(3, 4), {"input_scale": 0}, "input_scale is 0; a number above 0"),
+        (sized(3, 4), {"calibration": torch.ones(1, 4, 3, dtype=torch.complex64)}, "complex64; real numbers are needed"),
+        (sized(3, 4), {"input_scale": 0}, "input_scale is 0; a finite number above 0"),
+        (sized(3, 4), {"input_scale": float("inf")}, "input_scale is inf; a finite number above 0"),
+        (sized(3, 4), {"steps": 0}, r"steps is 0; a whole number 1\.\.65535"),
+        (sized(3, 4), {"steps": 1.5}, r"steps is 1\.5; a whole number"),
+        (sized(3, 4), {"steps": "8"}, "steps is '8'; a whole number"),
         (torch.nn.Linear(2, 2), {}, "is no Description; neuro.describe makes one"),
     ],
 )
