@@ -64,6 +64,10 @@ class Layer:
 
     def whole(self, key: str) -> np.ndarray:
         """The numbers under a path as int64; NetxFileError where they are missing or no integers below 2^31."""
+        if key in self.texts:
+            raise NetxFileError(
+                f"{self.where}: {key} is the text {quoted(self.texts[key])}, and numbers are needed; export it again"
+            )
         if key not in self.numbers:
             raise NetxFileError(
                 f"{self.where}: {quoted(key)} is missing; there is: {listed([*self.numbers, *self.texts]) or 'nothing'}"

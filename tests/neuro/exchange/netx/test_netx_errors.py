@@ -42,6 +42,11 @@ WRONG: dict[str, tuple[list[dict[str, Any]], type[Exception], str]] = {
         r"layer 1 \(dense\): bias\[0\] is nan",
     ),
     "no weight": ([INPUT, without(DENSE, "weight")], NetxFileError, r"layer 1 \(dense\): 'weight' is missing; there is: "),
+    "text": (
+        [INPUT, {**DENSE, "weight": "heavy"}],
+        NetxFileError,
+        r"layer 1 \(dense\): weight is the text 'heavy', and numbers are needed",
+    ),
     "columns": (
         [INPUT, {**DENSE, "weight": np.full((5, 7), 2.0)}],
         NetxFileError,
