@@ -40,6 +40,7 @@ def convert(
 
     Raises:
         NothingToMap, ValueError: as the route's own `convert`.
+        ValueError: the rate route with another route's report of a network that pools.
         ValueError: the graded or the sigma-delta route on Loihi 1; a report of a network of spiking neurons by route "lif".
         TypeError: a configuration of another type.
     """
@@ -63,6 +64,11 @@ def convert(
         return replace(plan, prepared=tuple(layers), notes=(gained, *plan.notes))
     if config is None and report.chip == "loihi1":
         config = RateConfig()
+    if isinstance(config, RateConfig) and any(stage.pool for chain in report.chains for stage in chain.stages):
+        raise ValueError(
+            f"the report is of route {quoted(report.route)}, where a pooling is part of the layer before; on the rate route"
+            " it has neurons of its own. Take the report of analyse(module, example, route='rate')"
+        )
     if isinstance(config, RateConfig):
         return rate.convert(module, calibration, report, config)
     if isinstance(config, SigmaDeltaConfig):

@@ -433,3 +433,13 @@ def test_lava_sends_the_same_messages(route, lava):
 def test_a_module_without_layers_is_told_which_ones_are_needed():
     with pytest.raises(ValueError, match=r"at least one nn\.Linear, nn\.Conv1d or nn\.Conv2d that forward calls"):
         neuro.analyse(nn.Softmax(-1), torch.rand(2, 3))
+
+
+def test_the_rate_route_refuses_a_pooling_in_another_routes_report() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8, 3)).eval()
+    x = torch.rand(4, 1, 6, 6)
+    calibration = neuro.calibrate(model, [x])
+    with pytest.raises(ValueError, match=r"the report is of route 'graded'.*Take the report of .*route='rate'"):
+        neuro.convert(model, calibration, neuro.analyse(model, x), neuro.RateConfig())
+    plan = neuro.convert(model, calibration, neuro.analyse(model, x, route="rate"), neuro.RateConfig())
+    assert len(plan.segments) == 1
