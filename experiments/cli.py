@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from experiments.commands import completion
 from experiments.runs.folder import versions
@@ -53,10 +55,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if completion.wanted():
         completion.answer(parser(completion.command()))
     try:
-        return _run(words)
+        with _plain_warnings():
+            return _run(words)
     except KeyboardInterrupt:  # also while a command is still loading what it needs
         print(f"{words[0] if words else 'spikegate'}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings as one line for people, without the place in the code that warns."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, category, filename, lineno, line=None: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _run(words: list[str]) -> int:

@@ -5,6 +5,7 @@ on what ran before it nor on which worker it runs on. A run ends with what it le
 from __future__ import annotations
 
 import gc
+import os
 import random
 import sys
 import zlib
@@ -19,6 +20,9 @@ SOAK = pytest.StashKey[int]()
 MODULES_AT_ONCE = 100
 """So many newly loaded modules are set aside from garbage collection"""
 _loaded = 0
+
+for _size in ("COLUMNS", "LINES"):  # readline puts the terminal's size there, and commands would fold their tables to it
+    os.environ.pop(_size, None)
 
 
 def seed(name: str) -> None:

@@ -31,6 +31,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hardware.text import quoted
+
 CONFIDENCE = 0.95
 FORMED_AT = 0.97
 """Confidence at which an interval is formed, so that it has `CONFIDENCE` in spite of the stopping."""
@@ -238,9 +240,9 @@ class InTurn:
 
     def __post_init__(self) -> None:
         if self.base not in self.probes:
-            raise ValueError(f"base {self.base!r}: not among the probes {', '.join(self.probes)}")
+            raise ValueError(f"base {quoted(self.base)}: not among the probes {', '.join(self.probes)}")
         if len(self.probes) < 2:
-            raise ValueError(f"{self.base!r} is alone: a ratio needs another arm")
+            raise ValueError(f"{quoted(self.base)} is alone: a ratio needs another arm")
         self._order = random.Random(self.until.seed)
         self._pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in self.probes if name != self.base}
         self._seconds: dict[str, list[float]] = {name: [] for name in self.probes}

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from sparse_update.library.hooks import on_every_step
 from sparse_update.library.tracking.rows import GateError
 
 KEY = "gate"
@@ -52,24 +53,21 @@ class Links:
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
         self._links: weakref.WeakKeyDictionary[Any, Link] = weakref.WeakKeyDictionary()
-        me = weakref.ref(self)
-
-        def before_step(optimizer: Any, args: Any, options: Any) -> None:
-            links = me()
-            if links is not None and saved_gate(optimizer) is not None and links._holds_mine(optimizer):
-                links.meet(saved_gate(optimizer) or {}, move=False, gradients=True)
-                there = _ids(optimizer)
-                links.adopt([optimizer])
-                if _ids(optimizer) != there and _under_scaler():
-                    raise GateError(
-                        "scaler.step(optimizer): this optimizer was loaded and held the strips of another turn until now, "
-                        "so the scaler left the gradients of those that are active scaled. Call gate.adopt(optimizer) "
-                        "before or after optimizer.load_state_dict(...)"
-                    )
-
-        handle = register_optimizer_step_pre_hook(before_step)
-        self._unhook = weakref.finalize(self, handle.remove)
+        self._unhook = on_every_step(register_optimizer_step_pre_hook, self, Links._before_step)
         self.closed = False
+
+    def _before_step(self, optimizer: Any) -> None:
+        if saved_gate(optimizer) is None or not self._holds_mine(optimizer):
+            return
+        self.meet(saved_gate(optimizer) or {}, move=False, gradients=True)
+        there = _ids(optimizer)
+        self.adopt([optimizer])
+        if _ids(optimizer) != there and _under_scaler():
+            raise GateError(
+                "scaler.step(optimizer): this optimizer was loaded and held the strips of another turn until now, "
+                "so the scaler left the gradients of those that are active scaled. Call gate.adopt(optimizer) "
+                "before or after optimizer.load_state_dict(...)"
+            )
 
     def serve(
         self,

@@ -64,7 +64,9 @@ def test_names_under_a_command(command: str, known: dict[str, str], capsys: pyte
 
 def test_every_module_with_a_main_is_in_the_lists() -> None:
     for folder, known in (("benches", BENCHES), ("studies", STUDIES)):
-        with_main = {p.stem for p in (ROOT / "experiments" / folder).glob("*.py") if "\ndef main(" in p.read_text()}
+        room = ROOT / "experiments" / folder
+        with_main = {p.stem for p in room.glob("*.py") if "\ndef main(" in p.read_text()}
+        with_main |= {p.parent.name for p in room.glob("*/command.py")}
         assert with_main - {"sanafe_worker"} == set(known)
 
 
@@ -125,3 +127,14 @@ def test_an_interruption_while_a_command_loads_ends_with_130(
     monkeypatch.setattr("experiments.cli.importlib.import_module", interrupted)
     assert main(["train"]) == 130
     assert capsys.readouterr().err == "train: interrupted\n"
+
+
+def test_a_warning_is_one_line_without_code() -> None:
+    script = (
+        "import warnings\nfrom experiments import cli\n"
+        "cli._run = lambda words: warnings.warn('levels are few', stacklevel=1) or 0\ncli.main(['place'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", script], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stderr == "warning: levels are few\n"

@@ -119,9 +119,18 @@ def test_shipped_files_are_read_and_open_with_their_command(path: Path) -> None:
     assert find_sweep(path.stem).read_text() == find_sweep(str(path)).read_text() == path.read_text()
     assert path.read_text().startswith(f"# spikegate sweep {path.stem}")
     assert "dense" in {arm.name for arm in plan.arms}
-    gated = any(word.startswith("gate=") for arm in plan.arms for word in arm.settings)
-    control = "random" if gated else "dense_small_lr"  # where only weights are chosen: does a small rate forget less?
-    assert any(arm.name.startswith(control) for arm in plan.arms)
+    settings = [word for arm in plan.arms for word in arm.settings]
+    controls = {  # setting -> what it has to stand beside
+        "gate=": "random",
+        "mask=": "random",
+        "growth=": "dense_small",  # is it growth, or would the small model have done?
+        "subset=": "dense_small_lr",  # where only weights are chosen: does a small rate forget less?
+    }
+    needed = {control for start, control in controls.items() if any(word.startswith(start) for word in settings)}
+    if "random" in needed:
+        needed.discard("dense_small_lr")
+    assert needed
+    assert all(any(arm.name.startswith(control) for arm in plan.arms) for control in needed)
 
 
 def test_finished_runs_are_skipped_and_failures_do_not_stop_the_rest(

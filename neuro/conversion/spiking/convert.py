@@ -35,6 +35,7 @@ from neuro.conversion.spiking.network import LifLayer, SpikingNetwork
 from neuro.graph import Population, Projection, SpikingGraph
 
 FEW_LEVELS, TOO_FEW_LEVELS = 32, 8  # of 127, of a layer's largest weights: warned of, refused
+FEW_WINNERS = 0.9  # share of calibration samples that keep their winner, below which it is warned of
 MOST_SUMMED = 127  # weight of a spike in a layer of sums
 SPARSE = 0.5  # share of weights that are not 0 below which a matrix is stored as a sparse one
 CLIPPED = 1e-3  # share of updates with a clipped v above which the loss is warned of
@@ -45,6 +46,10 @@ _RESETS = {"zero": 0, "subtract": 1, "none": 2}
 
 class PrecisionWarning(UserWarning):
     """A conversion that keeps few weight levels, or whose calibration clipped v or wrapped a sum."""
+
+
+class WinnersWarning(PrecisionWarning):
+    """A conversion after which another output wins in more than a tenth of the calibration's samples."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ def convert_spiking(
     Warns:
         PrecisionWarning: the largest weights of a layer keep fewer than 32 of 127 levels (fewer than 8 are refused), or the
             calibration clipped v in more than a thousandth of the updates, or wrapped a sum.
+        WinnersWarning: fewer than 90 % of the calibration's samples keep their winner.
     """
     low, high = checked_arguments(description, steps, input_scale, input_range, headroom_bits, pieces)
     description = without_constants(description)
@@ -171,6 +177,10 @@ def _warn(network: SpikingNetwork) -> None:
             PrecisionWarning,
             stacklevel=3,
         )
+    if check is not None and check.class_agreement < FEW_WINNERS:
+        kept = f"{100 * check.class_agreement:.0f} % of the calibration's samples keep their winner"
+        remedy = "give pieces=2 or 'auto' where weights are a matrix, or train with 8-bit weights in mind"
+        warnings.warn(f"the conversion loses winners: {kept}; {remedy}", WinnersWarning, stacklevel=3)
 
 
 class _Builder:

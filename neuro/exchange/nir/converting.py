@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hardware.text import listed, quoted
-from neuro.conversion.spiking.convert import convert_spiking
+from neuro.conversion.spiking.convert import WinnersWarning, convert_spiking
 from neuro.conversion.spiking.network import LifLayer, SpikingNetwork
 from neuro.exchange.nir.describing import describe
 from neuro.exchange.nir.library import DT_S, NotInNir
@@ -175,29 +175,33 @@ def from_nir(
             raise NotInNir(f"calibration has shape {tuple(calibration.shape)}; (samples, steps, {form}) is needed")
         calibration = described.input.arranged(calibration)
 
-    def converted(pieces: int | str, headroom_bits: float) -> SpikingNetwork:
-        return convert_spiking(
-            description,
-            steps=steps,
-            calibration=calibration,
-            input_scale=input_scale,
-            input_range=input_range,
-            headroom_bits=headroom_bits,
-            pieces=pieces,
-        )
+    said_of: dict[float, list[warnings.WarningMessage]] = {}  # warnings, by headroom: only those of what is taken count
 
-    network = converted(pieces, headroom_bits)
+    def converted(pieces: int | str, headroom_bits: float) -> SpikingNetwork:
+        with warnings.catch_warnings(record=True) as said_of[headroom_bits]:
+            warnings.simplefilter("always")
+            return convert_spiking(
+                description,
+                steps=steps,
+                calibration=calibration,
+                input_scale=input_scale,
+                input_range=input_range,
+                headroom_bits=headroom_bits,
+                pieces=pieces,
+            )
+
+    network, best = converted(pieces, headroom_bits), headroom_bits
     if pieces == "auto" and _loses(network) and any(p.name.endswith("_fine") for p in network.graph.projections):
         tried = {headroom_bits: network}
         for room in (room for room in ROOMS if room < headroom_bits):
-            with warnings.catch_warnings(record=True) as lost:
-                warnings.simplefilter("always")
-                other = converted(2, room)
-            if not lost:  # more units at the price of clips or wraps would be no gain for other inputs
-                tried[room] = other
+            other = converted(2, room)
+            if all(issubclass(one.category, WinnersWarning) for one in said_of[room]):
+                tried[room] = other  # more units at the price of clips or wraps would be no gain for other inputs
         best = min(tried, key=lambda room: sum(_lost(tried[room])))
         said = f"pieces=auto: {best:g} bits above the largest v of the calibration lose the fewest spikes"
         network = replace(tried[best], notes=(*tried[best].notes, said)) if best != headroom_bits else network
+    for one in said_of[best]:
+        warnings.warn(one.message, stacklevel=2)
     ports = {"input": _said(described.input), "outputs": [_said(port) for port in described.outputs]}
     meta = {**network.graph.meta, "nir": {"dt_s": dt_s, "reset": reset, **ports}}
     network = replace(network, graph=replace(network.graph, meta=meta))

@@ -3,12 +3,12 @@ arXiv 2411.07837), inside of the user's own `optimizer.step()`."""
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from sparse_update.library.hooks import on_every_step
 from sparse_update.library.strips import Strips
 
 
@@ -25,15 +25,7 @@ class SignDescent:
 
     def __init__(self, strips: Strips, scale: float) -> None:
         self.strips, self.scale = strips, scale
-        me = weakref.ref(self)
-
-        def after_step(optimizer: Any, args: Any, options: Any) -> None:
-            descent = me()
-            if descent is not None:
-                descent.move(optimizer)
-
-        handle = register_optimizer_step_post_hook(after_step)
-        self.close = weakref.finalize(self, handle.remove)
+        self.close = on_every_step(register_optimizer_step_post_hook, self, type(self).move)
         """Move nothing any more."""
 
     @torch.no_grad()

@@ -34,7 +34,7 @@ def test_every_cell_is_there_and_no_line_is_wider(rows: list[list[str]], width: 
     squeezed = re.sub(r"[\s-]", "", text)
     for cell in (*header, *(cell for row in rows for cell in row)):
         for word in cell.split():
-            assert re.sub("-", "", word)[:20] in squeezed  # a longer word may be broken
+            assert word[:20].replace("-", "") in squeezed  # a longer word may be broken
 
 
 def model() -> object:

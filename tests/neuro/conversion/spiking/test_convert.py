@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from neuro.conversion.lif import convert_lif
-from neuro.conversion.spiking.convert import FEW_LEVELS, PrecisionWarning, convert_spiking
+from neuro.conversion.spiking.convert import FEW_LEVELS, PrecisionWarning, WinnersWarning, convert_spiking
 from neuro.conversion.spiking.description import INPUT, Description, Neurons, NotConvertible, Synapses, run_float
 from neuro.graph import Population, Projection, SpikingGraph, identical, load_graph, save_graph
 from neuro.graph.synapses import Convolution
@@ -155,7 +155,8 @@ def test_auto_takes_two_pieces_only_where_they_help():
     made = convert_spiking(chaotic, steps=30, calibration=x, pieces="auto")
     assert [p.name for p in made.graph.projections] == ["w", "w_fine", "r", "r_fine"]
     assert "two synapses per weight" in made.table()
-    single = convert_spiking(chaotic, steps=30, calibration=x)
+    with pytest.warns(WinnersWarning, match=r"loses winners: 80 % .* keep their winner; give pieces=2"):
+        single = convert_spiking(chaotic, steps=30, calibration=x)
     assert made.check.spike_agreement["a"] > single.check.spike_agreement["a"]
 
 
