@@ -1,13 +1,16 @@
-"""Streams that leave windows of another stream out: repeats of what was shown, or a share of a source set by hand.
+"""Streams that leave windows of another stream out: repeats of what was shown, a share of a source set by hand, or windows
+that are reserved.
 
-The cheap controls of a regime: what a gate gains must exceed what these gain. Weights by hand cost nothing (and need
-labels that no gate has); looking for repeats costs a hash per window, and goes on the clock through `cost_key` and `uses`.
+The first two are the cheap controls of a regime: what a gate gains must exceed what these gain. Weights by hand cost
+nothing (and need labels that no gate has); looking for repeats costs a hash per window, and goes on the clock through
+`cost_key` and `uses`. Reserved windows are text that a gate may judge by because it is never trained on.
 
 Axes: N windows, T tokens of context.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -32,13 +35,16 @@ class FilterStream(Stream):
         inner: a stream without a filter.
         weights: source name -> share let through, 0..1, drawn by position; a source without one goes through whole.
         dedup: "off", or a method of `dedup.METHODS`; looks only at what the weights let through.
+        reserved: numbers of training windows that are never shown, int64 (N,); not edited or shuffled either.
 
     Raises:
         ValueError: for weights of sources that `inner` does not have, shares outside 0..1 or all 0, an unknown method, or
             an `inner` that has a filter already.
     """
 
-    def __init__(self, inner: Stream, weights: Mapping[str, float], dedup: str = "off") -> None:
+    def __init__(
+        self, inner: Stream, weights: Mapping[str, float], dedup: str = "off", reserved: np.ndarray | None = None
+    ) -> None:
         super().__init__()
         if isinstance(inner, FilterStream):
             raise ValueError("a filtered stream cannot be filtered again: give both settings to one FilterStream")
@@ -48,6 +54,7 @@ class FilterStream(Stream):
         if dedup not in ("off", *METHODS):
             raise ValueError(f"dedup = {dedup!r}: one of off, {', '.join(METHODS)}")
         self.inner, self.dedup = inner, dedup
+        self.reserved = np.unique(np.empty(0, dtype=np.int64) if reserved is None else reserved)
         self.corpus, self.context, self.seed, self.windows = inner.corpus, inner.context, inner.seed, inner.windows
         self.source_names = inner.source_names
         self.share = np.array([weights.get(name, 1.0) for name in inner.source_names])
@@ -92,6 +99,7 @@ class FilterStream(Stream):
         start = self.inner.position
         place = np.arange(start, start + len(batch.tokens), dtype=np.int64)
         keep = uniform(key(self.seed, "weights"), place) < self.share[batch.source.numpy().astype(np.int64)]
+        keep &= ~np.isin(batch.window.numpy(), self.reserved)
         keys = keys_of(batch.tokens.numpy(), self.dedup).tolist() if self.dedup != "off" else None
         for i in range(len(keep)):
             if (start + i) % self.windows == 0:
@@ -129,7 +137,12 @@ class FilterStream(Stream):
 
     def _identity(self) -> dict[str, int | float]:
         shares = {f"weight {name}": float(w) for name, w in zip(self.source_names, self.share, strict=True)}
-        return {**shares, "dedup": ("off", *METHODS).index(self.dedup)}
+        reserved = hashlib.sha256(self.reserved.tobytes()).hexdigest()[:12]
+        return {
+            **shares,
+            "dedup": ("off", *METHODS).index(self.dedup),
+            **({"reserved": int(reserved, 16)} if self.reserved.size else {}),
+        }
 
     @property
     def uses(self) -> Counter[str]:

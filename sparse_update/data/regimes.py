@@ -27,13 +27,23 @@ DOCUMENT_WINDOWS = 4
 """redundant: a repeated document is this many windows that follow each other."""
 
 
-def make_stream(corpus: Corpus, cfg: DataConfig, context: int, seed: int) -> Stream:
+RESERVED_STRETCHES = 8
+"""Windows that judge are stretches of the training text, so many of them."""
+RESERVED_SHARE = 0.05
+"""At most this share of the training windows is reserved for them."""
+
+
+def make_stream(corpus: Corpus, cfg: DataConfig, context: int, seed: int, reserved: np.ndarray | None = None) -> Stream:
     """The training stream of `cfg`, its controls (`source_weights`, `dedup`) included.
+
+    `reserved`: numbers of training windows that it never shows, int64 (N,).
 
     Raises `CorpusError` where the text is too short for the regime, ValueError for weights of sources it does not have.
     """
     stream = _stream(corpus, cfg, context, seed)
-    return FilterStream(stream, cfg.source_weights, cfg.dedup) if cfg.source_weights or cfg.dedup != "off" else stream
+    if not cfg.source_weights and cfg.dedup == "off" and reserved is None:
+        return stream
+    return FilterStream(stream, cfg.source_weights, cfg.dedup, reserved)
 
 
 def _stream(corpus: Corpus, cfg: DataConfig, context: int, seed: int) -> Stream:
@@ -75,17 +85,39 @@ def held_out_starts(corpus: Corpus, cfg: DataConfig, context: int, tokens: int |
     return {"val": val_starts(corpus, context, tokens)}
 
 
-def judging(corpus: Corpus, cfg: DataConfig, context: int, tokens: int | None, count: int) -> torch.Tensor | None:
-    """Up to `count` windows of held-out text that are in no set of `held_out`, spread evenly, int64 (N, T + 1).
+@dataclass(frozen=True, eq=False)
+class Judges:
+    """Windows by which a gate may judge while it trains, int64 (N, T + 1), and their numbers in the stream, int64 (N,)."""
 
-    They are of the text of "val". A gate may judge by them while it trains: what it is judged by in the end stays
-    untouched. None where fewer than half of `count` are left.
+    tokens: torch.Tensor
+    window: np.ndarray
+
+
+def judging(corpus: Corpus, cfg: DataConfig, context: int, count: int) -> Judges | None:
+    """Up to `count` windows of the training text of "val", as stretches that lie evenly spread in it.
+
+    They judge only where the stream never shows them (`make_stream(..., reserved=judges.window)`). They are not chosen for
+    being new, so that boilerplate counts for what it is in the text, and they are of no document that is held out, so that
+    what a run is judged by in the end stays untouched. At most `RESERVED_SHARE` of the training windows; None where that
+    is fewer than half of `count`.
     """
-    every = held_out_starts(corpus, cfg, context, None)["val"]
-    rest = np.setdiff1d(every, np.concatenate(list(held_out_starts(corpus, cfg, context, tokens).values())))
-    if 2 * len(rest) < count:
+    if cfg.regime in ("familiar", "adapt"):
+        parts = [_starts(corpus, cfg.domains[1], context)]
+    elif cfg.regime == "drift":
+        parts = [_starts(corpus, name, context) for name in cfg.domains]
+    else:
+        parts = [context * np.arange(count_windows(corpus.name, len(corpus.train_tokens), context), dtype=np.int64)]
+    starts = np.concatenate([_stretches(part, count // len(parts)) for part in parts])
+    if 2 * len(starts) < count:
         return None
-    return cut_at(corpus.val_tokens, _evenly(rest, min(count, len(rest))), context)
+    return Judges(cut_at(corpus.train_tokens, starts, context), starts // context)
+
+
+def _stretches(starts: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of `starts`, one stretch in the middle of each of `RESERVED_STRETCHES` equal parts."""
+    length = min(count, int(RESERVED_SHARE * len(starts))) // RESERVED_STRETCHES
+    middle = (2 * np.arange(RESERVED_STRETCHES) + 1) * len(starts) // (2 * RESERVED_STRETCHES)
+    return starts[(middle[:, None] - length // 2 + np.arange(length)).reshape(-1)]
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 Gradients cannot see repetition: that of a repeat agrees with other windows' as well as that of new text does. What a
 repeat adds is seen only after several steps, because what is its own adds up instead of averaging out. So the run tries
 it: from one state it takes some steps on windows whose text was seen, goes back, takes as many steps on new windows, and
-compares by how much the loss on held-out text fell. The steps on new windows are the run's own and are kept; the
-steps that are taken back are paid for like any others. Where little of the stream was seen, nothing is tried.
+compares by how much the loss on text that is never trained on fell. The steps on new windows are the run's own and are
+kept; the steps that are taken back are paid for like any others. Where little of the stream was seen, nothing is tried.
 
 Shape letters: B windows of a step, N windows of a pool, M windows that judge.
 """
@@ -41,8 +41,8 @@ class AgainConfig:
     least_steps: int = 6
     most_steps: int = 24
     judges: int = 128
-    """Windows that judge: held-out text that the run's own figure is not taken from, so that boilerplate which held-out
-    text has as well counts for what it is there; new windows of the stream where there is none."""
+    """Windows that judge: stretches of the training text that the stream never shows. They are not chosen for being new, so
+    that boilerplate counts for what it is in the text. Where there are none, new windows of the stream judge."""
     noise: float = 2.0
     """Standard error of the difference between two branches, over its standard error across the windows that judge: another
     draw of the windows that a branch trains on moves it as well."""

@@ -118,8 +118,8 @@ class AutoGate(Gate):
         self.progress = progress
         self.controller.advance(progress, self.steps)
         if length := self.trials.wanted(progress, self.steps, windows):
-            held_out = self.context.judges is not None
-            self.trials.begin(length, None if held_out else self._new(self.trials.again.cfg.judges, windows))
+            reserved = self.context.judges is not None
+            self.trials.begin(length, None if reserved else self._new(self.trials.again.cfg.judges, windows))
         state, branch = self.controller.state, self.trials.branch
         self.observing = state == "look" and branch != "again" and self.controller.observes(self.steps)
         if branch == "again":

@@ -55,7 +55,7 @@ class GateContext:
     """folder of a checkpoint: the reference model"""
     known_tokens: Tensor | None = None
     judges: Tensor | None = None
-    """int64 (N, T + 1): held-out windows that trials are judged by, beside those that the run is judged by"""
+    """int64 (N, T + 1): windows that trials are judged by, never trained on and beside those that the run is judged by"""
     undo: Undo | None = None
     """takes steps back; None where the weights that move change over the run, or several processes train"""
     step_key: Callable[[StepPlan, int, int], str] | None = None

@@ -105,7 +105,7 @@ class Trials:
 
     def begin(self, length: int, judges: MarkedBatch | None) -> None:
         """Remember the state and start with the branch that is taken back. `judges`: new windows of the stream, where
-        `context.judges` has no held-out ones; they are not trained on before the end."""
+        there are no `context.judges`; they are not trained on before the end."""
         assert self.context.undo is not None
         self.branch, self.length, self.left = "again", length, length
         self.judges = judges

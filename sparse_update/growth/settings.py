@@ -57,6 +57,13 @@ def check_growth(growth: GrowthConfig, layers: int, gate: GateConfig, subset: Su
             f"growth.start_layers = {growth.start_layers}: the model has {layers} blocks in the end (model.layers), so "
             "there is nothing to add: start with fewer"
         )
+    if gate.unit == "auto":
+        raise ValueError(
+            "growth.kind = depth with gate.unit = 'auto': that gate sums up how far gradients of windows agree in the last "
+            "layers of one model over many looks, and takes trial steps back to weights and moments that it remembers; the "
+            "expansion changes which layers those are, and the optimizer's groups. Use growth=none, or a fixed gate: "
+            "gate=surprise, gate=random or gate=dense"
+        )
     if gate.unit not in UNITS:
         raise ValueError(
             f"growth.kind = depth with gate.unit = {gate.unit!r}: what that gate leaves out depends on the number of "

@@ -52,8 +52,8 @@ class Arm:
 @dataclass(frozen=True, eq=False)
 class Text:
     """What is read. `stream`: source of windows; `held_out`: windows by name, int64 (N, T + 1), on the CPU, "val" is the
-    headline; `known_tokens`: text that the model knows already, int64 (tokens,), for signals of novelty; `judges`: held-out
-    windows that are in none of those sets, int64 (N, T + 1), by which a gate may judge while it trains."""
+    headline; `known_tokens`: text that the model knows already, int64 (tokens,), for signals of novelty; `judges`: windows
+    that are in none of those sets and never in the stream, int64 (N, T + 1), by which a gate may judge while it trains."""
 
     stream: Any
     held_out: Mapping[str, Tensor]

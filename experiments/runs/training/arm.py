@@ -47,9 +47,10 @@ def run_arm(
     model = Transformer(cfg.model).to(device)
     if cfg.trainer.init_from and not goes_on:
         start_from(model, cfg.trainer.init_from)
-    stream = make_stream(corpus, cfg.data, cfg.model.context, cfg.seed)
+    context = cfg.model.context
+    judges = judging(corpus, cfg.data, context, AgainConfig().judges) if cfg.gate.unit == "auto" else None
+    stream = make_stream(corpus, cfg.data, context, cfg.seed, judges.window if judges else None)
     windows = held_out(corpus, cfg.data, cfg.model.context, cfg.trainer.eval_tokens or None)
-    judges = judging(corpus, cfg.data, cfg.model.context, cfg.trainer.eval_tokens or None, AgainConfig().judges)
     meta = {
         "config": resolved,
         "model": asdict(cfg.model),
@@ -87,7 +88,7 @@ def run_arm(
             model,
             Arm(cfg.gate, cfg.subset, cfg.optim, cfg.growth),
             cfg.trainer,
-            Text(stream, windows, corpus.known_tokens, judges),
+            Text(stream, windows, corpus.known_tokens, judges.tokens if judges else None),
             Prices(times, lambda table, steps, components: extended(cfg, device, table, steps, components)),
             Place(folder, meta),
             cfg.seed,

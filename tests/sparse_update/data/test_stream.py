@@ -241,19 +241,22 @@ def test_held_out_sets_are_by_domain(made):
     assert torch.equal(held_out(corpus, cfg, 64)["val"], val_windows(corpus, 64))
 
 
-def test_windows_that_judge_are_held_out_and_in_no_set_that_a_run_is_judged_by(made):
+def test_windows_that_judge_are_training_text_that_the_stream_never_shows(made):
     for name in ("familiar", "drift", "redundant"):
         corpus, cfg = made[name]
-        sets = held_out(corpus, cfg, 64, 6400)
-        found = judging(corpus, cfg, 64, 6400, 40)
-        assert found.shape == (40, 65)
-        shown = {tuple(row) for windows in sets.values() for row in windows.tolist()}
-        assert shown.isdisjoint(map(tuple, found.tolist()))
-        every = set(map(tuple, held_out(corpus, cfg, 64)["val"].tolist()))
-        assert every.issuperset(map(tuple, found.tolist()))
-    assert judging(corpus, cfg, 64, None, 40) is None  # all is taken
-    few = judging(corpus, cfg, 64, 64 * (len(every) - 30), 40)
-    assert len(few) == 30
+        found = judging(corpus, cfg, 64, 1600)
+        assert found.tokens.shape == (1600, 65)
+        assert len(set(found.window.tolist())) == 1600
+        at = np.searchsorted(corpus.train_offsets, found.window * 64, side="right")
+        assert len(set(at.tolist())) > 2, "of several documents"
+        plain, stream = make_stream(corpus, cfg, 64, 0), make_stream(corpus, cfg, 64, 0, found.window)
+        ahead, shown = plain.take(6000).window, stream.take(5000).window
+        kept = ahead[~torch.isin(ahead, torch.from_numpy(found.window))]
+        assert len(kept) < 6000
+        assert torch.equal(shown, kept[:5000])
+        with pytest.raises(ValueError, match="another stream"):
+            plain.load_state_dict(stream.state_dict())
+    assert judging(corpus, cfg, 64, 10**6) is None  # more than the share that may be reserved
 
 
 def test_known_tokens_are_the_training_text_of_the_known_domain(made):
