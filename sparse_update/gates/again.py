@@ -30,7 +30,7 @@ class AgainConfig:
     """Nothing is tried while less of the stream than this was seen."""
     least_new: float = 0.125
     """Seen windows are dropped only while at least this share of the stream is new; an epoch that repeats has none."""
-    phases: tuple[float, ...] = (0.07, 0.13, 0.24)
+    phases: tuple[float, ...] = (0.07, 0.13)
     """Shares of the budget from which one trial each may be made."""
     latest: float = 0.4
     """No trial begins later: what is left would not repay it."""
@@ -47,9 +47,12 @@ class AgainConfig:
     """Standard error of the difference between two branches, over its standard error across the windows that judge: another
     draw of the windows that a branch trains on moves it as well."""
     sigma: float = 1.5
-    """Standard errors that the difference must exceed. To err is cheap: new text takes the place of what is dropped."""
-    worth: float = 0.8
-    """Seen windows are dropped where a step on them is worth at most this share of one on new windows."""
+    """Standard errors that the difference must exceed while another trial may come. After the last one its sign decides:
+    new text takes the place of what is dropped, so to drop in error is cheap, while text that is kept comes again and
+    again and is worth less each time than in the trials."""
+    worth: float = 0.95
+    """Seen windows are dropped where a step on them is worth at most this share of one on new windows. It is near 1 because
+    what text is worth falls with every time that it is seen, and a trial measures what it is worth so far."""
     remember: int = 1024
     """Windows over which the share that was seen is averaged."""
 
@@ -118,9 +121,7 @@ class Again:
         before_M, again_M, new_M = before_M.double(), again_M.double(), new_M.double()
         error = cfg.noise * float((again_M - new_M).std()) / math.sqrt(count)
         trial = Trial(progress, float((before_M - new_M).mean()), float((before_M - again_M).mean()), error)
-        self.phase += 1
-        while self.phase < len(cfg.phases) and cfg.phases[self.phase] <= progress:
-            self.phase += 1
+        self.phase += 1  # a trial that began late takes no later one's place: that one follows at once
         if not all(math.isfinite(value) for value in asdict(trial).values()):
             return
         self.trials.append(trial)
@@ -129,10 +130,10 @@ class Again:
         new = sum(t.new for t in self.trials) / count
         error = math.sqrt(sum(t.error**2 for t in self.trials)) / count
         worth = 1 - better / new if new > 0 else None
-        sure = better > cfg.sigma * error and (worth is None or worth <= cfg.worth)
-        if sure:
+        last = self.phase >= len(cfg.phases)
+        if better > (0.0 if last else cfg.sigma * error) and (worth is None or worth <= cfg.worth):
             self.verdict = "drop"
-        elif self.phase >= len(cfg.phases):
+        elif last:
             self.verdict = "keep"
         why = {
             "drop": "steps on text that was seen do less for new text than steps on new text",

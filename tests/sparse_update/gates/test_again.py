@@ -79,12 +79,25 @@ def test_repeats_that_are_worth_as_much_are_kept_whatever_the_chance():
     assert dropped == 0
 
 
-def test_a_difference_within_its_error_is_not_believed_and_several_trials_add_up():
-    again = seen(Again(AgainConfig()), 0.4)
+def test_a_difference_within_its_error_is_not_believed_at_first_and_several_trials_add_up():
+    again = seen(Again(AgainConfig(phases=(0.07, 0.08, 0.13))), 0.4)
     trial(again, 0.07, 0.05, 0.039, spread=0.05)  # 0.011, and an error of 0.0125
     assert again.verdict == "open"
-    trial(again, 0.13, 0.05, 0.03, spread=0.05, seed=1)  # 0.0155 in the mean, and an error of 0.0088
+    trial(again, 0.08, 0.05, 0.03, spread=0.05, seed=1)  # 0.0155 in the mean, and an error of 0.0088
     assert again.verdict == "drop"
+
+
+@pytest.mark.parametrize(("old", "verdict"), [(0.046, "drop"), (0.049, "keep"), (0.06, "keep")])
+def test_after_the_last_trial_the_sign_decides_and_a_worth_of_nearly_one_keeps(old, verdict):
+    again = seen(Again(AgainConfig()), 0.4)
+    assert AgainConfig().phases[-1] <= 0.2
+    for seed, at in enumerate((0.12, 0.2)):  # began late: the first takes no place of the second
+        assert again.due(at)
+        assert again.verdict == "open"
+        trial(again, at, 0.05, old, spread=0.05, seed=seed)
+    assert again.decisions[-1]["error"] > 0.005
+    assert again.verdict == verdict
+    assert not again.due(0.3)
 
 
 def test_a_stream_without_repeats_or_with_nothing_else_is_left_alone():
@@ -254,7 +267,7 @@ def test_a_run_tries_goes_back_and_counts_what_it_did(held_out):
 
 
 def test_windows_that_waited_for_a_trial_are_trained_on_where_repeats_are_kept():
-    run = Run(0.5, 120, sigma=1e9).go(110)
+    run = Run(0.5, 120, sigma=1e9, worth=-1e9).go(110)
     assert run.gate.trials.again.verdict == "keep"
     assert run.gate.trials.held is None
     shown = torch.cat([batch.window for batch, branch, *_ in run.trace if branch != "again"])
