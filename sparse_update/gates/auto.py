@@ -173,7 +173,8 @@ class AutoGate(Gate):
         self.last_score_N = score_N
         rank_N = score_N.argsort(stable=True).argsort()
         stratum_N = (rank_N * self.controller.cfg.strata) // size
-        pool = replace(pool, stratum_B=stratum_N)
+        worth_N = score_N.cpu() >= self.controller.cfg.seen * score_N.median().cpu()
+        pool = replace(pool, stratum_B=stratum_N, new_B=pool.new_B & worth_N)
         if self.controller.state != "on":
             self.queue = joined(self.queue, pool)
             return
