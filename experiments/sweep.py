@@ -24,7 +24,7 @@ from experiments.runs.lock import exclusive
 from experiments.runs.output import add_json_argument, entry, finish
 from experiments.runs.plain_json import write_json
 from experiments.runs.sweeps.plan import Job, Sweep, finished, settle
-from experiments.runs.sweeps.reading import SweepError, find_sweep, read_sweep
+from experiments.runs.sweeps.reading import SweepError, find_sweep, read_sweep, seeds_of
 from experiments.runs.sweeps.runner import TRAIN, Runner, say
 from experiments.runs.sweeps.shipped import shipped
 
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan = read_sweep(find_sweep(given.file))
         changes: dict[str, Any] = {}
         if given.seeds:
-            changes["seeds"] = _seeds(given.seeds)
+            changes["seeds"] = seeds_of(given.seeds)
         if given.tokens:
             changes |= {"budget_tokens": given.tokens, "budget_reference_s": 0.0}
         if given.folder:
@@ -149,13 +149,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SweepError, RunError, ConfigError) as error:
         say(f"sweep: {error}")
         return EXIT_CONFIG
-
-
-def _seeds(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(seed) for seed in text.split(","))
-    except ValueError:
-        raise SweepError(f"--seeds {text}: whole numbers with commas between them, e.g. 0,1,2") from None
 
 
 def _dry_run(plan: Sweep) -> int:

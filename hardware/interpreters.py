@@ -1,12 +1,18 @@
-"""Interpreters of other environments, in which programs run that do not go together with ours; none is started to look."""
+"""Interpreters of other environments, in which programs run that do not go together with ours: none is started to look, and
+one that works is asked by `ask`."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from hardware.text import quoted
+from hardware.text import quoted, short
 
 
 def found_interpreter(variable: str, folder: str, env: Mapping[str, str] | None = None) -> Path | None:
@@ -44,3 +50,72 @@ def find_interpreter(variable: str, folder: str, what: str, remedy: str, refused
 def _places(folder: str) -> tuple[Path, ...]:
     roots = (Path.cwd(), Path(__file__).resolve().parents[1])
     return tuple(dict.fromkeys(root / folder / "bin" / "python" for root in roots))
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A program of ours that runs in such an interpreter, and its errors in words.
+
+    Attributes:
+        what: the package that it holds, as a sentence begins with it.
+        needs: packages whose absence is told apart from a failure.
+        remedy: how to get them.
+        answers: keys of a right answer.
+        too_long: what is said where it was ended, behind `what`, with a place `{seconds}`.
+        failed, missing, late: raised where it fails, where a package or the interpreter is missing, and at the limit.
+    """
+
+    what: str
+    needs: tuple[str, ...]
+    remedy: str
+    answers: tuple[str, ...]
+    too_long: str
+    failed: type[Exception]
+    missing: type[Exception]
+    late: type[Exception]
+
+
+def ask(worker: Worker, command: Sequence[str], timeout_s: float) -> dict[str, Any]:
+    """Run a command to its end, without our `PYTHON...` variables, and return the JSON object that is its last line.
+
+    Args:
+        command: the interpreter first.
+        timeout_s: seconds of wall clock after which it is ended.
+
+    Raises:
+        worker.late, worker.missing, worker.failed: as `Worker` says; a line that is no such answer is a failure too.
+    """
+    interpreter = command[0]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise worker.late(f"{worker.what} {worker.too_long.format(seconds=f'{timeout_s:g}')}") from None
+    except OSError as error:
+        raise worker.missing(f"{interpreter} could not be started: {error}") from error
+    wrote = done.stderr.strip()
+    if done.returncode < 0:
+        ended = signal.Signals(-done.returncode).name
+        raise worker.failed(f"{worker.what} was ended by {ended}; it wrote: {short(wrote) or 'nothing'}")
+    if done.returncode:
+        if missing := next((name for name in worker.needs if f"No module named '{name}'" in wrote), None):
+            raise worker.missing(f"{interpreter} has no {missing}; {worker.remedy}")
+        last = short(wrote.splitlines()[-1]) if wrote else "nothing said"
+        raise worker.failed(f"{worker.what} failed with exit code {done.returncode}: {last}")
+    try:
+        said = dict(json.loads(done.stdout.splitlines()[-1]))
+        if not said.keys() >= set(worker.answers):
+            raise ValueError("not the worker's line")
+    except (ValueError, IndexError, TypeError) as error:
+        raise worker.failed(
+            f"{interpreter} gave no answer that can be read; it wrote: {short(done.stdout) or 'nothing'}"
+        ) from error
+    return said

@@ -29,7 +29,7 @@ from experiments.runs.hydra_app import EXIT_CONFIG, EXIT_FAILED, ConfigError
 from experiments.runs.output import add_json_argument, entry, finish
 from experiments.runs.plain_json import write_json
 from experiments.runs.sweeps.plan import Job, Sweep, finished
-from experiments.runs.sweeps.reading import SweepError, find_sweep, read_sweep
+from experiments.runs.sweeps.reading import SweepError, find_sweep, read_sweep, seeds_of
 from experiments.sweep import sweep
 from hardware.text import listed
 
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SweepError("--jobs must be at least 1, --threads and --tokens not negative")
         plan = read_sweep(find_sweep(given.sweep))
         if given.seeds:
-            plan = replace(plan, seeds=_seeds(given.seeds))
+            plan = replace(plan, seeds=seeds_of(given.seeds))
         if given.tokens:
             plan = replace(plan, budget_tokens=given.tokens, budget_reference_s=0.0)
         if given.folder:
@@ -183,10 +183,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SweepError, RunError, ConfigError) as error:
         print(f"bench clean: {error}", file=sys.stderr)
         return EXIT_CONFIG
-
-
-def _seeds(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(seed) for seed in text.split(","))
-    except ValueError:
-        raise SweepError(f"--seeds {text}: whole numbers with commas between them, e.g. 0,1,2") from None

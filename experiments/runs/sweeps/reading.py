@@ -99,3 +99,15 @@ def _only(path: Traversable, where: str, found: Mapping[str, Any], known: Sequen
     unknown = [str(key) for key in found if key not in known]
     if unknown:
         raise SweepError(f"{path}: unknown key {where}{short(unknown[0])}; known: {', '.join(known)}")
+
+
+def seeds_of(text: str) -> tuple[int, ...]:
+    """Seeds as a command line gives them, such as "0,1,2".
+
+    Raises:
+        SweepError: something else than whole numbers.
+    """
+    try:
+        return tuple(int(seed) for seed in text.split(","))
+    except ValueError:
+        raise SweepError(f"--seeds {text}: whole numbers with commas between them, e.g. 0,1,2") from None

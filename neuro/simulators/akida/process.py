@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hardware.interpreters import find_interpreter
+from hardware.interpreters import Worker, find_interpreter
+from hardware.interpreters import ask as ask_worker
 from hardware.text import short
 from neuro.graph.akida import AkidaNetwork
 
@@ -34,6 +32,18 @@ class AkidaTimeout(AkidaError):
 
 class AkidaRefused(AkidaError):
     """The package takes no such network; the message is its own."""
+
+
+AKIDA = Worker(
+    what="the akida package",
+    needs=("akida", "numpy"),
+    remedy="if you accept the licence of the akida package, run `make akida`",
+    answers=("akida", "jobs"),
+    too_long="was still at work after {seconds} s and was ended; raise the limit or give less",
+    failed=AkidaError,
+    missing=AkidaUnavailable,
+    late=AkidaTimeout,
+)
 
 
 def find_python() -> Path:
@@ -96,51 +106,8 @@ def ask(task: str, folders: Sequence[Path], python: Path | None, timeout_s: floa
             network; it crashed.
     """
     interpreter = python or find_python()
-    said = _call([str(interpreter), str(WORKER), task, *map(str, folders)], interpreter, timeout_s)
+    said = ask_worker(AKIDA, [str(interpreter), str(WORKER), task, *map(str, folders)], timeout_s)
     for job in said["jobs"]:
         if "refused" in job:
             raise AkidaRefused(f"the akida package takes no such network: {short(' '.join(job['refused'].split()), 300)}")
     return list(said["jobs"]), str(said["akida"])
-
-
-def _call(command: list[str], interpreter: Path, timeout_s: float) -> dict[str, Any]:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-        )
-    except subprocess.TimeoutExpired:
-        raise AkidaTimeout(
-            f"the akida package was still at work after {timeout_s:g} s and was ended; raise the limit or give less"
-        ) from None
-    except OSError as error:
-        raise AkidaUnavailable(f"{interpreter} could not be started: {error}") from error
-    wrote = done.stderr.strip()
-    if done.returncode < 0:
-        raise AkidaError(
-            f"the akida package was ended by {signal.Signals(-done.returncode).name}; it wrote: {short(wrote) or 'nothing'}"
-        )
-    if done.returncode:
-        if missing := next((name for name in ("akida", "numpy") if f"No module named '{name}'" in wrote), None):
-            raise AkidaUnavailable(
-                f"{interpreter} has no {missing}; if you accept the licence of the akida package, run `make akida`"
-            )
-        raise AkidaError(
-            f"the akida package failed with exit code {done.returncode}:"
-            f" {short(wrote.splitlines()[-1]) if wrote else 'nothing said'}"
-        )
-    try:
-        said = dict(json.loads(done.stdout.splitlines()[-1]))
-        if not {"akida", "jobs"} <= said.keys():
-            raise ValueError("not the worker's line")
-        return said
-    except (ValueError, IndexError, TypeError) as error:
-        raise AkidaError(
-            f"{interpreter} gave no answer that can be read; it wrote: {short(done.stdout) or 'nothing'}"
-        ) from error

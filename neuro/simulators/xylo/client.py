@@ -7,9 +7,6 @@ environment of its own, and `worker.py` beside this file is the only code of our
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hardware.interpreters import find_interpreter
-from hardware.text import short
+from hardware.interpreters import Worker, ask, find_interpreter
 from neuro.graph import SpikingGraph
 from neuro.graph.kinds import KINDS
 from neuro.graph.xylo import XyloNetwork, xylo_network
@@ -43,6 +39,18 @@ class XyloSimUnavailable(XyloSimError):
 
 class XyloSimTimeout(XyloSimError):
     """xylosim was still running at the time limit and was ended."""
+
+
+XYLOSIM = Worker(
+    what="xylosim",
+    needs=("xylosim", "numpy"),
+    remedy="run `make xylo`",
+    answers=("xylosim",),
+    too_long="was still running after {seconds} s and was ended; raise the limit or run fewer",
+    failed=XyloSimError,
+    missing=XyloSimUnavailable,
+    late=XyloSimTimeout,
+)
 
 
 def find_python() -> Path:
@@ -89,7 +97,7 @@ def run_all(jobs: Sequence[Job], *, python: Path | None = None, timeout_s: float
             with (folder / f"{number}.npz").open("wb") as file:
                 np.savez(file, **_arrays(network, value))
         (folder / "jobs.json").write_text(json.dumps([network.shifts for network in networks]), encoding="utf-8")
-        version = _call([str(interpreter), str(WORKER), str(folder)], interpreter, timeout_s)
+        version = str(ask(XYLOSIM, [str(interpreter), str(WORKER), str(folder)], timeout_s)["xylosim"])
         found = []
         for number, ((graph, _), network, value) in enumerate(zip(jobs, networks, values, strict=True)):
             with np.load(folder / f"{number}-out.npz", allow_pickle=False) as archive:
@@ -111,38 +119,6 @@ def _arrays(network: XyloNetwork, inputs: np.ndarray) -> dict[str, Any]:
     for pool, parameters in network.parameters.items():
         found |= {f"{pool}/{name}": value for name, value in parameters.items()}
     return found
-
-
-def _call(command: list[str], interpreter: Path, timeout_s: float) -> str:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-        )
-    except subprocess.TimeoutExpired:
-        raise XyloSimTimeout(
-            f"xylosim was still running after {timeout_s:g} s and was ended; raise the limit or run fewer"
-        ) from None
-    except OSError as error:
-        raise XyloSimUnavailable(f"{interpreter} could not be started: {error}") from error
-    said = done.stderr.strip()
-    if done.returncode < 0:
-        raise XyloSimError(
-            f"xylosim was ended by {signal.Signals(-done.returncode).name}; it wrote: {short(said) or 'nothing'}"
-        )
-    if done.returncode:
-        if "No module named 'xylosim'" in said or "No module named 'numpy'" in said:
-            raise XyloSimUnavailable(f"{interpreter} has no {'xylosim' if 'xylosim' in said else 'numpy'}; run `make xylo`")
-        raise XyloSimError(
-            f"xylosim failed with exit code {done.returncode}: {said.splitlines()[-1] if said else 'nothing said'}"
-        )
-    return str(json.loads(done.stdout.splitlines()[-1])["xylosim"])
 
 
 def _activity(

@@ -240,5 +240,7 @@ def test_a_missing_slow_or_dying_xylosim_is_a_typed_error(tmp_path: Path, monkey
         client.run(*job, python=script("echo one >&2; echo the last line >&2; exit 3"))
     with pytest.raises(client.XyloSimUnavailable, match="has no xylosim; run `make xylo`"):
         client.run(*job, python=script("echo \"ModuleNotFoundError: No module named 'xylosim'\" >&2; exit 1"))
+    with pytest.raises(client.XyloSimError, match="gave no answer that can be read; it wrote: hello"):
+        client.run(*job, python=script("echo hello"))
     with pytest.raises(InputError, match=r"is 16 at sample 0"):
         client.run(small(), {"x": [[[16, 0]]]})
