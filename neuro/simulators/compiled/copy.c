@@ -5,12 +5,28 @@ typedef struct {
     int64_t bytes, step, sample; /* of one number, and numbers from step to step, from sample to sample */
 } Layout;
 
+enum { STEPS_AT_ONCE = 16 }; /* of each sample: what is written lies in so many rows, each of which grows from its front */
+
+static i32 not_zero(const int8_t *from, int64_t n) {
+    i32 some = 0;
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) { /* in bytes, which a loop over 64 of them vectorises */
+        uint8_t here = 0;
+        for (int k = 0; k < 64; k++) here += from[i + k] != 0;
+        some += here;
+    }
+    for (; i < n; i++) some += from[i] != 0;
+    return some;
+}
+
 #define MOVE(FROM, TO)                                                                  \
     do {                                                                                \
         const FROM *restrict f = (const FROM *)from + t * in.step + b * in.sample;      \
         TO *restrict g = (TO *)to + t * out.step + b * out.sample;                      \
         for (int64_t i = 0; i < n; i++) g[i] = (TO)f[i];                                \
-        if (count)                                                                      \
+        if (count && sizeof(FROM) == 1)                                                 \
+            some = not_zero((const int8_t *)f, n);                                      \
+        else if (count)                                                                 \
             for (int64_t i = 0; i < n; i++) some += f[i] != 0;                          \
         if (each_N)                                                                     \
             for (int64_t i = 0; i < n; i++) each_N[i] += f[i] != 0;                     \
@@ -20,16 +36,17 @@ typedef struct {
 int64_t spread(const void *from, Layout in, void *to, Layout out, int64_t steps, int64_t begin, int64_t end, int64_t n,
                int count, i32 *each_N) {
     int64_t found = 0;
-    for (int64_t b = begin; b < end; b++)
-        for (int64_t t = 0; t < steps; t++) {
-            i32 some = 0;
-            if (in.bytes == 1 && out.bytes == 1)
-                MOVE(int8_t, int8_t);
-            else if (in.bytes == 1)
-                MOVE(int8_t, i32);
-            else
-                MOVE(i32, i32);
-            found += some;
-        }
+    for (int64_t first = 0; first < steps; first += STEPS_AT_ONCE)
+        for (int64_t b = begin; b < end; b++)
+            for (int64_t t = first; t < steps && t < first + STEPS_AT_ONCE; t++) {
+                i32 some = 0;
+                if (in.bytes == 1 && out.bytes == 1)
+                    MOVE(int8_t, int8_t);
+                else if (in.bytes == 1)
+                    MOVE(int8_t, i32);
+                else
+                    MOVE(i32, i32);
+                found += some;
+            }
     return found;
 }
