@@ -18,6 +18,7 @@ BENCHES = {
     "clock_fit": "the shipped table out of what `clock` measured, and how well it predicts",
     "any_module": "steps of small networks of several kinds, for the shipped prices of a model of one's own",
     "gpu": "every figure that needs a GPU, in one command of at most eight minutes",
+    "scale": "many processes measured here, published throughput tables reproduced, up to 10,000 GPUs planned by counting",
     "account": "modelled joules and time of published networks against what was measured",
 }
 """Name -> what it measures; each lives in `experiments.benches.NAME`, with `main(arguments) -> exit code`."""
@@ -26,7 +27,7 @@ BENCHES = {
 @entry
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one bench and return its exit code; 2 for an unknown name."""
-    return hand_on("bench", "experiments.benches", BENCHES, list(argv or ()))
+    return hand_on("bench", "experiments.benches", BENCHES, list(argv or ()), {"scale": "scaling"})
 
 
 if __name__ == "__main__":

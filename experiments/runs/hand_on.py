@@ -9,15 +9,18 @@ from collections.abc import Mapping, Sequence
 from hardware.text import short
 
 
-def hand_on(command: str, package: str, known: Mapping[str, str], words: Sequence[str]) -> int:
+def hand_on(
+    command: str, package: str, known: Mapping[str, str], words: Sequence[str], modules: Mapping[str, str] | None = None
+) -> int:
     """Call `main(the other words)` of the module `PACKAGE.NAME` that the first word names, and return its exit code.
+    `modules`: name -> module, where they differ.
 
     Without a name, or with one that is not in `known` (name -> what it does), the names are listed: exit code 2, or 0
     where help was asked for.
     """
     wanted = words[0] if words else ""
     if wanted in known:
-        return int(importlib.import_module(f"{package}.{wanted}").main(words[1:]))
+        return int(importlib.import_module(f"{package}.{(modules or {}).get(wanted, wanted)}").main(words[1:]))
     asked_for_help = wanted in ("-h", "--help")
     out = sys.stdout if asked_for_help else sys.stderr
     if wanted and not asked_for_help:

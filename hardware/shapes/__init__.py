@@ -1,0 +1,1 @@
+"""Data: shapes of published decoder Transformers; read by ``hardware.clusters.shapes``."""

@@ -1,0 +1,1 @@
+"""Data: published tables of training throughput; read by ``hardware.clusters.published``."""
