@@ -23,11 +23,14 @@ BENCHES = {
 }
 """Name -> what it measures; each lives in `experiments.benches.NAME`, with `main(arguments) -> exit code`."""
 
+MODULES = {"scale": "scaling"}
+"""Name -> module, where they differ."""
+
 
 @entry
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one bench and return its exit code; 2 for an unknown name."""
-    return hand_on("bench", "experiments.benches", BENCHES, list(argv or ()), {"scale": "scaling"})
+    return hand_on("bench", "experiments.benches", BENCHES, list(argv or ()), MODULES)
 
 
 if __name__ == "__main__":

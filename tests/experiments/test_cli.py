@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.bench import BENCHES
+from experiments.bench import BENCHES, MODULES
 from experiments.cli import HANDED_ON, HYDRA, OWN, main
 from experiments.study import STUDIES
 
@@ -67,7 +67,7 @@ def test_every_module_with_a_main_is_in_the_lists() -> None:
         room = ROOT / "experiments" / folder
         with_main = {p.stem for p in room.glob("*.py") if "\ndef main(" in p.read_text()}
         with_main |= {p.parent.name for p in room.glob("*/command.py")}
-        assert with_main - {"sanafe_worker"} == set(known)
+        assert with_main - {"sanafe_worker"} == {MODULES.get(name, name) for name in known}
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
