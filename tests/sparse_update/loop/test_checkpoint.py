@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_update.loop import checkpoint as module
+from sparse_update.loop import checkpoint_files, checkpoint_places
 from sparse_update.loop.checkpoint import CheckpointError, CheckpointVersionError, load_checkpoint, save_checkpoint
 from sparse_update.nested import StateError, get_rng_state, pack, set_rng_state, unpack
 
@@ -167,11 +167,12 @@ def crash_points(monkeypatch, die_at: int | None) -> list[str]:
 
         monkeypatch.setattr(owner, name, call)
 
-    wrap(module, "save_file")
-    wrap(module.os, "rename")
-    wrap(module.os, "fsync")
-    wrap(module.shutil, "rmtree")
-    wrap(Path, "write_text")
+    wrap(checkpoint_files, "save_file")
+    wrap(checkpoint_places.os, "rename")
+    wrap(checkpoint_files.os, "replace")
+    wrap(checkpoint_files.os, "fsync")
+    wrap(checkpoint_places.shutil, "rmtree")
+    wrap(Path, "write_bytes")
     wrap(Path, "mkdir")
     return calls
 
@@ -183,7 +184,7 @@ def test_a_save_that_dies_anywhere_leaves_a_whole_checkpoint(tmp_path, monkeypat
         save_number(tmp_path / "c", 2)
     total = len(calls)
     assert total >= 20
-    assert {"after rename", "before rmtree", "after write_text", "before fsync"} <= set(calls)
+    assert {"after rename", "before rmtree", "after write_bytes", "before fsync"} <= set(calls)
     read = []
     for point in range(total):
         folder = tmp_path / f"run{point}" / "c"
@@ -253,8 +254,10 @@ def test_damage_is_named(tmp_path, name, harm):
 def test_other_schema_is_refused(tmp_path):
     save_number(tmp_path / "c", 1)
     meta = json.loads((tmp_path / "c" / "meta.json").read_text())
-    (tmp_path / "c" / "meta.json").write_text(json.dumps({**meta, "schema": 2}))
-    with pytest.raises(CheckpointVersionError, match=r"schema 2, this version of spikegate reads schema 1: read it with"):
+    (tmp_path / "c" / "meta.json").write_text(json.dumps({**meta, "schema": 3}))
+    with pytest.raises(
+        CheckpointVersionError, match=r"schema 3, this version of spikegate reads schemas 1, 2: read it with"
+    ):
         load_checkpoint(tmp_path / "c")
     (tmp_path / "c" / "meta.json").write_text("{}")
     with pytest.raises(CheckpointVersionError, match="schema None"):
