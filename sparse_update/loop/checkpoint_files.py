@@ -168,7 +168,8 @@ def read_part(head: Head, part: str) -> dict[str, torch.Tensor]:
         head.check(name)
     try:
         if names == [f"{part}.safetensors"]:
-            tensors = load_file(head.place / names[0])
+            # Out of the file's mapping: sums in other alignments have other last bits, and a mapped file may be removed.
+            tensors = {name: tensor.clone() for name, tensor in load_file(head.place / names[0]).items()}
         else:
             tensors = _assembled([head.place / name for name in names])
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
