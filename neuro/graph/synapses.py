@@ -123,18 +123,29 @@ class Convolution:
         _, kernel_w, kernel_h, per_group = weight_shape
         width, height, channels = self.input_shape
 
-        def along(axis: int, outs: int, kernel: int, extent: int) -> np.ndarray:
-            starts = np.arange(outs)[:, None] * self.stride[axis] - self.padding[axis]
-            places = starts + (kernel - 1 - np.arange(kernel))[None] * self.dilation[axis]
-            return np.where((places >= 0) & (places < extent), places, -1)
-
-        x = along(0, out_w, kernel_w, width)[:, None, :, None]
-        y = along(1, out_h, kernel_h, height)[None, :, None, :]
+        x = self._places(0, out_w, kernel_w)[:, None, :, None]
+        y = self._places(1, out_h, kernel_h)[None, :, None, :]
         place = np.where((x >= 0) & (y >= 0), (x * height + y) * channels, -1)
         place = place.reshape(out_w * out_h, 1, kernel_w * kernel_h, 1)
         channel = np.arange(self.groups)[:, None] * per_group + np.arange(per_group)
         index = np.where(place >= 0, place + channel[None, :, None, :], -1)
         return index.reshape(out_w * out_h, self.groups, kernel_w * kernel_h * per_group).astype(np.int64)
+
+    def fan_out(self, weight_shape: tuple[int, ...]) -> np.ndarray:
+        """Synapses that a message of each source meets: int64 (W x H x I,), each axis counted by itself."""
+        out_w, out_h, channels = self.output_shape(weight_shape)
+        met = []
+        for axis, outs in ((0, out_w), (1, out_h)):
+            places = self._places(axis, outs, weight_shape[1 + axis])
+            met.append(np.bincount(places[places >= 0], minlength=self.input_shape[axis]))
+        each = np.multiply.outer(*met) * (channels // self.groups)
+        return np.repeat(each.reshape(-1), self.input_shape[2]).astype(np.int64)
+
+    def _places(self, axis: int, outs: int, kernel: int) -> np.ndarray:
+        """Place of the source on an axis for (position, tap), -1 in the padding; the taps run backwards."""
+        starts = np.arange(outs)[:, None] * self.stride[axis] - self.padding[axis]
+        places = starts + (kernel - 1 - np.arange(kernel))[None] * self.dilation[axis]
+        return np.where((places >= 0) & (places < self.input_shape[axis]), places, -1)
 
 
 def ends_of(weight: np.ndarray, conv: Convolution | None) -> tuple[int, int]:
@@ -299,6 +310,8 @@ class Projection:
         targets, sources = self.ends
         if self.kind in ("dense", "delay_dense"):
             return np.full(sources, targets, dtype=np.int64)
+        if self.conv is not None:
+            return self.conv.fan_out(self.weight.shape)
         return np.bincount(self.synapse_ends()[1], minlength=sources).astype(np.int64)
 
     def reads(self) -> np.ndarray:

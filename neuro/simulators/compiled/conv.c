@@ -40,7 +40,7 @@ int convolve(const Input *in, int64_t rows, i32 *out, Scratch *scratch, int way)
         int ones;
         const int64_t n = find_events(row, wide, scratch->who, scratch->what, &ones);
         const int64_t synapses = n * in->hits[in->places] / in->places * (in->channels + 16);
-        if (way == EVENTS || synapses * (way == AMX ? 64 : 32) < one_dense) { /* measured: synapses are so much slower */
+        if (way == EVENTS || synapses * 64 < one_dense) { /* measured: synapses are so much slower */
             by_events(in, scratch->who, scratch->what, n, to);
             continue;
         }

@@ -63,6 +63,7 @@ def test_convolutions_equal_their_definition(geometry: Convolution, largest: int
         expected = np.where(abs(sums) < 2**31, (sums + 2**23) % 2**24 - 2**23, 0)
         assert found.spikes["y"][sample, step + 1].tolist() == expected.tolist()
     targets, sources = p.synapse_ends()
+    assert p.fan_out().tolist() == np.bincount(sources, minlength=p.ends[1]).tolist()
     events = np.count_nonzero(x, axis=(0, 1))
     counts = found.projections["c"]
     assert counts.synops == int(events[sources].sum()) == int(events @ p.fan_out())

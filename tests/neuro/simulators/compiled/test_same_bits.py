@@ -282,3 +282,17 @@ def test_xylo_with_and_without_saturation(monkeypatch: Any) -> None:
         graph = xylo_networks.network(seed)
         assert_same(graph, xylo_networks.spikes(graph, seed, 3, 20), "xylo", RECORDS[seed % 4])
     assert min(taken.values()) > 10
+
+
+@pytest.mark.parametrize("size", [1, 63, 4096, 4097])
+@pytest.mark.parametrize("types", [(torch.int8, torch.int8), (torch.int8, torch.int32), (torch.int32, torch.int32)])
+def test_copies_count_what_is_not_zero_of_each_neuron(size: int, types: tuple[torch.dtype, torch.dtype]) -> None:
+    generator = torch.Generator().manual_seed(size)
+    rows = torch.randint(-1, 2, (15, 37, size), generator=generator).to(types[0])  # 555 of them: more than a byte counts
+    given = rows.transpose(0, 1)
+    copy, each = torch.empty(37, 15, size, dtype=types[1]), torch.ones(size, dtype=torch.int32)
+    assert calls.spread(given, copy, True, each) == int(given.ne(0).sum())
+    assert torch.equal(copy, given.to(types[1]))
+    assert torch.equal(each - 1, given.ne(0).sum((0, 1), dtype=torch.int32))
+    copy.zero_()
+    assert calls.spread(given, copy) == 0 and torch.equal(copy, given.to(types[1]))
