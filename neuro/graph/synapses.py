@@ -121,7 +121,7 @@ class Convolution:
         """
         out_w, out_h, _ = self.output_shape(weight_shape)
         _, kernel_w, kernel_h, per_group = weight_shape
-        width, height, channels = self.input_shape
+        _, height, channels = self.input_shape
 
         x = self._places(0, out_w, kernel_w)[:, None, :, None]
         y = self._places(1, out_h, kernel_h)[None, :, None, :]

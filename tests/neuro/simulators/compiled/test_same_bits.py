@@ -295,4 +295,5 @@ def test_copies_count_what_is_not_zero_of_each_neuron(size: int, types: tuple[to
     assert torch.equal(copy, given.to(types[1]))
     assert torch.equal(each - 1, given.ne(0).sum((0, 1), dtype=torch.int32))
     copy.zero_()
-    assert calls.spread(given, copy) == 0 and torch.equal(copy, given.to(types[1]))
+    assert calls.spread(given, copy) == 0
+    assert torch.equal(copy, given.to(types[1]))
