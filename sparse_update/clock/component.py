@@ -9,6 +9,18 @@ SCORING_FORWARD = "scoring_forward"
 """Key of a forward of one window that only scores."""
 WATCHED_STEP = "plain_step_watched"
 """Key of a plain step that the engine takes for a gate to observe, where others go by compiled autograd."""
+_DEPTH = "|l="
+
+
+def at_depth(key: str, layers: int | None) -> str:
+    """Key of a component on a model of so many blocks, which is not what the table is of; `key` itself for None."""
+    return key if layers is None else f"{key}{_DEPTH}{layers}"
+
+
+def depth_of(key: str) -> tuple[str, int | None]:
+    """What `at_depth` was given."""
+    name, found, layers = key.partition(_DEPTH)
+    return name, int(layers) if found else None
 
 
 class Component(NamedTuple):

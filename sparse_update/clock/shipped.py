@@ -21,14 +21,14 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparse_update.clock.component import SCORING_FORWARD, WATCHED_STEP, Component
+from sparse_update.clock.component import SCORING_FORWARD, WATCHED_STEP, Component, depth_of
 from sparse_update.clock.cost import ComponentTimes, ComponentTimesError, Step, identity
 from sparse_update.clock.work import COUNTS, kinds, scoring_work, work_of
 from sparse_update.step.plan import PLAIN
@@ -144,13 +144,16 @@ class ShippedTable:
             if set(kinds(cfg, step)) <= set(self.factors[mode]):
                 found[times.key(step)] = 1000 * sum(self.step_s(cfg, optim, step, mode).values())
         for key, component in components.items():
-            if key == SCORING_FORWARD:
-                found[key] = 1000 * self._scoring_s(cfg, component.uses, mode)
-            elif key == WATCHED_STEP:
-                plain = Step(PLAIN, None, times.batch, cfg.context)
+            name, layers = depth_of(key)
+            if name == SCORING_FORWARD:
+                found[key] = 1000 * self._scoring_s(
+                    cfg if layers is None else replace(cfg, layers=layers), component.uses, mode
+                )
+            elif name == WATCHED_STEP:
+                plain = Step(PLAIN, None, times.batch, cfg.context, layers=layers)
                 found[key] = 1000 * sum(self.step_s(cfg, optim, plain, mode, engine=True).values())
-            elif key in self.components_ps and component.flops:
-                found[key] = 1e-9 * self.components_ps[key] * component.flops / component.uses
+            elif name in self.components_ps and component.flops:
+                found[key] = 1e-9 * self.components_ps[name] * component.flops / component.uses
         return times.priced(found)
 
     def _scoring_s(self, cfg: ModelConfig, windows: int, mode: str) -> float:

@@ -15,12 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_update.clock.component import SCORING_FORWARD, Component
+from sparse_update.clock.component import SCORING_FORWARD, Component, at_depth
 from sparse_update.gates.again import AgainConfig
 from sparse_update.gates.config import GateConfig
 from sparse_update.gates.controller import AutoConfig, Controller, kept_by
@@ -29,7 +30,9 @@ from sparse_update.gates.trial import MarkedBatch, Trials, cut, fields_of, joine
 from sparse_update.gates.windows import SCORING_WINDOWS, forward_view
 from sparse_update.signals import Signal, SignalContext, make_signal
 from sparse_update.signals.gradients import sample_gradients, tapped
-from sparse_update.step.plan import SparseStep
+from sparse_update.step.flops import plan_flops
+from sparse_update.step.plan import PLAIN, SparseStep
+from sparse_update.transformer import ModelConfig, Transformer
 
 OBSERVE = "auto_observe[window]"
 """Component key of what observing costs beyond a plain step, per window."""
@@ -92,8 +95,6 @@ class AutoGate(Gate):
         self.probe: MarkedBatch | None = None
         self.steps = 0
         self.observing = False
-        if context.model is not None:
-            self.watched = frozenset(name + ".weight" for name in observed_layers(context.model))
         self._found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def _containment(self) -> Signal:
@@ -102,7 +103,7 @@ class AutoGate(Gate):
         )
 
     def _judged(self, windows: int, flops: int) -> None:
-        self.uses[SCORING_FORWARD] += windows
+        self.uses[at_depth(SCORING_FORWARD, self.context.depth)] += windows
         self.scoring_flops += flops
 
     @property
@@ -135,8 +136,17 @@ class AutoGate(Gate):
             batch, self.queue = _split(self.queue, windows)
         # the windows left over from a phase before carry no stratum: nothing to observe
         self.observing = self.observing and bool((batch.stratum_B >= 0).all())
+        if self.observing and self.context.model is not None:
+            self.watched = frozenset(name + ".weight" for name in observed_layers(self.context.model))
         self.steps += 1
         return batch
+
+    def before_growth(self) -> None:
+        """What was seen in the last layers is of other layers from now on, and no trial outlives the model that it is made
+        with. What was decided is of the text, and stays."""
+        self.controller.forget()
+        if (judges := self.trials.give_up()) is not None:
+            self.queue = joined(self.queue, judges)
 
     def _new(self, count: int, windows: int) -> MarkedBatch:
         """The next `count` windows of the queue that were not seen before; the seen ones stay in it."""
@@ -212,9 +222,19 @@ class AutoGate(Gate):
             return
         size = len(batch.tokens)
         whole = {name: (_windows(a, size), _windows(g, size)) for name, (a, g) in found.items()}
-        self.uses[OBSERVE] += size
+        self.uses[at_depth(OBSERVE, self.context.depth)] += size
         self.scoring_flops += sum(2 * a.shape[0] * a.shape[1] * a.shape[2] * g.shape[2] for a, g in whole.values())
-        self.controller.add(batch.stratum_B, agreement(whole), progress, self.controller.cfg.price, batch.new_B)
+        self.controller.add(batch.stratum_B, agreement(whole), progress, self._price(), batch.new_B)
+
+    def _price(self) -> float:
+        """Scoring a window over training on it: dearer where the model has few of its blocks."""
+        model, price = self.context.model, self.controller.cfg.price
+        if model is None or self.context.depth is None:
+            return price
+        cfg: ModelConfig = model.cfg  # type: ignore[assignment]
+        full = replace(cfg, layers=self.context.depths[-1])
+        full_flops, flops = (plan_flops(c, 1, PLAIN, None, self.context.context).total for c in (full, cfg))
+        return price * full_flops / flops
 
     # what the clock and the records ask
 
@@ -228,23 +248,40 @@ class AutoGate(Gate):
             return fresh.probe(self.cfg.pool_windows)
 
         pool, length = self.cfg.pool_windows, self.context.context
-        weights = sum(layer.weight.numel() for layer in observed_layers(self.context.model).values())
-        judging = {SCORING_FORWARD: Component(SCORING_WINDOWS, self._judging_probe)} if self.trials.possible else {}
+        found: dict[str, Component] = {}
+        for depth, model in self._models():
+            weights = sum(layer.weight.numel() for layer in observed_layers(model).values())
+            flops = 2 * OBSERVED_TOGETHER * length * weights
+            found[at_depth(OBSERVE, depth)] = Component(OBSERVED_TOGETHER, partial(self._observe_probe, model), flops)
+            if self.trials.possible:
+                probe = partial(self._judging_probe, depth)
+                found[at_depth(SCORING_FORWARD, depth)] = Component(SCORING_WINDOWS, probe)
         return {
             self.signal.cost_key: Component(pool, scoring, self.signal.flops(pool)),
             self.containment.cost_key: Component(
                 pool, lambda: self._containment().probe(pool), self.containment.flops(pool)
             ),
-            **judging,
-            OBSERVE: Component(OBSERVED_TOGETHER, self._observe_probe, 2 * OBSERVED_TOGETHER * length * weights),
+            **found,
         }
 
-    def _observe_probe(self, windows: int = OBSERVED_TOGETHER) -> Callable[[], None]:
+    def _models(self) -> list[tuple[int | None, nn.Module]]:
+        """(number of blocks, None for that in the end; a model of so many), for all that the run has; where it is not the
+        model itself, one without values."""
         assert self.context.model is not None
+        depths = self.context.depths
+        if not depths:
+            return [(None, self.context.model)]
+        with torch.device("meta"):
+            shapes = [Transformer(replace(self.context.model.cfg, layers=n)) for n in depths]  # type: ignore[arg-type]
+        return list(zip((*depths[:-1], None), shapes, strict=True))
+
+    def _observe_probe(self, model: nn.Module) -> Callable[[], None]:
+        assert self.context.model is not None
+        windows, length = OBSERVED_TOGETHER, self.context.context
+        device = next(self.context.model.parameters()).device
         made = {}
-        for name, layer in observed_layers(self.context.model).items():
+        for name, layer in observed_layers(model).items():
             outputs, inputs = layer.weight.shape
-            length, device = self.context.context, layer.weight.device
             made[name] = (
                 torch.rand(windows, length, inputs, device=device),
                 torch.rand(windows, length, outputs, device=device),
@@ -255,12 +292,17 @@ class AutoGate(Gate):
 
         return once
 
-    def _judging_probe(self) -> Callable[[], None]:
+    def _judging_probe(self, depth: int | None) -> Callable[[], None]:
+        context, model = self.context, self.context.model
+        if context.depths and depth != context.depth:
+            layers = context.depths[-1] if depth is None else depth
+            other = Transformer(replace(model.cfg, layers=layers))  # type: ignore[arg-type, union-attr]
+            context = replace(context, model=other.to(context.device))
         shape = (SCORING_WINDOWS, self.context.context + 1)
         tokens = torch.randint(0, self.context.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
         def use() -> None:
-            forward_view(self.context, tokens, frozenset()).loss_BT.sum().item()
+            forward_view(context, tokens, frozenset()).loss_BT.sum().item()
 
         return use
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,9 @@ SCORED = (*BEFORE, "sequence_after", "token", "token_exact", "bypass")
 SPANS = ("single", "span")
 SCHEDULES = ("constant", "ramp", "budget")
 """Of the kept share over a run (`rates.py`)."""
+REPLAYS = ("uniform", "rest", "forgotten")
+TABLES = ("ngram", "novelty")
+"""Signals whose price for a window bounds what looking it up among what is forgotten takes."""
 
 
 @dataclass
@@ -50,7 +54,17 @@ class GateConfig:
     pool_windows: int = 256
     """Windows scored together (units "sequence" and "repeats")."""
     replay_fraction: float = 0.0
-    """Share of the kept windows that is drawn uniformly from the pool, whatever their score."""
+    """Share of the kept windows that is replayed: chosen by `replay`, not by the signal."""
+    replay: str = "uniform"
+    """"uniform": drawn from the whole pool, whatever their score | "rest": drawn from what the policy leaves out | unit
+    "sequence": "forgotten": of those, the ones whose text the model is losing, measured on a probe of the known text."""
+    replay_limit_nats: float = 0.0
+    """Replay "forgotten": loss of the probe, nats per token above where it began, at which all of replay_fraction is
+    replayed; below it in proportion. 0: always all of it."""
+    replay_probe_windows: int = 32
+    """Replay "forgotten": windows of the probe."""
+    replay_every: float = 0.1
+    """Replay "forgotten": share of the budget between two probes."""
     anneal_fraction: float = 0.0
     """Last share of the budget that is not gated."""
     rate: str = "constant"
@@ -99,6 +113,7 @@ class GateConfig:
             raise ValueError(f"gate.unit = {self.unit!r}: one of {', '.join(UNITS)}")
         self._check_ranges()
         self._check_signal()
+        self._check_replay()
         kind = policy_class(self.policy)
         if not kind.fixed and self.unit not in BEFORE:
             raise ValueError(
@@ -188,9 +203,40 @@ class GateConfig:
                 f"gate.signal_options.{unknown[0]}: signal {self.signal} takes {', '.join(known) if known else 'none'}"
             )
 
+    def _check_replay(self) -> None:
+        if self.replay not in REPLAYS:
+            raise ValueError(f"gate.replay = {self.replay!r}: one of {', '.join(REPLAYS)}")
+        if self.replay_probe_windows < 1:
+            raise ValueError(f"gate.replay_probe_windows = {self.replay_probe_windows}: a probe needs at least 1 window")
+        if not 0 < self.replay_every <= 1:
+            raise ValueError(f"gate.replay_every = {self.replay_every}: must lie in (0, 1], a share of the budget")
+        if not 0 <= self.replay_limit_nats < math.inf:
+            raise ValueError(f"gate.replay_limit_nats = {self.replay_limit_nats}: must be finite and not negative")
+        if self.replay == "uniform":
+            return
+        if self.unit not in BEFORE or self.signal == "random":
+            raise ValueError(
+                f"gate.replay = {self.replay} with gate.unit = {self.unit!r}, gate.signal = {self.signal!r}: it chooses "
+                "among the windows that a signal leaves out, so unit sequence or repeats, by a signal"
+            )
+        if not self.replay_fraction:
+            raise ValueError(f"gate.replay = {self.replay} replays nothing: give gate.replay_fraction")
+        if not policy_class(self.policy).fixed:
+            raise ValueError(
+                f"gate.replay = {self.replay}: policy {self.policy!r} keeps as many as the data says, of which there is no "
+                "share; use policy band or top, or gate.replay = uniform"
+            )
+        if self.replay == "forgotten" and (self.unit != "sequence" or self.signal not in TABLES):
+            raise ValueError(
+                f"gate.replay = forgotten with gate.unit = {self.unit!r}, gate.signal = {self.signal!r}: it needs unit "
+                f"sequence and one of the signals {', '.join(TABLES)}, whose price for a window bounds that of a look-up"
+            )
+
     @property
     def only_tokens(self) -> bool:
         """Whether the gate decides before the forward, by tokens alone, and leaves the step as it is."""
+        if self.replay == "forgotten":
+            return False
         before = self.signal in ("none", "random") or (self.signal in SIGNALS and SIGNALS[self.signal].needs == "tokens")
         return self.unit in ("none", "sequence") and before
 

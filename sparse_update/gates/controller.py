@@ -113,6 +113,10 @@ class Controller:
         if self.allowed < self.cfg.least or self.allowed <= self.looked:
             self._rest(progress, "the run is too short to observe")
 
+    def forget(self) -> None:
+        """Drop what was observed: the layers that it was observed in are others from now on. State and band stay."""
+        self.sums, self.counts = self.sums[:0].clone(), self.counts[:0].clone()
+
     def observes(self, step: int) -> bool:
         """Whether the step that comes is observed, while it looks."""
         return self.state == "look" and self.phase > 0 and step % self.cfg.observe_every == 0

@@ -9,6 +9,7 @@ Shape letters: N windows offered, B windows of a step, T token, S kept sequence,
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -58,8 +59,18 @@ class GateContext:
     """int64 (N, T + 1): windows that trials are judged by, never trained on and beside those that the run is judged by"""
     undo: Undo | None = None
     """takes steps back; None where the weights that move change over the run, or several processes train"""
+    depths: tuple[int, ...] = ()
+    """numbers of blocks that the model has over the run, in order; () where it stays as it is"""
+    changes_at: float = math.inf
+    """share of the budget at which the model gets its other blocks"""
     step_key: Callable[[StepPlan, int, int], str] | None = None
     """component-time key of a step by plan, windows and length"""
+
+    @property
+    def depth(self) -> int | None:
+        """Number of blocks that the model has now, None where it has as many as in the end."""
+        layers = len(self.model.blocks) if self.depths and self.model is not None else None  # type: ignore[arg-type]
+        return None if not self.depths or layers == self.depths[-1] else layers
 
     def signal(self, cfg: GateConfig) -> Signal | None:
         """The signal of `cfg`, or None where nothing is ranked."""
@@ -146,6 +157,9 @@ class Gate:
         self.rate.observe(cost_over_plain)
         if self.signal is not None:
             self.signal.observe(batch, step.loss_BT.detach(), progress)
+
+    def before_growth(self) -> None:
+        """Told before the model gets other blocks, between two steps."""
 
     @property
     def waiting(self) -> int:

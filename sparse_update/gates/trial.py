@@ -100,6 +100,8 @@ class Trials:
         if not self.possible or self.branch or not self.again.due(progress):
             return 0
         length = self.again.steps(progress, steps)
+        if progress < self.context.changes_at <= progress * (1 + (2 * length + 1) / max(1, steps)):
+            return 0  # the model would get other blocks before the end
         held = 0 if self.held is None else len(self.held.tokens)
         return length if held >= length * windows else 0
 
@@ -133,6 +135,17 @@ class Trials:
             return None
         self.branch = ""
         self.again.add(progress, self.before_M, self.again_M, self._losses())
+        judges, self.judges = self.judges, None
+        return judges
+
+    def give_up(self) -> MarkedBatch | None:
+        """Break off a trial: go back to the state before it, where steps are to be taken back. Nothing is learnt from it.
+        Windows of the stream that judged come back, to be trained on."""
+        if self.branch == "again":
+            assert self.context.undo is not None
+            assert self.saved is not None
+            self.context.undo.restore(self.saved)
+        self.branch, self.left, self.saved = "", 0, None
         judges, self.judges = self.judges, None
         return judges
 

@@ -6,6 +6,7 @@ Shape letters: N windows of a pool, B windows of a step, T token, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,10 +20,16 @@ from sparse_update.data.records import Batch
 from sparse_update.gates.config import GateConfig
 from sparse_update.gates.gate import Gate, GateContext, GatedBatch, join, part
 from sparse_update.gates.policies import Selection, kept_count
-from sparse_update.step.plan import SparseStep, StepPlan, View
-from sparse_update.transformer import token_loss
+from sparse_update.gates.replay import Forgetting, probe_windows
+from sparse_update.signals import SignalError
+from sparse_update.step.flops import plan_flops
+from sparse_update.step.plan import PLAIN, SparseStep, StepPlan, View
+from sparse_update.transformer import ModelConfig, token_loss
 
 SCORING_WINDOWS = 64
+CANDIDATES = 2
+"""Windows drawn for each one that is replayed, of which those that lose most are taken: the top of all that is left out is
+too much of one kind (it lost to a plain draw on plays and code, LOG)."""
 
 
 class WindowGate(Gate):
@@ -41,6 +48,16 @@ class WindowGate(Gate):
                 f"gate.signal = {cfg.signal!r} reads {', '.join(missing)}, which a scoring forward does not give: "
                 "use gate.unit = sequence_after"
             )
+        self.forgetting: Forgetting | None = None
+        self.probed = 0
+        if cfg.replay == "forgotten":
+            if context.known_tokens is None or context.model is None:
+                raise SignalError(
+                    "gate.replay = forgotten needs text that the model knows, and this run's data has none: use "
+                    "experiment=familiar (data.regime familiar or adapt), or gate.replay = rest"
+                )
+            probe = probe_windows(context.known_tokens, cfg.replay_probe_windows, context.context)
+            self.forgetting = Forgetting(probe)
 
     def next(self, windows: int, progress: float = 0.0) -> GatedBatch:
         self.progress = progress
@@ -78,7 +95,7 @@ class WindowGate(Gate):
             return _weighted(pool, torch.ones(len(pool.tokens)))
         pool = self._take(self.cfg.pool_windows)
         score_N, score_BT = self._scores(pool)
-        selection = self._select(score_N, keep)
+        selection = self._select(score_N, keep, pool)
         index = selection.index.cpu()
         chosen = part(pool, index)
         self._tally(pool, chosen)
@@ -106,22 +123,67 @@ class WindowGate(Gate):
             found.append(self._read(forward_view(self.context, piece.tokens, self.signal.want), piece).cpu())
         return torch.cat(found)
 
-    def _select(self, score_N: Tensor, keep: float) -> Selection:
-        """The policy's choice; a share of the kept places goes to windows drawn uniformly."""
+    def _select(self, score_N: Tensor, keep: float, pool: Batch) -> Selection:
+        """The policy's choice; a share of the kept places is replayed."""
+        if self.cfg.replay_fraction and self.signal is not None:
+            if self.cfg.replay == "uniform":
+                return self._with_uniform(score_N, keep)
+            return self._with_rest(score_N, keep, pool)
+        return self.policy.select(score_N, keep, self.generator, self.progress)
+
+    def _with_uniform(self, score_N: Tensor, keep: float) -> Selection:
+        """Windows drawn from the whole pool, then the policy's choice among the others."""
         count = len(score_N)
         replayed = round(self.cfg.replay_fraction * kept_count(count, keep))
-        if not replayed or self.signal is None:
+        if not replayed:
             return self.policy.select(score_N, keep, self.generator, self.progress)
         order = torch.randperm(count, generator=self.generator)
         rest = order[replayed:].sort().values
         share = max(1, kept_count(count, keep) - replayed) / len(rest)
         chosen = self.policy.select(score_N[rest], min(1.0, share), self.generator, self.progress)
-        index = torch.cat((order[:replayed], rest[chosen.index.cpu()]))
-        weight = None
-        if chosen.weight is not None:
-            weight = torch.cat((torch.ones(replayed), chosen.weight.cpu()))
-        place = index.argsort()
-        return Selection(index[place], count, None if weight is None else weight[place])
+        return _merged(order[:replayed], rest[chosen.index.cpu()], chosen, count)
+
+    def _with_rest(self, score_N: Tensor, keep: float, pool: Batch) -> Selection:
+        """The policy's choice, then windows among those that it leaves out: drawn, or those that are being forgotten."""
+        count, share = len(score_N), self.cfg.replay_fraction
+        if self.forgetting is not None:
+            self._probe_due()
+            share = self.forgetting.share(share, self.cfg.replay_limit_nats)
+        kept = kept_count(count, keep)
+        replayed = min(round(share * kept), kept - 1)
+        chosen = self.policy.select(score_N, (kept - replayed) / count, self.generator, self.progress)
+        left = torch.ones(count, dtype=torch.bool)
+        left[chosen.index.cpu()] = False
+        rest = left.nonzero()[:, 0]
+        replayed = min(replayed, len(rest))
+        order = torch.randperm(len(rest), generator=self.generator)
+        if self.forgetting is not None and self.forgetting.probes and replayed:
+            order = order[: CANDIDATES * replayed]
+            self.uses[self.signal.cost_key] += len(order)  # type: ignore[union-attr]  # a look-up is cheaper than that
+            self.scoring_flops += self.signal.flops(len(order))  # type: ignore[union-attr]
+            order = order[self.forgetting.score(pool.tokens[rest[order]]).argsort(descending=True, stable=True)]
+        return _merged(rest[order[:replayed]], chosen.index.cpu(), chosen, count)
+
+    def _probe_due(self) -> None:
+        """Send the probe through the model where that is due; on the clock."""
+        assert self.forgetting is not None
+        assert self.context.model is not None
+        if self.progress < self.probed * self.cfg.replay_every:
+            return
+        self.probed = math.floor(self.progress / self.cfg.replay_every) + 1
+        tokens = self.forgetting.probe_MT1
+        self.uses[FORWARD] += len(tokens)
+        cfg: ModelConfig = self.context.model.cfg  # type: ignore[assignment]
+        self.scoring_flops += plan_flops(cfg, len(tokens), PLAIN, None, self.context.context).forward
+        parts = (forward_view(self.context, piece, frozenset()) for piece in tokens.split(SCORING_WINDOWS))
+        self.forgetting.measure(torch.cat([view.loss_BT for view in parts]))
+
+    def notes(self) -> dict[str, float]:
+        """For the log: what of the probe is lost, nats per token, and the share that is replayed for it."""
+        if self.forgetting is None:
+            return super().notes()
+        share = self.forgetting.share(self.cfg.replay_fraction, self.cfg.replay_limit_nats)
+        return {**super().notes(), "replay/forgotten_nats": self.forgetting.mean, "replay/share": share}
 
     def _repeat(self, chosen: GatedBatch) -> GatedBatch:
         """The chosen windows `repeats` times over, each time in another order."""
@@ -129,11 +191,12 @@ class WindowGate(Gate):
         return _cut(chosen, torch.cat(orders))
 
     def components(self) -> dict[str, Component]:
-        own: dict[str, Component] = {FORWARD: Component(SCORING_WINDOWS, self._forward_probe)} if self.own_forward else {}
+        forwards = self.own_forward or self.forgetting is not None
+        own: dict[str, Component] = {FORWARD: Component(SCORING_WINDOWS, self._forward_probe)} if forwards else {}
         return {**super().components(), **own}
 
     def _forward_probe(self) -> Callable[[], None]:
-        wants = self.signal.want if self.signal is not None else frozenset()
+        wants = self.signal.want if self.signal is not None and self.own_forward else frozenset()
         shape = (SCORING_WINDOWS, self.context.context + 1)
         tokens = torch.randint(0, self.context.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
@@ -146,11 +209,21 @@ class WindowGate(Gate):
         state = super().state_dict()
         if self.queue is not None:
             state["queue"] = {key: value for key, value in vars(self.queue).items() if value is not None}
+        if self.forgetting is not None:
+            state["forgetting"] = {**self.forgetting.state_dict(), "probed": self.probed}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.queue = GatedBatch(**state["queue"]) if "queue" in state else None
+        if (self.forgetting is not None) != ("forgetting" in state):
+            raise ValueError(
+                f"the checkpoint's run {'chose' if 'forgetting' in state else 'did not choose'} what it replays by what is "
+                f"forgotten, and this one has gate.replay = {self.cfg.replay}: resume with the settings of that run"
+            )
+        if self.forgetting is not None:
+            self.forgetting.load_state_dict(state["forgetting"])
+            self.probed = int(state["forgetting"]["probed"])
 
 
 def per_window(score: Tensor) -> Tensor:
@@ -180,6 +253,16 @@ def forward_view(context: GateContext, tokens_BT1: Tensor, wants: frozenset[str]
             error_BT = (p_BTV.square().sum(-1) - 2 * hit_BT + 1).clamp(min=0).sqrt()
             signals["gradient_norm"] = error_BT * h_BTD.float().norm(dim=-1)
     return View(token_loss(logits_BTV, y_BT), signals)
+
+
+def _merged(replayed: Tensor, kept: Tensor, chosen: Selection, offered: int) -> Selection:
+    """Windows that are replayed, at weight 1, and those of the policy's choice, int64 each, ascending together."""
+    index = torch.cat((replayed, kept))
+    weight = None
+    if chosen.weight is not None:
+        weight = torch.cat((torch.ones(len(replayed)), chosen.weight.cpu()))
+    place = index.argsort()
+    return Selection(index[place], offered, None if weight is None else weight[place])
 
 
 def _weighted(batch: Batch, weight: Tensor, score_BT: Tensor | None = None) -> GatedBatch:

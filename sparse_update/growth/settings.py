@@ -10,8 +10,8 @@ from sparse_update.weights.subset import SubsetConfig
 
 KINDS = ("none", "depth")
 NEW_BLOCKS = ("zero", "random", "copied", "copied_zero")
-UNITS = ("none", "sequence", "sequence_after", "token", "token_exact", "dw_rows", "repeats")
-"""Units of a gate whose choice does not depend on the number of blocks."""
+UNITS = ("none", "sequence", "sequence_after", "token", "token_exact", "dw_rows", "repeats", "auto")
+"""Units of a gate whose choice does not depend on the number of blocks, or that is told when it changes."""
 MODEL_SIGNALS = ("early_exit", "excess", "lagging", "learning_progress", "sample_norm", "update")
 """Signals that read the blocks of the model, or are priced by their number."""
 
@@ -57,17 +57,15 @@ def check_growth(growth: GrowthConfig, layers: int, gate: GateConfig, subset: Su
             f"growth.start_layers = {growth.start_layers}: the model has {layers} blocks in the end (model.layers), so "
             "there is nothing to add: start with fewer"
         )
-    if gate.unit == "auto":
-        raise ValueError(
-            "growth.kind = depth with gate.unit = 'auto': that gate sums up how far gradients of windows agree in the last "
-            "layers of one model over many looks, and takes trial steps back to weights and moments that it remembers; the "
-            "expansion changes which layers those are, and the optimizer's groups. Use growth=none, or a fixed gate: "
-            "gate=surprise, gate=random or gate=dense"
-        )
     if gate.unit not in UNITS:
         raise ValueError(
             f"growth.kind = depth with gate.unit = {gate.unit!r}: what that gate leaves out depends on the number of "
             f"blocks, which changes. Units that go together with growth: {', '.join(UNITS)}"
+        )
+    if gate.replay == "forgotten":
+        raise ValueError(
+            "growth.kind = depth with gate.replay = forgotten: what a small model has lost says nothing of the grown "
+            "one; use gate.replay = rest or uniform"
         )
     scores_by_forward = gate.unit in BEFORE and gate.signal in SIGNALS and SIGNALS[gate.signal].needs == "forward"
     if gate.signal in MODEL_SIGNALS or scores_by_forward:

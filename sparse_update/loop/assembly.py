@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,7 +139,9 @@ def make_trainer(
         reference=str(checkpoint_of(arm.gate.reference)) if arm.gate.reference else "",
         known_tokens=text.known_tokens,
         judges=text.judges,
-        undo=Undo(model, optimizer) if every_weight and mesh.size == 1 and not growth.grows else None,
+        undo=Undo(model, optimizer) if every_weight and mesh.size == 1 else None,
+        depths=growth.depths() if growth.grows else (),
+        changes_at=arm.growth.until if growth.grows else math.inf,
     )
     gate = make_gate(arm.gate, text.stream, context)
     budget = Budget(cfg, model.cfg.context, clock, gate, text.stream, mesh, growth)
@@ -151,7 +154,17 @@ def make_trainer(
     budget.check_text()
     tally = Tally()
     updates = Updates(
-        model, minimised, optimizer, subset, clock, tally, mesh, cfg.stop_after_skipped, place.folder / "checkpoint", growth
+        model,
+        minimised,
+        optimizer,
+        subset,
+        clock,
+        tally,
+        mesh,
+        cfg.stop_after_skipped,
+        place.folder / "checkpoint",
+        growth,
+        gate.before_growth,
     )
     records = Recorder(cfg, text.held_out, tally, budget, updates, listeners or Listeners(), mesh)
     checkpoints = Checkpoints(place.folder, place.meta, cfg, updates, gate, adapted, mesh)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +36,7 @@ class Updates:
         stop_after_skipped: steps in a row without a finite loss and gradient before the run gives up.
         kept: where the last good state would be found; for the message.
         growth: what the model becomes over the run.
+        before_growth: told before it gets other blocks.
     """
 
     def __init__(
@@ -50,10 +51,12 @@ class Updates:
         stop_after_skipped: int,
         kept: Path,
         growth: Growth,
+        before_growth: Callable[[], None] = lambda: None,
     ) -> None:
         self.model, self.objective, self.optimizer, self.subset = model, objective, optimizer, subset
         self.clock, self.tally, self.mesh = clock, tally, mesh
-        self.stop_after_skipped, self.kept, self.growth = stop_after_skipped, kept, growth
+        self.stop_after_skipped, self.kept = stop_after_skipped, kept
+        self.growth, self.before_growth = growth, before_growth
 
     def take(self, batch: GatedBatch, step: Step, progress: float) -> SparseStep:
         """Take and charge one step at `progress` of the budget; what comes back has the losses by window.
@@ -78,6 +81,7 @@ class Updates:
     def turn(self, progress: float) -> None:
         """Grow, and move on to the next choice of weights, where it is due."""
         if self.growth.due(progress):
+            self.before_growth()
             self.growth.grow(self.model, self.subset)
             self.optimizer.activate(self.subset.active)
         if self.subset.due(self.tally.step, progress):

@@ -11,13 +11,15 @@ Shape letters: B sequences of a step, T predicted tokens of a sequence, R tokens
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_update.clock.component import WATCHED_STEP as WATCHED
-from sparse_update.clock.component import Component
+from sparse_update.clock.component import Component, at_depth
 from sparse_update.clock.cost import Step
 from sparse_update.clock.timing import Setting, step_probe
 from sparse_update.gates.bias import cosines
@@ -123,17 +125,20 @@ class Likelihood(Objective):
 
     def component(self, step: Step, key: str) -> str:
         by_engine = self.gate.observing and _takes_all(step) and self.times.variant == "autograd_compiled"
-        return WATCHED if by_engine else key
+        return at_depth(WATCHED, step.layers) if by_engine else key
 
     def components(self) -> Mapping[str, Component]:
         needed = self.gate.cfg.unit == "auto" and self.times.variant == "autograd_compiled"
-        return {WATCHED: Component(1, self._watched_step)} if needed else {}
+        depths = self.gate.context.depths or (self.model.cfg.layers,)
+        keys = {depth: at_depth(WATCHED, None if depth == depths[-1] else depth) for depth in depths}
+        return {key: Component(1, partial(self._watched_step, depth)) for depth, key in keys.items()} if needed else {}
 
-    def _watched_step(self) -> Callable[[], None]:
+    def _watched_step(self, layers: int) -> Callable[[], None]:
         """A plain step as one that is observed runs: by the engine, which has what is watched at hand."""
         times, clock = self.times, self.given.clock
         variant = "engine_compiled" if times.compiled else "engine"
-        setting = Setting(self.model.cfg, clock.optim, self.given.device, times.attention, times.precision, variant=variant)
+        cfg = replace(self.model.cfg, layers=layers)
+        setting = Setting(cfg, clock.optim, self.given.device, times.attention, times.precision, variant=variant)
         probe = step_probe(setting, Step(PLAIN, None, clock.batch_windows, self.model.cfg.context), WATCHED)
 
         def use() -> None:

@@ -278,7 +278,14 @@ def test_settings_that_cannot_be_are_refused(settings, said):
     [
         ({"growth": GrowthConfig(kind="depth", start_layers=3)}, "the model has 3 blocks in the end"),
         ({"gate": GateConfig(unit="bypass", signal="random", keep_fraction=0.5)}, "gate.unit = 'bypass'"),
-        ({"gate": GateConfig(unit="auto")}, "gate.unit = 'auto'"),
+        (
+            {
+                "gate": GateConfig(
+                    unit="sequence", signal="ngram", keep_fraction=0.5, replay="forgotten", replay_fraction=0.5
+                )
+            },
+            "gate.replay = forgotten",
+        ),
         ({"gate": GateConfig(unit="sequence", signal="early_exit", keep_fraction=0.5)}, "gate.signal = 'early_exit'"),
         ({"gate": GateConfig(unit="sequence", signal="token_loss", keep_fraction=0.5)}, "priced by their number"),
         ({"subset": SubsetConfig(kind="lora")}, "subset.kind = lora"),
