@@ -271,8 +271,9 @@ class AutoGate(Gate):
         depths = self.context.depths
         if not depths:
             return [(None, self.context.model)]
+        cfg: ModelConfig = self.context.model.cfg  # type: ignore[assignment]
         with torch.device("meta"):
-            shapes = [Transformer(replace(self.context.model.cfg, layers=n)) for n in depths]  # type: ignore[arg-type]
+            shapes = [Transformer(replace(cfg, layers=n)) for n in depths]
         return list(zip((*depths[:-1], None), shapes, strict=True))
 
     def _observe_probe(self, model: nn.Module) -> Callable[[], None]:
@@ -293,11 +294,12 @@ class AutoGate(Gate):
         return once
 
     def _judging_probe(self, depth: int | None) -> Callable[[], None]:
-        context, model = self.context, self.context.model
+        context = self.context
+        assert context.model is not None
+        cfg: ModelConfig = context.model.cfg  # type: ignore[assignment]
         if context.depths and depth != context.depth:
             layers = context.depths[-1] if depth is None else depth
-            other = Transformer(replace(model.cfg, layers=layers))  # type: ignore[arg-type, union-attr]
-            context = replace(context, model=other.to(context.device))
+            context = replace(context, model=Transformer(replace(cfg, layers=layers)).to(context.device))
         shape = (SCORING_WINDOWS, self.context.context + 1)
         tokens = torch.randint(0, self.context.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
