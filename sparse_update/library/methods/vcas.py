@@ -3,7 +3,7 @@
 On entering a block from above, its output's gradient keeps a share of the sequences, drawn by their norms and weighted
 by 1/p; the gated layers below leave the other sequences out. The weight gradients of the blocks' gated layers are formed
 from a share of the token rows, drawn by |gradient row| |input row|, the paper's leverage score, and weighted by 1/p. A test
-of variance sets the shares (`gates.variance`).
+of variance sets the shares (`gates.sampling`).
 
 The test looks at one batch: the gradients of its M parts give the variance of a batch's gradient, M more backwards what
 each kind of sampling adds to it. Our trainer takes M batches in the place of the parts; what is estimated is the same.
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_update.gates.variance import VarianceRates, distance
+from sparse_update.gates.sampling import VarianceRates, distance
 from sparse_update.library.linear import Layer
 from sparse_update.library.tracking.rows import GateError, Rows
 from sparse_update.step.draw import draw

@@ -14,7 +14,7 @@ from sparse_update.gates.choice import make_gate
 from sparse_update.gates.config import GateConfig
 from sparse_update.gates.gate import Gate, GateContext
 from sparse_update.gates.rates import Rate
-from sparse_update.gates.variance import distance
+from sparse_update.gates.sampling import distance
 from sparse_update.step.plan import SparseStep, StepPlan, View
 from sparse_update.transformer import ModelConfig, Transformer
 
