@@ -52,7 +52,7 @@ class CompareConfig:
 def compare(cfg: CompareConfig) -> dict[str, Any]:
     """Read the runs, print table and verdicts, write the files, and return what `comparison.json` holds, with the
     `folder` of these files."""
-    comparison = collect([*([cfg.folder] if cfg.folder else []), *cfg.runs])
+    comparison = collect([*([cfg.folder] if cfg.folder else []), *cfg.runs], trial=_text_views)
     if not comparison.streams:
         reasons = "".join(f"\n  {item.folder}: {item.reason}" for item in comparison.excluded)
         raise NothingToCompare(f"no finished run in {cfg.folder or ', '.join(cfg.runs)}{reasons}")
@@ -71,6 +71,13 @@ def compare(cfg: CompareConfig) -> dict[str, Any]:
         if within and beside + len(boards(board)) > MOST_SELECTED:
             print(f"(TensorBoard ticks no run where there are more than {MOST_SELECTED}; {board} has the arms alone)")
     return {"folder": str(out), **document}
+
+
+def _text_views(comparison: Comparison) -> None:
+    """All that is said of a comparison in words; raises whatever a record of another form leads to."""
+    plain(to_json(comparison))
+    for view in (table, summary, markdown, energy_markdown, layer_pictures):
+        view(comparison)
 
 
 def write(comparison: Comparison, out: Path, *, tensorboard: bool = True, beside: int = 0) -> dict[str, Any]:

@@ -1,7 +1,4 @@
-"""Strict reading of the data files in ``profiles/`` and ``chips/``: nothing unknown, nothing missing, nothing twice.
-
-PyYAML is imported inside the functions, so that importing ``hardware`` stays light.
-"""
+"""Strict reading of the data files in ``profiles/`` and ``chips/``: nothing unknown, nothing missing, nothing twice."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hardware.documents import read_yaml
 from hardware.interval import Interval
 from hardware.text import listed, quoted
 from hardware.units import Quantity, UnitError
@@ -44,25 +42,8 @@ def locate(name_or_path: str | Path, folder: str) -> Path:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Duplicate keys, other top-level types and syntax errors are refused."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            seen: set[Any] = set()
-            for key_node, _ in node.value:
-                key = self.construct_object(key_node, deep=True)
-                if key in seen:
-                    raise DataFileError(
-                        f"{path.name}: key {quoted(key)} appears twice (line {key_node.start_mark.line + 1})"
-                    )
-                seen.add(key)
-            return super().construct_mapping(node, deep)
-
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
-    except yaml.YAMLError as error:
-        raise DataFileError(f"{path.name}: not readable as YAML: {error}") from error
+    """The mapping in a YAML file. Raises DataFileError as `documents.read_yaml` says, and for another type at the top."""
+    content = read_yaml(path, DataFileError)
     if not isinstance(content, dict):
         raise DataFileError(f"{path.name}: expected a mapping at the top, got {type(content).__name__}")
     return content

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -18,9 +17,9 @@ from experiments.commands.refusal import refuse
 from experiments.runs.output import add_json_argument, entry, finish
 from hardware.chips.pooled import FAMILIES, list_pooled
 from hardware.placement import DoesNotFit
-from hardware.text import short
 from neuro.exchange.nir.library import NirFileError, NirUnavailable, NotInNir
-from neuro.graph import FILE_SUFFIX, GraphError, SpikingGraph, save_graph
+from neuro.graph import FILE_SUFFIX, ArchiveError, GraphError, SpikingGraph, save_graph
+from neuro.graph.archive import read_array
 
 HELP = "read a NIR or lava-dl .net file into a graph"
 NET = ".net"
@@ -223,11 +222,10 @@ def _write(args: argparse.Namespace, network: Any, given: Any, out: Path) -> Non
 def _samples(path: Path) -> np.ndarray:
     """float64 inputs of a .npy file; GraphError where it holds anything else."""
     try:
-        with path.open("rb") as file:
-            values = np.load(file, allow_pickle=False)
-    except (ValueError, EOFError, BadZipFile) as error:
-        raise GraphError(f"{path}: no array of numpy: {short(str(error))}") from error
-    if not isinstance(values, np.ndarray) or values.dtype.kind not in "biuf" or values.ndim < 3 or not values.size:
+        values = read_array(path)
+    except ArchiveError as error:
+        raise GraphError(f"{path}: no array of numpy: {error}") from error
+    if values.dtype.kind not in "biuf" or values.ndim < 3 or not values.size:
         raise GraphError(f"{path}: one array of numbers (samples, steps, ...) is needed, as numpy.save writes it")
     if not np.isfinite(values).all():
         raise GraphError(f"{path}: holds NaN or infinity")

@@ -6,14 +6,11 @@ is left out with its reason.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from experiments.comparison.record import (
     SCHEMA,
@@ -30,6 +27,7 @@ from experiments.comparison.record import (
 )
 from experiments.comparison.settings import difference_text, experiment_settings
 from experiments.runs.folder import RunError, read_json
+from hardware.documents import json_of, read_yaml
 from hardware.text import short
 
 ARM_FIELDS = ("loss_nats", "tokens", "flops", "reference_s", "wall_s", "peak_bytes")
@@ -44,11 +42,16 @@ DEPLOYED_FIELDS = (
 )
 SWEEP_SETUP = ("clock", "base", "tuning")  # of `experiments.sweep`: component times, starting point, choice of settings
 SETUP = "set-up of a sweep, not one of its arms; to look at it, give this folder itself"
+LONGEST_LINE_BYTES = 2**20
+"""Of metrics.jsonl; a longer one is no line of ours."""
 MARKERS = ("run.json", "result.json", "deploy.json", "metrics.jsonl", "config.yaml")
 
 
-def collect(folders: Iterable[str | Path]) -> Comparison:
+def collect(folders: Iterable[str | Path], trial: Callable[[Comparison], object] | None = None) -> Comparison:
     """Read finished runs and deployments from `folders` and whatever lies below them.
+
+    `trial` is called with each of them alone; one that it fails on, whatever the error, has records of another form than
+    ours and is left out.
 
     Raises FileNotFoundError for a folder that does not exist. Everything else that is wrong is named in `excluded`.
     """
@@ -65,13 +68,16 @@ def collect(folders: Iterable[str | Path]) -> Comparison:
             _check_info(info)
             if info["kind"] == "train":
                 run = _read_run(folder, info)
+                _try(trial, run, None)
                 if math.isfinite(run.result["loss_nats"]):
                     runs.append((str(info.get("started", "")), run))
                 else:
                     diverged[run.stream, run.arm] = diverged.get((run.stream, run.arm), 0) + 1
                     raise _Unusable(f"diverged: loss_nats is {run.result['loss_nats']}")
             else:
-                deployments.append(_read_deployment(folder, info))
+                deployment = _read_deployment(folder, info)
+                _try(trial, None, deployment)
+                deployments.append(deployment)
         except (_Unusable, RunError) as reason:
             excluded.append(Excluded(str(folder), str(reason), *_names(info)))
     kept: dict[tuple[str, str, int, float | None], Run] = {}
@@ -119,6 +125,19 @@ class _Unusable(Exception):
     """Why a folder is left out."""
 
 
+def _try(trial: Callable[[Comparison], object] | None, run: Run | None, deployment: Deployment | None) -> None:
+    """Raise _Unusable where a run or a deployment, alone, is not what `trial` can take."""
+    if trial is None:
+        return
+    name = run.stream if run else deployment.stream if deployment else ""
+    try:
+        alone = _stream(name, [run] if run else [], [deployment] if deployment else [], {}, [])
+        trial(Comparison({name: alone}))
+    except Exception as error:  # whatever a record of any other form leads to
+        what = f"{type(error).__name__}: {short(str(error))}"
+        raise _Unusable(f"its records have another form than this version writes ({what})") from error
+
+
 def _check_info(info: Mapping[str, Any]) -> None:
     if info.get("schema") != SCHEMA:
         raise _Unusable(f"run.json has schema {info.get('schema')!r}; this version reads {SCHEMA}")
@@ -155,8 +174,8 @@ def _read_run(folder: Path, info: Mapping[str, Any]) -> Run:
 def _read_settings(folder: Path) -> dict[str, Any]:
     """Flat settings of config.yaml; empty where there is none that can be read: nothing but their display hangs on them."""
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        config = read_yaml(folder / "config.yaml", RunError)
+    except (FileNotFoundError, RunError):
         return {}
     return experiment_settings(config) if isinstance(config, dict) else {}
 
@@ -184,13 +203,15 @@ def _read_curve(path: Path) -> tuple[tuple[float, float], ...]:
     if not path.exists():
         return ()
     points: dict[float, float] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and record.get("val_loss_nats") is not None and record.get("reference_s") is not None:
-            points[float(record["reference_s"])] = float(record["val_loss_nats"])
+    with path.open("rb") as file:
+        while line := file.readline(LONGEST_LINE_BYTES):
+            try:
+                record = json_of(line, path.name, _Unusable)
+                if isinstance(record, dict):
+                    second, loss = (float(record[key]) for key in ("reference_s", "val_loss_nats"))
+                    points[second] = loss
+            except (_Unusable, KeyError, TypeError, ValueError):
+                continue
     return tuple(sorted(points.items()))
 
 

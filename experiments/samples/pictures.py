@@ -6,6 +6,7 @@ Shape letters: N pictures, 1 channel, H rows, W columns.
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import struct
 import zlib
@@ -14,7 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments.samples.arrays import LARGEST_BYTES
 from experiments.samples.records import DataError, Samples
+from neuro.graph.archive import DEFLATE_RATIO
 
 GREY_LEVELS = 16  # of the digits
 HELD_OUT_DIGITS = 450
@@ -92,16 +95,21 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     Raises DataError for one that is cut short, too long, or of another type.
     """
     try:
+        most = path.stat().st_size * (DEFLATE_RATIO if path.suffix == ".gz" else 1)
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as opened:
-            content = opened.read()
+            start = opened.read(4)
+            if len(start) < 4 or start[:3] != b"\0\0\x08" or not 1 <= start[3] <= 8:
+                raise DataError(f"{path} is no idx file of unsigned bytes (it begins with {start.hex() or 'nothing'})")
+            dims = start[3]
+            sizes = opened.read(4 * dims)
+            shape = struct.unpack(f">{dims}I", sizes) if len(sizes) == 4 * dims else ()
+            wanted = math.prod(shape) if shape else -1
+            content = opened.read(wanted + 1) if 0 <= wanted <= min(most, LARGEST_BYTES) else b""
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}; get the file again") from error
-    if len(content) < 4 or content[:3] != b"\0\0\x08" or not 1 <= content[3] <= 8:
-        raise DataError(f"{path} is no idx file of unsigned bytes (it begins with {content[:4].hex() or 'nothing'})")
-    dims = content[3]
-    head = 4 + 4 * dims
-    sizes = struct.unpack(f">{dims}I", content[4:head]) if len(content) >= head else ()
-    wanted = head + int(np.prod(sizes, dtype=object)) if sizes else -1
     if len(content) != wanted:
-        raise DataError(f"{path} holds {len(content):,} bytes, its head promises {wanted:,}: it is cut short; get it again")
-    return np.frombuffer(content, dtype=np.uint8, offset=head).reshape(sizes)
+        found = f"more than {wanted:,}" if len(content) > wanted else "fewer"
+        raise DataError(
+            f"{path}: its head promises {wanted:,} values and {found} follow: it is cut short or another file; get it again"
+        )
+    return np.frombuffer(content, dtype=np.uint8).reshape(shape)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from torch import nn
 
+from hardware.declared import is_of
+from hardware.documents import read_json
 from hardware.text import quoted
 from neuro.conversion.convolutions.stages import Link, Stage
 from neuro.graph import FILE_SUFFIX, GraphError, SpikingGraph, load_graph, save_graph
@@ -268,11 +269,9 @@ def load_plan(folder: str | os.PathLike[str]) -> Plan:
     """
     folder = Path(folder)
     try:
-        document: dict[str, Any] = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        document: dict[str, Any] = read_json(folder / "plan.json", PlanFileError)
     except FileNotFoundError as error:
         raise PlanFileError(f"{folder} holds no plan.json; save_plan(plan, folder) writes one") from error
-    except (ValueError, RecursionError) as error:
-        raise PlanFileError(f"{folder / 'plan.json'} is damaged: {error}") from error
     schema = document.get("schema") if isinstance(document, dict) else None
     if isinstance(schema, bool) or schema != SCHEMA:
         raise PlanFileError(
@@ -332,25 +331,13 @@ def _checked(record: Record) -> Record:
     """The record, if its fields and the items of its tuples are of their declared types, numbers finite, and counts no less
     than LEAST."""
     for name, declared in get_type_hints(type(record)).items():
-        if not _is_of(getattr(record, name), declared):
+        if not is_of(getattr(record, name), declared):
             raise TypeError(f"{type(record).__name__}: {name} is {quoted(getattr(record, name))}")
         if name in LEAST and getattr(record, name) < LEAST[name]:
             raise ValueError(
                 f"{type(record).__name__}: {name} is {getattr(record, name)}; at least {LEAST[name]} is needed"
             )
     return record
-
-
-def _is_of(value: Any, declared: Any) -> bool:
-    if get_origin(declared) is tuple:
-        return isinstance(value, tuple) and all(_is_of(item, get_args(declared)[0]) for item in value)
-    if get_origin(declared) is not None:
-        key, item = get_args(declared)
-        return isinstance(value, Mapping) and all(_is_of(k, key) and _is_of(v, item) for k, v in value.items())
-    if declared in (int, float):
-        whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-        return whole or (declared is float and isinstance(value, float) and math.isfinite(value))
-    return isinstance(value, declared)
 
 
 def _tuples(value: Any) -> Any:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hardware.documents import read_json
 from hardware.energy.account import Counts
 from hardware.text import quoted
 from neuro.analysis.preparation import move_hooks, prepared_copy, replace_module
@@ -349,11 +350,9 @@ def load_deployed(folder: str | os.PathLike[str], module: nn.Module) -> Deployed
     """
     path = Path(folder) / RECORD
     try:
-        document: Any = json.loads(path.read_text(encoding="utf-8"))
+        document: Any = read_json(path, PlanFileError)
     except FileNotFoundError as error:
         raise PlanFileError(f"{folder} holds no {RECORD}; save_deployed(deployed, folder) writes one") from error
-    except (ValueError, RecursionError) as error:
-        raise PlanFileError(f"{path} is damaged: {error}") from error
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         found = document.get("schema") if isinstance(document, dict) else None
         raise PlanFileError(f"{path} has schema {quoted(found)}, this version reads {SCHEMA}; deploy and save again")

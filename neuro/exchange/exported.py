@@ -10,7 +10,6 @@ and every other operation is an `aten` one of torch that the analysis has a rule
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import zipfile
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hardware.documents import json_of
 from hardware.text import listed, quoted
 from neuro.analysis import rules
 from neuro.analysis.lookup import FUNCTIONS
@@ -171,11 +171,9 @@ class _Archive:
 
     def json(self, name: str) -> Any:
         try:
-            return json.loads(self.bytes(name))
-        except ValueError as error:
-            if isinstance(error, ExportedError):
-                raise
-            raise ExportedError(f"{self.path}: {quoted(name)} is no JSON ({error}); {AGAIN}") from error
+            return json_of(self.bytes(name), f"{self.path}: {quoted(name)}", ExportedError)
+        except ExportedError as error:
+            raise ExportedError(f"{error}; {AGAIN}") from error
 
 
 def _read(archive: _Archive) -> tuple[ExportedModule, tuple[Tensor, ...]]:

@@ -76,6 +76,21 @@ def read_archive(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, np.ndarr
             raise ArchiveError(f"cut short, damaged, or no .npz: {type(error).__name__}: {short(str(error))}") from error
 
 
+def read_array(path: Path) -> np.ndarray:
+    """The one array of an .npy file.
+
+    Raises:
+        FileNotFoundError, PermissionError, IsADirectoryError: the file cannot be opened.
+        ArchiveError: no .npy, cut short, longer than its head says, or an array of anything but numbers.
+    """
+    with path.open("rb") as file:
+        length = os.fstat(file.fileno()).st_size
+        dtype, shape, columns_first, start = _head(file, path.name)
+        if start + math.prod(shape) * dtype.itemsize != length:
+            raise ArchiveError(f"its head claims shape {quoted(shape)} of {dtype}; the file has {length:,} bytes")
+        return _shaped(_rest(file, length - start, path.name), dtype, shape, columns_first)
+
+
 def read_with_header(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The JSON header of a file of `write_archive`, and its other arrays.
 
@@ -144,6 +159,10 @@ def _array(archive: zipfile.ZipFile, name: str, info: zipfile.ZipInfo) -> np.nda
                 f"array {quoted(name)} claims shape {quoted(shape)} of {dtype}; its member has {info.file_size:,} bytes"
             )
         data = _rest(member, info.file_size - start, name)
+    return _shaped(data, dtype, shape, columns_first)
+
+
+def _shaped(data: bytearray, dtype: np.dtype[Any], shape: tuple[int, ...], columns_first: bool) -> np.ndarray:
     array = np.frombuffer(data, dtype=dtype)
     if dtype.kind == "b":
         array = array.view(np.uint8) != 0

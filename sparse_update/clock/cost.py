@@ -24,6 +24,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hardware.declared import made
+from hardware.documents import read_json
+from hardware.text import short
 from sparse_update.step.plan import StepPlan
 from sparse_update.transformer import ModelConfig
 from sparse_update.weights.masking import MaskConfig
@@ -236,15 +239,15 @@ class ComponentTimes:
     def load(path: Path) -> ComponentTimes:
         """Raises ComponentTimesError for a missing file, another schema, or a file that is no such table."""
         try:
-            raw = json.loads(path.read_text())
-            schema = raw.pop("schema")
-            if schema != SCHEMA:
-                raise ComponentTimesError(f"{path}: schema {schema}, this version reads {SCHEMA}: measure it again")
-            return ComponentTimes(**raw)
+            raw = read_json(path, ComponentTimesError)
         except FileNotFoundError:
             raise ComponentTimesError(f"{path}: no such table of component times") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ComponentTimesError(f"{path}: not a table of component times ({error})") from None
+        if not isinstance(raw, dict) or "schema" not in raw:
+            raise ComponentTimesError(f"{path}: not a table of component times, which has a schema")
+        schema = raw.pop("schema")
+        if schema != SCHEMA:
+            raise ComponentTimesError(f"{path}: schema {short(str(schema))}, this version reads {SCHEMA}: measure it again")
+        return made(ComponentTimes, raw, f"{path}: not a table of component times", ComponentTimesError)
 
     def check(self, cfg: ModelConfig, optim: OptimConfig) -> None:
         """Raise ComponentTimesError unless the table was measured for this model.

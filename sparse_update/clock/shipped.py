@@ -28,6 +28,8 @@ from typing import Any
 
 import torch
 
+from hardware.declared import made
+from hardware.documents import read_json
 from sparse_update.clock.component import SCORING_FORWARD, WATCHED_STEP, Component, depth_of
 from sparse_update.clock.cost import ComponentTimes, ComponentTimesError, Step, identity
 from sparse_update.clock.work import COUNTS, kinds, scoring_work, work_of
@@ -166,16 +168,15 @@ class ShippedTable:
 def read_table(path: Path) -> ShippedTable:
     """A table out of its file. Raises ComponentTimesError for a file that is none."""
     try:
-        text = path.read_text(encoding="utf-8")
-        raw = json.loads(text)
-        if raw.pop("schema") != SCHEMA:
-            raise ComponentTimesError(f"{path}: another schema than {SCHEMA}, which this version reads")
-        content = json.dumps(raw, sort_keys=True)
-        return ShippedTable(**raw, sha256=hashlib.sha256(content.encode()).hexdigest())
+        raw = read_json(path, ComponentTimesError)
     except FileNotFoundError:
         raise ComponentTimesError(f"{path}: no such shipped table of component times") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ComponentTimesError(f"{path}: not a shipped table of component times ({error})") from None
+    if not isinstance(raw, dict) or raw.pop("schema", None) != SCHEMA:
+        raise ComponentTimesError(f"{path}: another schema than {SCHEMA}, which this version reads")
+    sha256 = hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
+    return made(
+        ShippedTable, {**raw, "sha256": sha256}, f"{path}: not a shipped table of component times", ComponentTimesError
+    )
 
 
 @functools.cache

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hardware.documents import json_of
+from hardware.text import quoted
 from sparse_update.library.attach import Gate, Reference, attach
 from sparse_update.library.optimizers import inner, saved_gate
 from sparse_update.library.rowloss import plain_loss
@@ -256,13 +258,17 @@ def load_gate_state(file: str) -> dict[str, Any]:
 
     Raises GateError where the file holds something else.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(file, framework="pt") as opened:
-        outline = (opened.metadata() or {}).get("gate")
-        if outline is None:
-            raise GateError(f"{file} is no state of a gate: it lacks the outline that trainer_callback writes")
-        return dict(unpack(json.loads(outline), {name: opened.get_tensor(name) for name in list(opened.keys())}))
+    try:
+        with safe_open(file, framework="pt") as opened:
+            outline = (opened.metadata() or {}).get("gate")
+            if outline is None:
+                raise GateError(f"{file} is no state of a gate: it lacks the outline that trainer_callback writes")
+            nested = json_of(outline, f"{file}: the outline of the gate's state", GateError)
+            return dict(unpack(nested, {name: opened.get_tensor(name) for name in list(opened.keys())}))
+    except (SafetensorError, TypeError, ValueError) as error:  # TypeError: unpack's own, and an outline of another form
+        raise GateError(f"{file} is no state of a gate, or a damaged one: {quoted(str(error))}") from error
 
 
 def _save_gate_state(state: Mapping[str, Any], file: str) -> None:

@@ -23,6 +23,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from hardware.declared import made
+from hardware.documents import json_of, read_json
+from hardware.text import short
 from sparse_update.clock.cost import ComponentTimesError
 from sparse_update.clock.shipped import shipped_table
 from sparse_update.own.arms import DENSE
@@ -121,24 +124,21 @@ class Prices:
     def load(path: Path) -> Prices:
         """Raises ComponentTimesError for a missing file, or one that is no such table."""
         try:
-            return _read(path.read_text(encoding="utf-8"), path)
+            return _read(read_json(path, ComponentTimesError), path)
         except FileNotFoundError:
             raise ComponentTimesError(f"{path}: no such table of prices") from None
 
 
-def _read(text: str, where: Any) -> Prices:
-    try:
-        raw = json.loads(text)
-        schema = raw.pop("schema")
-        found = Prices(**raw) if schema == SCHEMA else None
-        if found is not None:
-            float(found.prices_ps["forward_flops"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ComponentTimesError(
-            f"{where}: no table of prices for a model of one's own ({type(error).__name__}: {error})"
-        ) from None
-    if found is None:
-        raise ComponentTimesError(f"{where}: schema {schema!r}, this version reads {SCHEMA}: measure it again")
+def _read(raw: Any, where: Any) -> Prices:
+    what = f"{where}: no table of prices for a model of one's own"
+    if not isinstance(raw, dict) or "schema" not in raw:
+        raise ComponentTimesError(f"{what}, which has a schema")
+    schema = raw.pop("schema")
+    if schema != SCHEMA:
+        raise ComponentTimesError(f"{where}: schema {short(str(schema))}, this version reads {SCHEMA}: measure it again")
+    found = made(Prices, raw, what, ComponentTimesError)
+    if "forward_flops" not in found.prices_ps:
+        raise ComponentTimesError(f"{what}: it has no price of forward_flops")
     return found
 
 
@@ -146,4 +146,4 @@ def _read(text: str, where: Any) -> Prices:
 def shipped_prices(name: str = DEFAULT) -> Prices:
     """The shipped table of that name."""
     path = files("sparse_update.clock").joinpath("tables", "any_module", f"{name}.json")
-    return _read(path.read_text(encoding="utf-8"), path)
+    return _read(json_of(path.read_bytes(), str(path), ComponentTimesError), path)

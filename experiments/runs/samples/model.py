@@ -55,6 +55,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
             raise ConfigError(
                 f"weights = {path}: {quoted(key)} has shape {tuple(value.shape)}, that of {name} {tuple(own[key].shape)}"
             )
+    if odd := next((key for key, value in found.items() if value.is_complex() and not own[key].is_complex()), None):
+        raise ConfigError(f"weights = {path}: {quoted(odd)} holds complex numbers, that of {name} {own[odd].dtype}")
     held = {own[key].data_ptr() for key in found}  # tied tensors are saved once
     missing = [key for key, value in own.items() if key not in found and value.data_ptr() not in held]
     if missing:

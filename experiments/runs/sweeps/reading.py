@@ -8,10 +8,9 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from experiments.runs.sweeps.plan import Sweep, SweepArm
 from experiments.runs.sweeps.shipped import SUFFIXES, shipped, shipped_file
+from hardware.documents import MOST_YAML_BYTES, read_bytes, yaml_of
 from hardware.text import listed, short
 
 KEYS = ("folder", "settings", "budget_reference_s", "budget_tokens", "seeds", "base", "arms", "tuning_seed")
@@ -43,14 +42,22 @@ def find_sweep(word: str) -> Traversable:
 def read_sweep(path: Traversable) -> Sweep:
     """Read and check a sweep file. Raises SweepError naming file, key and remedy."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bytes(path, SweepError, MOST_YAML_BYTES) if isinstance(path, Path) else path.read_bytes()
+    except FileNotFoundError as error:
         raise SweepError(f"{path}: not readable ({error})") from None
-    except yaml.YAMLError as error:
-        raise SweepError(f"{path}: not readable as YAML ({error})") from None
+    raw = yaml_of(text, str(path), SweepError)
     if not isinstance(raw, dict) or not isinstance(raw.get("arms"), dict) or not raw["arms"]:
         raise SweepError(f"{path}: a sweep file is a mapping with at least `arms: {{NAME: {{set: [...]}}}}`")
     _only(path, "", raw, KEYS)
+    try:
+        return _sweep(path, raw)
+    except (TypeError, ValueError, OverflowError, AttributeError) as error:
+        if isinstance(error, SweepError):
+            raise
+        raise SweepError(f"{path}: a value is not of the kind that its key takes: {short(str(error))}") from error
+
+
+def _sweep(path: Traversable, raw: Mapping[str, Any]) -> Sweep:
     for key in ("folder", "seeds"):
         if key not in raw:
             raise SweepError(f"{path}: `{key}` is missing")

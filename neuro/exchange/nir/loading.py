@@ -45,6 +45,7 @@ _PARAMETERS = {
     "Output": ("shape",),
     "Identity": ("shape",),
 }
+TIMES = ("tau", "tau_mem", "tau_syn")
 _ABSENT = {"v_reset": (0.0, "v_reset 0"), "w_in": (1.0, "w_in 1")}  # what nir's classes say where nothing is given
 _MAY_LACK = ("input_shape", "input_type", "shape", "start_dim", "end_dim")
 
@@ -63,7 +64,7 @@ def load_nir(path: str | os.PathLike[str]) -> Any:
     Raises:
         FileNotFoundError: no such file.
         NirFileError: not HDF5, or not NIR; damaged, larger than its bytes can be, or pointing to other files; a node of an
-            unknown type, or without a parameter that has no other meaning.
+            unknown type, without a parameter that has no other meaning, or with NaN, infinity or a time constant of 0.
         NirUnavailable: nir is not installed.
     """
     return load_with_notes(path).graph
@@ -149,6 +150,8 @@ class _Mending:
             )
         if more := [key for key in given if key not in _PARAMETERS[kind]]:
             raise NirFileError(f"{where}: {quoted(more[0])} is no parameter of such a node, and may change what it does")
+        if wrong := _impossible(given):
+            raise NirFileError(f"{where}: {wrong}. No network computes with that; train it again, or write it again")
         try:
             made = self._made(kind, given)
         except Exception as error:
@@ -203,6 +206,19 @@ class _Mending:
 
     def _note(self, name: str, words: str) -> None:
         self.notes.append(f"node {quoted(name)}: {words}")
+
+
+def _impossible(given: Mapping[str, Any]) -> str:
+    """The first parameter that no neuron and no map can have, in words; "" where there is none."""
+    for key, value in given.items():
+        array = np.asarray(value)
+        if array.dtype.kind not in "fc":
+            continue
+        if np.isnan(array).any() or (key != "v_threshold" and np.isinf(array).any()):  # a read-out's threshold is infinite
+            return f"{key} holds NaN or infinity"
+        if key in TIMES and (array <= 0).any():
+            return f"{key} is {float(array.min()):g} s; a time constant is longer than 0 s"
+    return ""
 
 
 def _text(name: Any) -> str:

@@ -86,6 +86,21 @@ def test_what_is_refused_leaves_nothing_behind(case, file, capsys, monkeypatch):
     assert sorted(file.parent.iterdir()) == before
 
 
+@pytest.mark.parametrize(("key", "value"), [("fc/weight", np.nan), ("m/tau", 0.0)])
+def test_a_file_with_values_that_nothing_computes_with_is_a_wrong_file(key, value, tmp_path, capsys):
+    import h5py
+    import nir
+
+    rng = np.random.default_rng(1)
+    edges, nodes = made_.chain(("fc", nir.Linear(rng.normal(size=(6, 4)))), ("m", made_.neurons("LIF", rng, (6,))))
+    nir.write(tmp_path / "x.nir", made_.graph(edges, (4,), **nodes))
+    assert importing.main([str(tmp_path / "x.nir"), "--steps", "5"]) == 0
+    with h5py.File(tmp_path / "x.nir", "a") as file:
+        file[f"node/nodes/{key}"][...] = value
+    assert importing.main([str(tmp_path / "x.nir"), "--steps", "5"]) == 2
+    assert key.replace("fc/", "").replace("m/", "") in capsys.readouterr().err
+
+
 def test_the_published_network_takes_nine_cores(tmp_path, capsys):
     rng = np.random.default_rng(0)
     np.save(tmp_path / "in.npy", rng.random((2, 100, 2, 34, 34)) < 0.02)

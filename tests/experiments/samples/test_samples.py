@@ -50,7 +50,7 @@ SPOILT = {
     "nan": ({"x": np.where(X > 5, np.nan, X), "y": Y, "x_train": X}, r"x holds 4 values that are NaN .* index \(9, 0\)"),
     "inf": ({"x": X, "y": np.full(10, np.inf), "x_train": X}, "y holds 10 values that are NaN or infinite"),
     "negative": ({"x": X, "y": Y - 1, "x_train": X}, "the class -1"),
-    "text": ({"x": np.full((10, 4), "a"), "y": Y}, "samples are floats"),
+    "text": ({"x": np.full((10, 4), "a"), "y": Y}, "only numbers belong here"),
     "objects": ({"x": np.array([None] * 10), "y": Y}, "not readable as .npz"),
     "bytes": ({"x": np.zeros((10, 4), np.uint8), "y": Y}, "scale=0.0039"),
     "complex": ({"x": X, "y": Y * 1j, "x_train": X}, "answers are whole numbers"),

@@ -165,6 +165,13 @@ REFUSED = {
     "edges": (_with("node/edges", np.ones((2, 3))), r"edges have shape \(2, 3\)"),
     "no nodes": (_without("node/nodes"), "the graph '' has no nodes"),
     "no graph": (_without("node"), "holds no NIR graph"),
+    "NaN": (_with("node/nodes/fc/weight", np.full((6, 4), np.nan)), r"node 'fc' \(Linear\): weight holds NaN or infinity"),
+    "infinity": (_with("node/nodes/n/r", np.full(6, np.inf)), r"node 'n' \(CubaLIF\): r holds NaN or infinity"),
+    "NaN threshold": (_with("node/nodes/n/v_threshold", np.full(6, np.nan)), r"v_threshold holds NaN"),
+    "tau 0": (
+        _with("node/nodes/n/tau_syn", np.zeros(6)),
+        r"node 'n' \(CubaLIF\): tau_syn is 0 s; a time constant is longer",
+    ),
     "one node": (_with("node/type", b"LIF"), "holds a single LIF node; a graph is needed"),
 }
 
