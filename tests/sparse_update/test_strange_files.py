@@ -29,7 +29,7 @@ from tests import mutations
 from tests.shared import once
 
 TABLES = Path(str(files("sparse_update.clock").joinpath("tables")))
-FOLDERS = ("state.safetensors", "model.safetensors")
+FOLDERS = ("meta.json", "state.safetensors", "model.safetensors")
 
 
 def make(folder: Path) -> None:
@@ -68,7 +68,9 @@ def case(kind: str, whole: Path) -> Case:
 
     times = (ComponentTimesError,)
     if kind in FOLDERS:
-        return kind, raw(f"checkpoint/{kind}"), lambda p: load_checkpoint(p.parent), (CheckpointError,)
+        changed = raw(f"checkpoint/{kind}")
+        changed = changed | document("checkpoint/meta.json") if kind == "meta.json" else changed
+        return kind, changed, lambda p: load_checkpoint(p.parent), (CheckpointError,)
     return {
         "component_times": ("t.json", document("component_times.json"), ComponentTimes.load, times),
         "table": ("t.json", document("table.json"), read_table, times),

@@ -53,7 +53,10 @@ def values(node: Any, name: str, key: str) -> np.ndarray:
     """
     where = f"node {quoted(name)} ({type(node).__name__}): {key}"
     try:
-        found = np.array(getattr(node, key), dtype=np.float64)
+        found = np.array(getattr(node, key))
+        if found.dtype.kind == "c":
+            raise TypeError("complex numbers, whose imaginary part would go")
+        found = found.astype(np.float64)
     except (AttributeError, TypeError, ValueError) as error:
         raise NotInNir(f"{where} holds no numbers: {quoted(getattr(node, key, None))}") from error
     if not np.isfinite(found).all():

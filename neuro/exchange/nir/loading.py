@@ -212,7 +212,9 @@ def _impossible(given: Mapping[str, Any]) -> str:
     """The first parameter that no neuron and no map can have, in words; "" where there is none."""
     for key, value in given.items():
         array = np.asarray(value)
-        if array.dtype.kind not in "fc":
+        if array.dtype.kind == "c":
+            return f"{key} holds complex numbers"
+        if array.dtype.kind != "f":
             continue
         if np.isnan(array).any() or (key != "v_threshold" and np.isinf(array).any()):  # a read-out's threshold is infinite
             return f"{key} holds NaN or infinity"

@@ -170,7 +170,7 @@ REFUSED = {
     "NaN threshold": (_with("node/nodes/n/v_threshold", np.full(6, np.nan)), r"v_threshold holds NaN"),
     "tau 0": (
         _with("node/nodes/n/tau_syn", np.zeros(6)),
-        r"node 'n' \(CubaLIF\): tau_syn is 0 s; a time constant is longer",
+        r"node 'n' \(CubaLIF\): tau_syn is 0 s; a time const",
     ),
     "one node": (_with("node/type", b"LIF"), "holds a single LIF node; a graph is needed"),
 }

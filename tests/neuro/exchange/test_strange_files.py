@@ -23,13 +23,18 @@ from torch import nn
 
 import neuro
 from neuro.conversion.plan import PlanFileError, load_plan, save_plan
+from neuro.conversion.spiking.description import NotConvertible
 from neuro.exchange.exported import ExportedError, read_exported
+from neuro.exchange.nir.describing import describe
+from neuro.exchange.nir.library import DT_S, NirFileError, NotInNir
+from neuro.exchange.nir.loading import load_nir
 from neuro.graph import ArchiveError, GraphError, GraphFileError, load_graph, save_graph
 from neuro.graph.archive import read_array
 from neuro.simulators import fixed_point
 from neuro.simulators.inputs import InputError
 from neuro.simulators.results import ResultFileError, load_inputs, load_result, save_result
 from tests import mutations
+from tests.neuro.exchange import nir_made
 from tests.shared import once
 
 Read = Callable[[Path], Any]
@@ -194,7 +199,7 @@ def test_a_nir_file_with_strange_values_is_read_or_refused(soak: bool, tmp_path:
             refused.append(changes)
         else:
             with contextlib.suppress(NotInNir, NotConvertible):
-                describe(graph)
+                describe(graph, DT_S)
 
     each()
     assert len(refused) > 5
