@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,17 +29,22 @@ from experiments.runs.plain_json import write_json
 from experiments.runs.training.arm import run_arm
 from experiments.runs.training.component_times import component_times
 from experiments.runs.training.config import MAY_DIFFER, TrainConfig, check_size, check_vocabulary, pick_device
-from sparse_update.clock.cost import ComponentTimesError
+from experiments.runs.training.launch import launched, starts_processes
+from experiments.runs.training.ranks import is_first, joined, mesh_record, rank_device
+from sparse_update.clock.cost import ComponentTimes, ComponentTimesError
 from sparse_update.data.corpus import load_corpus
 from sparse_update.data.records import CorpusError
 from sparse_update.loop.checkpoint import CheckpointError
 from sparse_update.loop.records import TrainingDiverged
+from sparse_update.parallel.mesh import Mesh, MeshError
 from sparse_update.signals import SignalError
 from sparse_update.weights.lowrank import PeersError
 
 __all__ = ["EXPECTED", "TrainConfig", "main", "train"]
 
-EXPECTED = (RunError, CorpusError, CheckpointError, ComponentTimesError, TrainingDiverged, SignalError, PeersError)
+EXPECTED = (
+    RunError, CorpusError, CheckpointError, ComponentTimesError, TrainingDiverged, SignalError, PeersError, MeshError,
+)  # fmt: skip
 
 
 HEADLINE = ["status", "folder", "stream", "arm", "seed", "loss_nats", "bits_per_byte", "held_out"]
@@ -58,39 +66,60 @@ HEADLINE += ["source_keep", "skipped_steps", "params", "corpus"]
 def train(cfg: TrainConfig) -> dict[str, Any]:
     """Run one arm in its folder and return its record, the content of `result.json`.
 
-    A run that is finished already, asked for with `resume`, is not run again: its record is returned.
+    A run that is finished already, asked for with `resume`, is not run again: its record is returned. With
+    `mesh.processes` the processes are started here; where torchrun has started them, this is one of them.
     """
-    folder = cfg.folder
-    device = pick_device(cfg.trainer.device)
+    if starts_processes(cfg):
+        return launched(cfg, EXPECTED)
+    device = rank_device(pick_device(cfg.trainer.device))
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
-    with exclusive(folder, f"training {cfg.arm_name}"):
-        start = begin(folder, cfg, cfg.resume, MAY_DIFFER)
+    with joined(cfg.mesh, device) as mesh:
+        return _on_rank(cfg, cfg.folder, device, mesh)
+
+
+def _on_rank(cfg: TrainConfig, folder: Path, device: torch.device, mesh: Mesh) -> dict[str, Any]:
+    """The first rank holds the folder and decides how the run begins."""
+    with exclusive(folder, f"training {cfg.arm_name}") if mesh.first else nullcontext():
+        begun = begin(folder, cfg, cfg.resume, MAY_DIFFER).name if mesh.first else ""
+        start = Start[mesh.said_by_first(begun)]
         if start is Start.FINISHED:
-            print(f"{folder} holds the finished run already: nothing to do", file=sys.stderr)
+            if mesh.first:
+                print(f"{folder} holds the finished run already: nothing to do", file=sys.stderr)
             return read_json(folder / "result.json") | {"folder": str(folder)}  # as it is called from here
-        return _train(cfg, folder, device, start is Start.GO_ON)
+        return _train(cfg, folder, device, start is Start.GO_ON, mesh)
 
 
-def _train(cfg: TrainConfig, folder: Path, device: torch.device, goes_on: bool) -> dict[str, Any]:
+def _train(cfg: TrainConfig, folder: Path, device: torch.device, goes_on: bool, mesh: Mesh) -> dict[str, Any]:
     record = new_record("train", stream=cfg.stream_name, arm=cfg.arm_name, seed=cfg.seed)
+    record["mesh"] = mesh_record(cfg.mesh, mesh, device)
     if goes_on and (folder / "run.json").exists():
         record["started"] = read_json(folder / "run.json").get("started", record["started"])
+    if not mesh.first:  # what the first one fetches, tokenises and keeps, the others find
+        mesh.wait()
     corpus = load_corpus(cfg.data)
+    if mesh.first:
+        mesh.wait()
     check_size(cfg, corpus)
     cfg.model.vocab_size = check_vocabulary(cfg, corpus)
-    times = component_times(cfg, device, goes_on)
+    timed = component_times(cfg, device, goes_on).to_json() if mesh.first else ""
+    times = ComponentTimes.of(json.loads(mesh.said_by_first(timed)))
     record |= {"component_times_sha256": times.sha256, "component_times": times.source, "corpus_sha256": corpus.sha256}
-    (folder / "config.yaml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False))
-    write_json(folder / "run.json", record)
-    times.save(folder / "component_times.json")
+    if mesh.first:
+        (folder / "config.yaml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False))
+        write_json(folder / "run.json", record)
+        times.save(folder / "component_times.json")
     try:
-        result = run_arm(cfg, corpus, times, device, folder, goes_on)
+        result = run_arm(cfg, corpus, times, device, folder, goes_on, mesh)
+        result["mesh"] = record["mesh"]
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         record |= {"status": status, "error": f"{type(error).__name__}: {error}"}
-        write_json(folder / "run.json", record)
+        if mesh.first:
+            write_json(folder / "run.json", record)
         raise
+    if not mesh.first:
+        return result
     if result["status"] == "finished":
         write_json(folder / "result.json", result)
     else:
@@ -116,6 +145,9 @@ def _tell(document: Mapping[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `spikegate train`; see `run_app` for exit codes."""
     words = sys.argv[1:] if argv is None else argv
+    if not is_first():  # the first process reports
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+            return run_app("train", TrainConfig, train, argv, expected=EXPECTED, tell=_tell)
     if any(word.startswith("module=") for word in words):
         return run_app("own", OwnConfig, train_own, argv, expected=EXPECTED_OF_OWN, tell=_tell, command="train")
     return run_app("train", TrainConfig, train, argv, expected=EXPECTED, tell=_tell)

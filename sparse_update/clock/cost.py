@@ -242,12 +242,20 @@ class ComponentTimes:
             raw = read_json(path, ComponentTimesError)
         except FileNotFoundError:
             raise ComponentTimesError(f"{path}: no such table of component times") from None
+        return ComponentTimes.of(raw, str(path))
+
+    @staticmethod
+    def of(raw: Any, place: str = "component times") -> ComponentTimes:
+        """The table of a JSON value, as `to_json` writes one; `place` names it in errors. Raises ComponentTimesError for
+        another schema or a value that is no such table."""
         if not isinstance(raw, dict) or "schema" not in raw:
-            raise ComponentTimesError(f"{path}: not a table of component times, which has a schema")
+            raise ComponentTimesError(f"{place}: not a table of component times, which has a schema")
         schema = raw.pop("schema")
         if schema != SCHEMA:
-            raise ComponentTimesError(f"{path}: schema {short(str(schema))}, this version reads {SCHEMA}: measure it again")
-        return made(ComponentTimes, raw, f"{path}: not a table of component times", ComponentTimesError)
+            raise ComponentTimesError(
+                f"{place}: schema {short(str(schema))}, this version reads {SCHEMA}: measure it again"
+            )
+        return made(ComponentTimes, raw, f"{place}: not a table of component times", ComponentTimesError)
 
     def check(self, cfg: ModelConfig, optim: OptimConfig) -> None:
         """Raise ComponentTimesError unless the table was measured for this model.

@@ -95,7 +95,6 @@ class AutoGate(Gate):
         self.probe: MarkedBatch | None = None
         self.steps = 0
         self.observing = False
-        self._found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def _containment(self) -> Signal:
         return make_signal(
@@ -208,7 +207,7 @@ class AutoGate(Gate):
             return
         with tapped(observed_layers(model)) as found:
             yield
-        self._found = found
+        self.tapped = found
 
     def observe(self, batch: GatedBatch, step: SparseStep, progress: float, cost_over_plain: float) -> None:
         if self.trials.branch == "again":
@@ -217,7 +216,7 @@ class AutoGate(Gate):
             super().observe(batch, step, progress, cost_over_plain)
         if self.trials.branch and (judges := self.trials.after_step(progress)) is not None:
             self.queue = joined(self.queue, judges)
-        found, self._found = self._found or step.factors, {}
+        found, self.tapped = self.tapped or step.factors, {}
         if not self.observing or not found or not isinstance(batch, MarkedBatch):
             return
         size = len(batch.tokens)

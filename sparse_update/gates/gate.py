@@ -25,6 +25,8 @@ from sparse_update.data.stream import SOURCES
 from sparse_update.gates.config import BEFORE, GateConfig
 from sparse_update.gates.policies import Selection, kept_count, make_policy
 from sparse_update.gates.rates import Rate
+from sparse_update.parallel.mesh import Mesh
+from sparse_update.parallel.single import ALONE
 from sparse_update.signals import Signal, SignalContext, make_signal
 from sparse_update.step.backward import Stepper
 from sparse_update.step.plan import Chosen, SparseStep, StepPlan, View
@@ -58,13 +60,15 @@ class GateContext:
     judges: Tensor | None = None
     """int64 (N, T + 1): windows that trials are judged by, never trained on and beside those that the run is judged by"""
     undo: Undo | None = None
-    """takes steps back; None where the weights that move change over the run, or several processes train"""
+    """takes steps back; None where the weights that move change over the run, or each process has a part of them"""
     depths: tuple[int, ...] = ()
     """numbers of blocks that the model has over the run, in order; () where it stays as it is"""
     changes_at: float = math.inf
     """share of the budget at which the model gets its other blocks"""
     step_key: Callable[[StepPlan, int, int], str] | None = None
     """component-time key of a step by plan, windows and length"""
+    mesh: Mesh = ALONE
+    """processes that hold this gate alike and share its forwards"""
 
     @property
     def depth(self) -> int | None:
@@ -114,6 +118,8 @@ class Gate:
         self.kept_by_source = torch.zeros(len(self.source_names), dtype=torch.int64)
         self.last_score_N: Tensor | None = None
         """Score per window of the last choice; for the histogram."""
+        self.tapped: dict[str, tuple[Tensor, Tensor]] = {}
+        """What `tap` has kept of the last step: by layer, inputs and gradient of its outputs, one row for each window."""
         self.on_offered: Callable[[Batch], None] = lambda batch: None
         """Called with windows as they leave the stream, before anything is trained on them."""
 

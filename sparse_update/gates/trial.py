@@ -16,6 +16,7 @@ from sparse_update.data.records import Batch
 from sparse_update.gates.again import Again, AgainConfig
 from sparse_update.gates.gate import GateContext, GatedBatch, join, part
 from sparse_update.gates.windows import SCORING_WINDOWS, forward_view
+from sparse_update.parallel.scoring import scored_together
 from sparse_update.step.flops import plan_flops
 from sparse_update.step.plan import PLAIN
 from sparse_update.transformer import ModelConfig
@@ -156,8 +157,13 @@ class Trials:
         assert tokens is not None
         cfg: ModelConfig = self.context.model.cfg  # type: ignore[assignment]
         self.charge(len(tokens), plan_flops(cfg, len(tokens), PLAIN, None, self.context.context).forward)
-        parts = (forward_view(self.context, piece, frozenset()) for piece in tokens.split(SCORING_WINDOWS))
-        return torch.cat([view.loss_BT.mean(1).cpu() for view in parts])
+        context = self.context
+
+        def score(place_M: Tensor) -> Tensor:
+            parts = (forward_view(context, tokens[place], frozenset()) for place in place_M.split(SCORING_WINDOWS))
+            return torch.cat([view.loss_BT.mean(1).cpu() for view in parts])
+
+        return scored_together(context.mesh, len(tokens), score)
 
     def state_dict(self) -> dict[str, Any]:
         plain = {key: getattr(self, key) for key in ("branch", "length", "left", "saved", "before_M", "again_M")}

@@ -21,6 +21,7 @@ from sparse_update.gates.config import GateConfig
 from sparse_update.gates.gate import Gate, GateContext, GatedBatch, join, part
 from sparse_update.gates.policies import Selection, kept_count
 from sparse_update.gates.replay import Forgetting, probe_windows
+from sparse_update.parallel.scoring import scored_together
 from sparse_update.signals import SignalError
 from sparse_update.step.flops import plan_flops
 from sparse_update.step.plan import PLAIN, SparseStep, StepPlan, View
@@ -117,11 +118,14 @@ class WindowGate(Gate):
         assert self.signal is not None
         count = len(pool.tokens)
         self.uses[FORWARD] += count
-        found = []
-        for at in range(0, count, SCORING_WINDOWS):
-            piece = part(pool, slice(at, at + SCORING_WINDOWS))
-            found.append(self._read(forward_view(self.context, piece.tokens, self.signal.want), piece).cpu())
-        return torch.cat(found)
+        self._charge(count)
+        signal = self.signal
+
+        def score(place_N: Tensor) -> Tensor:
+            pieces = (part(pool, place) for place in place_N.split(SCORING_WINDOWS))
+            return torch.cat([signal.read(forward_view(self.context, p.tokens, signal.want), p).cpu() for p in pieces])
+
+        return scored_together(self.context.mesh, count, score)
 
     def _select(self, score_N: Tensor, keep: float, pool: Batch) -> Selection:
         """The policy's choice; a share of the kept places is replayed."""

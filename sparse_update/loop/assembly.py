@@ -29,7 +29,9 @@ from sparse_update.loop.trainer import Trainer
 from sparse_update.loop.updates import Updates
 from sparse_update.objectives.likelihood import Likelihood
 from sparse_update.objectives.objective import Given, Objective
+from sparse_update.parallel.checks import check_mesh
 from sparse_update.parallel.mesh import Mesh
+from sparse_update.parallel.sharing import SharedGate
 from sparse_update.parallel.single import ALONE
 from sparse_update.step.backward import Stepper
 from sparse_update.transformer import Transformer
@@ -96,11 +98,12 @@ def make_trainer(
 
     Args:
         objective: makes what is minimised, from the parts that were made before it.
-        mesh: the processes that train together; each of them assembles a trainer of its own, with its own stream.
+        mesh: the processes that train together; each of them assembles the same trainer, on the same stream, and takes its
+            share of each step. `trainer.batch_windows` are the windows of all of them.
 
     Raises:
         ComponentTimesError: for a table of another model or kind of step, or one that lacks what the run may use.
-        ValueError: for settings that do not fit one another.
+        ValueError: for settings that do not fit one another, MeshError where the mesh cannot train by them.
         CorpusError: where bags of tokens would read the text twice.
     """
     times, device = prices.times, model.embed.weight.device
@@ -111,12 +114,10 @@ def make_trainer(
     if adapted:
         check_adapter(arm.gate)
         adapt(model, arm.subset, seed)
-    if mesh.size > 1 and arm.subset.inactive == "sign8":
-        raise ValueError(
-            f"subset.inactive = sign8 with {mesh.size} processes: signs have no mean over processes. Use sign or frozen"
-        )
+    check_mesh(mesh, arm.gate, arm.subset, arm.optim, arm.growth, cfg.batch_windows, cfg.measure_bias)
     if cfg.bags:
         check_bags(arm.gate, arm.subset, cfg.bags)
+    mesh.prepare(model)
     stepper = Stepper(model, torch.bfloat16 if times.precision == "bf16" else None, times.compiled)
     subset = Subset(model, arm.subset, seed)
     optimizer = Optimizer(model, subset.active, arm.optim, seed)
@@ -139,13 +140,15 @@ def make_trainer(
         reference=str(checkpoint_of(arm.gate.reference)) if arm.gate.reference else "",
         known_tokens=text.known_tokens,
         judges=text.judges,
-        undo=Undo(model, optimizer) if every_weight and mesh.size == 1 else None,
+        undo=Undo(model, optimizer) if every_weight and not mesh.splits_weights else None,
         depths=growth.depths() if growth.grows else (),
         changes_at=arm.growth.until if growth.grows else math.inf,
+        mesh=mesh,
     )
     gate = make_gate(arm.gate, text.stream, context)
-    budget = Budget(cfg, model.cfg.context, clock, gate, text.stream, mesh, growth)
-    given = Given(model, gate, subset, clock, stepper, seed, adapted, cfg.measure_bias)
+    budget = Budget(cfg, model.cfg.context, clock, gate, text.stream, growth)
+    shared = SharedGate(gate, mesh) if mesh.shards > 1 else None
+    given = Given(model, shared or gate, subset, clock, stepper, seed, adapted, cfg.measure_bias, growth.grows, mesh)  # type: ignore[arg-type]
     minimised = objective(given)
     clock.add(gate.components, gate)
     clock.add(lambda: _looking(text.stream, cfg.batch_windows), text.stream)
@@ -165,6 +168,7 @@ def make_trainer(
         place.folder / "checkpoint",
         growth,
         gate.before_growth,
+        shared,
     )
     records = Recorder(cfg, text.held_out, tally, budget, updates, listeners or Listeners(), mesh)
     checkpoints = Checkpoints(place.folder, place.meta, cfg, updates, gate, adapted, mesh)

@@ -12,7 +12,6 @@ from sparse_update.data.records import CorpusError
 from sparse_update.gates.gate import Gate
 from sparse_update.growth.rule import Growth
 from sparse_update.loop.records import TrainerConfig
-from sparse_update.parallel.mesh import Mesh
 from sparse_update.step.plan import PLAIN, StepPlan
 
 MOMENTS = 1000
@@ -22,37 +21,36 @@ MOMENTS = 1000
 class Budget:
     """Progress from 0 to 1 over a budget of reference seconds, or of offered tokens where the settings say so.
 
-    `progress`, `reference_s`, `offered_tokens` and `scoring_flops` are what all processes agreed on at the last `settle`.
+    `progress`, `reference_s`, `offered_tokens` and `scoring_flops` are those of the last `settle`. Several processes that
+    train together have the same gate, stream and clock: what is counted is the work of all of them, as one process would do
+    it, and needs no agreement.
 
     Args:
         cfg: budget, batch and lengths.
         context: tokens of a window.
         clock, gate, stream: what is spent, and on what.
-        mesh: the processes that share the budget: the slowest one's seconds count, everybody's tokens and FLOPs.
         growth: how many blocks the model will have.
 
     Raises ValueError for lengths that do not divide the context, and bags that do not tile a length.
     """
 
-    def __init__(
-        self, cfg: TrainerConfig, context: int, clock: RunClock, gate: Gate, stream: Any, mesh: Mesh, growth: Growth
-    ) -> None:
+    def __init__(self, cfg: TrainerConfig, context: int, clock: RunClock, gate: Gate, stream: Any, growth: Growth) -> None:
         cfg.check_context(context)
         self.cfg, self.context = cfg, context
-        self.clock, self.gate, self.stream, self.mesh, self.growth = clock, gate, stream, mesh, growth
+        self.clock, self.gate, self.stream, self.growth = clock, gate, stream, growth
         self.windows = cfg.batch_windows
         self.by_time = not cfg.budget_offered_tokens
         self.progress = self.reference_s = 0.0
         self.offered_tokens = self.scoring_flops = 0
 
     def settle(self) -> None:
-        """Take stock, all processes together: after whatever may have spent something."""
+        """Take stock, after whatever may have spent something."""
         windows = int(getattr(self.stream, "read_windows", self.gate.windows_offered))
         looked = getattr(self.stream, "flops", None)
         scoring = self.gate.flops + (int(looked(self.stream.read_windows)) if looked else 0)
-        self.offered_tokens = int(self.mesh.sum(windows * self.context))
-        self.scoring_flops = int(self.mesh.sum(scoring))
-        self.reference_s = self.mesh.largest(self.clock.reference_s)
+        self.offered_tokens = windows * self.context
+        self.scoring_flops = scoring
+        self.reference_s = self.clock.reference_s
         spent, limit = self.reference_s, self.cfg.budget_reference_s
         if not self.by_time:
             spent, limit = self.offered_tokens, self.cfg.budget_offered_tokens
@@ -123,11 +121,11 @@ class Budget:
 
     def text_is_spent(self) -> bool:
         """Whether a budget of offered tokens is used up, down to the last batch that was kept."""
-        return self.mesh.any(not self.by_time and self.progress >= 1 and self.gate.waiting < self.windows_at(self.progress))
+        return not self.by_time and self.progress >= 1 and self.gate.waiting < self.windows_at(self.progress)
 
     def affords(self, step: Step) -> bool:
         """Whether the reference seconds that are left pay for a step."""
-        return self.mesh.all(not self.by_time or self.reference_s + self.clock.seconds(step) <= self.cfg.budget_reference_s)
+        return not self.by_time or self.reference_s + self.clock.seconds(step) <= self.cfg.budget_reference_s
 
 
 def _bagged(plan: StepPlan, bag: int) -> StepPlan:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sparse_update.gates.gate import Gate
-from sparse_update.loop.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from sparse_update.loop.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from sparse_update.loop.records import TrainerConfig
 from sparse_update.loop.updates import Updates
 from sparse_update.parallel.mesh import Mesh
@@ -28,7 +28,7 @@ class Checkpoints:
         cfg: how often to save.
         updates, gate: the parts whose state is kept.
         adapted: whether the model holds LoRA's factors.
-        mesh: its first process writes, its own gate and generators among it; so several processes cannot resume from it.
+        mesh: its first process writes. All of them have the same gate and generators, so that any number resumes from it.
     """
 
     def __init__(
@@ -88,14 +88,9 @@ class Checkpoints:
 
         Raises:
             ValueError: where the checkpoint was timed with another table of component times.
-            CheckpointError: from reading it, and for several processes.
+            CheckpointError: from reading it.
         """
         updates = self.updates
-        if self.mesh.size > 1:
-            raise CheckpointError(
-                f"{self.mesh.size} processes cannot resume from {self.target}: it holds the gate and the generators of the "
-                "first one only. Resume in one process, or give the trainer checkpoints that keep each process's own"
-            )
         found = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
         if found.meta.get("component_times_sha256") != updates.clock.times.sha256:
             raise ValueError(

@@ -18,6 +18,7 @@ from sparse_update.loop.records import TrainingDiverged
 from sparse_update.loop.tally import Tally
 from sparse_update.objectives.objective import Objective
 from sparse_update.parallel.mesh import Mesh
+from sparse_update.parallel.sharing import SharedGate
 from sparse_update.step.plan import SparseStep
 from sparse_update.transformer import Transformer
 from sparse_update.weights.optimizer import Optimizer
@@ -32,7 +33,8 @@ class Updates:
         objective: takes the gradients.
         optimizer, subset: which weights are updated, and how.
         clock, tally: charged with each step.
-        mesh: gradients and losses are means over its ranks.
+        mesh: its ranks share the windows of a batch, and gradients are means over them.
+        shared: the gate as a rank asks it, where there are several.
         stop_after_skipped: steps in a row without a finite loss and gradient before the run gives up.
         kept: where the last good state would be found; for the message.
         growth: what the model becomes over the run.
@@ -52,26 +54,32 @@ class Updates:
         kept: Path,
         growth: Growth,
         before_growth: Callable[[], None] = lambda: None,
+        shared: SharedGate | None = None,
     ) -> None:
         self.model, self.objective, self.optimizer, self.subset = model, objective, optimizer, subset
         self.clock, self.tally, self.mesh = clock, tally, mesh
         self.stop_after_skipped, self.kept = stop_after_skipped, kept
         self.growth, self.before_growth = growth, before_growth
+        self.shared = shared
 
     def take(self, batch: GatedBatch, step: Step, progress: float) -> SparseStep:
         """Take and charge one step at `progress` of the budget; what comes back has the losses by window.
 
         Raises TrainingDiverged where too many steps in a row had a loss or gradient that is not finite.
         """
-        found = self.objective.gradients(batch, step)
-        self.mesh.average_(self._gradients(found))
+        mine, my_step = (batch, step) if self.shared is None else self.shared.share(batch, step)
+        found = self.objective.gradients(mine, my_step)
+        if not found.averaged:
+            self.mesh.average_(self._gradients(found))
+        if self.shared is not None:
+            found = self.shared.put_together(found)
         if found.gradients:
             self.optimizer.set_gradients(found.gradients)
-        self._update(self.mesh.mean(float(found.loss_BT.mean())), found, progress)
+        self._update(float(found.loss_BT.mean()), found, progress)
         self.clock.charge(self.objective.component(step, self.clock.key(step)))
         self.tally.step += 1
-        self.tally.tokens += int(self.mesh.sum(step.batch * step.length * step.plan.bag))
-        self.tally.flops += int(self.mesh.sum(self.objective.flops(step)))
+        self.tally.tokens += step.batch * step.length * step.plan.bag
+        self.tally.flops += int(self.objective.flops(step))
         if step.plan.bag > 1:  # the gate thinks in tokens
             found = replace(found, loss_BT=found.loss_BT.repeat_interleave(step.plan.bag, 1))
         if len(found.loss_BT) != len(batch.tokens):  # and in windows

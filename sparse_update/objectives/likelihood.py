@@ -46,17 +46,18 @@ class Likelihood(Objective):
             dtype = torch.bfloat16 if self.bf16 else None
             self.engine = Stepper(self.model, dtype, times.variant == "engine_compiled")
         compiled = times.variant == "autograd_compiled" or (given.adapted and times.compiled)
-        self.forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if compiled else self.model
+        self.module = given.mesh.module(self.model) if given.wrapped else self.model
+        self.forward: Callable[[Tensor], Tensor] = torch.compile(self.module) if compiled else self.module
         bags_compiled = compiled or times.compiled  # static shapes, one compilation for each size of a bag
         self._on_bags: Callable[[Tensor], Tensor] = (
-            torch.compile(self.model, dynamic=False) if bags_compiled else self.model
+            torch.compile(self.module, dynamic=False) if bags_compiled else self.module
         )
         self.generator = torch.Generator(device=given.device).manual_seed(given.seed + 3)
         self._last: tuple[Tensor, Tensor, Step, Tensor | None] | None = None
 
     @property
     def compiles(self) -> bool:  # type: ignore[override]
-        return self.times.compiled or self.forward is not self.model
+        return self.times.compiled or self.forward is not self.module
 
     def gradients(self, batch: GatedBatch, step: Step) -> SparseStep:
         tokens_BT1 = batch.tokens.to(self.given.device)
@@ -71,7 +72,7 @@ class Likelihood(Objective):
             return self._autograd(*bags_of(x_BT, y_BT, size), weight_B, self._on_bags, bag_loss)
         if self._by_autograd(step):
             self._last = (x_BT, y_BT, step, None)
-            return self._autograd(x_BT, y_BT, weight_B, self.model if self.gate.observing else self.forward, token_loss)
+            return self._autograd(x_BT, y_BT, weight_B, self.module if self.gate.observing else self.forward, token_loss)
         places_BR = self.gate.bypass(batch, step.plan)
         if places_BR is not None:
             places_BR = places_BR.reshape(len(x_BT), -1).to(self.given.device)
@@ -86,7 +87,7 @@ class Likelihood(Objective):
             bypass_BR=places_BR,
             skip=self.gate.skip(step.plan),
             weight_B=weight_B,
-            generator=self.generator,
+            generator=self._draws(),
             watched=self.gate.watched if self.gate.observing else frozenset(),
         )
 
@@ -110,7 +111,15 @@ class Likelihood(Objective):
             loss_BT = loss_of(run(x), y)
             loss = loss_BT.mean() if weight_B is None else (loss_BT * weight_B[:, None]).mean()
             loss.backward()
-        return by_autograd(loss_BT)
+        return by_autograd(loss_BT, averaged=self.module is not self.model)
+
+    def _draws(self) -> torch.Generator:
+        """What a step draws inside its backward by: on each shard something else, from one stream that all have alike."""
+        if self.given.mesh.shards == 1:
+            return self.generator
+        device = self.generator.device
+        seed = int(torch.randint(2**62, (), generator=self.generator, device=device))
+        return torch.Generator(device=device).manual_seed(seed + self.given.mesh.shard)
 
     @property
     def _active(self) -> Active:

@@ -18,6 +18,8 @@ from sparse_update.clock.component import Component
 from sparse_update.clock.cost import Step
 from sparse_update.clock.running import RunClock
 from sparse_update.gates.gate import Gate, GatedBatch
+from sparse_update.parallel.mesh import Mesh
+from sparse_update.parallel.single import ALONE
 from sparse_update.step.backward import Stepper
 from sparse_update.step.plan import Chosen, SparseStep, View
 from sparse_update.transformer import Transformer
@@ -39,10 +41,19 @@ class Given:
     """The model holds LoRA's factors, which the sparse step does not know."""
     measure_bias: bool
     """`trainer.measure_bias`"""
+    grows: bool = False
+    """blocks are added to the model over the run"""
+    mesh: Mesh = ALONE
+    """the processes that train together; an objective is given the windows of its own shard"""
 
     @property
     def device(self) -> torch.device:
         return self.model.embed.weight.device
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether autograd runs through `mesh.module`: not where blocks come in later, which a wrapper would not know."""
+        return self.mesh.size > 1 and not self.grows
 
 
 class Objective(ABC):
@@ -99,7 +110,8 @@ class Objective(ABC):
             )
 
 
-def by_autograd(loss_BT: Tensor) -> SparseStep:
-    """A step whose gradients are in `.grad` of the parameters, by its losses per token (B, T)."""
+def by_autograd(loss_BT: Tensor, averaged: bool = False) -> SparseStep:
+    """A step whose gradients are in `.grad` of the parameters, by its losses per token (B, T). `averaged`: the forward was
+    that of `mesh.module(model)`, which leaves means over all processes there."""
     loss_BT = loss_BT.detach()
-    return SparseStep(loss_BT, {}, Chosen(), View(loss_BT))
+    return SparseStep(loss_BT, {}, Chosen(), View(loss_BT), averaged=averaged)

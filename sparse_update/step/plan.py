@@ -187,3 +187,5 @@ class SparseStep:
     """Norm of the activation gradient that enters each block from above, per kept sequence and before the block's own draw,
     scaled as drawn so far; 0 for sequences that an upper block left out and for blocks that no gradient reaches. Where the
     plan samples, or wants "block_norms"."""
+    averaged: bool = False
+    """Whether the gradients are means over all processes already, as a wrapper of the module leaves them."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +24,8 @@ from experiments.views.rasters import surprise_figure
 from experiments.views.tracking import Tracker, hparam_metrics, training_energy_markdown
 from hardware.meters.meter import Meter, measure_idle
 from hardware.meters.zeus import ZeusCheck, compare_all
-from sparse_update.clock.cost import ComponentTimes
+from sparse_update.clock.component import Component
+from sparse_update.clock.cost import ComponentTimes, Step
 from sparse_update.data.records import Corpus
 from sparse_update.data.regimes import held_out, judging, make_stream
 from sparse_update.gates.again import AgainConfig
@@ -31,15 +34,24 @@ from sparse_update.loop.checkpoint import load_checkpoint
 from sparse_update.loop.evaluation import start_from
 from sparse_update.loop.recorder import Listeners
 from sparse_update.loop.records import StepReport
+from sparse_update.parallel.mesh import Mesh
+from sparse_update.parallel.single import ALONE
 from sparse_update.transformer import Transformer
 
 
 def run_arm(
-    cfg: TrainConfig, corpus: Corpus, times: ComponentTimes, device: torch.device, folder: Path, goes_on: bool
+    cfg: TrainConfig,
+    corpus: Corpus,
+    times: ComponentTimes,
+    device: torch.device,
+    folder: Path,
+    goes_on: bool,
+    mesh: Mesh = ALONE,
 ) -> dict[str, Any]:
     """Train until the budget is spent or Ctrl-C, and return the run's record; its `status` says which of them it was.
 
-    `goes_on`: from the checkpoint in `folder`, instead of from the beginning.
+    `goes_on`: from the checkpoint in `folder`, instead of from the beginning. `mesh`: the processes that train together,
+    each of which calls this; the first one writes.
     """
     torch.manual_seed(cfg.seed)
     resolved = asdict(cfg)
@@ -61,10 +73,18 @@ def run_arm(
         name: part[:, 1:].numel() / corpus.count_bytes(part[:, 1:]) / math.log(2) for name, part in windows.items()
     }
     resumed = load_checkpoint(folder / "checkpoint") if goes_on else None
-    with Tracker(folder, resume_step=int(resumed.meta["step"]) if resumed else None) as tracker, bar(cfg) as shown:
+    step = int(resumed.meta["step"]) if resumed else None
+    with Tracker(folder, resume_step=step) if mesh.first else nullcontext() as tracker, bar(cfg, mesh) as shown:
+
+        def measured_once(
+            table: ComponentTimes, steps: Sequence[Step], components: Mapping[str, Component]
+        ) -> ComponentTimes:
+            found = extended(cfg, device, table, steps, components).to_json() if mesh.first else ""
+            return ComponentTimes.of(json.loads(mesh.said_by_first(found)))
 
         def on_report(report: StepReport) -> None:
             updates.note(report.step, trainer.updates.subset.active)
+            assert tracker is not None  # the first process alone is told
             tracker.log(report.step, scalars(report, cfg) | savings.scalars())
             shown.to(
                 trainer.budget.progress * shown.total,
@@ -73,6 +93,7 @@ def run_arm(
             )
 
         def on_evaluation(report: StepReport, losses: dict[str, float]) -> None:
+            assert tracker is not None
             line = scalars(report, cfg) | savings.scalars()
             line |= {"val_loss_nats": losses["val"], "val_bits_per_byte": losses["val"] * bits_per_nat["val"]}
             line |= {f"held_out/{name}": loss for name, loss in losses.items() if name != "val"}
@@ -89,15 +110,16 @@ def run_arm(
             Arm(cfg.gate, cfg.subset, cfg.optim, cfg.growth),
             cfg.trainer,
             Text(stream, windows, corpus.known_tokens, judges.tokens if judges else None),
-            Prices(times, lambda table, steps, components: extended(cfg, device, table, steps, components)),
+            Prices(times, measured_once),
             Place(folder, meta),
             cfg.seed,
             Listeners(on_report, on_evaluation),
+            mesh=mesh,
         )
         savings, updates = Savings(trainer), BlockUpdates(model)
         if resumed is not None:
             trainer.resume(resumed)
-        else:
+        elif tracker is not None:
             tracker.text("config", f"```\n{yaml.safe_dump(resolved, sort_keys=False)}```")
         idle = measure_idle(cfg.idle_s) if cfg.idle_s else ()
         with Meter(idle=idle) as meter, ZeusCheck() if cfg.zeus else nullcontext() as check:
@@ -108,14 +130,15 @@ def run_arm(
         if result.finished:
             shown.to(shown.total)
             found["val_split"] = split(cfg, corpus, model, windows["val"])
+        if result.finished and tracker is not None:
             tracker.text("energy", training_energy_markdown(found))
             row = run_row(cfg.stream_name, cfg.arm_name, cfg.seed, str(cfg.folder), experiment_settings(resolved))
             tracker.hparams(row, hparam_metrics(found))
     return found
 
 
-def bar(cfg: TrainConfig) -> Bar:
+def bar(cfg: TrainConfig, mesh: Mesh = ALONE) -> Bar:
     """What of the budget is spent: reference seconds, or tokens where those are the budget."""
     tokens, seconds = cfg.trainer.budget_offered_tokens, cfg.trainer.budget_reference_s
     title = f"{cfg.stream_name} {cfg.arm_name}, seed {cfg.seed}"
-    return Bar(title, tokens or round(seconds, 1), "tokens" if tokens else "ref s", cfg.progress)
+    return Bar(title, tokens or round(seconds, 1), "tokens" if tokens else "ref s", cfg.progress and mesh.first)

@@ -17,6 +17,7 @@ from sparse_update.gates.config import GateConfig
 from sparse_update.growth.settings import GrowthConfig, check_growth
 from sparse_update.loop.assembly import check_bags
 from sparse_update.loop.records import TrainerConfig
+from sparse_update.parallel.settings import MeshConfig
 from sparse_update.transformer import ModelConfig
 from sparse_update.weights.settings import OptimConfig
 from sparse_update.weights.subset import SubsetConfig
@@ -52,6 +53,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     growth: GrowthConfig = field(default_factory=GrowthConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         if self.resume not in RESUME:
@@ -91,6 +93,7 @@ class TrainConfig:
 
 MAY_DIFFER = {"run", "resume", "progress", "idle_s", "zeus", "model.vocab_size", "trainer.component_times"}
 MAY_DIFFER |= {"trainer.checkpoint_every_s"}
+MAY_DIFFER |= {f"mesh.{name}" for name in ("name", "kind", "processes", "tensor", "backend", "timeout_s")}
 """Settings that do not make another run: a resumed one may have others."""
 
 

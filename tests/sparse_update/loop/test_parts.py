@@ -12,9 +12,7 @@ import torch.nn.functional as F
 from sparse_update.clock.cost import ComponentTimes, identity
 from sparse_update.data.corpus import DataConfig, load_corpus, val_windows
 from sparse_update.data.stream import WindowStream
-from sparse_update.gates.gate import part
 from sparse_update.loop.assembly import Arm, Place, Prices, Text, make_trainer
-from sparse_update.loop.checkpoint import CheckpointError
 from sparse_update.loop.interrupt import Interruption
 from sparse_update.loop.recorder import Listeners
 from sparse_update.loop.records import TrainerConfig
@@ -176,6 +174,9 @@ class Pair(Mesh):
         for gradient, (a, b) in zip(mine, pairs, strict=True):
             gradient.copy_((a + b) / 2)
 
+    def gather(self, part):
+        return torch.cat(self._both("gather", part.clone()))
+
     def sum(self, value):
         return sum(self._both("sum", value))
 
@@ -186,27 +187,9 @@ class Pair(Mesh):
         self._both("wait", None)
 
 
-class Half(WindowStream):
-    """Every other four windows of a stream: those of one rank."""
-
-    def __init__(self, corpus, rank):
-        super().__init__(corpus, 16, seed=0)
-        self.rank = rank
-
-    @property
-    def read_windows(self):
-        return self.position // 2
-
-    def take(self, n):
-        return part(super().take(2 * n), slice(self.rank * n, (self.rank + 1) * n))
-
-
 def two_ranks(corpus, folder, subset=None):
     barrier, slots = threading.Barrier(2, timeout=60), [None, None]
-    built = [
-        build(corpus, folder / f"rank{rank}", subset, stream=Half(corpus, rank), mesh=Pair(rank, slots, barrier))
-        for rank in (0, 1)
-    ]
+    built = [build(corpus, folder / f"rank{rank}", subset, windows=8, mesh=Pair(rank, slots, barrier)) for rank in (0, 1)]
     results: list = [None, None]
 
     def run(rank):
@@ -280,12 +263,7 @@ def test_what_one_rank_sees_all_act_on(corpus, tmp_path, monkeypatch):
 
 
 def test_what_several_processes_cannot_do_is_refused(corpus, tmp_path):
-    alone, _ = build(corpus, tmp_path)
-    alone.run()
     pair = Pair(0, [None, None], threading.Barrier(1))
-    trainer, _ = build(corpus, tmp_path, mesh=pair)
-    with pytest.raises(CheckpointError, match="2 processes cannot resume"):
-        trainer.resume(tmp_path / "checkpoint")
     signs = SubsetConfig(kind="blocks", active_fraction=0.5, block_rows=4, inactive="sign8")
     with pytest.raises(ValueError, match="signs have no mean"):
         build(corpus, tmp_path, signs, mesh=pair)
