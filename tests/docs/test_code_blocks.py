@@ -123,6 +123,8 @@ def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             composed(command, rest, monkeypatch)
         case ["python", "-m", module, *rest] if module.removeprefix("experiments.") in HYDRA:
             composed(module.removeprefix("experiments."), rest, monkeypatch)
+        case ["torchrun", *rest] if "-m" in rest:
+            understood(["python", *rest[rest.index("-m") :]], monkeypatch)
         case ["spikegate", *rest]:
             parsed("experiments.cli", rest)
         case ["python", "-m", module, *rest] if module.split(".")[0] in ("experiments", "neuro", "hardware"):

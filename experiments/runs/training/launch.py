@@ -53,7 +53,7 @@ def launched(cfg: TrainConfig, expected: tuple[type[Exception], ...]) -> dict[st
             monitor_interval=0.1,
         )
         try:
-            elastic_launch(config, sys.executable)("-m", "experiments.runs.training.launch", str(place))
+            elastic_launch(config, sys.executable)("-m", "experiments.runs.training.worker", str(place))
         except ChildFailedError as failure:
             raise _told(place, failure, expected) from None
         return _read(place / OUTCOME.format(rank=0))["document"]
@@ -93,13 +93,3 @@ def work(place: Path, train: Callable[[TrainConfig], Mapping[str, Any]]) -> int:
         return 1
     outcome.write_text(json.dumps({"document": plain(document)}))
     return 0
-
-
-def main() -> int:
-    from experiments.train import train
-
-    return work(Path(sys.argv[1]), train)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
