@@ -73,6 +73,7 @@ THIRD_PARTIES = {
     "pytorch_lightning": ("sparse_update/library/callbacks.py",),
     "peft": ("sparse_update/weights/lowrank.py",),
     "galore_torch": ("sparse_update/weights/lowrank.py",),
+    "reasoning_gym": ("sparse_update/tasks/gym.py",),
     "lava": (WORKER,),
     "xylosim": ("neuro/simulators/xylo/worker.py",),
     "akida": ("neuro/simulators/akida/worker.py",),
