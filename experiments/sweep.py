@@ -23,8 +23,9 @@ from experiments.runs.hydra_app import EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTE
 from experiments.runs.lock import exclusive
 from experiments.runs.output import add_json_argument, entry, finish
 from experiments.runs.plain_json import write_json
+from experiments.runs.sweeps.launching import LAUNCHERS, Launcher, launcher
 from experiments.runs.sweeps.plan import Job, Sweep, finished, settle
-from experiments.runs.sweeps.reading import SweepError, find_sweep, read_sweep, seeds_of
+from experiments.runs.sweeps.reading import SweepError, cluster_settings, find_sweep, read_sweep, seeds_of
 from experiments.runs.sweeps.runner import TRAIN, Runner, say
 from experiments.runs.sweeps.shipped import shipped
 
@@ -39,21 +40,23 @@ def sweep(
     compare: bool = True,
     command: Sequence[str] = TRAIN,
     conclude: Conclusion | None = None,
+    launcher: Launcher | None = None,
 ) -> int:
     """Run a sweep in `plan.folder`, which no other process may use meanwhile. `conclude`: what is made of the runs in the
-    end; None compares them, where `compare` says so.
+    end; None compares them, where `compare` says so. `launcher`: how runs are started; None takes processes of this one.
 
     Returns the exit code: 0; 130 when stopped; 1 when a run is missing in the end, which is named with its reason.
     Raises ConfigError for a folder that another sweep uses, RunError for a finished run that had other settings.
     """
     with exclusive(plan.folder, "sweep"):
-        runner = Runner(plan.folder, jobs, threads, command)
+        runner = Runner(plan.folder, jobs, threads, command, launcher)
         before = {name: signal.signal(name, runner.stop) for name in (signal.SIGINT, signal.SIGTERM)}
         try:
             plan, wanted, missing = _run(plan, runner)
         finally:
             for name, handler in before.items():
                 signal.signal(name, handler)
+            runner.launcher.close()
         if runner.stopped:
             say("stopped; the same command goes on from here")
             finish({"status": "interrupted", "folder": str(plan.folder), "failed": runner.failed}, "sweep")
@@ -124,6 +127,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", default="", help="other seeds than the file's, e.g. 0,1")
     parser.add_argument("--tokens", type=int, default=0, help="another dense budget, tokens of plain training")
     parser.add_argument("--folder", default="", help="another folder than the file's")
+    parser.add_argument("--launcher", default="processes", help=f"how runs are started: {', '.join(LAUNCHERS)} (processes)")
+    parser.add_argument(
+        "--cluster-set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a parameter of submitit's, e.g. slurm_partition=gpu, timeout_min=120, cluster=local; may be repeated",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the runs and stop")
     add_json_argument(parser)
     given = parser.parse_args(argv)
@@ -145,7 +156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.dry_run:
             return _dry_run(plan)
         threads = given.threads or max(1, (os.cpu_count() or 1) // given.jobs)
-        return sweep(plan, given.jobs, threads)
+        how = launcher(given.launcher, plan.folder, given.jobs, cluster_settings(given.cluster_set))
+        return sweep(plan, given.jobs, threads, launcher=how)
     except (SweepError, RunError, ConfigError) as error:
         say(f"sweep: {error}")
         return EXIT_CONFIG

@@ -37,6 +37,8 @@ THIRD_PARTIES = {
     "scipy": ("experiments/", WORKER),
     "yaml": ("hardware/", "experiments/"),
     "sklearn": ("experiments/studies/digits.py", "experiments/samples/pictures.py"),
+    "joblib": ("experiments/runs/sweeps/joblib_pool.py",),
+    "submitit": ("experiments/runs/sweeps/cluster.py",),
     "rich": ("experiments/",),
     "argcomplete": ("experiments/commands/completion.py",),
     "matplotlib": ("experiments/",),
@@ -251,6 +253,8 @@ HEAVY = (
     "pytorch_lightning",
     "peft",
     "sklearn",
+    "joblib",
+    "submitit",
     "nir",
     "lava",
 )

@@ -118,3 +118,20 @@ def seeds_of(text: str) -> tuple[int, ...]:
         return tuple(int(seed) for seed in text.split(","))
     except ValueError:
         raise SweepError(f"--seeds {text}: whole numbers with commas between them, e.g. 0,1,2") from None
+
+
+def cluster_settings(words: Sequence[str]) -> dict[str, str]:
+    """KEY=VALUE words as a mapping.
+
+    Raises:
+        SweepError: a word without a key or an equals sign, or a key that is given twice.
+    """
+    found: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key.isidentifier():
+            raise SweepError(f"--cluster-set {short(word)}: KEY=VALUE is needed, e.g. slurm_partition=gpu")
+        if key in found:
+            raise SweepError(f"--cluster-set {short(key)} is given twice")
+        found[key] = value
+    return found

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.runs.folder import read_json
 from experiments.runs.hydra_app import setting
 from experiments.runs.progress import Jobs
+from experiments.runs.sweeps.launching import Launcher, Processes, Started, in_use
 from experiments.runs.sweeps.plan import Job, finished
+from experiments.runs.sweeps.task import Task
 from hardware.text import short
 
 CHECKPOINT_WAIT_S = 120.0
 POLL_S = 0.2
 LOG_TAIL = 12
+RETRIES = 2
 TRAIN = (sys.executable, "-m", "experiments.train")
 MEASURED = "trainer.component_times=measured"
 """A setting of a sweep: one table of component times is measured by its first run and shared by all."""
@@ -28,15 +30,26 @@ class Runner:
     """Runs jobs in up to `jobs` processes of `threads` threads each. Stops cleanly on Ctrl-C and SIGTERM.
 
     `command` is what takes a job's words; `resume=auto` is among them, so that what failed or broke off is taken up again.
-    `failed` maps a run's name to the reason, in a line.
+    `failed` maps a run's name to the reason, in a line. A run that a signal ended, or whose worker went away, is started
+    again, :data:`RETRIES` times at most. A run whose folder another process holds is waited for.
     """
 
-    def __init__(self, folder: Path, jobs: int, threads: int, command: Sequence[str] = TRAIN) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        jobs: int,
+        threads: int,
+        command: Sequence[str] = TRAIN,
+        launcher: Launcher | None = None,
+    ) -> None:
         self.command = tuple(command)
         self.folder, self.jobs, self.threads = folder, jobs, threads
+        self.launcher = launcher or Processes()
         self.stopped = False
         self.failed: dict[str, str] = {}
-        self._running: dict[str, tuple[Job, subprocess.Popen[bytes], float]] = {}
+        self._running: dict[str, tuple[Job, Started, float]] = {}
+        self._lost: Counter[str] = Counter()
+        self._waited_for: set[str] = set()
 
     def run(self, jobs: Sequence[Job], title: str) -> bool:
         """All of `jobs`, finished ones skipped; False when stopped. A failed run is named and does not stop the others."""
@@ -55,22 +68,46 @@ class Runner:
         while (waiting or self._running) and not self.stopped:
             # the first run measures the shared table, where one is asked for, with the machine to itself
             alone = bool(waiting) and MEASURED in waiting[0].words and not self.table.exists()
-            while waiting and len(self._running) < (1 if alone else self.jobs):
-                self._start(waiting.pop(0))
+            for job in list(waiting):
+                if len(self._running) >= (1 if alone else self.jobs):
+                    break
+                if not self._free(job):
+                    continue
+                waiting.remove(job)
+                if finished(job.folder(self.folder)):  # by the process that was waited for
+                    done += 1
+                    self._report(job, 0, 0.0, f"[{title} {done}/{total}]")
+                else:
+                    self._start(job)
             shown.at(done, self._running)
             time.sleep(POLL_S)
-            for name, (job, process, since) in list(self._running.items()):
-                code = process.poll()
+            for name, (job, started, since) in list(self._running.items()):
+                code = started.poll()
                 if code is None:
                     continue
                 del self._running[name]
                 if self.stopped:
                     break
+                if code < 0 and not finished(job.folder(self.folder)) and self._lost[name] < RETRIES:
+                    self._lost[name] += 1
+                    say(f"{name}: ended by {_signal(code)}; it is started again ({self._lost[name]} of {RETRIES})")
+                    waiting.append(job)
+                    continue
                 done += 1
                 spent = time.perf_counter() - start
                 left = spent / done * (total - done)
                 self._report(job, code, time.perf_counter() - since, f"[{title} {done}/{total}, {left / 60:.0f} min to go]")
         shown.at(done, self._running)
+
+    def _free(self, job: Job) -> bool:
+        """Whether no other process holds the run's folder; said once where one does."""
+        run = job.folder(self.folder)
+        if not in_use(run):
+            return True
+        if job.name not in self._waited_for:
+            self._waited_for.add(job.name)
+            say(f"{job.name}: another process trains in {run}; waiting for it")
+        return False
 
     @property
     def table(self) -> Path:
@@ -78,11 +115,8 @@ class Runner:
         return self.folder / "component_times.json"
 
     def stop(self, number: int, frame: object) -> None:
-        """Signal handler: pass the interruption on; the runs write their checkpoints."""
+        """Signal handler: the interruption is passed on, and the runs write their checkpoints."""
         self.stopped = True
-        for _, process, _ in self._running.values():
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
 
     def _start(self, job: Job) -> None:
         run = job.folder(self.folder)
@@ -92,16 +126,13 @@ class Runner:
         words += [f"trainer.threads={self.threads}", "progress=false", "resume=auto"]
         log = self.folder / "logs" / f"{job.name.replace('/', '-')}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
-        with log.open("ab") as out:
-            process = subprocess.Popen(
-                [*self.command, *words],
-                stdout=subprocess.DEVNULL,
-                stderr=out,
-                env=environment,
-                start_new_session=True,  # a terminal's Ctrl-C reaches the sweep alone, which passes it on once
-            )
-        self._running[job.name] = (job, process, time.perf_counter())
+        task = Task(
+            command=(*self.command, *words),
+            log=str(log.absolute()),
+            code=str(log.with_suffix(".code").absolute()),
+            environment={"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)},
+        )
+        self._running[job.name] = (job, self.launcher.start(job.name, task), time.perf_counter())
 
     def _report(self, job: Job, code: int, seconds: float, head: str) -> None:
         run = job.folder(self.folder)
@@ -118,15 +149,27 @@ class Runner:
             say(f"    {line}")
 
     def _wait(self) -> None:
+        """Pass the interruption on and wait until no run goes on or holds its folder; what takes too long is ended."""
+        for _, started, _ in self._running.values():
+            started.interrupt()
         deadline = time.perf_counter() + CHECKPOINT_WAIT_S
-        for name, (_, process, _) in self._running.items():
-            try:
-                process.wait(max(0.1, deadline - time.perf_counter()))
-            except subprocess.TimeoutExpired:
-                say(f"{name} did not stop within {CHECKPOINT_WAIT_S:.0f} s: ending it; it goes on from its last checkpoint")
-                process.kill()
-                process.wait()
+        for name, (job, started, _) in self._running.items():
+            run = job.folder(self.folder)
+            while started.poll() is None or in_use(run):
+                if time.perf_counter() > deadline:
+                    say(f"{name} did not stop within {CHECKPOINT_WAIT_S:.0f} s: ending it; it has its last checkpoint")
+                    started.end()
+                    break
+                time.sleep(POLL_S / 4)
         self._running.clear()
+
+
+def _signal(code: int) -> str:
+    """The name of the signal that a negative exit code stands for."""
+    try:
+        return f"{signal.Signals(-code).name} or the loss of its worker"
+    except ValueError:
+        return f"exit code {code}"
 
 
 def _reason(run: Path, tail: Sequence[str]) -> str:
