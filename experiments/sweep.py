@@ -23,11 +23,12 @@ from experiments.runs.hydra_app import EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTE
 from experiments.runs.lock import exclusive
 from experiments.runs.output import add_json_argument, entry, finish
 from experiments.runs.plain_json import write_json
-from experiments.runs.sweeps.launching import LAUNCHERS, Launcher, launcher
+from experiments.runs.sweeps.launching import LAUNCHERS, launcher
 from experiments.runs.sweeps.plan import Job, Sweep, finished, settle
 from experiments.runs.sweeps.reading import SweepError, cluster_settings, find_sweep, read_sweep, seeds_of
 from experiments.runs.sweeps.runner import TRAIN, Runner, say
 from experiments.runs.sweeps.shipped import shipped
+from experiments.runs.sweeps.task import Launcher
 
 Conclusion = Callable[[Sweep, Sequence[Job], dict[str, str]], int]
 """The plan, its runs, name -> reason of what is missing -> the exit code."""

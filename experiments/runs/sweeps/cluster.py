@@ -14,9 +14,8 @@ from typing import Any
 import submitit
 from submitit.helpers import DelayedSubmission
 
-from experiments.runs.sweeps.launching import Started
 from experiments.runs.sweeps.reading import SweepError
-from experiments.runs.sweeps.task import LOST, Task, Tied
+from experiments.runs.sweeps.task import LOST, Started, Task, Tied
 from hardware.text import short
 
 TIMEOUT_MIN = 24 * 60

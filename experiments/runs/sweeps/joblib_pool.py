@@ -7,8 +7,7 @@ from typing import Any
 
 from joblib.externals.loky import get_reusable_executor
 
-from experiments.runs.sweeps.launching import Started
-from experiments.runs.sweeps.task import LOST, Task
+from experiments.runs.sweeps.task import LOST, Started, Task
 
 
 class Pool:

@@ -8,35 +8,13 @@ import signal
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 from experiments.runs.lock import LOCK
 from experiments.runs.sweeps.reading import SweepError
-from experiments.runs.sweeps.task import Task
+from experiments.runs.sweeps.task import Launcher, Started, Task
 from hardware.text import short
 
 LAUNCHERS = ("processes", "joblib", "submitit")
-
-
-class Started(Protocol):
-    """A run that was started."""
-
-    def poll(self) -> int | None:
-        """Its exit code; None while it goes on, negative where a signal or the loss of its worker ended it."""
-
-    def interrupt(self) -> None:
-        """Ask it to write a checkpoint and end."""
-
-    def end(self) -> None:
-        """End it at once."""
-
-
-class Launcher(Protocol):
-    """Starts tasks. `close` gives back what it holds."""
-
-    def start(self, name: str, task: Task) -> Started: ...
-
-    def close(self) -> None: ...
 
 
 class Processes:

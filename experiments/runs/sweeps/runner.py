@@ -12,9 +12,9 @@ from pathlib import Path
 from experiments.runs.folder import read_json
 from experiments.runs.hydra_app import setting
 from experiments.runs.progress import Jobs
-from experiments.runs.sweeps.launching import Launcher, Processes, Started, in_use
+from experiments.runs.sweeps.launching import Processes, in_use
 from experiments.runs.sweeps.plan import Job, finished
-from experiments.runs.sweeps.task import Task
+from experiments.runs.sweeps.task import Launcher, Started, Task
 from hardware.text import short
 
 CHECKPOINT_WAIT_S = 120.0

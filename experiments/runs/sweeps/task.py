@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 LOST = -int(signal.SIGKILL)
 """The exit code of a run whose worker or supervisor went away without leaving one."""
@@ -97,6 +97,27 @@ class Task:
             return int(Path(self.code).read_text(encoding="ascii"))
         except (OSError, ValueError):
             return None
+
+
+class Started(Protocol):
+    """A run that was started."""
+
+    def poll(self) -> int | None:
+        """Its exit code; None while it goes on, negative where a signal or the loss of its worker ended it."""
+
+    def interrupt(self) -> None:
+        """Ask it to write a checkpoint and end."""
+
+    def end(self) -> None:
+        """End it at once."""
+
+
+class Launcher(Protocol):
+    """Starts tasks. `close` gives back what it holds."""
+
+    def start(self, name: str, task: Task) -> Started: ...
+
+    def close(self) -> None: ...
 
 
 def main(argv: Sequence[str]) -> NoReturn:
