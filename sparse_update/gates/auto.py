@@ -88,7 +88,7 @@ class AutoGate(Gate):
         super().__init__(replace(cfg, signal=signal), stream, context)
         if self.signal is None or self.signal.needs != "tokens":
             raise ValueError(f"gate.signal = {cfg.signal!r}: unit auto needs a signal that is asked before the forward")
-        self.controller = Controller(auto or AutoConfig(upper=signal != "novelty"))
+        self.controller = Controller(auto or AutoConfig(lower=signal == "novelty", upper=signal != "novelty"))
         self.trials = Trials(again or AgainConfig(), context, self._judged)
         self.containment = self._containment()
         self.queue: MarkedBatch | None = None
@@ -182,8 +182,10 @@ class AutoGate(Gate):
         self.last_score_N = score_N
         rank_N = score_N.argsort(stable=True).argsort()
         stratum_N = (rank_N * self.controller.cfg.strata) // size
-        worth_N = score_N.cpu() >= self.controller.cfg.seen * score_N.median().cpu()
-        pool = replace(pool, stratum_B=stratum_N, new_B=pool.new_B & worth_N)
+        new_N = pool.new_B
+        if self.controller.cfg.lower:
+            new_N = new_N & (score_N.cpu() >= self.controller.cfg.seen * score_N.median().cpu())
+        pool = replace(pool, stratum_B=stratum_N, new_B=new_N)
         if self.controller.state != "on":
             self.queue = joined(self.queue, pool)
             return
@@ -223,7 +225,8 @@ class AutoGate(Gate):
         whole = {name: (_windows(a, size), _windows(g, size)) for name, (a, g) in found.items()}
         self.uses[at_depth(OBSERVE, self.context.depth)] += size
         self.scoring_flops += sum(2 * a.shape[0] * a.shape[1] * a.shape[2] * g.shape[2] for a, g in whole.values())
-        self.controller.add(batch.stratum_B, agreement(whole), progress, self._price(), batch.new_B)
+        new_B = batch.new_B if self.controller.cfg.lower else None
+        self.controller.add(batch.stratum_B, agreement(whole), progress, self._price(), new_B)
 
     def _price(self) -> float:
         """Scoring a window over training on it: dearer where the model has few of its blocks."""

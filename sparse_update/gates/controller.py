@@ -21,13 +21,15 @@ class AutoConfig:
     """Ranks of the score within a pool are cut into as many equal parts."""
     phases: tuple[float, ...] = (0.015, 0.06, 0.2, 0.45)
     """Shares of the budget at which it looks, while it is off."""
-    quotas: tuple[float, ...] = (0.022, 0.028, 0.034, 0.04)
-    """Largest share of the run's steps that may have been observed by the end of each phase, while it is off."""
+    quotas: tuple[float, ...] = (0.045, 0.07, 0.095, 0.12)
+    """Largest share of the run's steps that may have been observed by the end of each phase, while it is off. An observed
+    step costs 7 % more than a plain one at size tiny, so all of them cost 0.8 % of a run. At a third of it no band was
+    significant on two texts that nobody had tuned to (LOG, 2026-11-30)."""
     observe_every: int = 1
     """Steps between observed ones in a phase."""
     least: int = 12
     """Observed steps before anything is decided."""
-    remember: int = 40
+    remember: int = 80
     """Observed steps that count, the latest."""
     worth: float = 0.5
     """A stratum is dropped where it is worth less than this share of what is kept. Break-even is 1, but what a window does
@@ -39,11 +41,18 @@ class AutoConfig:
     """Windows whose score lies below this share of their pool's median count as worth nothing: exact repeats scored 0.1 to
     0.45 of it, under 1 % of other text below 0.5. A gradient cannot tell: a repeat's agrees with the others' as well as a
     new window's. Without this rule the band of noisy text was not significant at 1.2 M tokens (LOG, 2026-11-30)."""
+    lower: bool = False
+    """Whether the least surprising ranks may go. What they do for windows unlike themselves is little where text is full of
+    boilerplate, but that boilerplate comes again in any other text of the kind: without the least surprising tenth, French
+    manual pages ended 0.15 nats higher (LOG, 2026-11-30). Whether text that comes again is worth its steps is for the
+    trials to say (`again.py`). Where the score is novelty against known text, they are what is known."""
     upper: bool = True
     """Whether the most surprising ranks may go. Not where the score is novelty against known text: they are what it is for,
     and windows unlike them, the known ones, cannot judge them."""
     sigma: float = 3.0
     """Standard errors that a gain must exceed to switch on."""
+    sigma_mean: float = 2.0
+    """Standard errors by which what windows do for each other must exceed nothing, for a ratio of it to say anything."""
     margin: float = 0.04
     """Gain that is left after the price of scoring, to switch on."""
     revise: float = 2.0
@@ -178,7 +187,12 @@ class Controller:
             short = self.cfg.worth * value[0, first:stop].mean() - value[0]  # (S,): above 0 should go
             sums = torch.cat((torch.zeros(1, dtype=torch.float64), short.cumsum(0)))
             found = max(
-                ((a, b) for a in range(strata) for b in range(a + least, strata + 1) if self.cfg.upper or b == strata),
+                (
+                    (a, b)
+                    for a in (range(strata) if self.cfg.lower else (0,))
+                    for b in range(a + least, strata + 1)
+                    if self.cfg.upper or b == strata
+                ),
                 key=lambda band: float(sums[band[0]] - sums[band[1]]),
             )
             if found == (first, stop):
@@ -208,7 +222,7 @@ class Controller:
             return
         mean, error = self.mean_value(best)
         numbers = {"mean": mean, "error": error, "price": price, "net_gain": self._net(best, price)}
-        if mean <= self.cfg.sigma * error:
+        if mean <= self.cfg.sigma_mean * error:
             if last:
                 self._rest(progress, "windows do nothing measurable for each other", **numbers)
         elif not looking:

@@ -106,6 +106,11 @@ def make_trainer(
         ValueError: for settings that do not fit one another, MeshError where the mesh cannot train by them.
         CorpusError: where bags of tokens would read the text twice.
     """
+    if cfg.fast:
+        raise ValueError(
+            "trainer.fast: the choice is made before the model is: loop.fast.choose gives the arm and the settings that it "
+            "stands for"
+        )
     times, device = prices.times, model.embed.weight.device
     _check_table(times, model, arm.optim, cfg)
     check_growth(arm.growth, model.cfg.layers, arm.gate, arm.subset)

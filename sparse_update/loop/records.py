@@ -34,6 +34,9 @@ class TrainerConfig:
     bags: str = ""
     """Token superposition, "2@0.3" or "4@0.2,2@0.4": positions are bags of 4 neighbouring tokens until 0.2 of the budget,
     of 2 until 0.4, then single tokens. A step keeps its number of positions, so it reads 4 times as many windows."""
+    fast: bool = False
+    """Let the run choose growth, short sequences at first and the gate, where they are left at their defaults (`fast.py`);
+    what it chose and why is in its record."""
     init_from: str = ""
     """Run folder or checkpoint whose weights the run starts from (not its optimizer)."""
     precision: str = "auto"

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import yaml
 
 from experiments.comparison.settings import experiment_settings
 from experiments.runs.progress import Bar
-from experiments.runs.training.component_times import clock_record, extended
+from experiments.runs.training.component_times import clock_record, extended, say
 from experiments.runs.training.config import TrainConfig
 from experiments.runs.training.record import document, scalars, split
 from experiments.views.hparam_rows import run_row
@@ -32,6 +32,7 @@ from sparse_update.gates.again import AgainConfig
 from sparse_update.loop.assembly import Arm, Place, Prices, Text, make_trainer
 from sparse_update.loop.checkpoint import load_checkpoint
 from sparse_update.loop.evaluation import start_from
+from sparse_update.loop.fast import Choice, choose
 from sparse_update.loop.recorder import Listeners
 from sparse_update.loop.records import StepReport
 from sparse_update.parallel.mesh import Mesh
@@ -55,6 +56,7 @@ def run_arm(
     """
     torch.manual_seed(cfg.seed)
     resolved = asdict(cfg)
+    cfg, choices = settled(cfg, times, mesh)
     cfg.model.attention = times.attention if cfg.model.attention == "auto" else cfg.model.attention
     model = Transformer(cfg.model).to(device)
     if cfg.trainer.init_from and not goes_on:
@@ -125,6 +127,7 @@ def run_arm(
         with Meter(idle=idle) as meter, ZeusCheck() if cfg.zeus else nullcontext() as check:
             result = trainer.run()
         found = document(cfg, corpus, model, result, meter.readings, device, windows, bits_per_nat, goes_on)
+        found["fast"] = [choice.record() for choice in choices]
         found |= {"clock": clock_record(trainer.budget.clock.times), "notes": trainer.budget.clock.times.warnings}
         found["energy_check"] = [] if check is None else compare_all(meter.readings, check.readings)
         if result.finished:
@@ -135,6 +138,18 @@ def run_arm(
             row = run_row(cfg.stream_name, cfg.arm_name, cfg.seed, str(cfg.folder), experiment_settings(resolved))
             tracker.hparams(row, hparam_metrics(found))
     return found
+
+
+def settled(cfg: TrainConfig, times: ComponentTimes, mesh: Mesh = ALONE) -> tuple[TrainConfig, list[Choice]]:
+    """The settings that `trainer.fast` stands for in this run, and what was decided; `cfg` itself where nobody asks for it.
+    The arm keeps its name."""
+    if not cfg.trainer.fast:
+        return cfg, []
+    arm = Arm(cfg.gate, cfg.subset, cfg.optim, cfg.growth)
+    arm, trainer, choices = choose(arm, cfg.trainer, cfg.model, times.dense_ms / 1000, bool(cfg.init), mesh.size)
+    for choice in choices if mesh.first else ():
+        say(cfg, f"fast: {choice.part} {choice.chosen}: {choice.why}")
+    return replace(cfg, arm=cfg.arm_name, gate=arm.gate, growth=arm.growth, optim=arm.optim, trainer=trainer), choices
 
 
 def bar(cfg: TrainConfig, mesh: Mesh = ALONE) -> Bar:

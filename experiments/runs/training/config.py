@@ -78,6 +78,12 @@ class TrainConfig:
     def arm_name(self) -> str:
         if self.arm:
             return self.arm
+        if self.trainer.fast:
+            return "fast" if self.gate.unit == "none" and self.growth.kind == "none" else f"{self._arm}+fast"
+        return self._arm
+
+    @property
+    def _arm(self) -> str:
         more = [self.subset.name] * (self.subset.kind != "all") + [self.growth.name] * (self.growth.kind != "none")
         mask = self.optim.mask
         more += [mask.kind if mask.name == "none" else mask.name] * (mask.kind != "none") + ["bags"] * bool(
