@@ -18,10 +18,11 @@ from sparse_update.loop.assembly import Arm
 from sparse_update.loop.records import TrainerConfig
 from sparse_update.transformer import ModelConfig, Transformer
 
-GROWS_BELOW = 8.0
-"""Tokens of plain training for each parameter that the budget buys, below which the model starts with one block."""
-GROWS_UNTIL = 0.6
-LENGTHS = ((0.2, 4), (0.5, 2))
+GROWS_BELOW = 3.5
+"""Tokens of plain training for each parameter that the budget buys, below which the model starts with one block. At 2.8 it
+ended 0.038 nats below plain training (three seeds), at 6.6 it ended 0.022 to 0.037 above (one seed)."""
+GROWS_UNTIL = 0.8
+LENGTHS = ((0.15, 4), (0.4, 2))
 """(share of the budget, part of the context that a sequence has until then)"""
 SHORTEST = 16
 """Tokens of the shortest sequence that is chosen."""
@@ -101,12 +102,14 @@ def _growth(arm: Arm, model: ModelConfig, numbers: dict[str, float], blocked: st
         return no("the model has one block or none")
     if ratio >= GROWS_BELOW:
         return no(f"the budget buys {ratio:.1f} tokens for each parameter; growing was ahead below {GROWS_BELOW:g}")
+    optim = replace(arm.optim, schedule="wsd") if arm.optim.schedule == "cosine" else arm.optim
     growth = GrowthConfig(name="depth", kind="depth", start_layers=1, until=GROWS_UNTIL)
     why = (
         f"the budget buys {ratio:.1f} tokens for each parameter, below {GROWS_BELOW:g}: a smaller model is the better "
         "one for most of it, and may be for all of it"
     )
-    return replace(arm, growth=growth), Choice(name, f"one block until {GROWS_UNTIL:g} of the budget", why, numbers)
+    chosen = f"one block until {GROWS_UNTIL:g} of the budget, optim.schedule = {optim.schedule}"
+    return replace(arm, growth=growth, optim=optim), Choice(name, chosen, why, numbers)
 
 
 def _lengths(cfg: TrainerConfig, model: ModelConfig, blocked: str) -> tuple[TrainerConfig, Choice]:

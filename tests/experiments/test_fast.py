@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from sparse_update.loop.fast import GROWS_UNTIL
+from sparse_update.loop.fast import GROWS_BELOW, GROWS_UNTIL
 from tests.experiments.console import spikegate
 
 SMALL = [
@@ -32,9 +32,9 @@ def test_fast_is_the_run_of_what_it_chose(text, tmp_path):
     found = json.loads((tmp_path / "fast/result.json").read_text())
     chosen = {choice["part"]: choice for choice in found["fast"]}
     assert found["arm"] == "fast"
-    assert chosen["growth"]["tokens_per_parameter"] < 8
+    assert chosen["growth"]["tokens_per_parameter"] < GROWS_BELOW
     schedule = chosen["length_schedule"]["chosen"]
-    words = ["gate.name=auto", "gate.unit=auto", "growth=depth", f"growth.until={GROWS_UNTIL}"]
+    words = ["gate.name=auto", "gate.unit=auto", "growth=depth", "optim.schedule=wsd", f"growth.until={GROWS_UNTIL}"]
     words += [f"trainer.length_schedule='{schedule}'"] if schedule != "none" else []
     spikegate("train", *SMALL, f"data.path={text}", *words, "run=by_hand", cwd=tmp_path)
     by_hand = json.loads((tmp_path / "by_hand/result.json").read_text())

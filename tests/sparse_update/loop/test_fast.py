@@ -46,9 +46,10 @@ def test_the_model_grows_below_the_bound_and_nowhere_else(ratio):
     assert numbers["tokens_per_parameter"] == pytest.approx(ratio)
     assert numbers["tokens"] / numbers["parameters"] == pytest.approx(ratio)
     if ratio < 0.999 * GROWS_BELOW:
+        assert arm.optim.schedule == "wsd"
         assert (arm.growth.kind, arm.growth.start_layers, arm.growth.until) == ("depth", 1, GROWS_UNTIL)
     elif ratio > 1.001 * GROWS_BELOW:
-        assert arm.growth == GrowthConfig()
+        assert (arm.growth, arm.optim) == (GrowthConfig(), OptimConfig())
         assert f"{GROWS_BELOW:g}" in numbers["why"]
     assert arm.gate.unit == "auto"
     check_growth(arm.growth, MODEL.layers, arm.gate, arm.subset)
