@@ -1,6 +1,6 @@
 """`spikegate bench clock`: measures what a shipped table of component times is made of.
 
-It times every kind of step and every kind of scoring at several sizes and batches, in turn, round after round, in
+It times every kind of step and every kind of scoring at several sizes and batches, in turn (`hardware.meters.ratios`), in
 CPU seconds of one thread: time that other processes take is not counted. `bench clock_fit` finds the price of each counted
 unit of work (`sparse_update/clock/work.py`) and a factor for each kind of sparse step, and prints predicted over measured.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import platform
 import statistics
 import sys
@@ -27,6 +26,7 @@ import torch
 
 from experiments.benches.gate import load_model
 from experiments.runs.output import add_json_argument, entry, finish
+from hardware.meters.ratios import InTurn, Until
 from sparse_update.clock.cost import Step
 from sparse_update.clock.timing import Setting, step_probe
 from sparse_update.data.dedup import METHODS, flops_per_token, is_new, keys_of
@@ -45,10 +45,8 @@ from sparse_update.weights.subset import Active, Subset, SubsetConfig
 CPU = torch.device("cpu")
 ROUNDS = (7, 60)
 """Fewest and most rounds of one setting."""
-CLOSE = 0.03
-"""Half-width of the 95 % interval of a ratio at which a setting is done."""
 BESIDE = 4
-"""Steps between two plain ones: a step is held against the plain steps before and after it."""
+"""Steps that share one measurement of the plain one."""
 SETTINGS = (
     ("tiny", 256, 8, "all"),
     ("small", 256, 2, "all"),
@@ -144,40 +142,17 @@ def cpu_seconds(use: Callable[[], object]) -> float:
 
 def measure_setting(
     cfg: ModelConfig, batch: int, which: str, attention: str, compiled: bool, limit_s: float, say: Callable[[str], None]
-) -> dict[str, dict[str, list[float]]]:
-    """CPU milliseconds of each step and round, and their ratios to the plain steps beside them."""
-    probes: dict[str, Callable[[], object]] = {}
+) -> dict[str, Any]:
+    """CPU milliseconds of each step and round, and its ratio to the plain step: typical, low, high, verdict."""
+    probes: dict[str, Callable[[], float]] = {}
     for timed in steps(cfg, batch, which, attention, compiled):
         setting = Setting(cfg, timed.optim, CPU, attention, "fp32", compiled, timed.variant)
-        probes[timed.name] = step_probe(setting, timed.step, timed.name)
-    names = list(probes)
-    order = [name for i in range(1, len(names), BESIDE) for name in ("plain", *names[i : i + BESIDE])] + ["plain"]
-    found: dict[str, list[float]] = {name: [] for name in probes}
-    ratios: dict[str, list[float]] = {name: [] for name in probes}
-    start = time.perf_counter()
-    for turn in range(ROUNDS[1] + 2):
-        seconds = [(name, cpu_seconds(probes[name])) for name in order]
-        if turn < 2:
-            continue
-        plain = [i for i, name in enumerate(order) if name == "plain"]
-        for i, (name, value) in enumerate(seconds):
-            found[name].append(1000 * value)
-            if name != "plain":
-                before, after = max(p for p in plain if p < i), min(p for p in plain if p > i)
-                ratios[name].append(2 * value / (seconds[before][1] + seconds[after][1]))
-        widest = max(half_width(values) for name, values in ratios.items() if name != "plain")
-        say(f"round {turn - 1}: widest interval {widest:.1%}, {time.perf_counter() - start:.0f} s")
-        if turn >= ROUNDS[0] + 1 and (widest < CLOSE or time.perf_counter() - start > limit_s):
-            break
-    return {"ms": found, "ratios": ratios}
-
-
-def half_width(values: Sequence[float]) -> float:
-    """Half of the 95 % interval of a median (McGill et al. 1978), over it; infinite below three values."""
-    if len(values) < 3:
-        return float("inf")
-    low, middle, high = statistics.quantiles(values, n=4)
-    return 1.57 * (high - low) / len(values) ** 0.5 / middle
+        probes[timed.name] = functools.partial(cpu_seconds, step_probe(setting, timed.step, timed.name))
+    until = Until(least_rounds=ROUNDS[0], most_rounds=ROUNDS[1], most_s=limit_s, beside=BESIDE)
+    measured = InTurn(probes, "plain", until, threads=1).run(say)
+    ratios = {name: {**ratio.to_dict(), "typical": ratio.typical} for name, ratio in measured.ratios.items()}
+    ms = {name: [1000 * seconds for seconds in values] for name, values in measured.seconds.items()}
+    return {"ms": ms, "ratios": ratios, "machine": asdict(measured.machine), "rounds": measured.rounds}
 
 
 SCORING: dict[str, tuple[str, dict[str, Any]]] = {
@@ -258,14 +233,15 @@ def measure_all(arguments: argparse.Namespace) -> int:
                 cfg, batch, which, arguments.attention, mode == "compiled", arguments.limit_s,
                 functools.partial(_say, f"{model} {vocab} {batch} {mode}"),
             )  # fmt: skip
-            document["settings"].append({**key, "which": which, **found, "load": os.getloadavg()[0]})
+            document["settings"].append({**key, "which": which, **found})
             arguments.out.write_text(json.dumps(document) + "\n")
             plain = found["ms"]["plain"]
             median = statistics.median(plain)
             print(f"{model} b{batch} v{vocab} {mode}: plain {min(plain):.1f} ms at best, {median:.1f} median")
-            for name, values in found["ratios"].items():
-                if values:
-                    print(f"  {name:<16} {statistics.median(values):>7.3f} +- {half_width(values):.1%}", flush=True)
+            for name, ratio in found["ratios"].items():
+                ends = "" if ratio["low"] is None else f"{ratio['low']:.3f} .. {ratio['high']:.3f}"
+                typical = "noisy" if ratio["median"] is None else f"{ratio['median']:.3f}"
+                print(f"  {name:<16} {typical:>7} {ends}", flush=True)
     finish({"settings": len(document["settings"]), "torch": document["torch"]}, "bench-clock", file=arguments.out)
     return 0
 

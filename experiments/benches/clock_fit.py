@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from experiments.benches.clock import Timed, half_width, steps
+from experiments.benches.clock import Timed, steps
 from experiments.benches.gate import load_model
 from experiments.runs.output import add_json_argument, entry, finish
 from experiments.runs.plain_json import write_json
@@ -64,9 +64,22 @@ def read_measured(document: Mapping[str, Any]) -> Iterator[Measured]:
         name = f"{setting['model']} b{setting['batch']} v{setting['vocab']}"
         base = float(np.quantile(setting["ms"]["plain"], 0.1))
         for timed in steps(cfg, setting["batch"], setting["which"], setting["attention"], setting["mode"] == "compiled"):
-            values = setting["ratios"].get(timed.name) or [1.0] * 3
-            ratio = statistics.median(values)
-            yield Measured(name, cfg, timed, base * ratio, ratio, half_width(values) if timed.name != "plain" else 0.0)
+            if timed.name == "plain":
+                yield Measured(name, cfg, timed, base, 1.0, 0.0)
+                continue
+            ratio, half = interval_of(setting["ratios"][timed.name], f"{name}, {timed.name}")
+            yield Measured(name, cfg, timed, base * ratio, ratio, half)
+
+
+def interval_of(found: Mapping[str, Any], what: str) -> tuple[float, float]:
+    """A ratio that `bench clock` wrote, and half of its interval as a share of it.
+
+    Raises:
+        ValueError: there were too few rounds for an interval.
+    """
+    if found["low"] is None:
+        raise ValueError(f"{what}: too few rounds for an interval; measure it again with a larger --limit-s")
+    return float(found["typical"]), float(found["high"] - found["low"]) / 2 / float(found["typical"])
 
 
 def fit_prices(measured: Sequence[Measured]) -> dict[str, float]:
@@ -190,10 +203,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         parser.error("give what `bench clock --scoring` wrote, or --extend TABLE")
     rows = [
-        [s["model"], s["vocab"], s["batch"], s["which"], name, round(statistics.median(v), 3), round(half_width(v), 3)]
+        [s["model"], s["vocab"], s["batch"], s["which"], name, *(round(number, 3) for number in interval_of(ratio, name))]
         for s in [*document["settings"], *beside["settings"]]
-        for name, v in s["ratios"].items()
-        if v
+        for name, ratio in s["ratios"].items()
     ]
     table = replace(table, about={**table.about, "check": [*known, *rows]})
     content = {key: value for key, value in vars(table).items() if key != "sha256"}
