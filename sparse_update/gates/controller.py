@@ -51,6 +51,9 @@ class AutoConfig:
     and windows unlike them, the known ones, cannot judge them."""
     sigma: float = 3.0
     """Standard errors that a gain must exceed to switch on."""
+    likely: float = 1.0
+    """Standard errors that a gain must exceed for it to look on beyond the end of a phase, up to the last quota: a band
+    that is found late has cost more than the steps that it takes to settle it."""
     sigma_mean: float = 2.0
     """Standard errors by which what windows do for each other must exceed nothing, for a ratio of it to say anything."""
     margin: float = 0.04
@@ -99,7 +102,7 @@ class Controller:
         self.phase = 0
         self.band = Band(0, cfg.strata)
         self.observed = 0
-        self.allowed = 0
+        self.allowed = self.most = 0
         self.sums = torch.zeros(0, cfg.strata, cfg.strata, dtype=torch.float64)
         """(R, S, S): agreement of windows of one stratum with those of another, summed over pairs"""
         self.counts = torch.zeros(0, cfg.strata, cfg.strata, dtype=torch.float64)
@@ -118,6 +121,7 @@ class Controller:
         self.phase += 1
         total = steps / progress if progress > 0 else 0.0  # steps of the whole run, as it looks now
         self.allowed = int(self.cfg.quotas[self.phase - 1] * total)
+        self.most = int(self.cfg.quotas[-1] * total)
         self.state = "look"
         if self.allowed < self.cfg.least or self.allowed <= self.looked:
             self._rest(progress, "the run is too short to observe")
@@ -229,8 +233,12 @@ class Controller:
             self._revise(best, progress, price, numbers)
         elif numbers["net_gain"] - self.cfg.sigma * best.error > 1 + self.cfg.margin and best.worth <= self.cfg.nothing:
             self._keep(best, progress, "the gain is significant and repays scoring", numbers)
-        elif last:
+        elif last and not (self._promising(best, numbers["net_gain"]) and self.looked < self.most):
             self._rest(progress, "no band pays significantly", **numbers, best=asdict(best))
+
+    def _promising(self, best: Band, net_gain: float) -> bool:
+        """Whether a band that is not significant yet is likely enough to pay for what looking on takes."""
+        return net_gain - self.cfg.likely * best.error > 1 + self.cfg.margin and best.worth <= self.cfg.nothing
 
     def _revise(self, best: Band, progress: float, price: float, numbers: dict[str, float]) -> None:
         held = self.compare(self.band.first, self.band.stop)
@@ -278,7 +286,7 @@ class Controller:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        plain = {key: getattr(self, key) for key in ("state", "phase", "observed", "allowed", "looked")}
+        plain = {key: getattr(self, key) for key in ("state", "phase", "observed", "allowed", "most", "looked")}
         return {
             **plain,
             "band": asdict(self.band),
@@ -290,6 +298,7 @@ class Controller:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for key in ("state", "phase", "observed", "allowed", "looked"):
             setattr(self, key, state[key])
+        self.most = state.get("most", self.allowed)  # of a version that never looked on
         self.band = Band(**state["band"])
         self.sums, self.counts = state["sums"].clone(), state["counts"].clone()
         self.decisions = [dict(record) for record in state["decisions"]]

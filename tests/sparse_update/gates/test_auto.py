@@ -133,6 +133,26 @@ def test_the_most_surprising_ranks_stay_where_they_are_what_is_new():
     assert (low.band.first, low.band.stop) == (5, 16)
 
 
+def test_it_looks_on_while_a_band_is_likely_and_only_up_to_the_last_quota():
+    """Two ranks of 16 do nothing: a gain of 1.14 whose error is too large at first."""
+    along = [0.2] * 14 + [0.0] * 2
+    short = feed(looking(allowed=14), along, 60, noise=0.5)
+    assert (short.state, short.looked) == ("rest", 14)
+    longer = looking(allowed=14)
+    longer.most = 60
+    feed(longer, along, 60, noise=0.5)
+    assert longer.state == "on"
+    assert 14 < longer.decisions[0]["observed"] <= 60
+    bounded = looking(allowed=14, sigma=1e9)
+    bounded.most = 30
+    feed(bounded, along, 60, noise=0.5)
+    assert (bounded.state, bounded.looked) == ("rest", 30)
+    equal = looking(allowed=14)
+    equal.most = 60
+    feed(equal, [0.2] * 16, 60, noise=0.5)
+    assert (equal.state, equal.looked) == ("rest", 14)  # nothing is likely there
+
+
 def test_dear_scoring_is_not_repaid():
     along = [0.45] * 13 + [0.1] * 3
     assert feed(looking(), along, 30, noise=0.05).state == "on"
