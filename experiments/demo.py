@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.runs.folder import RunError, read_json
-from experiments.runs.hydra_app import ConfigError, setting
+from experiments.runs.hydra_app import EXIT_REQUEUE, ConfigError, exit_of, setting, terminating
 from experiments.runs.lock import exclusive
 from experiments.runs.output import FLAG, add_json_argument, asked, entry
 from experiments.runs.plain_json import write_json
@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def demo(folder: Path, seeds: int = 1, budget_reference_s: float | None = None) -> int:
     """Run everything that is not there yet, print the table, and name the command that opens TensorBoard.
 
-    Returns the exit code: 0, 2 for settings that buy nothing, 130 when interrupted, or that of the command that failed.
+    Returns the exit code: 0, 2 for settings that buy nothing, 130 when interrupted, 75 after SIGTERM, or that of the
+    command that failed.
     """
     budget = BUDGET_REFERENCE_S if budget_reference_s is None else budget_reference_s
     if seeds < 1 or not 0 < budget < math.inf:
@@ -68,7 +69,7 @@ def demo(folder: Path, seeds: int = 1, budget_reference_s: float | None = None) 
         )
         return 2
     try:
-        with exclusive(folder, "demo"):
+        with terminating(), exclusive(folder, "demo"):
             return _demo(folder, seeds, budget)
     except ConfigError as error:  # another one is in progress there
         _say(str(error))
@@ -92,11 +93,12 @@ def _demo(folder: Path, seeds: int, budget: float) -> int:
                 _deploy(folder, stream, seed)
         _call(["experiments.compare", setting("folder", folder), *([FLAG] if asked() else [])], show=True)
     except subprocess.CalledProcessError as failed:
-        _say("stopped; the same command goes on from here" if failed.returncode in (130, -2) else f"{failed.cmd[2]} failed")
+        stopped = failed.returncode in (130, EXIT_REQUEUE, -2)
+        _say("stopped; the same command goes on from here" if stopped else f"{failed.cmd[2]} failed")
         return abs(failed.returncode) if failed.returncode != -2 else 130
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
         _say("interrupted; the same command goes on from here")
-        return 130
+        return exit_of(interruption)
     except RunError as error:
         _say(str(error))
         return 1

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.runs.folder import RunError
-from experiments.runs.hydra_app import EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED, ConfigError
+from experiments.runs.hydra_app import EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEUE, ConfigError
 from experiments.runs.lock import exclusive
 from experiments.runs.output import add_json_argument, entry, finish
 from experiments.runs.plain_json import write_json
@@ -46,7 +46,8 @@ def sweep(
     """Run a sweep in `plan.folder`, which no other process may use meanwhile. `conclude`: what is made of the runs in the
     end; None compares them, where `compare` says so. `launcher`: how runs are started; None takes processes of this one.
 
-    Returns the exit code: 0; 130 when stopped; 1 when a run is missing in the end, which is named with its reason.
+    Returns the exit code: 0; 130 when stopped by Ctrl-C, 75 by SIGTERM; 1 when a run is missing in the end, which is
+    named with its reason.
     Raises ConfigError for a folder that another sweep uses, RunError for a finished run that had other settings.
     """
     with exclusive(plan.folder, "sweep"):
@@ -61,7 +62,7 @@ def sweep(
         if runner.stopped:
             say("stopped; the same command goes on from here")
             finish({"status": "interrupted", "folder": str(plan.folder), "failed": runner.failed}, "sweep")
-            return EXIT_INTERRUPTED
+            return EXIT_REQUEUE if runner.stopped_by == signal.SIGTERM else EXIT_INTERRUPTED
         missing |= {job.name: runner.failed[job.name] for job in wanted if job.name in runner.failed}
         return conclude(plan, wanted, missing) if conclude else _conclude(plan, wanted, missing, compare)
 

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from experiments.runs.output import finish
 from experiments.runs.own.run import EXPECTED as EXPECTED_OF_OWN
 from experiments.runs.own.settings import OwnConfig
 from experiments.runs.own.single import train_own
-from experiments.runs.plain_json import write_json
+from experiments.runs.plain_json import write_json, write_text
 from experiments.runs.training.arm import run_arm
 from experiments.runs.training.component_times import component_times
 from experiments.runs.training.config import MAY_DIFFER, TrainConfig, check_size, check_vocabulary, pick_device
@@ -66,8 +66,8 @@ HEADLINE += ["source_keep", "skipped_steps", "params", "corpus"]
 def train(cfg: TrainConfig) -> dict[str, Any]:
     """Run one arm in its folder and return its record, the content of `result.json`.
 
-    A run that is finished already, asked for with `resume`, is not run again: its record is returned. With
-    `mesh.processes` the processes are started here; where torchrun has started them, this is one of them.
+    A run that is finished already is not run again: its record is returned (`claim.begin`). With `mesh.processes` the
+    processes are started here; where torchrun has started them, this is one of them.
     """
     if starts_processes(cfg):
         return launched(cfg, EXPECTED)
@@ -93,8 +93,9 @@ def _on_rank(cfg: TrainConfig, folder: Path, device: torch.device, mesh: Mesh) -
 def _train(cfg: TrainConfig, folder: Path, device: torch.device, goes_on: bool, mesh: Mesh) -> dict[str, Any]:
     record = new_record("train", stream=cfg.stream_name, arm=cfg.arm_name, seed=cfg.seed)
     record["mesh"] = mesh_record(cfg.mesh, mesh, device)
-    if goes_on and (folder / "run.json").exists():
-        record["started"] = read_json(folder / "run.json").get("started", record["started"])
+    if goes_on:
+        with suppress(RunError):
+            record["started"] = read_json(folder / "run.json").get("started", record["started"])
     if not mesh.first:  # what the first one fetches, tokenises and keeps, the others find
         mesh.wait()
     corpus = load_corpus(cfg.data)
@@ -106,7 +107,7 @@ def _train(cfg: TrainConfig, folder: Path, device: torch.device, goes_on: bool, 
     times = ComponentTimes.of(json.loads(mesh.said_by_first(timed)))
     record |= {"component_times_sha256": times.sha256, "component_times": times.source, "corpus_sha256": corpus.sha256}
     if mesh.first:
-        (folder / "config.yaml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False))
+        write_text(folder / "config.yaml", yaml.safe_dump(asdict(cfg), sort_keys=False))
         write_json(folder / "run.json", record)
         times.save(folder / "component_times.json")
     try:
@@ -123,7 +124,7 @@ def _train(cfg: TrainConfig, folder: Path, device: torch.device, goes_on: bool, 
     if result["status"] == "finished":
         write_json(folder / "result.json", result)
     else:
-        again = f"the same command with resume=true goes on from there ({folder})"
+        again = f"the same command goes on from there ({folder})"
         print(f"interrupted at step {result['steps']}; {again}", file=sys.stderr)
     write_json(folder / "run.json", record | {"status": result["status"]})
     return result

@@ -68,7 +68,7 @@ def own_run(folder: Path, tokens: int) -> Path:
         if read_json(run / "run.json").get("status") == "finished":
             say(f"{run} is there already")
             return run
-        raise RunError(f"{run} holds an unfinished run: finish it (spikegate train run={run} resume=true) or remove it")
+        raise RunError(f"{run} holds an unfinished run: finish it (the command that began it goes on with it) or remove it")
     say(f"training {OWN_MODEL} on {tokens:,} tokens into {run}")
     words = [
         "experiment=clean",

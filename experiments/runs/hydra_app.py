@@ -21,6 +21,7 @@ import difflib
 import functools
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,9 @@ from hardware.text import short
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
 EXIT_INTERRUPTED = 130
+EXIT_REQUEUE = 75
+"""After SIGTERM: EX_TEMPFAIL of sysexits.h, "try again later", which no other failure has, so that a scheduler can be told
+to requeue by it (docs/howto/resume.md)."""
 
 # Run folders are ours: Hydra writes nothing into the current folder and leaves logging alone. A sweep's own record
 # (multirun.yaml) goes where nothing collects runs. Whatever the command line says about the same key wins.
@@ -48,6 +52,35 @@ QUIET = {
     "hydra.sweep.dir": "runs/.sweeps/${now:%Y-%m-%d_%H-%M-%S}",
     "hydra.sweep.subdir": ".",
 }
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as an interruption that unwinds what is in progress."""
+
+
+@contextmanager
+def terminating() -> Iterator[None]:
+    """While it is entered, SIGTERM raises Terminated in the main thread; a handler that is there already stays."""
+    try:
+        free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        if free:
+            signal.signal(signal.SIGTERM, _raise_terminated)
+    except ValueError:  # not in the main thread
+        free = False
+    try:
+        yield
+    finally:
+        if free:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _raise_terminated(number: int, frame: object) -> None:
+    raise Terminated
+
+
+def exit_of(interruption: KeyboardInterrupt) -> int:
+    """The exit code of an interruption: 130 after Ctrl-C, 75 after SIGTERM."""
+    return EXIT_REQUEUE if isinstance(interruption, Terminated) else EXIT_INTERRUPTED
 
 
 class ConfigError(ValueError):
@@ -72,7 +105,8 @@ def run_app(
     `tell` prints the document's line, with `experiments.runs.output.finish`, where not all of it matters alike.
     `command` is what the user typed, where that is not NAME; `configs` is the package that holds NAME.yaml.
     Exit codes: 0; 1 the job failed; 2 the configuration is wrong, or names a run that is not there; 130 interrupted, by
-    Ctrl-C or by a job that says so itself (`status` is "interrupted"). SPIKEGATE_TRACEBACK=1 shows tracebacks for all.
+    Ctrl-C or by a job that says so itself (`status` is "interrupted"); 75 after SIGTERM. SPIKEGATE_TRACEBACK=1 shows
+    tracebacks for all.
     Raises whatever `function` raises beyond that.
     """
     return entry(lambda words: _run(name, schema, function, words or (), expected, tell, command or name, configs))(argv)
@@ -114,19 +148,19 @@ def _run(
         else:
             tell(document)
         if document.get("status") == "interrupted":  # what is done is saved: no further job, and the exit code says so
-            raise KeyboardInterrupt
+            raise Terminated if document.get("interrupted_by") == "SIGTERM" else KeyboardInterrupt
 
     verbose = os.environ.get("SPIKEGATE_TRACEBACK") == "1"
     try:
-        with _command_line(command, _with_quiet(given)):
+        with terminating(), _command_line(command, _with_quiet(given)):
             hydra.main(version_base="1.3", config_path=f"pkg://{configs}", config_name=name)(task)()
         if held:
             raise held[0]
     except SystemExit as stop:  # --help and argparse's own complaints
         return stop.code if isinstance(stop.code, int) else EXIT_CONFIG if stop.code else 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
         print(f"{command}: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return exit_of(interruption)
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         if verbose:
             traceback.print_exc()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -49,10 +50,19 @@ def dump_line(document: Any) -> str:
 
 def write_json(path: str | Path, document: Any) -> Path:
     """Write `document` indented; a reader sees the old file or the new one, never half of one."""
+    return write_text(path, json.dumps(plain(document), ensure_ascii=False, allow_nan=False, indent=2) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a text file in one move; a write that fails leaves the old file, and nothing beside it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    text = json.dumps(plain(document), ensure_ascii=False, allow_nan=False, indent=2)
-    beside.write_text(text + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
     return path

@@ -39,7 +39,9 @@ def load_run(folder: Path) -> tuple[Transformer, Corpus, DataConfig, dict[str, A
     if record.get("kind") != "train":
         raise RunError(f"{folder} is a {record.get('kind')} run: name the folder of a training run")
     if record.get("status") != "finished":
-        raise RunError(f"{folder}: the run is {record.get('status')}, not finished: resume it first (resume=true)")
+        raise RunError(
+            f"{folder}: the run is {record.get('status')}, not finished: the command that began it goes on with it"
+        )
     checkpoint = load_checkpoint(folder / "checkpoint")
     if "data" not in checkpoint.meta["config"]:
         raise RunError(

@@ -1,15 +1,15 @@
 """The only TensorBoard writer: one run, one folder, with the same numbers as JSON lines beside the event file.
 
-A resumed run continues without a double point: JSON lines after the resumed step are cut off, and TensorBoard is told
-to drop what it saw of them. Numbers that are not finite are written as such and counted in `health/not_finite`.
+A resumed run continues without a double point: both files are cut where its checkpoint was written. Numbers that are not
+finite are written as such and counted in `health/not_finite`. Where the event file cannot be written, the run goes on
+without it, with one warning; the lines are kept.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 from experiments.comparison.statistics import mean_curve
 from experiments.runs.plain_json import dump_line
 from experiments.views.hparam_rows import TableColumn, TableRow, arm_row, columns, deployed_row
+from experiments.views.run_files import METRICS_FILE, Lines, before_others, cut, event_files, not_finite, truncate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from experiments.comparison.record import Comparison, DeployedGroup, Deployment, Stream
 
-METRICS_FILE = "metrics.jsonl"
 NOT_FINITE = "health/not_finite"
 
 # Keys of a metrics.jsonl line and the TensorBoard tag each has; a key with a slash is a tag already.
@@ -85,36 +85,49 @@ class Tracker:
     """Scalars, histograms, figures, text and hyperparameters of one run; use it in a `with` block.
 
     `resume_step` is the last step that the resumed checkpoint contains (0: none; it starts again from nothing, so earlier
-    event files go too); None is a new run. Raises FileExistsError for a new run in a folder that already holds one,
-    ValueError for a negative `resume_step`.
+    event files go too); None is a new run. `written` is what the checkpoint holds of `Tracker.written`, where it does.
+    Raises FileExistsError for a new run in a folder that already holds one, ValueError for a negative `resume_step`.
     """
 
-    def __init__(self, folder: str | Path, *, resume_step: int | None = None, layout: Layout | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        resume_step: int | None = None,
+        written: Mapping[str, int] | None = None,
+        layout: Layout | None = None,
+    ) -> None:
         self.folder = Path(folder)
         self.last_step = 0 if resume_step is None else resume_step
-        self.not_finite = 0
         self._tags_at_step: set[str] = set()
         lines = self.folder / METRICS_FILE
-        if resume_step is None and (lines.exists() or any(self.folder.glob("events.out.tfevents.*"))):
+        if resume_step is None and (lines.exists() or event_files(self.folder)):
             raise FileExistsError(f"{self.folder} already holds a run: resume it, or choose another folder")
         if resume_step is not None and resume_step < 0:
             raise ValueError(f"resume_step = {resume_step}: the last finished step, at least 0")
         self.folder.mkdir(parents=True, exist_ok=True)
-        if resume_step is not None:
-            self.not_finite = truncate(lines, resume_step)
         if resume_step == 0:
-            for points in self.folder.glob("events.out.tfevents.*"):
+            for points in event_files(self.folder):
                 points.unlink()
-        self._writer = _writer(self.folder, None if resume_step is None else resume_step + 1)
-        self._lines = lines.open("a", encoding="utf-8")
+        if resume_step is not None and written:
+            cut(self.folder, written, resume_step)
+        elif resume_step is not None:
+            truncate(lines, resume_step)
+        self.not_finite = not_finite(lines)
+        self._writer = _Events(self.folder, None if resume_step is None else resume_step + 1)
+        self._lines = Lines(lines)
         if not resume_step:
-            self._writer.add_custom_scalars(RUN_LAYOUT if layout is None else layout)
+            self._writer.call("add_custom_scalars", RUN_LAYOUT if layout is None else layout)
 
     def __enter__(self) -> Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        try:
+            self.close()
+        except OSError:
+            if error is None:
+                raise
 
     def log(self, step: int, values: Mapping[str, float | int | None]) -> None:
         """One line of metrics.jsonl and its scalars; None stands in the line only (nothing was measured at this step).
@@ -127,8 +140,7 @@ class Tracker:
         if step > self.last_step:
             self._tags_at_step.clear()
         self.last_step = step
-        self._lines.write(dump_line({"step": step, **values}) + "\n")
-        self._lines.flush()
+        self._lines.add(dump_line({"step": step, **values}))
         points = {TAGS.get(k, k if "/" in k else f"other/{k}"): float(v) for k, v in values.items() if v is not None}
         bad = sum(not math.isfinite(value) for value in points.values())
         if bad:
@@ -137,7 +149,7 @@ class Tracker:
         for tag, value in points.items():
             if tag not in self._tags_at_step:
                 self._tags_at_step.add(tag)
-                self._writer.add_scalar(tag, value, step)
+                self._writer.call("add_scalar", tag, value, step)
 
     def histogram(self, tag: str, values: Any, step: int) -> None:
         """Distribution of `values` (array or tensor, any shape; only finite ones are drawn)."""
@@ -146,23 +158,72 @@ class Tracker:
         numbers = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values, dtype=np.float64).ravel()
         numbers = numbers[np.isfinite(numbers)]
         if numbers.size:
-            self._writer.add_histogram(tag, numbers, step)
+            self._writer.call("add_histogram", tag, numbers, step)
 
     def figure(self, tag: str, figure: Figure, step: int | None = None) -> None:
         """A matplotlib figure (closed afterwards), at the last logged step unless told otherwise."""
-        self._writer.add_figure(tag, figure, self.last_step if step is None else step)
+        self._writer.call("add_figure", tag, figure, self.last_step if step is None else step)
 
     def text(self, tag: str, markdown: str, step: int | None = None) -> None:
         """Markdown: the configuration, a compatibility table, where each joule comes from."""
-        self._writer.add_text(tag, markdown, self.last_step if step is None else step)
+        self._writer.call("add_text", tag, markdown, self.last_step if step is None else step)
 
     def hparams(self, row: TableRow, metrics: Mapping[str, float | int | None]) -> None:
         """This run's row in the hparams table, in this folder; None leaves a cell blank. Call once, at the end."""
-        write_hparams(self._writer, row, metrics, self.last_step)
+        self._writer.do(lambda writer: write_hparams(writer, row, metrics, self.last_step))
+
+    def written(self) -> dict[str, int]:
+        """Bytes of each file so far, whole lines and events only: for a checkpoint, to cut them there on a resume.
+
+        Raises OSError while lines wait for a disk that is full.
+        """
+        self._writer.call("flush")
+        if self._lines.waiting:
+            raise OSError(f"{self._lines.path} lacks lines that the disk did not take")
+        found = {METRICS_FILE: self._lines.bytes}
+        return found | {path.name: path.stat().st_size for path in event_files(self.folder)}
 
     def close(self) -> None:
-        self._lines.close()
+        """Raises OSError where lines of metrics.jsonl could not be written."""
         self._writer.close()
+        self._lines.close()
+
+
+class _Events:
+    """The event file of a run; the first error ends it, with a warning."""
+
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        self.folder = folder
+        self._writer: Any = None
+        before = set(event_files(folder))
+        try:
+            self._writer = _writer(folder, purge_step)
+        except OSError as error:
+            self._give_up(error)
+        for new in set(event_files(folder)) - before:
+            before_others(folder, new)
+
+    def call(self, name: str, *given: Any) -> None:
+        self.do(lambda writer: getattr(writer, name)(*given))
+
+    def do(self, work: Callable[[Any], None]) -> None:
+        if self._writer is None:
+            return
+        try:
+            work(self._writer)
+        except OSError as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        self.do(lambda writer: writer.close())
+
+    def _give_up(self, error: OSError) -> None:
+        self._writer = None
+        warnings.warn(
+            f"TensorBoard's event file in {self.folder} cannot be written ({error.strerror or error}): the run goes on "
+            f"without it; {METRICS_FILE} has the same numbers",
+            stacklevel=2,
+        )
 
 
 def write_hparams(writer: Any, row: TableRow, metrics: Mapping[str, float | int | None], step: int = 0) -> None:
@@ -205,30 +266,6 @@ def _plugin_data(written: Any) -> Iterator[Any]:
     content = plugin_data_pb2.HParamsPluginData.FromString(inside.content)
     yield content
     inside.content = content.SerializeToString()
-
-
-def truncate(path: Path, last_step: int) -> int:
-    """Cut `path` (metrics.jsonl) after `last_step`; return how many numbers among those kept are not finite.
-
-    A last line without an end (the writer was killed) is cut too. Raises ValueError for a line inside that is not JSON.
-    """
-    if not path.exists():
-        return 0
-    kept, bad = [], 0
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error.msg}); move the file away to resume") from error
-        if record["step"] <= last_step:
-            kept.append(line + "\n")
-            bad += sum(value in ("nan", "inf", "-inf") for value in record.values())
-    beside = path.with_suffix(".part")
-    beside.write_text("".join(kept), encoding="utf-8")
-    os.replace(beside, path)
-    return bad
 
 
 def comparison_layout(streams: Sequence[str]) -> Layout:

@@ -75,10 +75,12 @@ class Prices:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run is kept: checkpoints go to `folder/checkpoint`, with `meta` in them (config, tokenizer, ...)."""
+    """Where a run is kept: checkpoints go to `folder/checkpoint`, with `meta` in them (config, tokenizer, ...), and the
+    bytes that were `written` to other files of the folder so far."""
 
     folder: Path
     meta: Mapping[str, Any] = field(default_factory=dict)
+    written: Callable[[], Mapping[str, int]] = dict
 
 
 def make_trainer(
@@ -176,7 +178,7 @@ def make_trainer(
         shared,
     )
     records = Recorder(cfg, text.held_out, tally, budget, updates, listeners or Listeners(), mesh)
-    checkpoints = Checkpoints(place.folder, place.meta, cfg, updates, gate, adapted, mesh)
+    checkpoints = Checkpoints(place.folder, place.meta, cfg, updates, gate, adapted, mesh, place.written)
     return Trainer(gate, budget, updates, records, checkpoints, mesh)
 
 

@@ -51,10 +51,12 @@ class Budget:
         self.offered_tokens = windows * self.context
         self.scoring_flops = scoring
         self.reference_s = self.clock.reference_s
-        spent, limit = self.reference_s, self.cfg.budget_reference_s
-        if not self.by_time:
-            spent, limit = self.offered_tokens, self.cfg.budget_offered_tokens
-        self.progress = spent / limit
+        self.progress = (self.reference_s if self.by_time else self.offered_tokens) / self.limit
+
+    @property
+    def limit(self) -> float:
+        """The budget: reference seconds, or offered tokens."""
+        return self.cfg.budget_reference_s if self.by_time else self.cfg.budget_offered_tokens
 
     def windows_at(self, progress: float) -> int:
         """Windows that the step at `progress` reads: a step on bags of tokens takes as many times more."""

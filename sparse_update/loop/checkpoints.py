@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparse_update.gates.gate import Gate
-from sparse_update.loop.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from sparse_update.loop.checkpoint import Checkpoint, CheckpointError, Snapshot, load_checkpoint, snapshot
+from sparse_update.loop.keeper import Keeper
 from sparse_update.loop.records import TrainerConfig
 from sparse_update.loop.updates import Updates
 from sparse_update.parallel.mesh import Mesh
@@ -25,10 +25,12 @@ class Checkpoints:
     Args:
         folder: of the run.
         meta: put into every checkpoint (config, tokenizer, ...).
-        cfg: how often to save.
+        cfg: how often to save, and what to keep.
         updates, gate: the parts whose state is kept.
         adapted: whether the model holds LoRA's factors.
         mesh: its first process writes. All of them have the same gate and generators, so that any number resumes from it.
+        written: files of the run's folder that its listeners write, and their bytes so far; a checkpoint holds them, so
+            that a run which goes on from it can cut what came later.
     """
 
     def __init__(
@@ -40,21 +42,37 @@ class Checkpoints:
         gate: Gate,
         adapted: bool,
         mesh: Mesh,
+        written: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
         self.target, self.meta, self.cfg = folder / "checkpoint", dict(meta), cfg
         self.updates, self.gate, self.adapted, self.mesh = updates, gate, adapted, mesh
-        self._saved = 0.0
+        self.written = written
+        self.keeper = Keeper(
+            folder, cfg.checkpoint_every_s, cfg.keep_checkpoints, cfg.checkpoint_beside, lambda: self._records
+        )
+        self._records: dict[str, int] = {}
 
     def start_watch(self) -> None:
         """Wall seconds until the next checkpoint count from now."""
-        self._saved = time.perf_counter()
+        self.keeper.start_watch()
 
     def after_step(self) -> None:
         """Save where it is due; a state whose last step was skipped is not worth it."""
-        due = time.perf_counter() - self._saved > self.cfg.checkpoint_every_s
-        if self.mesh.any(due) and not self.updates.tally.skipped_in_a_row:
-            self.save()
-            self.start_watch()
+        due, best = self.mesh.any(self.mesh.first and self.keeper.due()), self._best()
+        if (due or best) and not self.updates.tally.skipped_in_a_row:
+            if self.mesh.first:
+                self.keeper.save(self._taken, newest=due, best=best)
+            self.mesh.wait()
+
+    def _best(self) -> bool:
+        """Whether the last evaluation, if it is a new one, is the best of the run, where that one is kept."""
+        tally = self.updates.tally
+        if not self.cfg.keep_best or tally.evaluations == tally.judged:
+            return False
+        tally.judged = tally.evaluations
+        found = tally.held_out["val"] < tally.best_nats
+        tally.best_nats = min(tally.best_nats, tally.held_out["val"])
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights that the next step depends on."""
@@ -65,23 +83,40 @@ class Checkpoints:
             "subset": updates.subset.state_dict(),
             "counters": updates.tally.state_dict(updates.clock.uses),
             "rng": torch.get_rng_state(),
+            **({"rng_cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_initialized() else {}),
             **updates.objective.state_dict(),
             **({"growth": updates.growth.state_dict()} if updates.growth.grows else {}),
             **({"adapted": apart(updates.model)} if self.adapted else {}),
         }
 
     def save(self) -> Path:
-        """Write the checkpoint, atomically."""
+        """Write the checkpoint, atomically, and return when it is there. Raises CheckpointError where it cannot be."""
+        best = self._best()
         if self.mesh.first:
-            updates = self.updates
-            times = {"component_times_sha256": updates.clock.times.sha256}
-            weights = merged(updates.model) if self.adapted else dict(updates.model.state_dict())
-            meta = {**self.meta, "step": updates.tally.step, **times}
-            if updates.growth.grows and "model" in meta:
-                meta["model"] = {**meta["model"], "layers": updates.model.cfg.layers}
-            save_checkpoint(self.target, weights, self.state_dict(), meta)
+            self.keeper.save_now(self._taken, best=best)
         self.mesh.wait()
         return self.target
+
+    def close(self) -> None:
+        """Return when what is being written is written."""
+        self.keeper.close()
+
+    def _taken(self, copied: bool) -> Snapshot:
+        updates = self.updates
+        try:
+            self._records = dict(self.written())
+        except OSError as error:
+            raise CheckpointError(f"{self.target}: {error}") from error
+        weights = merged(updates.model) if self.adapted else dict(updates.model.state_dict())
+        meta = {
+            **self.meta,
+            "step": updates.tally.step,
+            "component_times_sha256": updates.clock.times.sha256,
+            "records": self._records,
+        }
+        if updates.growth.grows and "model" in meta:
+            meta["model"] = {**meta["model"], "layers": updates.model.cfg.layers}
+        return snapshot(weights, self.state_dict(), meta, copied=copied)
 
     def resume(self, checkpoint: Path | Checkpoint) -> None:
         """Take up a checkpoint's exact state.
@@ -110,4 +145,7 @@ class Checkpoints:
         updates.tally.load_state_dict(state["counters"])
         updates.clock.uses = Counter({str(k): int(v) for k, v in state["counters"]["uses"].items()})
         torch.set_rng_state(state["rng"])
+        if torch.cuda.is_available():
+            for index, drawn in enumerate(state.get("rng_cuda", [])[: torch.cuda.device_count()]):
+                torch.cuda.set_rng_state(drawn, index)
         updates.objective.load_state_dict(state)

@@ -63,7 +63,13 @@ class TrainerConfig:
     """At evaluations, the cosine per layer between the step's gradient and the exact one (off the clock)."""
     log_every_steps: int = 10
     checkpoint_every_s: float = 60.0
-    """Wall seconds between checkpoints; one is always written at the end and when interrupted."""
+    """Wall seconds between checkpoints, at least; one is always written at the end and when interrupted."""
+    keep_checkpoints: int = 2
+    """Checkpoints that stay, the newest among them: where a file of it is damaged, the one before steps in."""
+    keep_best: bool = False
+    """Whether the checkpoint with the lowest held-out loss stays too, in `checkpoints/best`."""
+    checkpoint_beside: bool = True
+    """Whether checkpoints are written while training goes on, out of a copy in memory; off: training stands still."""
     stop_after_skipped: int = 20
     """Consecutive steps with a loss or gradient that is not finite before the run gives up."""
 
@@ -72,6 +78,11 @@ class TrainerConfig:
             raise ValueError(f"trainer.budget_reference_s = {self.budget_reference_s}: must be positive")
         if self.batch_windows < 1 or self.log_every_steps < 1 or self.evaluations < 1:
             raise ValueError("trainer.batch_windows, log_every_steps and evaluations must be at least 1")
+        if self.keep_checkpoints < 1 or not self.checkpoint_every_s >= 0:
+            raise ValueError(
+                f"trainer.keep_checkpoints = {self.keep_checkpoints}, checkpoint_every_s = {self.checkpoint_every_s}: at "
+                "least one checkpoint, and not below 0 s"
+            )
         if self.precision not in PRECISIONS:
             raise ValueError(f"trainer.precision = {self.precision!r}: one of {', '.join(PRECISIONS)}")
         if self.compile not in COMPILES:
@@ -197,6 +208,10 @@ class RunResult:
     """(offered tokens, loss in nats before training on what follows, its main source)"""
     gate_decisions: Sequence[Mapping[str, Any]] = ()
     """What a gate that decides while training decided, and why."""
+    interrupted_by: str = ""
+    """The signal that ended it before its time, "SIGINT" or "SIGTERM"."""
+    checkpoints: Mapping[str, Any] = field(default_factory=dict)
+    """What this process saved, and what training waited for it (`keeper.Keeper.account`)."""
 
 
 def compiling(cfg: TrainerConfig, device: torch.device) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +20,11 @@ WHOLE = {
     "peak_optimizer": "peak_optimizer",
     "peak_both": "peak_both",
     "skipped_in_a_row": "_skipped_in_a_row",
+    "judged": "judged",
 }
 """Whole numbers: field -> its name in a checkpoint."""
+LATER = ("judged",)
+"""Those that checkpoints of version 0.1 do not have."""
 
 
 @dataclass
@@ -36,6 +40,12 @@ class Tally:
     """Steps whose loss or gradient was not finite, and which updated nothing."""
     skipped_in_a_row: int = 0
     evaluations: int = 0
+    concluded: float = -1.0
+    """The budget, once it is spent and the model was judged for the last time."""
+    judged: int = 0
+    """Evaluations that were compared with the best one."""
+    best_nats: float = math.inf
+    """Lowest headline loss, where the best checkpoint is kept."""
     next_stretch: int = 0
     """Stretch of the stream whose prequential loss is due next."""
     peak_gradient: int = 0
@@ -68,11 +78,15 @@ class Tally:
             "points": [list(point) for point in self.points],
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "norm": self.gradient_norm,
+            "best_nats": self.best_nats,
+            "concluded": self.concluded,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, key in WHOLE.items():
-            setattr(self, name, int(state[key]))
+            setattr(self, name, int(state.get(key, 0) if key in LATER else state[key]))
+        self.best_nats = float(state.get("best_nats", math.inf))
+        self.concluded = float(state.get("concluded", -1.0))
         self.wall_s = float(state["wall_s"])
         self.held_out = {str(k): float(v) for k, v in state["held_out"].items()}
         self.points = [(int(t), float(loss), str(source)) for t, loss, source in state["points"]]

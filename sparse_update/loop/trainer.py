@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparse_update.gates.gate import Gate
@@ -40,8 +40,20 @@ class Trainer:
     def run(self) -> RunResult:
         """Train from where the state stands. Ctrl-C or SIGTERM: a checkpoint is written, `finished` is False.
 
-        Raises ComponentTimesError for a budget below one step, TrainingDiverged for a loss that stays non-finite.
+        Raises ComponentTimesError for a budget below one step, TrainingDiverged for a loss that stays non-finite,
+        CheckpointError where the last checkpoint cannot be written.
         """
+        if self.updates.tally.concluded == self.budget.limit:  # it ended after its last checkpoint: nothing is left to do
+            return self.records.result(True)
+        try:
+            by = self._run()
+        finally:
+            self.checkpoints.close()
+        result = self.records.result(by is None)
+        return replace(result, interrupted_by=by or "", checkpoints=self.checkpoints.keeper.account())
+
+    def _run(self) -> str | None:
+        """None where the budget is spent, else what interrupted."""
         gate, budget, updates, records, checkpoints = (
             self.gate, self.budget, self.updates, self.records, self.checkpoints,
         )  # fmt: skip
@@ -71,8 +83,9 @@ class Trainer:
                 records.start_watch()
             if not interrupted:
                 records.evaluate()
+                updates.tally.concluded = budget.limit
             checkpoints.save()
-        return records.result(not interrupted)
+        return (interruption.by or "another process") if interrupted else None
 
     def resume(self, checkpoint: Path | Checkpoint) -> None:
         """Take up the exact state of a checkpoint. Raises as `Checkpoints.resume`."""

@@ -20,8 +20,9 @@ from hardware.text import short
 from sparse_update.clock.cost import ComponentTimesError
 from sparse_update.library.attach import Gate, attach
 from sparse_update.library.linear import GateError
-from sparse_update.loop.checkpoint import Checkpoint, CheckpointError, save_checkpoint
+from sparse_update.loop.checkpoint import Checkpoint, CheckpointError, Snapshot, snapshot
 from sparse_update.loop.interrupt import Interruption
+from sparse_update.loop.keeper import Keeper
 from sparse_update.loop.records import TrainingDiverged
 from sparse_update.nested import get_rng_state, set_rng_state
 from sparse_update.own.arms import OwnArm
@@ -41,7 +42,9 @@ class OwnTrainerConfig:
     """Evaluations along the run, the last one at its end; none of them is on the clock."""
     log_every_steps: int = 10
     checkpoint_every_s: float = 60.0
-    """Wall seconds between checkpoints; one is always written at the end and when interrupted."""
+    """Wall seconds between checkpoints, at least; one is always written at the end and when interrupted."""
+    keep_checkpoints: int = 2
+    """Checkpoints that stay, the newest among them."""
     stop_after_skipped: int = 20
     """Consecutive steps with a loss that is not finite before the run gives up."""
     learning_rate: float = 0.0
@@ -53,8 +56,8 @@ class OwnTrainerConfig:
             raise ValueError(
                 f"budget_reference_s = {self.budget_reference_s}, learning_rate = {self.learning_rate}: not below 0"
             )
-        if self.evaluations < 1 or self.log_every_steps < 1 or self.stop_after_skipped < 1:
-            raise ValueError("evaluations, log_every_steps and stop_after_skipped must be at least 1")
+        if self.evaluations < 1 or self.log_every_steps < 1 or self.stop_after_skipped < 1 or self.keep_checkpoints < 1:
+            raise ValueError("evaluations, log_every_steps, stop_after_skipped and keep_checkpoints must be at least 1")
 
 
 @dataclass
@@ -75,6 +78,8 @@ class OwnTally:
     held_out_tokens: int = 0
     losses: list[float] = field(default_factory=list)
     """Of the steps since the last report."""
+    concluded: float = -1.0
+    """The budget, once it is spent and the model was judged for the last time."""
 
     def state_dict(self) -> dict[str, Any]:
         return {**vars(self), "losses": list(self.losses)}
@@ -99,6 +104,7 @@ class OwnTrainer:
         meta: put into every checkpoint.
         tell: hears of reports and evaluations.
         resumed: the checkpoint to go on from.
+        written: files of the run's folder that `tell` writes, and their bytes so far.
 
     Raises TaskError for parts that cannot be used, GateError for a model that cannot be gated so.
     """
@@ -114,9 +120,13 @@ class OwnTrainer:
         meta: Mapping[str, Any],
         tell: Tell = lambda trainer, evaluated: None,
         resumed: Checkpoint | None = None,
+        written: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
         self.task, self.arm, self.seed, self.cfg = task, arm, seed, cfg
-        self.folder, self.meta, self.tell = folder, dict(meta), tell
+        self.folder, self.meta, self.tell, self.written = folder, dict(meta), tell, written
+        self._records: dict[str, int] = {}
+        self.keeper = Keeper(folder, cfg.checkpoint_every_s, cfg.keep_checkpoints, records=lambda: self._records)
+        self.interrupted_by = ""
         self.device = pick(cfg.device)
         seed_all(seed)
         self.model = task.make_model(seed, self.device)
@@ -162,7 +172,15 @@ class OwnTrainer:
         Raises TrainingDiverged for a loss that stays non-finite, TaskError, ComponentTimesError for a budget below one
         step.
         """
-        saved = time.perf_counter()
+        if self.tally.concluded == self.cfg.budget_reference_s:  # it ended after its last checkpoint
+            return True
+        try:
+            return self._run()
+        finally:
+            self.keeper.close()
+
+    def _run(self) -> bool:
+        self.keeper.start_watch()
         source = iter(self.batches)
         if self.gate is not None:
             source = self.gate.filter(self.batches, losses=losses_of(self.task))
@@ -182,13 +200,13 @@ class OwnTrainer:
                     self.tally.losses = []
                 if self.progress < 1 and self.progress >= (self.tally.evaluations + 1) / self.cfg.evaluations:
                     self.evaluate()
-                if time.perf_counter() - saved > self.cfg.checkpoint_every_s and not self.tally.skipped_in_a_row:
-                    self.save()
-                    saved = time.perf_counter()
-            interrupted = interruption.asked
+                if self.keeper.due() and not self.tally.skipped_in_a_row:
+                    self.keeper.save(self._taken)
+            interrupted, self.interrupted_by = interruption.asked, interruption.by
             if not interrupted:
                 self._check_budget()
                 self.evaluate()
+                self.tally.concluded = self.cfg.budget_reference_s
             self.save()
         return not interrupted
 
@@ -235,7 +253,14 @@ class OwnTrainer:
     # checkpoints
 
     def save(self) -> None:
-        """Write the checkpoint, atomically."""
+        """Write the checkpoint, atomically, and return when it is there. Raises CheckpointError where it cannot be."""
+        self.keeper.save_now(self._taken)
+
+    def _taken(self, copied: bool) -> Snapshot:
+        try:
+            self._records = dict(self.written())
+        except OSError as error:
+            raise CheckpointError(f"{self.keeper.target}: {error}") from error
         state = {
             "optimizer": self.optimizer.state_dict(),
             "gate": None if self.gate is None else self.gate.state_dict(),
@@ -247,8 +272,8 @@ class OwnTrainer:
         whole = self.model.state_dict()
         weights = {name: value for name, value in whole.items() if isinstance(value, Tensor)}
         state["extra"] = {name: value for name, value in whole.items() if name not in weights}
-        about = {"step": self.tally.step, "prices_sha256": self.clock.prices.sha256}
-        save_checkpoint(self.folder / "checkpoint", weights, state, {**self.meta, **about})
+        about = {"step": self.tally.step, "prices_sha256": self.clock.prices.sha256, "records": self._records}
+        return snapshot(weights, state, {**self.meta, **about}, copied=copied)
 
     def _resume(self, found: Checkpoint) -> None:
         state = found.state

@@ -126,9 +126,9 @@ def test_an_interrupted_process_resumes_to_the_same_bits(runs, text, tmp_path):
     stdout, stderr = process.communicate(timeout=400)
     assert process.returncode == 130  # so that `train && deploy` does not go on
     assert json.loads(stdout.splitlines()[-1])["status"] == "interrupted"
-    assert b"resume=true" in stderr
+    assert b"the same command goes on from there" in stderr
     assert not (tmp_path / "cut" / "result.json").exists()
-    resumed = last_json(spikegate("train", *common, "run=cut", "resume=true", cwd=tmp_path))
+    resumed = last_json(spikegate("train", *common, "run=cut", cwd=tmp_path))
     assert resumed["status"] == "finished"
     for key in ("loss_nats", "steps", "tokens", "flops", "reference_s", "source_keep"):
         assert resumed[key] == whole[key], key
@@ -180,15 +180,15 @@ def test_bad_commands_say_what_is_wrong(words, code, message, text, tmp_path):
 
 def test_a_run_is_never_written_over_nor_resumed_with_other_settings(runs, text):
     common = [*FAST, f"data.path={text}", "data.garbage_fraction=0.3", "gate=dense", "run=dense"]
-    done = spikegate("train", *common, cwd=runs, check=False)
+    done = spikegate("train", *common, "resume=false", cwd=runs, check=False)
     assert done.returncode == 2
     assert "already holds a run" in done.stderr
-    done = spikegate("train", *common, "resume=true", "optim.lr=0.1", cwd=runs, check=False)
+    done = spikegate("train", *common, "optim.lr=0.1", cwd=runs, check=False)
     assert done.returncode == 2
     assert "optim.lr was 0.008, is 0.1" in done.stderr
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again_with_resume(runs, text):
+def test_a_run_killed_before_its_first_checkpoint_starts_again(runs, text):
     killed = runs / "killed"
     killed.mkdir()
     for name in ("config.yaml", "metrics.jsonl"):
@@ -196,12 +196,12 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_with_resume(runs,
     (killed / "run.json").write_text(json.dumps({"kind": "train", "status": "running"}))
     words = [*FAST, f"data.path={text}", "data.garbage_fraction=0.3", "gate=dense", "run=killed"]
     words += ["trainer.budget_reference_s=0.5", "trainer.component_times=times.json"]
-    assert "already holds a run" in spikegate("train", *words, cwd=runs, check=False).stderr
+    assert "already holds a run" in spikegate("train", *words, "resume=false", cwd=runs, check=False).stderr
     with exclusive(killed, "another training"):
-        done = spikegate("train", *words, "resume=true", cwd=runs, check=False)
+        done = spikegate("train", *words, cwd=runs, check=False)
     assert done.returncode == 2
     assert "already holds a run that is in progress (another training" in done.stderr
-    done = spikegate("train", *words, "resume=true", cwd=runs)
+    done = spikegate("train", *words, cwd=runs)
     found = last_json(done)
     assert found["status"] == "finished"
     *_, result, spent, place, _ = done.stdout.splitlines()
@@ -285,9 +285,9 @@ def test_a_run_that_grows(text, tmp_path):
         assert (line["growth/layers"] == 3.0) == (line["reference_s"] >= 0.6 * 0.5)
     for wrong, said in (
         ("growth.start=1", "growth.start_layers"),
-        ("gate=auto", "growth.kind = depth with gate.unit = 'auto'"),
+        ("gate.replay=forgotten", "growth.kind = depth with gate.replay = forgotten"),
         ("init=grown", "a model that starts from weights has its blocks already"),
     ):
-        done = spikegate("train", *words, wrong, cwd=tmp_path, check=False)
+        done = spikegate("train", *words, wrong, "run=wrong", cwd=tmp_path, check=False)
         assert done.returncode == 2
         assert said in done.stderr

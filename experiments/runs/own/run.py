@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from experiments.runs.claim import Start, begin
 from experiments.runs.folder import RunError, new_record, read_json
 from experiments.runs.lock import exclusive
 from experiments.runs.own.record import document, scalars
-from experiments.runs.plain_json import plain, write_json
+from experiments.runs.plain_json import plain, write_json, write_text
 from experiments.runs.progress import Bar
 from experiments.views.hparam_rows import run_row
 from experiments.views.tracking import Tracker, hparam_metrics, training_energy_markdown
@@ -22,7 +23,7 @@ from hardware.meters.meter import Meter
 from sparse_update.clock.cost import ComponentTimesError
 from sparse_update.data.records import CorpusError
 from sparse_update.library.linear import GateError
-from sparse_update.loop.checkpoint import CheckpointError, load_checkpoint
+from sparse_update.loop.checkpoint import CheckpointError, newest
 from sparse_update.loop.records import TrainingDiverged
 from sparse_update.own.arms import OwnArm
 from sparse_update.own.loop import OwnTrainer, OwnTrainerConfig
@@ -34,7 +35,7 @@ EXPECTED = (
     RunError, TaskError, GateError, CheckpointError, ComponentTimesError, TrainingDiverged, SignalError, CorpusError,
 )  # fmt: skip
 """Errors whose message says all."""
-MAY_DIFFER = {"run", "resume", "progress", "trainer.checkpoint_every_s"}
+MAY_DIFFER = {"run", "resume", "progress", "trainer.checkpoint_every_s", "trainer.keep_checkpoints"}
 TABLE = "component_times.json"
 
 
@@ -53,7 +54,7 @@ class OwnRun:
     gate: dict[str, Any] = field(default_factory=dict)
     """Settings of the gate as `attach` takes them; empty for plain training."""
     trainer: OwnTrainerConfig = field(default_factory=OwnTrainerConfig)
-    resume: bool | str = False
+    resume: bool | str = True
     progress: bool = True
 
     @property
@@ -70,8 +71,8 @@ def settings_of(arm: OwnArm) -> dict[str, Any]:
 def run_own(task: UserTask, arm: OwnArm, prices: Prices, cfg: OwnRun) -> dict[str, Any]:
     """Run one arm in its folder and return its record, the content of `result.json`.
 
-    A run that is finished already, asked for with `resume`, is not run again: its record is returned. An interrupted one
-    says so in `status`, and goes on from its checkpoint when it is called again with `resume`.
+    A run that is finished already is not run again: its record is returned. An interrupted one says so in `status`, and
+    goes on from its checkpoint when it is called again (`claim.begin`).
     """
     folder = cfg.folder
     cfg.gate = settings_of(arm)
@@ -81,11 +82,12 @@ def run_own(task: UserTask, arm: OwnArm, prices: Prices, cfg: OwnRun) -> dict[st
             return read_json(folder / "result.json") | {"folder": str(folder)}
         goes_on = start is Start.GO_ON
         record = new_record("train", stream=cfg.stream, arm=cfg.arm, seed=cfg.seed, module=cfg.module or None)
-        if goes_on and (folder / "run.json").exists():
-            record["started"] = read_json(folder / "run.json").get("started", record["started"])
+        if goes_on:
+            with suppress(RunError):
+                record["started"] = read_json(folder / "run.json").get("started", record["started"])
             prices = Prices.load(folder / TABLE)
         record |= {"component_times_sha256": prices.sha256, "component_times": prices.words}
-        (folder / "config.yaml").write_text(yaml.safe_dump(plain(cfg), sort_keys=False))
+        write_text(folder / "config.yaml", yaml.safe_dump(plain(cfg), sort_keys=False))
         write_json(folder / "run.json", record)
         write_json(folder / TABLE, prices.to_json())
         try:
@@ -105,9 +107,16 @@ def run_own(task: UserTask, arm: OwnArm, prices: Prices, cfg: OwnRun) -> dict[st
 def _train(task: UserTask, arm: OwnArm, prices: Prices, cfg: OwnRun, goes_on: bool) -> dict[str, Any]:
     folder = cfg.folder
     resolved = plain(cfg)
-    resumed = load_checkpoint(folder / "checkpoint") if goes_on else None
+    kept = newest(folder / "checkpoint") if goes_on else None
+    resumed = kept.checkpoint if kept else None
+    for damaged in kept.damaged if kept else ():
+        print(damaged, file=sys.stderr)
     with (
-        Tracker(folder, resume_step=int(resumed.meta["step"]) if resumed else None) as tracker,
+        Tracker(
+            folder,
+            resume_step=int(resumed.meta["step"]) if resumed else None,
+            written=resumed.meta.get("records") if resumed else None,
+        ) as tracker,
         Bar(f"{cfg.stream} {cfg.arm} seed {cfg.seed}", 100, "% of the budget", cfg.progress) as bar,
     ):
 
@@ -120,13 +129,17 @@ def _train(task: UserTask, arm: OwnArm, prices: Prices, cfg: OwnRun, goes_on: bo
             bar.to(trainer.progress * bar.total, f"{'held-out ' if evaluated else ''}loss {shown:.3f}")
 
         trainer = OwnTrainer(
-            task, arm, cfg.seed, prices, cfg.trainer, folder, {"config": resolved}, tell, resumed
+            task, arm, cfg.seed, prices, cfg.trainer, folder, {"config": resolved}, tell, resumed, tracker.written
         )  # fmt: skip
         if resumed is None:
             tracker.text("config", f"```\n{yaml.safe_dump(resolved, sort_keys=False)}```")
         with Meter(idle=()) as meter:
             finished = trainer.run()
         result = document(cfg, trainer, finished, meter.readings, goes_on)
+        if not finished:
+            result["interrupted_by"] = trainer.interrupted_by
+        result["checkpoints"] = {**trainer.keeper.account(), "resumed_at_step": resumed.meta["step"] if resumed else None}
+        result["checkpoints"]["damaged"] = list(kept.damaged) if kept else []
         if finished:
             bar.to(bar.total)
             tracker.text("energy", training_energy_markdown(result))

@@ -81,7 +81,7 @@ class OwnConfig(OwnSettings):
     """Name of the task in tables; empty: the task's own."""
     seed: int = 0
     """Weights, order of the data and random choices."""
-    resume: bool | str = False
+    resume: bool | str = True
     """What a run in the folder means: false refuses it, true goes on from its checkpoint, auto begins anew where the
     settings of an unfinished run have changed."""
 

@@ -46,6 +46,8 @@ class Runner:
         self.folder, self.jobs, self.threads = folder, jobs, threads
         self.launcher = launcher or Processes()
         self.stopped = False
+        self.stopped_by = 0
+        """Number of the first signal."""
         self.failed: dict[str, str] = {}
         self._running: dict[str, tuple[Job, Started, float]] = {}
         self._lost: Counter[str] = Counter()
@@ -116,7 +118,7 @@ class Runner:
 
     def stop(self, number: int, frame: object) -> None:
         """Signal handler: the interruption is passed on, and the runs write their checkpoints."""
-        self.stopped = True
+        self.stopped, self.stopped_by = True, self.stopped_by or number
 
     def _start(self, job: Job) -> None:
         run = job.folder(self.folder)

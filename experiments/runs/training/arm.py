@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -30,7 +31,7 @@ from sparse_update.data.records import Corpus
 from sparse_update.data.regimes import held_out, judging, make_stream
 from sparse_update.gates.again import AgainConfig
 from sparse_update.loop.assembly import Arm, Place, Prices, Text, make_trainer
-from sparse_update.loop.checkpoint import load_checkpoint
+from sparse_update.loop.checkpoint import Found, load_checkpoint, newest
 from sparse_update.loop.evaluation import start_from
 from sparse_update.loop.fast import Choice, choose
 from sparse_update.loop.recorder import Listeners
@@ -74,9 +75,9 @@ def run_arm(
     bits_per_nat = {
         name: part[:, 1:].numel() / corpus.count_bytes(part[:, 1:]) / math.log(2) for name, part in windows.items()
     }
-    resumed = load_checkpoint(folder / "checkpoint") if goes_on else None
-    step = int(resumed.meta["step"]) if resumed else None
-    with Tracker(folder, resume_step=step) if mesh.first else nullcontext() as tracker, bar(cfg, mesh) as shown:
+    kept = _kept(folder, mesh) if goes_on else None
+    resumed = kept.checkpoint if kept else None
+    with _tracker(folder, kept) if mesh.first else nullcontext() as tracker, bar(cfg, mesh) as shown:
 
         def measured_once(
             table: ComponentTimes, steps: Sequence[Step], components: Mapping[str, Component]
@@ -113,7 +114,7 @@ def run_arm(
             cfg.trainer,
             Text(stream, windows, corpus.known_tokens, judges.tokens if judges else None),
             Prices(times, measured_once),
-            Place(folder, meta),
+            Place(folder, meta, tracker.written if tracker is not None else dict),
             cfg.seed,
             Listeners(on_report, on_evaluation),
             mesh=mesh,
@@ -128,6 +129,8 @@ def run_arm(
             result = trainer.run()
         found = document(cfg, corpus, model, result, meter.readings, device, windows, bits_per_nat, goes_on)
         found["fast"] = [choice.record() for choice in choices]
+        found |= {"checkpoints": {**result.checkpoints, "resumed_at_step": resumed.meta["step"] if resumed else None}}
+        found["checkpoints"]["damaged"] = list(kept.damaged) if kept else []
         found |= {"clock": clock_record(trainer.budget.clock.times), "notes": trainer.budget.clock.times.warnings}
         found["energy_check"] = [] if check is None else compare_all(meter.readings, check.readings)
         if result.finished:
@@ -150,6 +153,23 @@ def settled(cfg: TrainConfig, times: ComponentTimes, mesh: Mesh = ALONE) -> tupl
     for choice in choices if mesh.first else ():
         say(cfg, f"fast: {choice.part} {choice.chosen}: {choice.why}")
     return replace(cfg, arm=cfg.arm_name, gate=arm.gate, growth=arm.growth, optim=arm.optim, trainer=trainer), choices
+
+
+def _kept(folder: Path, mesh: Mesh) -> Found:
+    """The newest whole checkpoint; the first process looks for it, the others read what it found."""
+    found = newest(folder / "checkpoint") if mesh.first else None
+    place = mesh.said_by_first(str(found.checkpoint.folder) if found else "")
+    return found or Found(load_checkpoint(place), ())
+
+
+def _tracker(folder: Path, kept: Found | None) -> Tracker:
+    """The tracker of a run that begins, or of one that goes on from a checkpoint; says what was found damaged."""
+    if kept is None:
+        return Tracker(folder)
+    meta = kept.checkpoint.meta
+    for damaged in kept.damaged:
+        print(f"{damaged}; going on from step {meta['step']}", file=sys.stderr)
+    return Tracker(folder, resume_step=int(meta["step"]), written=meta.get("records"))
 
 
 def bar(cfg: TrainConfig, mesh: Mesh = ALONE) -> Bar:

@@ -35,9 +35,9 @@ class TrainConfig:
     """Name of the data stream in tables; empty: "clean", or "noisy" with garbage in it."""
     seed: int = 0
     """Weights, order of the data and random choices."""
-    resume: bool | str = False
-    """What a run in the folder means: false refuses it; true goes on from its checkpoint, or begins where nothing was saved
-    yet; auto does so too, and begins an unfinished run anew whose settings have changed since."""
+    resume: bool | str = True
+    """What a run in the folder means: true goes on from whatever is there, and begins where nothing was saved yet; auto
+    does so too, and begins an unfinished run anew whose settings have changed since; false refuses a folder with a run."""
     progress: bool = True
     """A progress bar on standard error."""
     idle_s: float = 0.0
@@ -98,7 +98,7 @@ class TrainConfig:
 
 
 MAY_DIFFER = {"run", "resume", "progress", "idle_s", "zeus", "model.vocab_size", "trainer.component_times"}
-MAY_DIFFER |= {"trainer.checkpoint_every_s"}
+MAY_DIFFER |= {f"trainer.{name}" for name in ("checkpoint_every_s", "keep_checkpoints", "keep_best", "checkpoint_beside")}
 MAY_DIFFER |= {f"mesh.{name}" for name in ("name", "kind", "processes", "tensor", "backend", "timeout_s")}
 """Settings that do not make another run: a resumed one may have others."""
 

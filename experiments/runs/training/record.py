@@ -58,6 +58,7 @@ def document(
     peak, kind = peak_bytes(device)
     return {
         "status": "finished" if result.finished else "interrupted",
+        **({} if result.finished else {"interrupted_by": result.interrupted_by}),
         "folder": str(cfg.folder),
         "stream": cfg.stream_name,
         "arm": cfg.arm_name,

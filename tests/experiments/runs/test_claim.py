@@ -63,7 +63,7 @@ def test_an_empty_folder_is_a_new_run(tmp_path: Path, resume: bool | str) -> Non
 def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path: Path, resume: bool | str, status: str) -> None:
     folder = before(tmp_path / "run", status)
     (folder / "notes.txt").write_text("the user's own")
-    with pytest.raises(ConfigError, match="already holds a run: resume=true continues it"):
+    with pytest.raises(ConfigError, match="already holds a run: without resume=false the same command goes on"):
         start(folder, False)
     assert start(folder, resume) is Start.NEW
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
@@ -85,7 +85,9 @@ def test_a_finished_run_stays_as_it_is(tmp_path: Path, resume: bool | str) -> No
     assert start(folder, resume) is Start.FINISHED
     with pytest.raises(ConfigError, match=r"finished run in .* had other settings: seed was 0, is 3\. Give"):
         start(folder, resume, Settings(seed=3))
-    with pytest.raises(ConfigError, match=r"already holds a run: it is finished, and resume=true shows what came out"):
+    with pytest.raises(
+        ConfigError, match=r"already holds a run: it is finished, and without resume=false the same command shows what"
+    ):
         start(folder, False)
     assert (folder / "result.json").exists()
 

@@ -13,7 +13,8 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from experiments.views.hparam_rows import run_row
-from experiments.views.tracking import Tracker, truncate
+from experiments.views.run_files import not_finite, truncate
+from experiments.views.tracking import Tracker
 
 
 def read(folder: Path) -> EventAccumulator:
@@ -101,7 +102,8 @@ def test_numbers_that_are_not_finite_are_seen(tmp_path: Path) -> None:
     assert lines(tmp_path)[1] == {"step": 2, "loss_nats": "nan", "flops": "inf"}
     assert scalars(tmp_path, "health/not_finite") == [(2, 2.0)]
     assert math.isnan(scalars(tmp_path, "train/loss_nats")[1][1])
-    assert truncate(tmp_path / "metrics.jsonl", 2) == 2
+    truncate(tmp_path / "metrics.jsonl", 2)
+    assert not_finite(tmp_path / "metrics.jsonl") == 2
 
 
 def test_steps_only_go_forward_and_a_step_has_one_point(tmp_path: Path) -> None:
