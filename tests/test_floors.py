@@ -50,7 +50,7 @@ THIRD_PARTIES = {
     "zeus": ("hardware/meters/zeus.py",),
     "sanafe": ("experiments/studies/sanafe_worker.py",),
     "safetensors": (
-        "sparse_update/loop/checkpoint_files.py",
+        "sparse_update/loop/saving/files.py",
         "sparse_update/library/callbacks.py",
         "experiments/runs/samples/model.py",
     ),
@@ -194,7 +194,7 @@ PLANTED = {
     "hardware/plot.py": ("from matplotlib import pyplot", "belongs to experiments/"),
     "hardware/power.py": ("import pynvml", "belongs to hardware/meters/meter.py"),
     "experiments/chip.py": ("from lava.magma.core import x", "belongs to neuro/lava_worker/"),
-    "neuro/store.py": ("from safetensors.torch import save_file", "belongs to sparse_update/loop/checkpoint_files.py"),
+    "neuro/store.py": ("from safetensors.torch import save_file", "belongs to sparse_update/loop/saving/files.py"),
     "experiments/spikes.py": ("import snntorch", "belongs to neuro/modules/spiking.py"),
     "neuro/new.py": ("import pandas", "in no list"),
     "neuro/graph/network.py": ("import torch", "runs under Python 3.10 without it"),

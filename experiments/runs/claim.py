@@ -16,8 +16,8 @@ from experiments.runs.plain_json import plain
 from hardware.documents import read_yaml
 from hardware.text import short
 from sparse_update.loop.checkpoint import CheckpointError, has_checkpoint
-from sparse_update.loop.checkpoint_files import open_checkpoint
-from sparse_update.loop.checkpoint_places import candidates, settle
+from sparse_update.loop.saving.files import open_checkpoint
+from sparse_update.loop.saving.places import candidates, settle
 
 RECORDS = ("run.json", "config.yaml", "component_times.json", "metrics.jsonl", "result.json", "deploy.json")
 METRICS = "metrics.jsonl"

@@ -1,4 +1,4 @@
-"""A run on disk, exact and safe. `checkpoint_files` has the form of the folder, `checkpoint_places` the moves.
+"""A run on disk, exact and safe. `saving.files` has the form of the folder, `saving.places` the moves.
 
     save_checkpoint(folder, model.state_dict(), {"optimizer": ...}, {"step": 3})
     found = load_checkpoint(folder)            # every file verified, whether it was written by one process or by many
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from sparse_update.loop.checkpoint_files import (
+from sparse_update.loop.saving.files import (
     META,
     MODEL,
     RESERVED,
@@ -31,7 +31,7 @@ from sparse_update.loop.checkpoint_files import (
     untie,
     write_part,
 )
-from sparse_update.loop.checkpoint_places import candidates, commit, places, set_aside, stage, whole_place
+from sparse_update.loop.saving.places import candidates, commit, places, set_aside, stage, whole_place
 from sparse_update.nested import pack, unpack
 
 __all__ = [
@@ -97,7 +97,7 @@ def snapshot(
 
 
 def write_snapshot(folder: str | Path, moment: Snapshot, keep: int = 1) -> Path:
-    """Write a snapshot in place of what `folder` holds and return `folder`; the last `keep` stay (`checkpoint_places`).
+    """Write a snapshot in place of what `folder` holds and return `folder`; the last `keep` stay (`saving.places`).
 
     Raises `CheckpointError` for a folder that holds other things, and where nothing can be written (a full disk): what
     was there is as it was.

@@ -11,8 +11,8 @@ import torch
 
 from sparse_update.gates.gate import Gate
 from sparse_update.loop.checkpoint import Checkpoint, CheckpointError, Snapshot, load_checkpoint, snapshot
-from sparse_update.loop.keeper import Keeper
 from sparse_update.loop.records import TrainerConfig
+from sparse_update.loop.saving.keeper import Keeper
 from sparse_update.loop.updates import Updates
 from sparse_update.parallel.mesh import Mesh
 from sparse_update.weights.lowrank import apart, merged, restore

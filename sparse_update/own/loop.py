@@ -22,8 +22,8 @@ from sparse_update.library.attach import Gate, attach
 from sparse_update.library.linear import GateError
 from sparse_update.loop.checkpoint import Checkpoint, CheckpointError, Snapshot, snapshot
 from sparse_update.loop.interrupt import Interruption
-from sparse_update.loop.keeper import Keeper
 from sparse_update.loop.records import TrainingDiverged
+from sparse_update.loop.saving.keeper import Keeper
 from sparse_update.nested import get_rng_state, set_rng_state
 from sparse_update.own.arms import OwnArm
 from sparse_update.own.batches import Batches, held_out, seed_all

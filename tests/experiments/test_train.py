@@ -285,7 +285,7 @@ def test_a_run_that_grows(text, tmp_path):
         assert (line["growth/layers"] == 3.0) == (line["reference_s"] >= 0.6 * 0.5)
     for wrong, said in (
         ("growth.start=1", "growth.start_layers"),
-        ("gate.replay=forgotten", "growth.kind = depth with gate.replay = forgotten"),
+        ("gate=surprise_ltd", "growth.kind = depth with gate.unit"),
         ("init=grown", "a model that starts from weights has its blocks already"),
     ):
         done = spikegate("train", *words, wrong, "run=wrong", cwd=tmp_path, check=False)

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_update.loop import checkpoint_files, checkpoint_places
 from sparse_update.loop.checkpoint import CheckpointError, CheckpointVersionError, load_checkpoint, save_checkpoint
+from sparse_update.loop.saving import files as checkpoint_files
+from sparse_update.loop.saving import places as checkpoint_places
 from sparse_update.nested import StateError, get_rng_state, pack, set_rng_state, unpack
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -25,8 +25,8 @@ from sparse_update.loop.checkpoint import (
     snapshot,
     write_snapshot,
 )
-from sparse_update.loop.checkpoint_files import open_checkpoint
-from sparse_update.loop.checkpoint_places import earlier, history, stage
+from sparse_update.loop.saving.files import open_checkpoint
+from sparse_update.loop.saving.places import earlier, history, stage
 
 ROOT = Path(__file__).resolve().parents[3]
 OLD = Path(__file__).parent / "checkpoint_0_1"

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sparse_update.loop.checkpoint import CheckpointError, Snapshot, write_snapshot
-from sparse_update.loop.checkpoint_files import sync
-from sparse_update.loop.checkpoint_places import history
+from sparse_update.loop.saving.files import sync
+from sparse_update.loop.saving.places import history
 
 STALL_SHARE = 0.05
 """The most that the snapshots may take of the time between two of them."""

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sparse_update.loop.checkpoint_files import (
+from sparse_update.loop.saving.files import (
     META,
     MODEL,
     PARTS,
