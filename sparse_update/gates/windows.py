@@ -246,6 +246,7 @@ def forward_view(context: GateContext, tokens_BT1: Tensor, wants: frozenset[str]
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         h_BTD = model.hidden(tokens_BT1[:, :-1])  # type: ignore[operator]
         logits_BTV = model.head(h_BTD)  # type: ignore[operator]
+    context.mesh.release(model)
     y_BT = tokens_BT1[:, 1:]
     signals = {}
     if wants:

@@ -124,10 +124,10 @@ def make_trainer(
     check_mesh(mesh, arm.gate, arm.subset, arm.optim, arm.growth, cfg.batch_windows, cfg.measure_bias)
     if cfg.bags:
         check_bags(arm.gate, arm.subset, cfg.bags)
-    mesh.prepare(model)
-    stepper = Stepper(model, torch.bfloat16 if times.precision == "bf16" else None, times.compiled)
     subset = Subset(model, arm.subset, seed)
-    optimizer = Optimizer(model, subset.active, arm.optim, seed)
+    mesh.prepare(model, subset.strip_dim)
+    stepper = Stepper(model, torch.bfloat16 if times.precision == "bf16" else None, times.compiled, mesh.hold())
+    optimizer = Optimizer(model, subset.active, arm.optim, seed, mesh.split)
     every_weight = arm.subset.kind == "all"
 
     def active() -> Active | None:

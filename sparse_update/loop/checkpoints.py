@@ -51,6 +51,7 @@ class Checkpoints:
             folder, cfg.checkpoint_every_s, cfg.keep_checkpoints, cfg.checkpoint_beside, lambda: self._records
         )
         self._records: dict[str, int] = {}
+        self._whole: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
 
     def start_watch(self) -> None:
         """Wall seconds until the next checkpoint count from now."""
@@ -60,8 +61,10 @@ class Checkpoints:
         """Save where it is due; a state whose last step was skipped is not worth it."""
         due, best = self.mesh.any(self.mesh.first and self.keeper.due()), self._best()
         if (due or best) and not self.updates.tally.skipped_in_a_row:
+            self._put_together()
             if self.mesh.first:
                 self.keeper.save(self._taken, newest=due, best=best)
+            self._whole = None
             self.mesh.wait()
 
     def _best(self) -> bool:
@@ -92,14 +95,21 @@ class Checkpoints:
     def save(self) -> Path:
         """Write the checkpoint, atomically, and return when it is there. Raises CheckpointError where it cannot be."""
         best = self._best()
+        self._put_together()
         if self.mesh.first:
             self.keeper.save_now(self._taken, best=best)
+        self._whole = None
         self.mesh.wait()
         return self.target
 
     def close(self) -> None:
         """Return when what is being written is written."""
         self.keeper.close()
+
+    def _put_together(self) -> None:
+        """Where each process has a part of the weights, all of them put the whole together for the first one to write."""
+        if self.mesh.splits_weights:
+            self._whole = self.mesh.weights(self.updates.model), self.state_dict()
 
     def _taken(self, copied: bool) -> Snapshot:
         updates = self.updates
@@ -108,6 +118,9 @@ class Checkpoints:
         except OSError as error:
             raise CheckpointError(f"{self.target}: {error}") from error
         weights = merged(updates.model) if self.adapted else dict(updates.model.state_dict())
+        state = None
+        if self._whole is not None:
+            weights, state = self._whole
         meta = {
             **self.meta,
             "step": updates.tally.step,
@@ -116,7 +129,7 @@ class Checkpoints:
         }
         if updates.growth.grows and "model" in meta:
             meta["model"] = {**meta["model"], "layers": updates.model.cfg.layers}
-        return snapshot(weights, self.state_dict(), meta, copied=copied)
+        return snapshot(weights, state or self.state_dict(), meta, copied=copied)
 
     def resume(self, checkpoint: Path | Checkpoint) -> None:
         """Take up a checkpoint's exact state.
@@ -137,7 +150,7 @@ class Checkpoints:
         if self.adapted:
             restore(updates.model, found.model, state.get("adapted", {}))
         else:
-            updates.model.load_state_dict(found.model)
+            self.mesh.load(updates.model, found.model)
         updates.subset.load_state_dict(state["subset"])
         updates.optimizer.activate(updates.subset.active)
         updates.optimizer.load_state_dict(state["optimizer"])

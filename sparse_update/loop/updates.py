@@ -69,6 +69,7 @@ class Updates:
         """
         mine, my_step = (batch, step) if self.shared is None else self.shared.share(batch, step)
         found = self.objective.gradients(mine, my_step)
+        self.optimizer.collect()
         if not found.averaged:
             self.mesh.average_(self._gradients(found))
         if self.shared is not None:

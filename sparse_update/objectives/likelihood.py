@@ -44,7 +44,7 @@ class Likelihood(Objective):
         self.stepper = self.engine = given.stepper
         if (times.variant == "engine_compiled") != times.compiled:
             dtype = torch.bfloat16 if self.bf16 else None
-            self.engine = Stepper(self.model, dtype, times.variant == "engine_compiled")
+            self.engine = Stepper(self.model, dtype, times.variant == "engine_compiled", given.mesh.hold())
         compiled = times.variant == "autograd_compiled" or (given.adapted and times.compiled)
         self.module = given.mesh.module(self.model) if given.wrapped else self.model
         self.forward: Callable[[Tensor], Tensor] = torch.compile(self.module) if compiled else self.module
@@ -111,7 +111,7 @@ class Likelihood(Objective):
             loss_BT = loss_of(run(x), y)
             loss = loss_BT.mean() if weight_B is None else (loss_BT * weight_B[:, None]).mean()
             loss.backward()
-        return by_autograd(loss_BT, averaged=self.module is not self.model)
+        return by_autograd(loss_BT, averaged=self.module is not self.model or self.given.mesh.splits_weights)
 
     def _draws(self) -> torch.Generator:
         """What a step draws inside its backward by: on each shard something else, from one stream that all have alike."""

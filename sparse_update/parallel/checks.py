@@ -36,5 +36,34 @@ def check_mesh(
             "where their activations are, unevenly over the processes, and all would wait for the one with most. Use "
             "gate.unit = sequence with the same signal, which scores before the forward and shares what it keeps alike"
         )
+    if mesh.splits_weights:
+        _check_split(mesh, gate, subset, optim, growth)
     if measure_bias:
         raise MeshError(f"trainer.measure_bias with {mesh.size} processes: measure it with mesh=single")
+
+
+LOOKS_INSIDE = ("early_exit", "sample_norm", "stale_loss", "lagging", "learning_progress", "excess", "excess_entropy")
+"""Signals that hold the model or a copy of it."""
+
+
+def _check_split(mesh: Mesh, gate: GateConfig, subset: SubsetConfig, optim: OptimConfig, growth: GrowthConfig) -> None:
+    """What needs whole matrices on every process."""
+    what = f"mesh={mesh.kind}, where each process has a part of every matrix"
+    if gate.unit in ("gradient", "subblock"):
+        raise MeshError(f"gate.unit = {gate.unit} with {what}: its tests compare whole gradients. Use mesh=ddp")
+    if gate.signal in LOOKS_INSIDE:
+        raise MeshError(
+            f"gate.signal = {gate.signal} with {what}: it holds a model of its own. Use mesh=ddp, or a signal such as "
+            "ngram or token_loss"
+        )
+    if subset.kind == "lora" or subset.scored:
+        named = "subset.kind = lora" if subset.kind == "lora" else f"subset.policy = {subset.policy}"
+        other = "" if subset.kind == "lora" else ", or subset.policy = rotate or random"
+        raise MeshError(f"{named} with {what}: use mesh=ddp{other}")
+    if optim.name == "galore" or optim.mask.kind != "none":
+        named = "optim.name = galore" if optim.name == "galore" else f"optim.mask.kind = {optim.mask.kind}"
+        raise MeshError(f"{named} with {what}: it looks at whole gradients. Use mesh=ddp, or optim=adamw, mask=none")
+    if optim.frozen_moments == "keep":
+        raise MeshError(f"optim.frozen_moments = keep with {what}: use drop, or mesh=ddp")
+    if growth.kind != "none":
+        raise MeshError(f"growth.kind = {growth.kind} with {what}: blocks that come later are not cut yet. Use mesh=ddp")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
 from sparse_update.parallel.mesh import Mesh
 from sparse_update.parallel.ranks import Ranks
@@ -17,4 +18,11 @@ def make_mesh(cfg: MeshConfig, device: torch.device) -> Mesh:
     """
     if cfg.kind == "single":
         return ALONE
-    return Ranks(device)
+    if cfg.kind == "ddp":
+        return Ranks(device)
+    from torch.distributed.device_mesh import init_device_mesh  # a second to import, which other runs need not spend
+
+    from sparse_update.parallel.sharded import Sharded
+
+    grid = cfg.grid(dist.get_world_size())
+    return Sharded(device, init_device_mesh(device.type, (grid[0],), mesh_dim_names=("data",)))

@@ -11,8 +11,9 @@ Ranks of one shard hold different parts of the same matrices (tensor parallel) a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -32,6 +33,8 @@ class Mesh(ABC):
     size: int
     kind = "own"
     """What the record of a run calls it."""
+    split: Any = None
+    """`parallel.split.Split` of the model's parameters where a rank holds a part of them, after `prepare`"""
 
     @property
     def shard(self) -> int:
@@ -77,8 +80,28 @@ class Mesh(ABC):
         """What rank 0 gives, on every rank; the others' is not looked at."""
         raise NotImplementedError(f"{type(self).__name__} cannot tell what its first rank says")
 
-    def prepare(self, model: nn.Module) -> None:  # noqa: B027 - most meshes leave them as they are
-        """Take the model's weights in hand, before an optimizer sees them."""
+    def prepare(  # noqa: B027 - most meshes leave them as they are
+        self, model: nn.Module, strip_dim: Callable[[str], int | None] = lambda name: None
+    ) -> None:
+        """Take the model's weights in hand, before an optimizer sees them.
+
+        `strip_dim`: name of a parameter -> the dimension that its strips are cut along, None where it has none.
+        """
+
+    def hold(self) -> Any:
+        """What gathers weights for the sparse step and scatters its gradients; None where every rank has all weights."""
+        return None
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """The model's whole state dict, for a checkpoint; every rank asks."""
+        return dict(model.state_dict())
+
+    def load(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Take a whole state dict up."""
+        model.load_state_dict(weights)
+
+    def release(self, model: nn.Module) -> None:  # noqa: B027
+        """Let go of weights that a forward has gathered and no backward follows for."""
 
     def module(self, model: nn.Module) -> nn.Module:
         """What a step by autograd calls in the model's place, and averages its gradients by itself if it is another."""

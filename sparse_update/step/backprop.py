@@ -33,7 +33,7 @@ class Backward:
         weight_B: Tensor | None,
         generator: torch.Generator | None,
     ) -> None:
-        self.model, self.run = forward.model, forward.run
+        self.model, self.run, self.forward = forward.model, forward.run, forward
         self.kept, self.plan, self.gradients = kept, plan, gradients
         self.tokens_BT, self.targets_BT, self.bypass_BR = tokens_BT, targets_BT, bypass_BR
         self.skip, self.weight_B, self.generator, self.weight = skip, weight_B, generator, chosen.weight
@@ -48,7 +48,7 @@ class Backward:
         """Where the sequences that are left stand among those that `choose` kept; None before the first draw."""
 
     def go(self) -> None:
-        model, active = self.model, self.gradients.active
+        model, active, hold = self.model, self.gradients.active, self.forward.hold
         g = self._head()
         middle = self.plan.middle(len(model.blocks))
         counts = self.plan.kept_sequences(len(self.tokens_BT))
@@ -59,6 +59,8 @@ class Backward:
                 g = self._draw(g, index, counts[index] if self.plan.sample else len(g))
             saved = self.kept.saved[index]
             assert saved is not None
+            if hold is not None:
+                self.kept.weights[index] = self.forward.gathered(model.blocks[index])  # type: ignore[arg-type]
             at = positions(self.bypass_BR, middle, index)
             if at is not None and self.sequences_S is not None:
                 at = at[self.sequences_S]
@@ -69,9 +71,19 @@ class Backward:
             else:
                 g = self._block(index, g, saved, self.rows_SR, None, None)
             self.kept.saved[index] = None
+            if hold is not None:
+                self.kept.weights[index] = None
+                hold.leave(model.blocks[index])
         if self.gradients.wants("embed.weight"):
             tokens = b.take(self.tokens_BT[..., None], self.sequences_S, self.rows_SR)
             self.gradients.embedding(g, tokens, tuple(model.embed.weight.shape))  # type: ignore[arg-type]
+        if hold is not None:
+            hold.leave(model)
+
+    def _weights(self, index: int) -> Weights:
+        found = self.kept.weights[index]
+        assert found is not None
+        return found
 
     def _head(self) -> Tensor:
         f, model, gradients = self.kept, self.model, self.gradients
@@ -131,7 +143,7 @@ class Backward:
             cos, sin = cos[at][:, None], sin[at][:, None]
         elif rows_SR is not None:
             cos, sin = cos[rows_SR][:, None], sin[rows_SR][:, None]
-        w, sequences, name = self.kept.weights[index], self.sequences_S, f"blocks.{index}."
+        w, sequences, name = self._weights(index), self.sequences_S, f"blocks.{index}."
         matrices = [f"{name}attn.{m}.weight" for m in "qkvo"]
         factors = self.gradients.wants(*matrices, name + "norm1.weight")
         if s.weights_BHTT is None:
@@ -152,7 +164,7 @@ class Backward:
     def _mlp(self, index: int, g: Tensor, s: Saved, rows_SR: Tensor | None) -> Tensor:
         if (index, "mlp") in self.skip:
             return g
-        w, name = self.kept.weights[index], f"blocks.{index}.mlp."
+        w, name = self._weights(index), f"blocks.{index}.mlp."
         factors = self.gradients.wants(name + "fc1.weight", name + "fc2.weight", f"blocks.{index}.norm2.weight")
         g_below, act, dpre, n, dgain = self.run(
             b.mlp_backward, g, s.middle_BTD, s.rstd2_BT1, s.pre_BTF, w.gain2, w.fc1, w.fc2, self.sequences_S, rows_SR,
@@ -300,7 +312,7 @@ class Backward:
         if not gathered:
             q, weights = b.take_heads(q, sequences, None), b.take_heads(weights, sequences, None)
             mixed = b.take(mixed, sequences, None)
-        w, name = self.kept.weights[index], f"blocks.{index}.attn."
+        w, name = self._weights(index), f"blocks.{index}.attn."
         g_below, dq, n_rows, dkv, n, dgain = self.run(
             b.keys_backward, g, base, b.take(s.x_BTD, sequences, None), b.take(s.rstd1_BT1, sequences, None), q,
             b.take_heads(s.k_BHTK.detach(), sequences, None), b.take_heads(s.v_BHTK.detach(), sequences, None), weights,

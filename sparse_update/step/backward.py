@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_update.step.backprop import Backward
-from sparse_update.step.forward import Forward
+from sparse_update.step.forward import Forward, Hold
 from sparse_update.step.gradients import Gradients
 from sparse_update.step.kernels import Kernels
 from sparse_update.step.plan import PLAIN, Choose, Chosen, SparseStep, StepPlan, View
@@ -91,11 +91,15 @@ class Stepper:
     Args:
         dtype: compute type of the products; None takes the parameters'. The residual stream keeps the parameters'.
         compiled: through torch.compile, one compilation for each static shape; eager where that fails.
+        hold: gathers weights and scatters gradients where this process has a part of them only; gradients are then means
+            over all processes, as far as they lie here.
     """
 
-    def __init__(self, model: Transformer, dtype: torch.dtype | None = None, compiled: bool = False) -> None:
-        self.model = model
-        self.forward = Forward(model, dtype or model.embed.weight.dtype, Kernels(compiled))
+    def __init__(
+        self, model: Transformer, dtype: torch.dtype | None = None, compiled: bool = False, hold: Hold | None = None
+    ) -> None:
+        self.model, self.hold = model, hold
+        self.forward = Forward(model, dtype or model.embed.weight.dtype, Kernels(compiled), hold)
 
     @torch.no_grad()
     def step(
@@ -143,18 +147,23 @@ class Stepper:
         if plan is not None:
             _check_chosen(plan, chosen, len(tokens_BT))
         dtype = model.embed.weight.dtype
-        gradients = Gradients(active, model.cfg.tie_embeddings, dtype, sized.dw_rows, generator, watched)
+        scatter = None if self.hold is None else self.hold.scatter
+        gradients = Gradients(active, model.cfg.tie_embeddings, dtype, sized.dw_rows, generator, watched, scatter)
         backward = Backward(
             self.forward, kept, sized, chosen, gradients, tokens_BT, targets_BT, bypass_BR, skip, weight_B, generator
         )
         backward.go()
-        return SparseStep(loss_BT, gradients.found, chosen, view, gradients.factors, backward.norms_LS)
+        return SparseStep(
+            loss_BT, gradients.found, chosen, view, gradients.factors, backward.norms_LS, self.hold is not None
+        )
 
     @torch.no_grad()
     def view(self, tokens_BT: Tensor, targets_BT: Tensor, want: frozenset[str] = frozenset()) -> View:
         """A forward alone, for scoring: token losses and the wanted signals."""
         nothing = Active({}, len(self.model.blocks))
         _, loss_BT, signals = self.forward(tokens_BT, targets_BT, StepPlan(want=want), nothing, None)
+        if self.hold is not None:
+            self.hold.leave(self.model)
         return View(loss_BT, signals)
 
 

@@ -6,10 +6,11 @@ Shape letters: B batch, T token, R token that goes through, H head, K head width
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_update.step import blocks as b
 from sparse_update.step.kernels import Kernels
@@ -56,12 +57,25 @@ class Weights:
     fc2: Tensor
 
 
+class Hold(Protocol):
+    """Gathers the weights of a module of which this process holds a part, and scatters gradients."""
+
+    def take(self, module: nn.Module) -> None:
+        """From now on the module's own weights are whole."""
+
+    def leave(self, module: nn.Module) -> None:
+        """They are parts again."""
+
+    def scatter(self, name: str, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The mean over the processes of a parameter's gradients, as far as it lies here."""
+
+
 @dataclass
 class Kept:
-    """What one forward leaves for the backward."""
+    """What one forward leaves for the backward. `weights`: None where they are gathered anew."""
 
     saved: list[Saved | None]
-    weights: list[Weights]
+    weights: list[Weights | None]
     head: Tensor
     rstd: Tensor
     final: Tensor
@@ -76,10 +90,11 @@ class Forward:
     Args:
         dtype: compute type of the products; the residual stream keeps the parameters'.
         run: calls the block functions, compiled or not.
+        hold: gathers weights, block by block, where this process has a part of them.
     """
 
-    def __init__(self, model: Transformer, dtype: torch.dtype, run: Kernels) -> None:
-        self.model, self.dtype, self.run = model, dtype, run
+    def __init__(self, model: Transformer, dtype: torch.dtype, run: Kernels, hold: Hold | None = None) -> None:
+        self.model, self.dtype, self.run, self.hold = model, dtype, run, hold
 
     def weights(self, block: Block) -> Weights:
         attn, mlp = block.attn, block.mlp
@@ -88,6 +103,12 @@ class Forward:
         qkv, o, fc1, fc2 = cast
         return Weights(block.norm1.weight, qkv, o, block.norm2.weight, fc1, fc2)
 
+    def gathered(self, block: Block) -> Weights:
+        """The weights of a block that other processes have parts of."""
+        assert self.hold is not None
+        self.hold.take(block)
+        return self.weights(block)
+
     def __call__(
         self, tokens_BT: Tensor, targets_BT: Tensor, plan: StepPlan, active: Active, bypass_BR: Tensor | None
     ) -> tuple[Kept, Tensor, dict[str, Tensor]]:
@@ -95,11 +116,16 @@ class Forward:
         model = self.model
         cos, sin = self.tables(tokens_BT.shape[1])
         middle = plan.middle(len(model.blocks))
+        if self.hold is not None:
+            self.hold.take(model)
         x = F.embedding(tokens_BT, model.embed.weight)
         saved: list[Saved | None] = []
-        weights = [self.weights(block) for block in model.blocks]  # type: ignore[arg-type]
+        weights: list[Weights | None] = [None] * len(model.blocks)
+        if self.hold is None:
+            weights = [self.weights(block) for block in model.blocks]  # type: ignore[arg-type]
         updates = []
-        for index, w in enumerate(weights):
+        for index, block in enumerate(model.blocks):
+            w = weights[index] or self.gathered(block)  # type: ignore[arg-type]
             at = positions(bypass_BR, middle, index)
             if at is None:
                 out, kept = self._block(w, x, cos, sin)
@@ -113,6 +139,8 @@ class Forward:
                 updates.append((out - x).norm(dim=-1) / x.norm(dim=-1))
             x = out
             saved.append(kept if index >= active.lowest_block else None)
+            if self.hold is not None:
+                self.hold.leave(block)
         head = model.head.weight.to(self.dtype)
         rstd, final, logits, lse, loss_BT = self.run(b.head_forward, x, model.norm.weight, head, targets_BT, model.norm.eps)
         signals = {"update": torch.stack(updates)} if updates else {}

@@ -5,6 +5,7 @@ Shape letters: N token row (sequences x rows), M sampled row, O output, I input,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,7 @@ class Gradients:
         dtype: of the gradients, the parameters' own.
         dw_rows: share of the token rows that `sample` draws; 1 takes all.
         watched: weights whose two factors are kept in `factors`.
+        scatter: what becomes of a parameter's gradients where this process has a part of it.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class Gradients:
         dw_rows: float = 1.0,
         generator: torch.Generator | None = None,
         watched: frozenset[str] = frozenset(),
+        scatter: Callable[[str, tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None,
     ) -> None:
+        self.scatter = scatter
         self.active, self.tied, self.dtype = active, tied, dtype
         self.dw_rows, self.generator, self.watched = dw_rows, generator, watched
         self.found: dict[str, tuple[Tensor, ...]] = {}
@@ -123,6 +127,8 @@ class Gradients:
             gradients = tuple(
                 g.sign().to(torch.int8) if rule == "sign8" else g.clone() for g, rule in zip(gradients, rules, strict=True)
             )
+        if self.scatter is not None:
+            gradients = self.scatter(name, gradients)
         before = self.found.get(name)
         self.found[name] = gradients if before is None else tuple(a + b for a, b in zip(before, gradients, strict=True))
 

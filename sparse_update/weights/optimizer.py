@@ -23,12 +23,15 @@ class Optimizer:
     `OptimConfig.frozen_moments`), and frozen weights neither decay nor move. Strips under the rule "sign" move by
     lr * sign(gradient) and have no state; "look" strips never move.
 
+    `split`: a `parallel.split.Split` where each process holds a part of the parameters; leaves, gradients and state are
+    then those of the part, and `state_dict` those of the whole.
+
     `leaves`: what is updated, by name, or by name and place for a strip. With `cfg.mask` the updates of some blocks of the
     matrices in "blocks." are taken back after each step; `seed` is that of its coins.
     """
 
-    def __init__(self, module: nn.Module, active: Active, cfg: OptimConfig, seed: int = 0) -> None:
-        self.module, self.cfg = module, cfg
+    def __init__(self, module: nn.Module, active: Active, cfg: OptimConfig, seed: int = 0, split: Any = None) -> None:
+        self.module, self.cfg, self.split = module, cfg, split
         self.mask = Mask(cfg.mask, seed) if cfg.mask.kind != "none" else None
         self.parked: dict[str, dict[str, Tensor]] = {}
         self.parts: list[torch.optim.Optimizer] = []
@@ -45,6 +48,8 @@ class Optimizer:
         self.leaves = {}
         self.signed: dict[str, Tensor] = {}
         self._keys: dict[str, tuple[str | None, ...]] = {}
+        self.names: dict[str, str] = {}
+        self.outer: dict[str, Tensor] = {}
         for name, p in self.module.named_parameters():
             parts = active.parts.get(name, ())
             whole = len(parts) == 1 and parts[0].rule == "optimizer" and parts[0].whole(p)
@@ -56,7 +61,8 @@ class Optimizer:
                     keys.append(None)
                     continue
                 key = name if whole else _key(name, part)
-                leaf = p if whole else part.of(p.detach()).requires_grad_()
+                leaf = self._leaf(name, p, part, whole)
+                self.names[key] = name
                 (self.signed if part.rule in SIGNS else self.leaves)[key] = leaf
                 keys.append(key)
             self._keys[name] = tuple(keys)
@@ -68,6 +74,25 @@ class Optimizer:
         self.parked = before if self.cfg.frozen_moments == "keep" else {}
         if self.mask is not None:
             self.mask.forget(self.leaves)
+
+    def _leaf(self, name: str, p: Tensor, part: Part, whole: bool) -> Tensor:
+        if self.split is None:
+            return p if whole else part.of(p.detach()).requires_grad_()
+        held = self.split.local(p.detach())
+        if whole:
+            self.outer[name] = p
+            return held.requires_grad_() if held is not p else p
+        if part.whole(p):
+            return held.requires_grad_()
+        return self.split.strip(name, part.dim, part.start, part.stop, held).requires_grad_()
+
+    def collect(self) -> None:
+        """Take over the gradients that a backward by autograd left at parameters of which this process holds a part."""
+        for name, p in self.outer.items():
+            if p.grad is not None:
+                leaf = (self.leaves if name in self.leaves else self.signed)[name]
+                if leaf is not p:
+                    leaf.grad, p.grad = self.split.local(p.grad), None
 
     def _build(self) -> list[torch.optim.Optimizer]:
         cfg = self.cfg
@@ -88,7 +113,10 @@ class Optimizer:
             if groups:
                 parts.append(torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=dense))
         if inner and cfg.name == "muon":
-            parts.append(torch.optim.Muon(list(inner.values()), lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
+            if self.split is None:
+                parts.append(torch.optim.Muon(list(inner.values()), lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
+            else:
+                parts.append(self.split.muon(inner, self.names, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
         elif inner:
             parts.append(galore_adamw(list(inner.values()), cfg))
         return parts
@@ -126,7 +154,7 @@ class Optimizer:
         norm = 0.0
         gradient_bytes = self.gradient_bytes()
         if self.cfg.grad_clip > 0:
-            norm = float(nn.utils.clip_grad_norm_([*self.leaves.values(), *self.signed.values()], self.cfg.grad_clip))
+            norm = self._clip()
             if not math.isfinite(norm):
                 self.clear()
                 return norm
@@ -143,6 +171,21 @@ class Optimizer:
         self.gradient_peak_bytes = max(self.gradient_peak_bytes, gradient_bytes)
         self.peak_bytes = max(self.peak_bytes, gradient_bytes + self.state_bytes())
         self.clear()
+        return norm
+
+    def _clip(self) -> float:
+        """Scale all gradients so that their norm is at most `grad_clip`; the norm before."""
+        moved = {**self.leaves, **self.signed}
+        if self.split is None:
+            return float(nn.utils.clip_grad_norm_(list(moved.values()), self.cfg.grad_clip))
+        by_name: dict[str, list[Tensor]] = {}
+        for key, leaf in moved.items():
+            if leaf.grad is not None:
+                by_name.setdefault(self.names[key], []).append(leaf.grad)
+        norm = self.split.norm(by_name)
+        factor = min(1.0, self.cfg.grad_clip / (norm + 1e-6))  # as clip_grad_norm_ has it
+        for g in (g for parts in by_name.values() for g in parts):
+            g.mul_(factor)
         return norm
 
     def _momentum(self, key: str) -> Tensor:
@@ -181,14 +224,40 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """Moments by part and parameter number; the numbering follows the module and the active strips."""
-        found = {str(i): {str(k): v for k, v in part.state_dict()["state"].items()} for i, part in enumerate(self.parts)}
+        found = {str(i): {str(k): v for k, v in self._whole(part).items()} for i, part in enumerate(self.parts)}
         found |= {"parked": self.parked} if self.parked else {}
         return found | ({"mask": self.mask.state_dict()} if self.mask is not None else {})
+
+    def _whole(self, part: torch.optim.Optimizer) -> dict[int, Any]:
+        """State by number of the parameter, put together where each process has a part."""
+        found: dict[int, Any] = part.state_dict()["state"]
+        if self.split is None:
+            return found
+        leaves = self._numbered(part)
+        return {
+            n: {k: self.split.whole(leaves[n][0], v) if _like(v, leaves[n][1]) else v for k, v in kept.items()}
+            for n, kept in found.items()
+        }
+
+    def _here(self, part: torch.optim.Optimizer, found: dict[int, Any]) -> dict[int, Any]:
+        """What of such a state lies on this process."""
+        if self.split is None:
+            return found
+        leaves = self._numbered(part)
+        return {
+            n: {k: self.split.here(leaves[n][0], v) if v.dim() == leaves[n][1].dim() else v for k, v in kept.items()}
+            for n, kept in found.items()
+        }
+
+    def _numbered(self, part: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+        """(name of the parameter, leaf) in the order of an optimizer's numbers."""
+        keys = {id(leaf): key for key, leaf in self.leaves.items()}
+        return [(self.names[keys[id(leaf)]], leaf) for group in part.param_groups for leaf in group["params"]]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for i, part in enumerate(self.parts):
             own = part.state_dict()
-            own["state"] = {int(k): v for k, v in state.get(str(i), {}).items()}
+            own["state"] = self._here(part, {int(k): v for k, v in state.get(str(i), {}).items()})
             part.load_state_dict(own)
         self.parked = {key: dict(moments) for key, moments in state.get("parked", {}).items()}
         if (self.mask is not None) != ("mask" in state):
@@ -198,6 +267,10 @@ class Optimizer:
             )
         if self.mask is not None:
             self.mask.load_state_dict(state["mask"])
+
+
+def _like(value: Any, leaf: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == leaf.shape
 
 
 def storage_bytes(tensors: Iterable[Tensor | None]) -> int:

@@ -240,6 +240,10 @@ class Subset:
         gated = {n: s for n, s in self.shapes.items() if len(s) == 2 and (n.startswith("blocks.") or self._stripped(n))}
         return {n: Grid.of(s[self._dim(n)], cfg.active_fraction, cfg.block_rows, cfg.strips) for n, s in gated.items()}
 
+    def strip_dim(self, name: str) -> int | None:
+        """The dimension that a parameter's strips are cut along, None where it is active as a whole or not at all."""
+        return self._dim(name) if name in self.grids else None
+
     def _stripped(self, name: str) -> bool:
         return self.cfg.train_embeddings and self.cfg.embedding_strips and not name.startswith("blocks.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -14,12 +15,14 @@ from sparse_update.data.stream import WindowStream
 from sparse_update.gates.config import GateConfig
 from sparse_update.gates.controller import AutoConfig, Controller
 from sparse_update.loop.assembly import Arm, Place, Prices, Text, make_trainer
+from sparse_update.loop.interrupt import Interruption
 from sparse_update.loop.recorder import Listeners
 from sparse_update.loop.records import TrainerConfig
 from sparse_update.loop.trainer import Trainer
 from sparse_update.parallel.make import make_mesh
 from sparse_update.parallel.settings import MeshConfig
 from sparse_update.transformer import ModelConfig, Transformer
+from sparse_update.weights.optimizer import storage_bytes
 from sparse_update.weights.settings import OptimConfig
 from sparse_update.weights.subset import SubsetConfig
 
@@ -127,10 +130,35 @@ def run(made: Trainer, reports: list[Any]) -> dict[str, Any]:
         "skipped": result.skipped,
         "reports": len(reports),
         "notes": made.gate.notes(),
-        "weights": {name: p.detach().numpy().copy() for name, p in made.updates.model.named_parameters()},
+        "weights": {name: whole(p).numpy().copy() for name, p in made.updates.model.named_parameters()},
+        "bytes": held_bytes(made),
     }
 
 
 def trained_small(text: Path, folder: Path, mesh: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """`trained`, with its settings in one argument, as a pool hands them over."""
     return trained(text, folder, mesh, **settings)
+
+
+def whole(p: torch.Tensor) -> torch.Tensor:
+    return p.full_tensor().detach() if hasattr(p, "full_tensor") else p.detach()
+
+
+def held_bytes(made: Trainer) -> dict[str, int]:
+    """What lies on this rank: weights, and the most that gradients and optimizer state took."""
+    local = (p.to_local() if hasattr(p, "to_local") else p for p in made.updates.model.parameters())
+    tally = made.updates.tally
+    return {"weights": storage_bytes(local), "gradients": tally.peak_gradient, "state": tally.peak_optimizer}
+
+
+def leg(text: Path, folder: Path, mesh: Any, settings: dict[str, Any], stop_at: int, goes_on: bool) -> dict[str, Any]:
+    """A part of a run: from the beginning or from `folder`'s checkpoint, until an interruption at step `stop_at`."""
+    made, reports = trainer(text, folder, mesh, **settings)
+    if goes_on:
+        made.resume(folder / "checkpoint")
+
+    class Asked(Interruption):
+        asked = property(lambda self: made.updates.tally.step >= stop_at, lambda self, value: None)  # type: ignore[assignment]
+
+    with patch("sparse_update.loop.trainer.Interruption", Asked):
+        return run(made, reports)

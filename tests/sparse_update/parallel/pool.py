@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -25,24 +26,34 @@ class Pool:
             self.ends.append(here)
             self.processes.append(process)
 
-    def run(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120) -> list[Any]:
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 60) -> list[Any]:
         for end in self.ends:
             end.send((function, arguments))
-        found = []
-        for rank, end in enumerate(self.ends):
-            assert end.poll(timeout_s), f"rank {rank} did not answer"
-            found.append(end.recv())
-        for rank, (good, value) in enumerate(found):
-            assert good, f"rank {rank}:\n{value}"
-        return [value for _, value in found]
+        found: dict[int, Any] = {}
+        until = time.monotonic() + timeout_s
+        while len(found) < len(self.ends):
+            for rank, end in enumerate(self.ends):
+                if rank not in found and end.poll(0.005):
+                    good, found[rank] = end.recv()
+                    if not good:  # the others wait for it, and for ever
+                        self.kill()
+                    assert good, f"rank {rank}:\n{found[rank]}"
+            if time.monotonic() > until:
+                self.kill()
+                raise AssertionError(f"only ranks {sorted(found)} answered in {timeout_s:.0f} s")
+        return [found[rank] for rank in range(len(self.ends))]
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
 
     def close(self) -> None:
-        for end in self.ends:
-            end.send(None)
+        for end, process in zip(self.ends, self.processes, strict=True):
+            if process.is_alive():
+                end.send(None)
         for process in self.processes:
             process.join(20)
-            if process.is_alive():
-                process.kill()
+            process.kill()
 
 
 def _serve(rank: int, size: int, folder: Path, end: Any) -> None:
