@@ -38,6 +38,7 @@ OWN = {
     "compat": "experiments.commands.compat",
     "export": "experiments.commands.export",
     "import": "experiments.commands.importing",
+    "tokens": "experiments.commands.tokens",
     "rerun": "experiments.rerun",
     "doctor": "experiments.commands.doctor",
     "completion": "experiments.commands.completion",

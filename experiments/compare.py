@@ -19,10 +19,12 @@ from experiments.runs.hydra_app import ConfigError, run_app
 from experiments.runs.output import finish
 from experiments.runs.plain_json import plain, write_json
 from experiments.views.figures import figure
+from experiments.views.labels import plainly
 from experiments.views.layer_figure import layer_figure
 from experiments.views.page import page
 from experiments.views.tables import energy_markdown, markdown, summary, table
 from experiments.views.tracking import MOST_SELECTED, boards, write_comparison
+from hardware import markdown as markdown_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -85,7 +87,7 @@ def write(comparison: Comparison, out: Path, *, tensorboard: bool = True, beside
     wanted, tensorboard/ into `out`; return the JSON document. `beside`: other runs that one TensorBoard will show."""
     document = to_json(comparison)
     write_json(out / "comparison.json", document)
-    picture = figure(comparison)
+    picture = plainly(figure(comparison))
     picture.savefig(out / "comparison.png", dpi=150)
     picture.savefig(out / "comparison.svg")
     text = markdown(comparison)
@@ -97,7 +99,7 @@ def write(comparison: Comparison, out: Path, *, tensorboard: bool = True, beside
         file = "joules-" + re.sub(r"[^A-Za-z0-9_.+-]+", "-", name).strip("-")
         drawn.savefig(out / f"{file}.png", dpi=150)
         drawn.savefig(out / f"{file}.svg")
-        images.append(f"![where each joule goes: {name}]({file}.png)")
+        images.append(f"![where each joule goes: {markdown_text.line(name)}]({file}.png)")
     (out / "comparison.md").write_text("\n\n".join([text, *images]) + "\n", encoding="utf-8")
     shown = {f"{name}: energy against accuracy, and training": drawn for name, drawn in stream_pictures(comparison).items()}
     shown |= {f"{name}: where each joule goes, layer by layer": drawn for name, drawn in layers.items()}
@@ -111,7 +113,7 @@ def write(comparison: Comparison, out: Path, *, tensorboard: bool = True, beside
 
 def stream_pictures(comparison: Comparison) -> dict[str, Figure]:
     """Stream -> its part of the picture, for pages where one stands under the other."""
-    return {name: figure(Comparison({name: stream}), flat=True) for name, stream in comparison.streams.items()}
+    return {name: plainly(figure(Comparison({name: stream}), flat=True)) for name, stream in comparison.streams.items()}
 
 
 def layer_pictures(comparison: Comparison) -> dict[str, Figure]:
@@ -123,7 +125,7 @@ def layer_pictures(comparison: Comparison) -> dict[str, Figure]:
             seed = "" if group.items[0].seed is None else f", seed {group.items[0].seed}"
             if energies:
                 name = f"{stream.name} {group.label}"
-                found[name] = layer_figure(energies, f"{name}{seed}: where each joule goes", columns=2)
+                found[name] = plainly(layer_figure(energies, f"{name}{seed}: where each joule goes", columns=2))
     return found
 
 

@@ -59,6 +59,7 @@ from experiments.views.samples.written import PAGE
 from experiments.views.terminal import compatibility_text, in_lines, terminal_width
 from experiments.views.tracking import Tracker
 from hardware.energy.account import load_profile
+from hardware.markdown import fenced
 from hardware.meters.meter import Meter, total
 from neuro.analysis.compatibility import CompatibilityReport
 from neuro.conversion.plan import Plan, save_plan
@@ -202,12 +203,12 @@ def _deploy(
             document["mode_chip"] = in_mode_chip(model, plan, *parts, shown)
     texts = {
         "compatibility": report.markdown(),
-        "conversion": f"```\n{document['conversion']}\n```",
-        "losses": f"```\n{losses_text(document)}\n```",
+        "conversion": fenced(document["conversion"]),
+        "losses": fenced(losses_text(document)),
         "energy": energy_markdown(energy),
         "break-even": "\n".join(f"- {pair['sentence']}" for pair in document["break_even"]) or "No event was sent.",
-        "placement": f"```\n{placed.placement or placed.placement_reason}\n```",
-        "config": f"```yaml\n{(out / 'config.yaml').read_text()}\n```",
+        "placement": fenced(str(placed.placement or placed.placement_reason)),
+        "config": fenced((out / "config.yaml").read_text(), "yaml"),
     }
     write_json(out / "deploy.json", document)  # already here: what follows may take long
     if cfg.layer_tokens:

@@ -157,14 +157,13 @@ def _converted_run(args: argparse.Namespace) -> Any:
     from neuro.analysis.compatibility import NothingToMap, analyse
     from neuro.conversion.calibration import calibrate
     from sparse_update.data.records import CorpusError
-    from sparse_update.data.regimes import make_stream
-    from sparse_update.data.stream import WindowStream
+    from sparse_update.data.regimes import clean_stream
     from sparse_update.loop.checkpoint import CheckpointError
 
     try:
         model, corpus, data, record = load_run(args.source)
         context, seed = model.cfg.context, record["seed"]
-        stream = WindowStream(corpus, context, seed) if data.regime == "plain" else make_stream(corpus, data, context, seed)
+        stream = clean_stream(corpus, data, context, seed)
         training = stream.take(max(1, args.calibration_tokens // context)).tokens[:, :-1]
         report = analyse(model, training[:1], "loihi2")
         calibration = calibrate(model, training.split(16))

@@ -204,6 +204,7 @@ def to_dataclass(cfg: Any, schema: type) -> Any:
     from omegaconf.errors import OmegaConfBaseException
 
     keys = known_keys(schema)
+    _refuse_resolvers(cfg)
     for key in _walk(cfg):  # `+key=value` slips past Hydra's own check
         if key not in keys and not any(key.startswith(f"{free}.") for free in _free(schema)):
             raise ConfigError(_unknown(key, keys))
@@ -215,6 +216,30 @@ def to_dataclass(cfg: Any, schema: type) -> Any:
         raise ConfigError(explain(error, schema)) from error
     except ValueError as error:  # a range, from the dataclass itself
         raise ConfigError(str(error)) from error
+
+
+_RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
+
+
+def _refuse_resolvers(cfg: Any) -> None:
+    """Raise ConfigError for a value that asks for more than another setting: the environment (`oc.env`), a clock, a call.
+
+    A reference such as `${data.name}` reads the settings themselves and stays.
+    """
+    from omegaconf import OmegaConf
+
+    waiting: list[tuple[str, Any]] = [("", OmegaConf.to_container(cfg, resolve=False) if OmegaConf.is_config(cfg) else cfg)]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += [(f"{key}.{name}" if key else str(name), part) for name, part in value.items()]
+        elif isinstance(value, list | tuple):
+            waiting += [(f"{key}[{i}]", part) for i, part in enumerate(value)]
+        elif isinstance(value, str) and (found := _RESOLVER.search(value)):
+            raise ConfigError(
+                f"configuration key {key!r}: {short(value)} asks for something outside of the settings (resolver "
+                f"{found[1]}); write the value itself"
+            )
 
 
 def explain(error: BaseException, schema: type) -> str:

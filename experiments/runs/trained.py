@@ -18,8 +18,7 @@ from neuro.conversion.plan import Plan
 from neuro.conversion.routes import convert
 from sparse_update.data.corpus import DataConfig, load_corpus
 from sparse_update.data.records import Corpus, CorpusError
-from sparse_update.data.regimes import make_stream
-from sparse_update.data.stream import WindowStream
+from sparse_update.data.regimes import clean_stream
 from sparse_update.loop.checkpoint import CheckpointError, load_checkpoint
 from sparse_update.transformer import ModelConfig, Transformer
 
@@ -76,7 +75,7 @@ def load_point(folder: Path) -> tuple[Transformer, Corpus, DataConfig, dict[str,
 
 def calibration_windows(cfg: DeployConfig, corpus: Corpus, data: DataConfig, context: int, seed: int) -> Tensor:
     """Inputs of the first training windows of a seed, int64 (N, T)."""
-    stream = WindowStream(corpus, context, seed) if data.regime == "plain" else make_stream(corpus, data, context, seed)
+    stream = clean_stream(corpus, data, context, seed)
     return stream.take(max(1, cfg.calibration_tokens // context)).tokens[:, :-1]
 
 

@@ -1,10 +1,14 @@
-"""Names at the right edge of a panel: moved apart so that none covers another, each with a line to where it belongs."""
+"""Names in pictures: at the right edge of a panel, moved apart so that none covers another, each with a line to where it
+belongs; and none of them a formula."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from hardware.text import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -13,6 +17,7 @@ if TYPE_CHECKING:
 
 SPACING = 1.04  # of the height of a name's box
 NEAR = 0.25  # a name moved by less than this share of its height needs no line
+LONGEST = 48  # characters of a name beside a panel
 ROUNDS = 2  # names moved change the layout, which moves them again
 
 
@@ -30,7 +35,7 @@ def edge_labels(ax: Axes, labels: Sequence[EdgeLabel], size: float = 8.0) -> lis
     """The names at the heights of their points, `size` points large; `settle` moves them apart once all is drawn."""
     return [
         ax.annotate(
-            label.text,
+            short(label.text, LONGEST),
             xy=(label.x, label.y),
             xytext=(1.03, 0.5),
             textcoords="axes fraction",
@@ -49,6 +54,7 @@ def settle(picture: Figure, groups: Sequence[Sequence[Annotation]]) -> None:
     """Move the names of each panel as little as needed so that none covers another, inside the panel where they fit."""
     from matplotlib.text import Text
 
+    plainly(picture)
     for _ in range(ROUNDS if any(groups) else 0):
         picture.draw_without_rendering()
         for group in filter(None, groups):
@@ -87,3 +93,22 @@ def apart(wanted: Sequence[float], sizes: Sequence[float], low: float = 0.0, hig
     for i, start, offset in zip(order, starts, offsets, strict=True):
         placed[i] = offset + (low + room / 2 if room < 0 else min(max(start, low), low + room))
     return placed
+
+
+def plainly(figure: Figure) -> Figure:
+    """The figure, with the dollar signs of its words as dollar signs: none of our texts is a formula, and a name with two
+    of them would be read as one. Numbers at logarithmic axes, which are formulas of matplotlib's own, stay."""
+    from matplotlib.text import Text
+    from matplotlib.ticker import FixedFormatter
+
+    ticks = set()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            ticks |= {id(text) for text in axis.findobj(Text) if text is not axis.label}
+            formatter = axis.get_major_formatter()
+            if isinstance(formatter, FixedFormatter):
+                formatter.seq = [re.sub(r"(?<!\\)\$", r"\\$", str(word)) for word in formatter.seq]
+    for text in figure.findobj(Text):
+        if id(text) not in ticks:
+            text.set_parse_math(False)
+    return figure

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.comparison.record import Comparison
 from experiments.views.blocks import Block, blocks
+from experiments.views.labels import plainly
 from experiments.views.tables import MOST_UNTESTED, VERDICT, is_figure, parted
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ def _folders(comparison: Comparison) -> str:
 
 def picture(figure: Figure, caption: str, number: int) -> str:
     """A figure and its caption as a card; `number` tells pictures of one page apart."""
-    drawn = inline_svg(figure, f"p{number}")
+    drawn = inline_svg(plainly(figure), f"p{number}")
     said = f"<figcaption>{html.escape(caption)}</figcaption>"
     return f'<section class="card"><figure><div class="wide">{drawn}</div>{said}</figure></section>'
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -19,6 +19,7 @@ from experiments.comparison.overview import HEADLINE
 from experiments.comparison.record import Comparison
 from experiments.comparison.verdicts import verdicts
 from experiments.views.blocks import Block, arms_block, blocks, energy_blocks
+from hardware import markdown as markdown_text
 
 LEAST_WORDS = 24  # columns that a wrapped cell of words keeps
 NO_LIMIT = 100_000  # columns where lines are not cut
@@ -113,9 +114,11 @@ def wrapped(sentence: str, width: int, indent: str = "") -> str:
 def markdown(comparison: Comparison, *, most_columns: int = 0) -> str:
     """The comparison as a Markdown document: verdicts first. `most_columns`: tables with more are cut into several, each
     with the first column (TensorBoard breaks words rather than scroll); 0 cuts none."""
-    sentences = "\n".join(f"- {sentence}" for sentence in verdicts(comparison))
+    sentences = "\n".join(f"- {markdown_text.line(sentence)}" for sentence in verdicts(comparison))
     parts = [_as_markdown(part) for block in blocks(comparison) for part in _narrow(block, most_columns)]
-    left_out = "\n".join(f"- `{item.folder}`: {item.reason}" for item in comparison.excluded)
+    left_out = "\n".join(
+        f"- {markdown_text.code(item.folder)}: {markdown_text.line(item.reason)}" for item in comparison.excluded
+    )
     return "\n\n".join(["# Comparison", sentences, *parts, *([f"## Left out\n\n{left_out}"] if left_out else [])]) + "\n"
 
 
@@ -223,12 +226,10 @@ def _columns(block: Block, chosen: Sequence[int]) -> Block:
 
 
 def _as_markdown(block: Block) -> str:
-    def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
     rule = "|" + "|".join("---" if left else "---:" for left in words(block)) + "|"
-    notes = ["", *(f"- {note}" for note in block.notes)] if block.notes else []
-    return "\n".join(["#" * block.level + f" {block.title}", "", line(block.header), rule, *map(line, block.rows), *notes])
+    notes = ["", *(f"- {markdown_text.line(note)}" for note in block.notes)] if block.notes else []
+    title, head, rows = markdown_text.line(block.title), markdown_text.row(block.header), map(markdown_text.row, block.rows)
+    return "\n".join(["#" * block.level + f" {title}", "", head, rule, *rows, *notes])
 
 
 def _left_out_lines(comparison: Comparison, width: int, most: int) -> list[RenderableType]:

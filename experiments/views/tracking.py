@@ -18,7 +18,10 @@ from typing import TYPE_CHECKING, Any
 from experiments.comparison.statistics import mean_curve
 from experiments.runs.plain_json import dump_line
 from experiments.views.hparam_rows import TableColumn, TableRow, arm_row, columns, deployed_row
+from experiments.views.labels import plainly
 from experiments.views.run_files import METRICS_FILE, Lines, before_others, cut, event_files, not_finite, truncate
+from hardware import markdown as markdown_text
+from hardware.names import as_file_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -162,7 +165,7 @@ class Tracker:
 
     def figure(self, tag: str, figure: Figure, step: int | None = None) -> None:
         """A matplotlib figure (closed afterwards), at the last logged step unless told otherwise."""
-        self._writer.call("add_figure", tag, figure, self.last_step if step is None else step)
+        self._writer.call("add_figure", tag, plainly(figure), self.last_step if step is None else step)
 
     def text(self, tag: str, markdown: str, step: int | None = None) -> None:
         """Markdown: the configuration, a compatibility table, where each joule comes from."""
@@ -299,7 +302,7 @@ def write_comparison(
     main = _writer(folder)
     main.add_custom_scalars(comparison_layout(list(comparison.streams)))
     for tag, figure in figures.items():
-        main.add_figure(tag, figure, 0, close=False)
+        main.add_figure(tag, plainly(figure), 0, close=False)
     for tag, markdown in texts.items():
         main.add_text(tag, markdown, 0)
     ours = 1 + sum(len(stream.arms) + len(stream.deployments) for stream in comparison.streams.values())
@@ -309,7 +312,7 @@ def write_comparison(
             rows.append(arm_row(stream, arm, str(folder.parent)))
             if beside and beside + ours > MOST_SELECTED and len(arm.runs) == 1:
                 continue
-            writer = _writer(folder / stream.name / arm.name)
+            writer = _writer(folder / as_file_name(stream.name) / as_file_name(arm.name))
             for seconds, loss in mean_curve([run.curve for run in arm.runs]):
                 writer.add_scalar(f"{CURVE_TAG}/{stream.name}", loss, round(1000 * seconds))
             write_hparams(writer, rows[-1], hparam_metrics(arm.record()))
@@ -320,7 +323,9 @@ def write_comparison(
                 name = f"deployed {deployed.arm}"
                 names.append(name)
                 place = name if names.count(name) == 1 else f"{name} {names.count(name)}"
-                rows.append(_write_deployment(folder / stream.name / place, stream, group, deployed))
+                rows.append(
+                    _write_deployment(folder / as_file_name(stream.name) / as_file_name(place), stream, group, deployed)
+                )
     write_columns(main, columns(comparison, rows))
     main.close()
     return folder
@@ -354,14 +359,19 @@ def training_energy_markdown(result: Mapping[str, Any]) -> str:
     if joules is not None:
         said = f"Training energy: {joules:.4g} J, measured over the whole run, idle power of the devices included."
     else:
-        said = f"Training energy: {result.get('energy_reason') or 'not measured'}"
+        said = f"Training energy: {markdown_text.line(str(result.get('energy_reason') or 'not measured'))}"
         said += "" if known is None else f"\n\nWhat was measured: at least {known:.4g} J."
     readings = [reading for reading in result.get("energy_readings") or () if reading["joules"] is not None]
-    rows = ["| meter | J | J above idle | seconds | resolution, J |", "|---|---|---|---|---|"] if readings else []
+    head = ("meter", "J", "J above idle", "seconds", "resolution, J")
+    rows = [markdown_text.row(head), markdown_text.row(["---"] * len(head))] if readings else []
     for r in readings:
         above = "not measured" if r["above_idle_j"] is None else f"{r['above_idle_j']:.4g}"
-        rows.append(f"| {r['source']} | {r['joules']:.4g} | {above} | {r['window_s']:.4g} | {r['resolution_j']:.2g} |")
-    lines = [f"- {line}" for line in result.get("energy_check") or ()]
+        rows.append(
+            markdown_text.row(
+                (r["source"], f"{r['joules']:.4g}", above, f"{r['window_s']:.4g}", f"{r['resolution_j']:.2g}")
+            )
+        )
+    lines = [f"- {markdown_text.line(said)}" for said in result.get("energy_check") or ()]
     return "\n\n".join(part for part in (said, "\n".join(rows), "\n".join(lines)) if part)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from hardware import markdown
 from hardware.text import quoted
 from neuro.analysis.chains import Chain
 from neuro.analysis.preparation import counted_kinds
@@ -230,10 +231,10 @@ class CompatibilityReport:
 
     def markdown(self) -> str:
         """The report as a Markdown table, and the notes as a list."""
-        lines = ["| " + " | ".join(row) + " |" for row in (COLUMNS, *self.rows())]
+        lines = [markdown.row(cells) for cells in (COLUMNS, *self.rows())]
         lines.insert(1, "|---" * len(COLUMNS) + "|")
         above = [self.first_line(), ""] if self.preparation else []
-        return "\n".join([*above, *lines, "", *(f"- {note}" for note in self.notes())])
+        return "\n".join([*above, *lines, "", *(f"- {markdown.line(note)}" for note in self.notes())])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form: every field, the shares and every operation."""

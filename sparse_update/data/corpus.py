@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from sparse_update.data.dedup import METHODS, distinct_documents
 from sparse_update.data.domains import DOMAINS, domain
 from sparse_update.data.records import Batch, Corpus, CorpusError, Document, Span
+from sparse_update.data.shards.reading import ShardedTokens, load_shards
 from sparse_update.data.sources import known_sources, read_source, sha256_of
 from sparse_update.data.stream import MAX_GARBAGE, SOURCES, WindowStream
 from sparse_update.data.tokens import MAX_VOCAB, BpeTokenizer, ByteTokenizer, Tokenizer, TokenizerError
@@ -37,6 +39,7 @@ __all__ = [
 
 REGIMES = ("plain", "redundant", "drift", "familiar", "adapt")
 DEDUPS = ("off", *METHODS)
+SHARDS = "shards"
 SPELLINGS = ("modern", "folio", "both")
 MAX_EDITS = 0.5
 
@@ -46,9 +49,10 @@ class DataConfig:
     """Which text, how it is cut, how the stream is mixed, and what is done to it on purpose. Checked on construction."""
 
     name: str = "shakespeare"
-    """shakespeare, stdlib, pydoc, files, domains (those of `domains`), or a source registered by name (hf)"""
+    """shakespeare, stdlib, pydoc, files, shards, domains (those of `domains`), or a source registered by name (hf)"""
     path: str | None = None
-    """files: one file, a folder (read recursively) or a glob; hf: files that Hugging Face `datasets` reads"""
+    """files: one file, a folder (read recursively) or a glob; shards: a folder of `spikegate tokens build`; hf: files that
+    Hugging Face `datasets` reads"""
     spelling: str = "modern"
     """shakespeare: modern, folio (First Folio) or both"""
     options: dict[str, Any] = field(default_factory=dict)
@@ -87,7 +91,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         import_plugins("data.plugins", self.plugins)
         for key, known in (
-            ("name", ("domains", *known_sources())),
+            ("name", ("domains", SHARDS, *known_sources())),
             ("spelling", SPELLINGS),
             ("tokenizer", ("bytes", "bpe")),
             ("regime", REGIMES),
@@ -118,9 +122,23 @@ class DataConfig:
         if self.train_tokens < 0:
             raise ValueError(f"data.train_tokens={self.train_tokens} must not be negative; 0 takes all")
         self._check_regime()
+        self._check_shards()
         for source, weight in self.source_weights.items():
             if not 0.0 <= weight <= 1.0:
                 raise ValueError(f"data.source_weights: {source}: {weight} must lie in 0..1, the share that is let through")
+
+    def _check_shards(self) -> None:
+        if self.name != SHARDS:
+            return
+        if not self.path:
+            raise ValueError("data.name=shards needs data.path: a folder that `spikegate tokens build` made")
+        fixed = {"regime": "plain", "garbage_fraction": 0.0, "dedup": "off", "train_tokens": 0, "tokenizer": "bytes"}
+        for key, only in fixed.items():
+            if getattr(self, key) != only:
+                raise ValueError(
+                    f"data.{key}={getattr(self, key)} and data.name=shards: shards are streamed as they are, with the "
+                    "tokenizer and the held-out text that they were built with; leave it out"
+                )
 
     def _check_regime(self) -> None:
         if self.garbage_fraction and self.regime != "plain":
@@ -151,6 +169,8 @@ class DataConfig:
 
 def load_corpus(cfg: DataConfig) -> Corpus:
     """Read, split, tokenise. Raises `CorpusError` when text is missing, corrupt, not text, or not enough to split."""
+    if cfg.name == SHARDS:
+        return load_shards(Path(str(cfg.path)).expanduser())
     parts = {name: domain(name, cfg.holdout_fraction) for name in cfg.domains} if cfg.domains else {"": read_source(cfg)}
     if cfg.dedup != "off":
         parts = {name: (distinct_documents(train, val, cfg.dedup), val) for name, (train, val) in parts.items()}
@@ -250,8 +270,10 @@ def val_starts(corpus: Corpus, context: int, max_tokens: int | None = None, doma
     return start + context * ((2 * np.arange(keep, dtype=np.int64) + 1) * windows // (2 * keep))
 
 
-def cut_at(tokens: np.ndarray, starts: np.ndarray, context: int) -> torch.Tensor:
+def cut_at(tokens: np.ndarray | ShardedTokens, starts: np.ndarray, context: int) -> torch.Tensor:
     """Windows of `tokens` that begin at `starts` (N,): int64 (N, context + 1)."""
+    if isinstance(tokens, ShardedTokens):
+        return torch.from_numpy(tokens.windows(starts, context + 1).astype(np.int64))
     view = np.lib.stride_tricks.sliding_window_view(tokens, context + 1)
     return torch.from_numpy(view[starts].astype(np.int64))
 

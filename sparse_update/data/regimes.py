@@ -16,11 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sparse_update.data.corpus import DataConfig, cut_at, val_starts
+from sparse_update.data.corpus import SHARDS, DataConfig, cut_at, val_starts
 from sparse_update.data.filters import FilterStream
 from sparse_update.data.hashing import draw, key
 from sparse_update.data.mixture import MixtureStream, Part
 from sparse_update.data.records import Batch, Corpus, CorpusError
+from sparse_update.data.shards.stream import ShardStream
 from sparse_update.data.stream import Stream, WindowStream, count_windows
 
 DOCUMENT_WINDOWS = 4
@@ -46,7 +47,16 @@ def make_stream(corpus: Corpus, cfg: DataConfig, context: int, seed: int, reserv
     return FilterStream(stream, cfg.source_weights, cfg.dedup, reserved)
 
 
+def clean_stream(corpus: Corpus, cfg: DataConfig, context: int, seed: int) -> Stream:
+    """The stream of `cfg` for what looks at training text and does not train: garbage of the plain regime is left out."""
+    if cfg.regime != "plain":
+        return make_stream(corpus, cfg, context, seed)
+    return ShardStream(corpus, context, seed) if cfg.name == SHARDS else WindowStream(corpus, context, seed)
+
+
 def _stream(corpus: Corpus, cfg: DataConfig, context: int, seed: int) -> Stream:
+    if cfg.name == SHARDS:
+        return ShardStream(corpus, context, seed)
     if cfg.regime == "plain":
         return WindowStream(corpus, context, seed, cfg.garbage_fraction)
     if cfg.regime == "redundant":

@@ -130,12 +130,9 @@ def stdlib() -> list[Document]:
     return documents
 
 
-def files(pattern: str) -> list[Document]:
-    """One document per file that is not empty.
-
-    `pattern` is a file, a folder (read recursively, without what is hidden) or a glob. Raises `CorpusError` when
-    nothing is there, all is empty, or a file holds NUL bytes and so is no plain text.
-    """
+def text_files(pattern: str) -> tuple[Path, list[Path]]:
+    """The folder that names begin in, and the files, sorted: a file, a folder (read recursively, without what is hidden) or
+    a glob. Raises `CorpusError` when nothing is there."""
     path = Path(pattern).expanduser()
     if path.is_file():
         root, paths = path.parent, [path]
@@ -150,6 +147,15 @@ def files(pattern: str) -> list[Document]:
     paths = sorted(p for p in paths if p.is_file())
     if not paths:
         raise CorpusError(f"data.path={pattern!r} names no file (looked from {Path.cwd()})")
+    return root, paths
+
+
+def files(pattern: str) -> list[Document]:
+    """One document per file that is not empty, of those that `text_files` finds.
+
+    Raises `CorpusError` when nothing is there, all is empty, or a file holds NUL bytes and so is no plain text.
+    """
+    root, paths = text_files(pattern)
     documents = []
     for p in paths:
         try:
@@ -180,13 +186,19 @@ def split(documents: Sequence[Document], fraction: float) -> tuple[list[Document
         if not 0 < cut < len(text):
             raise CorpusError(f"{name}: {len(text)} bytes are too few to hold out a share of {fraction}")
         return [Document(f"{name}[:{cut}]", text[:cut])], [Document(f"{name}[{cut}:]", text[cut:])]
-    place = {document.name: _unit_hash(document.name) for document in documents}
+    held = held_out_names([document.name for document in documents], fraction)
+    return [d for d in documents if d.name not in held], [d for d in documents if d.name in held]
+
+
+def held_out_names(names: Sequence[str], fraction: float) -> set[str]:
+    """Names, of two or more, that are held out: at least one, and not all."""
+    place = {name: _unit_hash(name) for name in names}
     held = {name for name, u in place.items() if u < fraction}
     if not held:
         held = {min(place, key=place.__getitem__)}
     elif len(held) == len(place):
         held.discard(max(place, key=place.__getitem__))
-    return [d for d in documents if d.name not in held], [d for d in documents if d.name in held]
+    return held
 
 
 def _unit_hash(name: str) -> float:

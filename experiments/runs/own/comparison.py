@@ -18,6 +18,7 @@ from experiments.runs.hydra_app import ConfigError
 from experiments.runs.lock import exclusive
 from experiments.runs.own.run import TABLE, OwnRun, run_own, settings_of
 from experiments.runs.plain_json import plain, write_json
+from hardware.names import as_file_name
 from hardware.text import short
 from sparse_update.loop.records import TrainingDiverged
 from sparse_update.nested import get_rng_state, set_rng_state
@@ -69,7 +70,7 @@ def does_all(plan: Plan) -> dict[str, Any]:
         for seed in plan.seeds:
             for arm in arms:
                 try:
-                    result = _run(plan, arm, seed, prices, plan.folder / f"{arm.name}-s{seed}", plan.stream)
+                    result = _run(plan, arm, seed, prices, plan.folder / as_file_name(f"{arm.name}-s{seed}"), plan.stream)
                 except TrainingDiverged as error:
                     failed[f"{arm.name}-s{seed}"] = str(error)
                     continue

@@ -19,6 +19,7 @@ from experiments.runs.plain_json import plain, write_json, write_text
 from experiments.runs.progress import Bar
 from experiments.views.hparam_rows import run_row
 from experiments.views.tracking import Tracker, hparam_metrics, training_energy_markdown
+from hardware.markdown import fenced
 from hardware.meters.meter import Meter
 from sparse_update.clock.cost import ComponentTimesError
 from sparse_update.data.records import CorpusError
@@ -132,7 +133,7 @@ def _train(task: UserTask, arm: OwnArm, prices: Prices, cfg: OwnRun, goes_on: bo
             task, arm, cfg.seed, prices, cfg.trainer, folder, {"config": resolved}, tell, resumed, tracker.written
         )  # fmt: skip
         if resumed is None:
-            tracker.text("config", f"```\n{yaml.safe_dump(resolved, sort_keys=False)}```")
+            tracker.text("config", fenced(yaml.safe_dump(resolved, sort_keys=False)))
         with Meter(idle=()) as meter:
             finished = trainer.run()
         result = document(cfg, trainer, finished, meter.readings, goes_on)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from experiments.runs.folder import read_json
+from experiments.runs.hydra_app import ConfigError
 from experiments.runs.own.comparison import Plan, table
 from experiments.runs.own.finding import find_task
 from experiments.runs.own.run import TABLE, OwnRun, run_own
 from experiments.runs.own.settings import OwnConfig
+from hardware.declared import made
+from hardware.names import as_file_name
+from hardware.text import short
+from sparse_update.library.settings import AttachConfig
+from sparse_update.own.arms import OwnArm
 from sparse_update.own.loop import OwnTrainerConfig, pick
 from sparse_update.own.measure import dense_step_s
+from sparse_update.own.prices import Prices
 
 
 def train_own(cfg: OwnConfig) -> dict[str, Any]:
@@ -28,7 +35,7 @@ def train_own(cfg: OwnConfig) -> dict[str, Any]:
         torch.set_num_threads(cfg.threads)
     device = pick(cfg.device)
     stream = cfg.stream or task.title
-    folder = Path(cfg.run) if cfg.run else Path("runs/train") / f"{stream}-{arm.name}-s{cfg.seed}"
+    folder = Path(cfg.run) if cfg.run else Path("runs/train") / as_file_name(f"{stream}-{arm.name}-s{cfg.seed}")
     trainer = OwnTrainerConfig(
         budget_reference_s=cfg.budget_reference_s,
         evaluations=cfg.evaluations,
@@ -58,20 +65,21 @@ def train_own(cfg: OwnConfig) -> dict[str, Any]:
     return run_own(task, arm, prices, run)
 
 
-def repeat_own(folder: Path, out: Path) -> dict[str, Any]:
+def repeat_own(folder: Path, settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
     """Run the settings of a finished run again, on its own table of prices and budget, into `out`.
 
-    Raises ConfigError where the task's module is not found.
+    Args:
+        folder: of the run.
+        settings: what its `config.yaml` holds; the module that they name is imported.
+        out: folder of the repetition.
+
+    Raises ConfigError for settings that this version does not have, or where the task's module is not found.
     """
-    import yaml
-
-    from sparse_update.library.settings import AttachConfig
-    from sparse_update.own.arms import OwnArm
-    from sparse_update.own.prices import Prices
-
-    raw = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    record = read_json(folder / "run.json")
-    arm = OwnArm(record["arm"], AttachConfig.from_dict(raw["gate"]) if raw["gate"] else None)
-    trainer = OwnTrainerConfig(**raw.pop("trainer"))
-    run = OwnRun(**{**raw, "run": str(out), "resume": False, "trainer": trainer})
+    where = f"{folder / 'config.yaml'}"
+    trainer = made(OwnTrainerConfig, settings.get("trainer", {}), where, ConfigError)
+    run = made(OwnRun, {**settings, "run": str(out), "resume": False, "trainer": trainer}, where, ConfigError)
+    try:
+        arm = OwnArm(run.arm, AttachConfig.from_dict(run.gate) if run.gate else None)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: gate: {short(str(error))}") from error
     return run_own(find_task(run.module), arm, Prices.load(folder / TABLE), run)

@@ -11,9 +11,11 @@ from typing import Any
 from experiments.runs.sweeps.plan import Sweep, SweepArm
 from experiments.runs.sweeps.shipped import SUFFIXES, shipped, shipped_file
 from hardware.documents import MOST_YAML_BYTES, read_bytes, yaml_of
+from hardware.names import check_file_name
 from hardware.text import listed, short
 
 KEYS = ("folder", "settings", "budget_reference_s", "budget_tokens", "seeds", "base", "arms", "tuning_seed")
+OF_THE_SWEEP = frozenset({"hydra", "run", "resume", "progress", "seed"})
 ARM_KEYS = ("set", "budgets", "grid", "tuned_as", "seeds")
 
 
@@ -64,6 +66,8 @@ def _sweep(path: Traversable, raw: Mapping[str, Any]) -> Sweep:
     budgets = [raw[key] for key in ("budget_tokens", "budget_reference_s") if key in raw]
     if len(budgets) != 1 or not float(budgets[0]) > 0 or not raw["seeds"]:
         raise SweepError(f"{path}: give budget_tokens or budget_reference_s, one of them and positive, and seeds")
+    for key in ("settings", "base"):
+        _check_words(path, key, raw.get(key, ()))
     arms = tuple(_read_arm(path, name, body or {}) for name, body in raw["arms"].items())
     for arm in arms:
         if arm.tuned_as and arm.tuned_as not in raw["arms"]:
@@ -85,6 +89,7 @@ def _sweep(path: Traversable, raw: Mapping[str, Any]) -> Sweep:
 
 
 def _read_arm(path: Traversable, name: str, body: Any) -> SweepArm:
+    check_file_name(f"{path}: the arm's name", str(name), SweepError)
     if not isinstance(body, dict):
         raise SweepError(f"{path}: arms.{name} must be a mapping of {', '.join(ARM_KEYS)}")
     _only(path, f"arms.{name}.", body, ARM_KEYS)
@@ -96,10 +101,25 @@ def _read_arm(path: Traversable, name: str, body: Any) -> SweepArm:
         raise SweepError(f"{path}: arms.{name}.grid must map a setting to a list of values")
     if grid and body.get("tuned_as"):
         raise SweepError(f"{path}: arms.{name} has a grid and tuned_as: give one of them")
+    _check_words(path, f"arms.{name}.set", body.get("set", ()))
+    _check_words(path, f"arms.{name}.grid", [f"{key}=" for key in grid])
     return SweepArm(
         name, tuple(map(str, body.get("set", ()))), budgets, grid, str(body.get("tuned_as", "")),
         tuple(map(int, body.get("seeds", ()))),
     )  # fmt: skip
+
+
+def _check_words(path: Traversable, where: str, words: Any) -> None:
+    """Raise SweepError unless all are settings, KEY=VALUE, of the run itself: none of Hydra's own, which start programs."""
+    if not isinstance(words, list | tuple):
+        raise SweepError(f"{path}: {where} is {short(words)}; a list of KEY=VALUE is needed")
+    for word in map(str, words):
+        key = word.partition("=")[0].lstrip("+~")
+        if "=" not in word or word.startswith("-") or key.split("/")[0].split(".")[0] in OF_THE_SWEEP or "_target_" in key:
+            raise SweepError(
+                f"{path}: {where} holds {short(word)!r}; a sweep file has settings of its runs, KEY=VALUE, and none of "
+                f"Hydra's own, nor {', '.join(sorted(OF_THE_SWEEP - {'hydra'}))}, which the sweep sets itself"
+            )
 
 
 def _only(path: Traversable, where: str, found: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from experiments.views.hparam_rows import run_row
 from experiments.views.live import BlockUpdates, Savings
 from experiments.views.rasters import surprise_figure
 from experiments.views.tracking import Tracker, hparam_metrics, training_energy_markdown
+from hardware.markdown import fenced
 from hardware.meters.meter import Meter, measure_idle
 from hardware.meters.zeus import ZeusCheck, compare_all
 from sparse_update.clock.component import Component
@@ -123,7 +124,7 @@ def run_arm(
         if resumed is not None:
             trainer.resume(resumed)
         elif tracker is not None:
-            tracker.text("config", f"```\n{yaml.safe_dump(resolved, sort_keys=False)}```")
+            tracker.text("config", fenced(yaml.safe_dump(resolved, sort_keys=False)))
         idle = measure_idle(cfg.idle_s) if cfg.idle_s else ()
         with Meter(idle=idle) as meter, ZeusCheck() if cfg.zeus else nullcontext() as check:
             result = trainer.run()

@@ -10,6 +10,7 @@ import torch
 
 from experiments.runs.claim import RESUME
 from experiments.runs.hydra_app import ConfigError
+from hardware.names import as_file_name
 from hardware.text import short
 from sparse_update.data.corpus import DataConfig
 from sparse_update.data.records import Corpus
@@ -94,7 +95,7 @@ class TrainConfig:
     @property
     def folder(self) -> Path:
         name = f"{self.stream_name}-{self.arm_name}-{self.model.name}-s{self.seed}"
-        return Path(self.run) if self.run else Path("runs/train") / name
+        return Path(self.run) if self.run else Path("runs/train") / as_file_name(name)
 
 
 MAY_DIFFER = {"run", "resume", "progress", "idle_s", "zeus", "model.vocab_size", "trainer.component_times"}

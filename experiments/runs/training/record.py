@@ -16,6 +16,7 @@ from experiments.runs.training.config import TrainConfig
 from hardware.meters.meter import Reading
 from sparse_update.data.records import Corpus
 from sparse_update.data.regimes import held_out_starts
+from sparse_update.data.shards.reading import ShardedTokens
 from sparse_update.data.stream import document_at
 from sparse_update.loop.evaluation import by_difficulty, by_document, surprise_of, token_losses
 from sparse_update.loop.records import RunResult, StepReport
@@ -99,7 +100,9 @@ def document(
 def split(cfg: TrainConfig, corpus: Corpus, model: Transformer, windows_NT1: torch.Tensor) -> dict[str, Any]:
     """Loss of the set that the run is judged by, from easy to hard tokens and by document; off the clock."""
     loss_NT = token_losses(model, windows_NT1)
-    surprise_NT = surprise_of(windows_NT1, torch.from_numpy(corpus.train_tokens.astype(np.int64)), cfg.model.vocab_size)
+    tokens = corpus.train_tokens
+    read = tokens.sample() if isinstance(tokens, ShardedTokens) else tokens  # of text on disk a part stands for all
+    surprise_NT = surprise_of(windows_NT1, torch.from_numpy(read.astype(np.int64)), cfg.model.vocab_size)
     starts = held_out_starts(corpus, cfg.data, cfg.model.context, cfg.trainer.eval_tokens or None)["val"]
     places = starts[:, None] + 1 + np.arange(loss_NT.shape[1])
     document_NT = torch.from_numpy(document_at(corpus.val_offsets, places))

@@ -7,6 +7,7 @@ from typing import Any
 
 from experiments.views.blocks import Block
 from experiments.views.terminal import block_text, in_lines
+from hardware import markdown as markdown_text
 
 METRIC = {"accuracy": ("accuracy, %", 100.0, 2), "nrmse": ("NRMSE", 1.0, 4)}
 """Metric -> how it is headed, what it is multiplied by, and its digits."""
@@ -151,5 +152,6 @@ def text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def markdown(block: Block) -> str:
     """The block for TensorBoard."""
     rows = [block.header, ["---"] * len(block.header), *block.rows]
-    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
-    return "\n\n".join([table, *(f"- {note}" for note in block.notes)])
+    return "\n\n".join(
+        ["\n".join(map(markdown_text.row, rows)), *(f"- {markdown_text.line(note)}" for note in block.notes)]
+    )

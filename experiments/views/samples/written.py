@@ -16,6 +16,7 @@ from experiments.views.rasters import raster_figure
 from experiments.views.samples.pictures import confusion_figure, values_figure
 from experiments.views.samples.tables import blocks_of, markdown
 from experiments.views.tracking import Tracker
+from hardware.markdown import fenced
 from hardware.placement import Placement
 
 if TYPE_CHECKING:
@@ -69,8 +70,8 @@ def write_views(
         for block in blocks_of(document):
             tracker.text(block.title.split(",")[0], markdown(block))
         for name in ("compatibility", "conversion"):
-            tracker.text(name, f"```\n{document[name]}\n```")
-        tracker.text("config", f"```yaml\n{config}\n```")
+            tracker.text(name, fenced(document[name]))
+        tracker.text("config", fenced(config, "yaml"))
         for caption, figure in drawn.items():
             tracker.figure(caption.split(":")[0], figure)
 

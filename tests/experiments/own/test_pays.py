@@ -182,7 +182,12 @@ def test_one_arm_by_train_and_its_repetition(place, done):
         assert single[key] == of_pays[key], key  # an arm is the same run wherever it is started from
     assert spikegate("train", *WORDS, "run=single", cwd=place, check=False).returncode == 2
     spikegate("train", *WORDS, "run=single", "resume=true", cwd=place)
-    found = json.loads(spikegate("rerun", "single", "--out", "twice", cwd=place).stdout.splitlines()[-1])
+    unasked = spikegate("rerun", "single", "--out", "twice", cwd=place, check=False)
+    assert unasked.returncode == 2
+    assert "module names 'my_own_net:task', code that is not of this package" in unasked.stderr
+    assert not (place / "twice").exists()
+    allowed = ("--code", "my_own_net:task")
+    found = json.loads(spikegate("rerun", "single", "--out", "twice", *allowed, cwd=place).stdout.splitlines()[-1])
     assert found["equal"], found["compared"]
     refused = spikegate("deploy", "run=single", cwd=place, check=False)
     assert refused.returncode != 0
