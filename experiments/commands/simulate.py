@@ -56,6 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout", type=float, default=None, metavar="S", help=f"lava: limit in seconds (default: {LAVA_TIMEOUT_S:g})"
     )
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="fixed_point: processes that share the run (1)"
+    )
+    parser.add_argument(
+        "--by",
+        choices=("batch", "populations"),
+        default=None,
+        help="with --processes: share out samples (batch), or the populations of the graph (default: batch)",
+    )
     parser.add_argument("--device", default=None, help="fixed_point, snntorch: cpu or cuda (default: cpu)")
     add_json_argument(parser)
 
@@ -65,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from neuro.simulators.fixed_point import FixedPointOverflow
     from neuro.simulators.inputs import InputError, checked_inputs
     from neuro.simulators.lava.client import LavaError
+    from neuro.simulators.ranks import RankError
     from neuro.simulators.results import ResultFileError, save_result
     from neuro.simulators.snntorch_backend import SnnTorchUnavailable
     from neuro.simulators.support import default_mode
@@ -93,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     except (OSError, GraphError, InputError, UsageError, ResultFileError, SnnTorchUnavailable) as error:
         print(f"simulate: {error}", file=sys.stderr)
         return 2
-    except (FixedPointOverflow, LavaError, MemoryError) as error:
+    except (FixedPointOverflow, LavaError, RankError, MemoryError) as error:
         print(f"simulate: {error}", file=sys.stderr)
         return 1
     sent = {name: int(np.count_nonzero(activity.spikes[name].cpu().numpy())) for name in graph.outputs}
@@ -143,6 +153,12 @@ def _check_options(args: argparse.Namespace) -> None:
         raise UsageError("--timeout goes with --backend lava, which may hang; the others end by themselves")
     if args.timeout is not None and not 0 < args.timeout < float("inf"):
         raise UsageError(f"--timeout is {args.timeout:g} s; give a positive number of seconds")
+    if args.processes < 1:
+        raise UsageError(f"--processes is {args.processes}; a whole number from 1 is needed")
+    if args.processes > 1 and (args.backend != "fixed_point" or args.device not in (None, "cpu")):
+        raise UsageError("--processes goes with --backend fixed_point on the CPU")
+    if args.by is not None and args.processes == 1:
+        raise UsageError(f"--by {args.by} says how several processes share a run; give --processes 2 or more")
     if args.device is not None and args.backend == "lava":
         raise UsageError("--device goes with fixed_point and snntorch; Lava runs on the CPU")
     if args.device is not None:
@@ -184,6 +200,15 @@ def _simulate(
         return lava_client.run(graph, inputs, record=record, timeout_s=args.timeout or LAVA_TIMEOUT_S, steps=steps)
     if args.backend == "snntorch":
         return snntorch_backend.run(graph, inputs, record=record, device=args.device, steps=steps)
+    if args.processes > 1:
+        from neuro.simulators.ranks import Ranks, partition
+
+        if args.by == "populations":
+            partition(graph, args.processes)  # refuses before processes are started
+        with Ranks(args.processes) as ranks:
+            return ranks.simulate(
+                graph, inputs, by=args.by or "batch", mode=mode, strict=args.strict, record=record, steps=steps
+            )
     return fixed_point.simulate(
         graph, inputs, mode=mode, strict=args.strict, record=record, device=args.device, steps=steps
     )

@@ -23,7 +23,7 @@ sends them on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from itertools import pairwise
 from typing import Literal
 
@@ -105,13 +105,13 @@ def simulate(
         FixedPointOverflow: strict only; names population, step, sample, neuron, value and width. The first one met in
             the order of evaluation: by chunks of steps, and within one by population.
     """
-    _check_mode(graph, mode)
+    check_mode(graph, mode)
     values, bounds, batch, length = bounded_run(graph, inputs, steps, device)
     where = _device(values) if values else torch.device(device or "cpu")
     windows = {population.name: (0, length) for population in graph.populations}
     tally = Tally(graph, checked_placement(graph, placement))
     run = Run(graph, batch, where, mode, strict, recorded(graph, record), windows, delayed=True)
-    engine = _Engine(run, tally, fused)
+    engine = Engine(run, tally, fused)
     engine.advance(values, bounds, length)
     return engine.activity(batch, length)
 
@@ -146,19 +146,20 @@ def run_pipelined(
         ValueError, GraphError, InputError, FixedPointOverflow: as `simulate`.
     """
     depth = depths(graph)
-    _check_mode(graph, mode)
+    check_mode(graph, mode)
     values, bounds, batch, tokens = bounded_run(graph, inputs, None, device)
     keep = recorded(graph, record)
     delayed = any(population.kind not in STATELESS for population in graph.populations)
     flush = max(depth.values()) if delayed else 0
     windows = {name: (steps * delayed, steps * delayed + tokens) for name, steps in depth.items()}
     tally = Tally(graph, checked_placement(graph, placement))
-    engine = _Engine(Run(graph, batch, _device(values), mode, strict, keep, windows, delayed), tally, fused)
+    engine = Engine(Run(graph, batch, _device(values), mode, strict, keep, windows, delayed), tally, fused)
     engine.advance(values, bounds, tokens + flush)
     return engine.activity(batch, tokens)
 
 
-def _check_mode(graph: SpikingGraph, mode: str) -> None:
+def check_mode(graph: SpikingGraph, mode: str) -> None:
+    """Raises ValueError for a mode that does not exist, GraphError for a graph that the mode does not have."""
     if mode not in MODES:
         raise ValueError(f"mode {quoted(mode)} does not exist; there is: {', '.join(MODES)}")
     for population in graph.populations:
@@ -183,7 +184,7 @@ def _device(values: Mapping[str, Tensor]) -> torch.device:
     return next(iter(values.values())).device
 
 
-class _Engine:
+class Engine:
     """One run: weights on the device and the state that is carried from chunk to chunk; a ledger counts and records."""
 
     def __init__(self, run: Run, tally: Tally, fused: Fused) -> None:
@@ -356,9 +357,10 @@ class _Engine:
                     self._ledger.refuse_lif(population, lif, part, rows, at + low, before, stat, row + low)
         return {key: torch.cat([states[key] for states in kept]) for key in kept[0]}
 
-    def _loop(self, names: tuple[str, ...], count: int) -> None:
-        """Populations on a loop, step by step; what comes from outside the loop is computed for all steps at once."""
-        members = [self._run.graph.population(name) for name in names]
+    def _loop(self, names: tuple[str, ...], count: int, mine: Container[str] | None = None) -> None:
+        """Populations on a loop (those of `mine`, where it is given), step by step; what comes from outside the loop is
+        computed for all steps at once."""
+        members = [self._run.graph.population(name) for name in names if mine is None or name in mine]
         outside = {
             (m.name, port): self._arrived(m, port, slice(0, count), names) for m in members for port in PORTS[m.kind]
         }

@@ -18,24 +18,37 @@ class Line:
         self.whole = zeros((past, batch, size), dtype, device)
         self._room = self.whole  # of the largest chunk so far, which later ones use again
         self.bound, self.share, self.bound_before = 0, 1.0, 0
+        self._before: list[tuple[int, int]] = []  # (steps, bound) of chunks that the past still holds, newest first
+
+    def _end_chunk(self) -> None:
+        """Note the bound of the chunk that ends: the past may hold several, where chunks are shorter than delays."""
+        found, steps = [(len(self.whole) - self._past, self.bound), *self._before], 0
+        self._before = []
+        for chunk in found:
+            if steps >= self._past:
+                break
+            self._before.append(chunk)
+            steps += chunk[0]
+        self.bound_before = max(bound for _, bound in self._before)
 
     def begin(self, steps: int) -> Tensor:
         """Room for a chunk's messages, to be written in place; returns it."""
+        self._end_chunk()
         past = copied(self.whole[len(self.whole) - self._past :])
         if self._room.dtype != past.dtype or len(self._room) < self._past + steps:
             self._room = past.new_empty(self._past + steps, *past.shape[1:])
         whole = self._room[: self._past + steps]
         write(whole[: self._past], past)
-        self.whole, self.bound_before = whole, self.bound
+        self.whole = whole
         return whole[self._past :]
 
     def put(self, messages: Tensor, bound: int, share: float) -> None:
         """A chunk's messages, made elsewhere."""
+        self._end_chunk()
         past = self.whole[len(self.whole) - self._past :]
-        kept = max(self.bound, bound)
-        dtype = narrow(kept)
+        dtype = narrow(max(self.bound_before, bound))
         self.whole = torch.cat([past.to(dtype), messages.to(dtype)])
-        self.bound_before, self.bound, self.share = self.bound, bound, share
+        self.bound, self.share = bound, share
 
     def read(self, delay: int, rows: slice) -> Exact:
         """Messages that arrive at `rows` of this chunk, 1 + delay steps after they were sent."""

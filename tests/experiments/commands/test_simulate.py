@@ -116,6 +116,15 @@ def test_lavas_failure_is_ours(files, monkeypatch, capsys):
     nothing_written(files)
 
 
+def test_several_processes_give_what_one_gives(files):
+    graph, inputs, out = files
+    assert command(graph, inputs, "--processes", 2, "--record", "all", "--out", out) == 0
+    result = load_result(out)
+    comparison = compare(result, expected(files))
+    assert comparison.equal, comparison
+    assert result.populations == expected(files).populations
+
+
 def nothing_written(files) -> None:
     folder = files[2].parent
     assert {path.name for path in folder.iterdir()} <= {"net.graph.npz", "in.npz", "sub.npz"}
@@ -151,6 +160,10 @@ def test_strict_names_the_value_and_writes_nothing(files, capsys):
         (("--backend", "lava", "--device", "cuda"), "Lava runs on the CPU"),
         (("--device", "abacus"), "--device is 'abacus', which is none"),
         (("--device", "meta"), "--device is 'meta'; the integer arithmetic runs on cpu and cuda"),
+        (("--processes", "0"), "--processes is 0; a whole number from 1 is needed"),
+        (("--processes", "2", "--backend", "lava"), "--processes goes with --backend fixed_point on the CPU"),
+        (("--by", "batch"), "--by batch says how several processes share a run; give --processes 2 or more"),
+        (("--processes", "3", "--by", "populations"), "3 parts of a graph of 2 populations that compute"),
         (("--record", "w"), "record names 'w'; known are spikes"),
     ],
 )
