@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.report import grouped, left_out
+from tests.report import grouped, left_out, soak_table
 
 SOAK = pytest.StashKey[int]()
 MODULES_AT_ONCE = 100
@@ -93,6 +93,10 @@ def pytest_testnodedown(node: Any) -> None:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Generator[None, Any, Any]:
     """After all that pytest itself and other plugins tell, right before the closing line."""
     result = yield
+    if table := soak_table(terminalreporter.stats):
+        terminalreporter.section("faults and inputs of the long tests")
+        for line in table:
+            terminalreporter.write_line(line)
     lines = grouped(left_out(terminalreporter.stats))
     if soak := config.stash.get(SOAK, 0):
         lines.append(f"left out {soak:2}  marked soak; `make soak` runs them")

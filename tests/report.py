@@ -41,3 +41,27 @@ def left_out(stats: Mapping[str, list]) -> list[tuple[str, str, str]]:
         place = warning.fslocation[0] if warning.fslocation else "pytest"
         found.append(("warned ", text, (warning.nodeid or "").partition("::")[0] or Path(place).name))
     return found
+
+
+SOAK = "soak"
+"""Name of the property that a long test records: {"what": ..., "faults": how many were injected, "survived": of them,
+"lost": progress lost, in words, "tried": how many inputs}; all but the first may be missing."""
+
+
+def soak_table(stats: Mapping[str, list]) -> list[str]:
+    """What the long tests tried: one line for each property of the name :data:`SOAK`, and a head; empty without any."""
+    found = [
+        (value, outcome)
+        for outcome in ("passed", "failed")
+        for report in stats.get(outcome, [])
+        for name, value in getattr(report, "user_properties", ())
+        if name == SOAK
+    ]
+    if not found:
+        return []
+    lines = [f"{'faults':>7} {'survived':>8} {'inputs':>8}  {'lost':<24} what"]
+    for value, outcome in sorted(found, key=lambda pair: str(pair[0]["what"])):
+        numbers = [str(value.get(key, "-")) for key in ("faults", "survived", "tried")]
+        told = value["what"] + ("" if outcome == "passed" else "  FAILED")
+        lines.append(f"{numbers[0]:>7} {numbers[1]:>8} {numbers[2]:>8}  {value.get('lost', '-'):<24} {told}")
+    return lines

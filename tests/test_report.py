@@ -23,7 +23,8 @@ def test_known(): assert False
 def test_warns(): warnings.warn("an old key")
 @pytest.mark.soak
 @pytest.mark.parametrize("i", range(4))
-def test_long(i): pass
+def test_long(i, record_property):
+    record_property("soak", {"what": f"case {i}", "faults": 7, "survived": 7 - i, "lost": "6 steps"})
 """
 
 
@@ -59,4 +60,7 @@ def test_the_end_of_a_run_names_what_was_left_out(workers: list[str], tmp_path: 
         "left out  4  marked soak; `make soak` runs them",
     ]
     if not workers:
-        assert "4 passed" in run("-m", "soak")[-1]
+        long = run("-m", "soak")
+        assert "4 passed" in long[-1]
+        rows = [line.split(maxsplit=3) for line in long if "case " in line]
+        assert rows == [["7", str(7 - i), "-", f"6 steps                  case {i}"] for i in range(4)]

@@ -22,6 +22,7 @@ from experiments.runs.sweeps.task import Task
 ROOT = Path(__file__).resolve().parents[2]
 WAIT_S = 240
 SETTINGS = {"joblib": [], "submitit": ["--cluster-set", "cluster=local"]}
+WORDS = {**SETTINGS, "processes": []}
 
 # Stands in for experiments.train: holds its folder, says who started it, and waits at `gate` unless it goes on.
 FAKE = """
@@ -30,20 +31,23 @@ from pathlib import Path
 words = dict(word.split("=", 1) for word in sys.argv[1:])
 run = Path(words["run"]); run.mkdir(parents=True, exist_ok=True)
 stopped = []
-signal.signal(signal.SIGINT, lambda *a: stopped.append(1))
+signal.signal(signal.SIGINT, lambda *a: stopped.append(130))
+signal.signal(signal.SIGTERM, lambda *a: stopped.append(75))
 lock = (run / ".lock").open("a+")
 try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 except BlockingIOError: sys.exit("in use")
 goes_on = (run / "checkpoint").exists()
 with (run / "starts").open("a") as file: file.write("on " if goes_on else "new ")
 (run / "run.json").write_text(json.dumps({"status": "running"}))
-supervisor = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\\0")
-(run / "worker").write_text(supervisor[supervisor.index(b"experiments.runs.sweeps.task") + 1].decode())
+(run / "pid").write_text(str(os.getpid()))
+parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\\0")
+task = b"experiments.runs.sweeps.task"
+(run / "worker").write_text(parent[parent.index(task) + 1].decode() if task in parent else "none")
 gate = Path(words["gate"])
 while not goes_on and not gate.exists() and not stopped: time.sleep(0.01)
 if stopped:
     time.sleep(0.2)  # a checkpoint takes its time
-    (run / "checkpoint").touch(); (run / "run.json").write_text(json.dumps({"status": "interrupted"})); sys.exit(0)
+    (run / "checkpoint").touch(); (run / "run.json").write_text(json.dumps({"status": "interrupted"})); sys.exit(stopped[0])
 loss = 2.0 + 0.01 * int(words["seed"]) + 0.1 * (words["arm"] == "random")
 result = {"loss_nats": loss, "reference_s": float(words["trainer.budget_reference_s"])}
 (run / "result.json").write_text(json.dumps(result))
@@ -70,7 +74,7 @@ class Sweeps:
         )
 
     def start(self, how: str) -> subprocess.Popen[str]:
-        words = [str(self.plan), "--jobs", "2", "--threads", "1", "--launcher", how, *SETTINGS[how]]
+        words = [str(self.plan), "--jobs", "2", "--threads", "1", "--launcher", how, *WORDS[how]]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         return subprocess.Popen(
             [sys.executable, "-c", self.script, *words], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
@@ -194,6 +198,19 @@ REFUSED: list[tuple[Callable[[Path], object], str]] = [
 ]
 
 
+def test_a_run_that_something_else_interrupts_is_started_again(sweeps: Sweeps) -> None:
+    process = sweeps.start("processes")
+    told = sweeps.wait("*/worker", 2)
+    os.kill(int(told[0].with_name("pid").read_text()), signal.SIGTERM)  # as a scheduler does
+    sweeps.wait("*/checkpoint", 1)
+    sweeps.gate.touch()
+    _, said = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 0, said
+    assert "an interruption that was not this sweep's (exit code 75); it is started again (1 of 2)" in said
+    assert sweeps.table() == EXPECTED
+    assert sorted(sweeps.starts()) == ["new", "new", "new", "new on"]
+
+
 @pytest.mark.parametrize(("call", "message"), REFUSED)
 def test_what_a_launcher_does_not_take_is_refused(call: Callable[[Path], object], message: str, tmp_path: Path) -> None:
     with pytest.raises(SweepError, match=message):
@@ -214,7 +231,9 @@ def test_the_command_refuses_an_unknown_launcher(sweeps: Sweeps, capsys: pytest.
 
 @pytest.mark.soak
 @pytest.mark.parametrize("how", SETTINGS)
-def test_a_real_sweep_that_is_killed_has_the_table_of_one_that_is_not(tmp_path: Path, how: str) -> None:
+def test_a_real_sweep_that_is_killed_has_the_table_of_one_that_is_not(
+    tmp_path: Path, how: str, record_property: Callable[[str, object], None]
+) -> None:
     """Gates x rates x seeds, really trained: the workers and the sweep killed, and the same results in the end."""
     body = {
         "settings": ["model=tiny", "trainer.eval_tokens=2048", "trainer.checkpoint_every_s=1"],
@@ -227,6 +246,7 @@ def test_a_real_sweep_that_is_killed_has_the_table_of_one_that_is_not(tmp_path: 
         },
     }
     found = {}
+    faults = 0
     for name in ("whole", "killed"):
         plan = tmp_path / f"{name}.yaml"
         plan.write_text(yaml.safe_dump({"folder": str(tmp_path / name), **body}))
@@ -245,8 +265,10 @@ def test_a_real_sweep_that_is_killed_has_the_table_of_one_that_is_not(tmp_path: 
                 if victim == "worker":
                     for worker in _workers(str(tmp_path / name)):
                         os.kill(worker, signal.SIGKILL)
+                        faults += 1
                     time.sleep(5)
                 process.kill()
+                faults += 1
                 process.wait()
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -261,6 +283,8 @@ def test_a_real_sweep_that_is_killed_has_the_table_of_one_that_is_not(tmp_path: 
         }
     assert len(found["whole"]["runs"]) == 6
     assert found["killed"] == found["whole"]
+    record_property("soak", {"what": f"a sweep by {how}, workers and sweep killed", "faults": faults, "survived": faults,
+                             "lost": "no run, no number", "tried": 6})  # fmt: skip
 
 
 EXACT = ("loss_nats", "bits_per_byte", "tokens", "flops", "reference_s", "steps")

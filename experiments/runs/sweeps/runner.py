@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.runs.folder import read_json
-from experiments.runs.hydra_app import setting
+from experiments.runs.hydra_app import EXIT_INTERRUPTED, EXIT_REQUEUE, setting
 from experiments.runs.progress import Jobs
 from experiments.runs.sweeps.launching import Processes, in_use
 from experiments.runs.sweeps.plan import Job, finished
@@ -21,6 +21,7 @@ CHECKPOINT_WAIT_S = 120.0
 POLL_S = 0.2
 LOG_TAIL = 12
 RETRIES = 2
+INTERRUPTED = (EXIT_INTERRUPTED, EXIT_REQUEUE)
 TRAIN = (sys.executable, "-m", "experiments.train")
 MEASURED = "trainer.component_times=measured"
 """A setting of a sweep: one table of component times is measured by its first run and shared by all."""
@@ -30,8 +31,8 @@ class Runner:
     """Runs jobs in up to `jobs` processes of `threads` threads each. Stops cleanly on Ctrl-C and SIGTERM.
 
     `command` is what takes a job's words; `resume=auto` is among them, so that what failed or broke off is taken up again.
-    `failed` maps a run's name to the reason, in a line. A run that a signal ended, or whose worker went away, is started
-    again, :data:`RETRIES` times at most. A run whose folder another process holds is waited for.
+    `failed` maps a run's name to the reason, in a line. A run that a signal ended or interrupted, or whose worker went
+    away, is started again, :data:`RETRIES` times at most. A run whose folder another process holds is waited for.
     """
 
     def __init__(
@@ -90,7 +91,11 @@ class Runner:
                 del self._running[name]
                 if self.stopped:
                     break
-                if code < 0 and not finished(job.folder(self.folder)) and self._lost[name] < RETRIES:
+                if (
+                    (code < 0 or code in INTERRUPTED)
+                    and not finished(job.folder(self.folder))
+                    and self._lost[name] < RETRIES
+                ):
                     self._lost[name] += 1
                     say(f"{name}: ended by {_signal(code)}; it is started again ({self._lost[name]} of {RETRIES})")
                     waiting.append(job)
@@ -167,7 +172,9 @@ class Runner:
 
 
 def _signal(code: int) -> str:
-    """The name of the signal that a negative exit code stands for."""
+    """What an exit code below 0, or one of an interruption, stands for."""
+    if code in INTERRUPTED:
+        return f"an interruption that was not this sweep's (exit code {code})"
     try:
         return f"{signal.Signals(-code).name} or the loss of its worker"
     except ValueError:
