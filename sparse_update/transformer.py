@@ -149,14 +149,14 @@ class Attention(nn.Module):
         self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None, block: int = 0
     ) -> Tensor:
         batch, length, width = x_BTD.shape
-        split = (batch, length, self.heads, width // self.heads)
+        split = (batch, length, -1, width // self.heads)  # the heads that are here: tensor parallel has a part of them
         q, k, v = (proj(x_BTD).view(split).transpose(1, 2) for proj in (self.q, self.k, self.v))
         cos, sin = cos.to(q.dtype), sin.to(q.dtype)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(block, k, v)
         a_BHTK = causal_attention(q, k, v, self.attention)
-        return self.o(a_BHTK.transpose(1, 2).reshape(batch, length, width))
+        return self.o(a_BHTK.transpose(1, 2).reshape(batch, length, -1))
 
 
 class MLP(nn.Module):

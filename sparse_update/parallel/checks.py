@@ -36,6 +36,8 @@ def check_mesh(
             "where their activations are, unevenly over the processes, and all would wait for the one with most. Use "
             "gate.unit = sequence with the same signal, which scores before the forward and shares what it keeps alike"
         )
+    if mesh.kind in ("tp", "fsdp_tp"):
+        _check_tensors(mesh, gate, subset)
     if mesh.splits_weights:
         _check_split(mesh, gate, subset, optim, growth)
     if measure_bias:
@@ -67,3 +69,16 @@ def _check_split(mesh: Mesh, gate: GateConfig, subset: SubsetConfig, optim: Opti
         raise MeshError(f"optim.frozen_moments = keep with {what}: use drop, or mesh=ddp")
     if growth.kind != "none":
         raise MeshError(f"growth.kind = {growth.kind} with {what}: blocks that come later are not cut yet. Use mesh=ddp")
+
+
+def _check_tensors(mesh: Mesh, gate: GateConfig, subset: SubsetConfig) -> None:
+    """What the sparse step does: it knows no matrices of which each process has a part of the heads or channels."""
+    what = f"mesh={mesh.kind}, which divides heads and hidden channels"
+    if gate.unit not in ("none", "sequence", "repeats") or gate.policy == "importance":
+        named = f"gate.unit = {gate.unit}" if gate.policy != "importance" else "gate.policy = importance"
+        raise MeshError(
+            f"{named} with {what}: steps that leave a part of themselves out, or look inside, are written for whole heads. "
+            "Use gate.unit = sequence, or mesh=fsdp"
+        )
+    if subset.kind != "all":
+        raise MeshError(f"subset.kind = {subset.kind} with {what}: use subset=all, or mesh=fsdp")

@@ -25,4 +25,8 @@ def make_mesh(cfg: MeshConfig, device: torch.device) -> Mesh:
     from sparse_update.parallel.sharded import Sharded
 
     grid = cfg.grid(dist.get_world_size())
+    if cfg.kind in ("tp", "fsdp_tp"):
+        from sparse_update.parallel.tensor import Tensors
+
+        return Tensors(device, init_device_mesh(device.type, grid, mesh_dim_names=("data", "tensor")))
     return Sharded(device, init_device_mesh(device.type, (grid[0],), mesh_dim_names=("data",)))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate
 
 from sparse_update.parallel.mesh import MeshError
 
@@ -30,17 +30,21 @@ class Split:
         """What of a parameter, or of its gradient, lies on this rank; itself where it is whole."""
         return p.to_local() if isinstance(p, DTensor) else p
 
+    def gradient(self, p: Tensor) -> Tensor:
+        """What of a parameter's gradient lies on this rank, cut as the parameter is."""
+        g = p.grad
+        if isinstance(g, DTensor) and isinstance(p, DTensor) and g.placements != p.placements:
+            g = g.redistribute(p.device_mesh, p.placements)
+        assert g is not None
+        return self.local(g)
+
     def muon(self, leaves: Mapping[str, Tensor], names: Mapping[str, str], **settings: Any) -> GatheredMuon:
         """Muon for parts of matrices, by key; `names` has the parameter of each key."""
         return GatheredMuon(leaves, names, self, **settings)
 
-    def is_cut(self, name: str) -> bool:
-        """Whether a rank holds a part of it only."""
-        return name in self.like and any(place.is_shard() for place in self.like[name].placements)
-
     def strip(self, name: str, dim: int, start: int, stop: int, tensor: Tensor) -> Tensor:
         """[start, stop) of what lies here, along a dimension that is not cut. Raises MeshError along one that is."""
-        if name in self.like and any(place.is_shard(dim) for place in self.like[name].placements):
+        if name in self.like and dim in _cut(self.like[name]):
             raise MeshError(f"{name} is cut along dimension {dim} over the processes, and so are its strips: use mesh=ddp")
         return tensor.narrow(dim, start, stop - start)
 
@@ -77,7 +81,7 @@ class Split:
             self.local(p.detach()).copy_(self.here(name, weights[name].to(p.device, p.dtype)))
 
     def _shape(self, name: str, part: Tensor) -> torch.Size:
-        cut = {place.dim for place in self.like[name].placements if isinstance(place, Shard)}
+        cut = _cut(self.like[name])
         return torch.Size(self.shapes[name][d] if d in cut else part.shape[d] for d in range(part.dim()))
 
     def norm(self, gradients: Mapping[str, Iterable[Tensor]]) -> float:
@@ -94,13 +98,12 @@ class Split:
 
     def _copies(self, name: str) -> int:
         """On how many ranks the same part lies."""
-        if name not in self.like:
-            return dist.get_world_size()
-        like = self.like[name]
-        found = 1
-        for size, place in zip(like.device_mesh.shape, like.placements, strict=True):
-            found *= 1 if place.is_shard() else size
-        return found
+        parts = 1
+        if name in self.like:
+            like = self.like[name]
+            for size, place in zip(like.device_mesh.shape, like.placements, strict=True):
+                parts *= 1 if place.is_replicate() else size
+        return dist.get_world_size() // parts
 
 
 class GatheredMuon(torch.optim.Muon):
@@ -139,6 +142,11 @@ def _direction(update: Tensor, group: Mapping[str, Any]) -> Tensor:
     kept = {key: group[key] for key in ("ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
     torch.optim.Muon([still], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False, **kept).step()
     return still.detach()
+
+
+def _cut(p: DTensor) -> set[int]:
+    """The dimensions that a parameter is cut along; torch's strided shards of a grid say that they are no shards."""
+    return {place.dim for place in p.placements if not place.is_replicate()}  # type: ignore[attr-defined]
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:

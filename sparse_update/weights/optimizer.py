@@ -92,7 +92,7 @@ class Optimizer:
             if p.grad is not None:
                 leaf = (self.leaves if name in self.leaves else self.signed)[name]
                 if leaf is not p:
-                    leaf.grad, p.grad = self.split.local(p.grad), None
+                    leaf.grad, p.grad = self.split.gradient(p), None
 
     def _build(self) -> list[torch.optim.Optimizer]:
         cfg = self.cfg
