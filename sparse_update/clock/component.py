@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 SCORING_FORWARD = "scoring_forward"
@@ -32,3 +33,7 @@ class Component(NamedTuple):
     """Makes the call, to be timed on this machine."""
     flops: int = 0
     """Counted operations of one call; 0 where none are counted. A shipped table prices by them."""
+    work: Mapping[str, float] = MappingProxyType({})
+    """Counted work of one call by the names of `work.COUNTS`, where a shipped table prices it by that."""
+    kind: str = ""
+    """Key of the shipped table's factor on the prices of `work`."""
