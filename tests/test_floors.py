@@ -69,6 +69,7 @@ THIRD_PARTIES = {
         "sparse_update/library/callbacks.py",
         "experiments/benches/attach_arms.py",
         "experiments/benches/families/models.py",
+        "experiments/benches/generating/peer.py",
     ),
     "accelerate": ("sparse_update/library/callbacks.py",),
     "datasets": ("sparse_update/data/hub.py",),
