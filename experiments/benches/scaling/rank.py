@@ -1,0 +1,184 @@
+"""One of the two processes that `measured.py` starts: `python -m experiments.benches.scaling.rank FOLDER`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+
+import configs
+from experiments.benches.scaling.measured import summary
+from sparse_update.clock.shipped import shipped_table
+from sparse_update.data.records import Corpus
+from sparse_update.data.stream import WindowStream
+from sparse_update.data.tokens import ByteTokenizer
+from sparse_update.gates.config import GateConfig
+from sparse_update.loop.assembly import Arm, Place, Prices, Text, make_trainer
+from sparse_update.loop.records import TrainerConfig
+from sparse_update.loop.trainer import Trainer
+from sparse_update.parallel.make import make_mesh
+from sparse_update.parallel.ranks import Ranks
+from sparse_update.parallel.settings import MeshConfig
+from sparse_update.transformer import ModelConfig, Transformer
+from sparse_update.weights.optimizer import storage_bytes
+from sparse_update.weights.settings import OptimConfig
+from sparse_update.weights.subset import SubsetConfig
+
+CPU = torch.device("cpu")
+GATE = {"unit": "sequence", "signal": "ngram", "keep_fraction": 0.7, "noise_cut": 0.2, "pool_windows": 64}
+BLOCKS = {"kind": "blocks", "active_fraction": 0.125, "embedding_strips": True}
+"""Of the matrices' rows, and of embedding and head's width, that a turn updates; gains move always."""
+TEXT_TOKENS = 2_000_000
+
+
+def corpus() -> Corpus:
+    generator = np.random.default_rng(0)
+    steps = generator.choice([1, 1, 2, 5, 11], TEXT_TOKENS)
+    tokens = (97 + np.cumsum(steps) % 26).astype(np.uint16)
+    offsets, held = np.array([0, len(tokens)], dtype=np.int64), tokens[:4096]
+    few = np.array([0, len(held)], dtype=np.int64)
+    size = len(tokens)
+    return Corpus(
+        "made up", tokens, offsets, ("made up",), held, few, ("made up",), 256, size, len(held), "0" * 64, ByteTokenizer()
+    )
+
+
+def trainer(asked: dict[str, Any], mesh: str, gate: dict[str, Any], subset: dict[str, Any], text: Corpus) -> Trainer:
+    sizes = yaml.safe_load((Path(configs.__file__).parent / "model" / f"{asked['size']}.yaml").read_text())
+    cfg, optim = ModelConfig(**{**sizes, "vocab_size": 256}), OptimConfig(name=asked["optim"])
+    table = shipped_table()
+    times = table.times(cfg, optim, asked["windows"], CPU, "fp32", False)
+    cfg.attention = times.attention
+    torch.manual_seed(0)
+    return make_trainer(
+        Transformer(cfg),
+        Arm(GateConfig(**gate), SubsetConfig(**subset), optim),
+        TrainerConfig(budget_offered_tokens=10**12, batch_windows=asked["windows"]),
+        Text(WindowStream(text, cfg.context, 0), {"val": torch.zeros(1, cfg.context + 1, dtype=torch.int64)}),
+        Prices(times, lambda t, steps, components: table.extended(t, cfg, optim, steps, components)),
+        Place(Path("unused")),
+        0,
+        mesh=make_mesh(MeshConfig(kind=mesh), CPU),
+    )
+
+
+def advance(made: Trainer, steps: int) -> int:
+    """Take so many steps as the loop does, and return the tokens that were trained on."""
+    before = made.updates.tally.tokens
+    for _ in range(steps):
+        progress = made.budget.progress
+        batch = made.gate.next(made.budget.windows_at(progress), progress)
+        step = made.budget.step(progress)
+        found = made.updates.take(batch, step, progress)
+        made.gate.observe(batch, found, progress, made.budget.clock.over_plain(step))
+        made.budget.settle()
+        made.updates.turn(made.budget.progress)
+    return made.updates.tally.tokens - before
+
+
+def speed(asked: dict[str, Any], text: Corpus) -> tuple[dict[str, Any], float]:
+    """Speed-ups, and the share of a gated step that the gate's collectives take."""
+    first = dist.get_rank() == 0
+    arms: dict[str, Trainer] = {}
+    for gate, settings in (("off", {}), ("on", GATE)):
+        if first:
+            arms[f"single {gate}"] = trainer(asked, "single", settings, {}, text)
+        arms[f"ddp {gate}"] = trainer(asked, "ddp", settings, {}, text)
+    names = ["single off", "ddp off", "single on", "ddp on"]
+    seconds: dict[str, list[float]] = defaultdict(list)
+    tokens: dict[str, list[int]] = defaultdict(list)
+    for number in range(-1, asked["rounds"]):  # the first round warms up
+        for name in names if number % 2 else reversed(names):
+            dist.barrier()
+            start = time.perf_counter()
+            done = advance(arms[name], asked["steps"]) if name in arms else 0
+            dist.barrier()  # one process alone, or both: the slower one counts
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - start)
+                tokens[name].append(done or asked["steps"] * asked["windows"])
+    return summary(seconds, tokens), _gate_share(arms["ddp on"], statistics.median(seconds["ddp on"]) / asked["steps"])
+
+
+def _gate_share(made: Trainer, step_s: float) -> float:
+    """What a gated step gathers for its gate, timed apart, over the step."""
+    mesh = made.mesh
+    assert isinstance(mesh, Ranks)
+    shapes: list[torch.Size] = []
+    gather = mesh.gather
+
+    def noted(part: torch.Tensor) -> torch.Tensor:
+        shapes.append(part.shape)
+        return gather(part)
+
+    mesh.gather = noted  # type: ignore[method-assign]
+    steps = 4
+    advance(made, steps)
+    mesh.gather = gather  # type: ignore[method-assign]
+    total = 0.0
+    for shape in shapes:
+        part, times = torch.zeros(shape), []
+        for _ in range(20):
+            dist.barrier()
+            start = time.perf_counter()
+            mesh.gather(part)
+            times.append(time.perf_counter() - start)
+        total += statistics.median(times)
+    return total / steps / step_s
+
+
+def held(made: Trainer) -> dict[str, int]:
+    """Bytes of two steps on this process: weights, and the most that gradients and optimizer state took together."""
+    advance(made, 2)
+    local = (p.to_local() if hasattr(p, "to_local") else p for p in made.updates.model.parameters())
+    blocks = [sum(p.nbytes for p in block.parameters()) for block in made.updates.model.blocks]
+    weights = storage_bytes(local)
+    return {"weights": weights, "updates": made.updates.tally.peak_both, "largest_block": max(blocks)}
+
+
+def memory(asked: dict[str, Any], text: Corpus) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    asked = {**asked, "windows": 4}
+    alone = held(trainer(asked, "single", {}, {}, text))
+    whole = alone["weights"] + alone["updates"]
+    for name, mesh, subset in (("fsdp", "fsdp", {}), ("fsdp_blocks", "fsdp", BLOCKS), ("tp", "tp", {})):
+        made = trainer(asked, mesh, {}, subset, text)
+        mine = held(made)
+        most = made.mesh.largest(mine["weights"] + mine["updates"])
+        gathered = made.mesh.largest(mine["largest_block"]) if mesh == "fsdp" else 0
+        found[name] = {
+            "bytes_ratio": most / whole,
+            "bytes": int(most),
+            "single_bytes": whole,
+            "with_a_gathered_block_ratio": (most + gathered) / whole,
+        }
+        if subset:
+            found[name]["active_fraction"] = made.updates.subset.active.fraction(made.updates.model)
+    return found
+
+
+def main(place: Path) -> None:
+    asked = json.loads((place / "asked.json").read_text())
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    text = corpus()
+    bytes_of = memory(asked, text)
+    speeds, share = speed(asked, text)
+    if dist.get_rank() == 0:
+        blocks = bytes_of.pop("fsdp_blocks")
+        bytes_of["fsdp"]["blocks"] = blocks
+        (place / "found.json").write_text(json.dumps({"ddp": speeds, **bytes_of, "gate_share": share}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
