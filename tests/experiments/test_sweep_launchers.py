@@ -237,12 +237,12 @@ def test_a_real_sweep_that_is_killed_has_the_table_of_one_that_is_not(
     """Gates x rates x seeds, really trained: the workers and the sweep killed, and the same results in the end."""
     body = {
         "settings": ["model=tiny", "trainer.eval_tokens=2048", "trainer.checkpoint_every_s=1"],
-        "budget_tokens": 40_000,
+        "budget_tokens": 20_000,
         "seeds": [0, 1],
         "arms": {
-            "dense": {"grid": {"optim.muon_lr": [0.02, 0.03]}},
-            "random": {"set": ["gate=random", "gate.keep_fraction=0.5"], "tuned_as": "dense"},
-            "surprise": {"set": ["gate=surprise", "gate.keep_fraction=0.5"], "tuned_as": "dense"},
+            "dense": {},
+            "surprise-30": {"set": ["gate=surprise", "gate.keep_fraction=0.3"]},
+            "surprise-60": {"set": ["gate=surprise", "gate.keep_fraction=0.6"]},
         },
     }
     found = {}
