@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.benches.scaling import plan
+from experiments.runs.hydra_app import EXIT_FAILED
 from experiments.runs.output import FOLDER, add_json_argument, entry, finish
 from experiments.runs.plain_json import write_json
 from hardware.clusters.layout import LayoutError
@@ -36,7 +37,10 @@ def measured(words: Sequence[str]) -> dict[str, Any]:
 
 @entry
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the tables and the JSON line. Exit code 0; 2 for a model, machine or number of GPUs that cannot be planned."""
+    """Print the tables and the JSON line.
+
+    Exit code 0; 1 where a measuring process failed; 2 for a model, machine or number of GPUs that cannot be planned.
+    """
     parser = argparse.ArgumentParser(
         prog="spikegate bench scale",
         description="Many processes measured on this machine, published tables reproduced, and up to 10,000 GPUs planned.",
@@ -70,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (LayoutError, DataFileError, FileNotFoundError) as error:
         print(f"bench scale: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        print(f"bench scale: {error}", file=sys.stderr)
+        return EXIT_FAILED
     published = {table.name: numbers for table, numbers in tables}
     whole = {**found, "plan": entries, "published": published, "machine": machine.name}
     short = {

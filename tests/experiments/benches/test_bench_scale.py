@@ -10,6 +10,13 @@ import pytest
 
 from experiments import bench
 from experiments.benches.scaling import command
+from hardware.clusters.collectives import Group, moved_bytes
+from hardware.clusters.layout import Layout
+from hardware.clusters.machines import load_machine
+from hardware.clusters.shapes import Shape
+from hardware.clusters.step import plan_step
+from sparse_update.parallel.products import products
+from sparse_update.transformer import ModelConfig
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +67,32 @@ def test_what_is_measured_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_cannot_be_planned_is_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["scale", "--plan-only", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_is_planned_of_tensor_parallelism_is_what_our_transformer_sends() -> None:
+    """Two counts by two hands: the plan's closed form, and the table that the collectives which run are held to."""
+    cfg = ModelConfig(width=128, layers=5, heads=8, context=64, hidden_ratio=4, vocab_size=256)
+    shape = Shape("ours", 5, 128, 512, 8, 8, 256, "plain", False, 0, 0, "sparse_update.transformer")
+    layout = Layout(8, 64, 3, 1, "ddp", tensor=4)  # two data ranks of three windows
+    found = [product for product in products(cfg, 6, 64, 2, 4, itemsize=2) if product.times == cfg.layers]
+    group = Group(4, 4)
+    sent = sum(
+        product.times * moved_bytes("all_reduce", each.bytes, group)
+        for product in found
+        for each in (*product.forward, *product.backward)
+    )
+    assert sent > 0
+    assert plan_step(shape, load_machine("h100_80gb"), layout).sent_bytes["activations"] == pytest.approx(sent)
+    whole = sum(product.flops for product in products(cfg, 6, 64, 1, 1) if product.times == cfg.layers)
+    assert whole == 6 * 64 * (shape.layer_flops() + 2 * shape.attention_flops(64))  # the plan's attention is causal
+
+
+def test_a_measurement_that_fails_is_an_error_and_not_a_plan(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(words: list[str]) -> None:
+        raise RuntimeError("a measuring process failed (1), see above")
+
+    monkeypatch.setattr(command, "measured", fail)
+    assert bench.main(["scale", "--models", "gpt2-124m", "--gpus", "8"]) == 1
+    assert "bench scale: a measuring process failed" in capsys.readouterr().err
