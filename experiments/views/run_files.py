@@ -12,9 +12,12 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS = "events.out.tfevents."
+LINES_OF_A_STEP = 8
+"""More than a step ever has: one of a report, one of an evaluation."""
 
 
 class Lines:
@@ -121,6 +124,14 @@ def truncate(path: Path, last_step: int) -> None:
     beside = path.with_suffix(".part")
     beside.write_text("".join(kept), encoding="utf-8")
     os.replace(beside, path)
+
+
+def lines_at(path: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of a metrics file that are of this step, its last one."""
+    if not path.exists():
+        return []
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[-LINES_OF_A_STEP:]]
+    return [line for line in found if line["step"] == step]
 
 
 def not_finite(path: Path) -> int:

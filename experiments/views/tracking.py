@@ -19,7 +19,7 @@ from experiments.comparison.statistics import mean_curve
 from experiments.runs.plain_json import dump_line
 from experiments.views.hparam_rows import TableColumn, TableRow, arm_row, columns, deployed_row
 from experiments.views.labels import plainly
-from experiments.views.run_files import METRICS_FILE, Lines, before_others, cut, event_files, not_finite, truncate
+from experiments.views.run_files import METRICS_FILE, Lines, before_others, cut, event_files, lines_at, not_finite, truncate
 from hardware import markdown as markdown_text
 from hardware.names import as_file_name
 
@@ -102,7 +102,6 @@ class Tracker:
     ) -> None:
         self.folder = Path(folder)
         self.last_step = 0 if resume_step is None else resume_step
-        self._tags_at_step: set[str] = set()
         lines = self.folder / METRICS_FILE
         if resume_step is None and (lines.exists() or event_files(self.folder)):
             raise FileExistsError(f"{self.folder} already holds a run: resume it, or choose another folder")
@@ -117,6 +116,9 @@ class Tracker:
         elif resume_step is not None:
             truncate(lines, resume_step)
         self.not_finite = not_finite(lines)
+        self._tags_at_step = {
+            _tag(key) for line in lines_at(lines, self.last_step) for key in line if line[key] is not None
+        }
         self._writer = _Events(self.folder, None if resume_step is None else resume_step + 1)
         self._lines = Lines(lines)
         if not resume_step:
@@ -144,7 +146,7 @@ class Tracker:
             self._tags_at_step.clear()
         self.last_step = step
         self._lines.add(dump_line({"step": step, **values}))
-        points = {TAGS.get(k, k if "/" in k else f"other/{k}"): float(v) for k, v in values.items() if v is not None}
+        points = {_tag(key): float(value) for key, value in values.items() if value is not None}
         bad = sum(not math.isfinite(value) for value in points.values())
         if bad:
             self.not_finite += bad
@@ -190,6 +192,11 @@ class Tracker:
         """Raises OSError where lines of metrics.jsonl could not be written."""
         self._writer.close()
         self._lines.close()
+
+
+def _tag(key: str) -> str:
+    """The tag of a key of metrics.jsonl."""
+    return TAGS.get(key, key if "/" in key else f"other/{key}")
 
 
 class _Events:

@@ -87,6 +87,7 @@ class Checkpoints:
             "counters": updates.tally.state_dict(updates.clock.uses),
             "rng": torch.get_rng_state(),
             **({"rng_cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_initialized() else {}),
+            "shown": self.gate.last_score_N,
             **updates.objective.state_dict(),
             **({"growth": updates.growth.state_dict()} if updates.growth.grows else {}),
             **({"adapted": apart(updates.model)} if self.adapted else {}),
@@ -155,6 +156,7 @@ class Checkpoints:
         updates.optimizer.activate(updates.subset.active)
         updates.optimizer.load_state_dict(state["optimizer"])
         self.gate.load_state_dict(state["gate"])
+        self.gate.last_score_N = state.get("shown")  # nothing depends on it but what the next evaluation draws
         updates.tally.load_state_dict(state["counters"])
         updates.clock.uses = Counter({str(k): int(v) for k, v in state["counters"]["uses"].items()})
         torch.set_rng_state(state["rng"])

@@ -12,7 +12,7 @@ import yaml
 
 from experiments.comparison.settings import experiment_settings
 from experiments.runs.claim import Start, begin
-from experiments.runs.folder import RunError, new_record, read_json
+from experiments.runs.folder import RunError, disk_errors, new_record, read_json
 from experiments.runs.lock import exclusive
 from experiments.runs.own.record import document, scalars
 from experiments.runs.plain_json import plain, write_json, write_text
@@ -77,7 +77,7 @@ def run_own(task: UserTask, arm: OwnArm, prices: Prices, cfg: OwnRun) -> dict[st
     """
     folder = cfg.folder
     cfg.gate = settings_of(arm)
-    with exclusive(folder, f"training {cfg.arm}"):
+    with exclusive(folder, f"training {cfg.arm}"), disk_errors(folder):
         start = begin(folder, cfg, cfg.resume, MAY_DIFFER)
         if start is Start.FINISHED:
             return read_json(folder / "result.json") | {"folder": str(folder)}
@@ -95,7 +95,8 @@ def run_own(task: UserTask, arm: OwnArm, prices: Prices, cfg: OwnRun) -> dict[st
             result = _train(task, arm, prices, cfg, goes_on)
         except BaseException as error:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            write_json(folder / "run.json", record | {"status": status, "error": f"{type(error).__name__}: {error}"})
+            with suppress(OSError):  # a full disk: the error that is on its way says so
+                write_json(folder / "run.json", record | {"status": status, "error": f"{type(error).__name__}: {error}"})
             raise
         if result["status"] == "finished":
             write_json(folder / "result.json", result)
