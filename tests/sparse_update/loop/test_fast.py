@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sparse_update.gates.config import GateConfig
 from sparse_update.growth.settings import GrowthConfig, check_growth
 from sparse_update.loop.assembly import Arm, Place, Prices, Text, make_trainer
-from sparse_update.loop.fast import GROWS_BELOW, GROWS_UNTIL, choose, parameters
+from sparse_update.loop.fast import GROWS_BELOW, GROWS_UNTIL, LENGTHS_BELOW, choose, parameters
 from sparse_update.loop.records import TrainerConfig
 from sparse_update.transformer import ModelConfig, Transformer
 from sparse_update.weights.masking import MaskConfig
@@ -40,8 +40,12 @@ def test_parameters_are_counted_without_making_them():
 
 
 @given(ratio=st.floats(0.05, 200))
-def test_the_model_grows_below_the_bound_and_nowhere_else(ratio):
-    arm, _, found = chosen(budget(ratio))
+def test_the_model_grows_and_reads_short_sequences_below_the_bounds_and_nowhere_else(ratio):
+    arm, cfg, found = chosen(budget(ratio))
+    if ratio < 0.999 * LENGTHS_BELOW:
+        assert cfg.length_schedule == "16@0.15,32@0.4"
+    elif ratio > 1.001 * LENGTHS_BELOW:
+        assert (cfg.length_schedule, f"{LENGTHS_BELOW:g}" in found["length_schedule"].why) == ("", True)
     numbers = found["growth"].record()
     assert numbers["tokens_per_parameter"] == pytest.approx(ratio)
     assert numbers["tokens"] / numbers["parameters"] == pytest.approx(ratio)
