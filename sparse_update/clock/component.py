@@ -36,4 +36,4 @@ class Component(NamedTuple):
     work: Mapping[str, float] = MappingProxyType({})
     """Counted work of one call by the names of `work.COUNTS`, where a shipped table prices it by that."""
     kind: str = ""
-    """Key of the shipped table's factor on the prices of `work`."""
+    """Name of the factor on the prices of `work` (`shipped.added_factors`)."""

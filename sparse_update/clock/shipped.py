@@ -154,6 +154,9 @@ class ShippedTable:
             elif name == WATCHED_STEP:
                 plain = Step(PLAIN, None, times.batch, cfg.context, layers=layers)
                 found[key] = 1000 * sum(self.step_s(cfg, optim, plain, mode, engine=True).values())
+            elif component.work and component.kind in added_factors(self.name):
+                priced = sum(self.prices_ps.get(name, 0.0) * value for name, value in component.work.items())
+                found[key] = 1e-9 * added_factors(self.name)[component.kind] * priced / component.uses
             elif name in self.components_ps and component.flops:
                 found[key] = 1e-9 * self.components_ps[name] * component.flops / component.uses
         return times.priced(found)
@@ -187,3 +190,14 @@ def shipped_table(name: str = DEFAULT) -> ShippedTable:
     if name not in known:
         raise ComponentTimesError(f"there is no shipped table {name[:120]!r} of component times: {', '.join(known)}")
     return read_table(folder / f"{name}.json")
+
+
+@functools.cache
+def added_factors(name: str = DEFAULT) -> Mapping[str, float]:
+    """Factors on a table's prices for components that came after it, by kind; none for a table of one's own.
+
+    They are in a file of their own, so that the table and its hash stay, and with them every run on its clock. A factor is
+    never changed: another one gets another name.
+    """
+    path = Path(str(files("sparse_update.clock").joinpath("tables", "added", f"{name}.json")))
+    return dict(json.loads(path.read_text(encoding="utf-8"))["factors"]) if path.is_file() else {}

@@ -61,6 +61,7 @@ def token_work(cfg: ModelConfig, rows: int, positions: int) -> dict[str, float]:
         "forward_flops": token_flops(cfg, rows, positions),
         "forward_scores": cfg.layers * rows * cfg.heads * positions,
         "forward_elements": cfg.layers * rows * cfg.width,
+        "forward_gathered": 2 * cfg.layers * rows * positions * cfg.width,  # the cache's keys and values
         "forward_logits": rows * cfg.vocab_size,
         "step": 1,
         "layers": cfg.layers,

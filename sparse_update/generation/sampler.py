@@ -34,8 +34,8 @@ PROMPTS = 32
 LEAST_ROWS, PROMPT_STEP, CACHE_STEP, CACHE_LEAST = 8, 16, 32, 64
 """Rows of any product, at least; what prompts are padded to a multiple of; what caches are, and their least length. With
 fewer rows or shorter sums, products of common libraries take other ways, with other roundings."""
-KIND = "generate"
-"""Kind of component, by which a shipped table has a factor for it."""
+KINDS = {"prompts": "generate_prompts", "tokens": "generate_tokens"}
+"""Kinds of components, by which a shipped table has factors for them."""
 
 
 class Sampler:
@@ -121,7 +121,8 @@ class Sampler:
         """Everything that was used so far, by key, as a table of component times prices or measures it."""
         cfg = replace(self.model.cfg, layers=len(self.model.blocks))
         return {
-            key: Component(1, partial(self._probe, key), flops_of(cfg, key), work_of(cfg, key), KIND) for key in self.uses
+            key: Component(1, partial(self._probe, key), flops_of(cfg, key), work_of(cfg, key), KINDS[parsed(key)[0]])
+            for key in self.uses
         }
 
     def _probe(self, key: str) -> Callable[[], None]:
