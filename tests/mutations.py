@@ -36,6 +36,7 @@ HUGE = (
     b"\x7f" + b"\xff" * 7,
 )
 DIGITS = (b"99999999999999999999", b"-1", b"1e999", b"9" * 5000, b"4294967296", b"NaN")
+NAMES = ("", "x", "name", "schema", "__class__", "_target_")
 DEEP = ((b"[", b"]"), (b'{"a":', b"}"), (b"(", b")"))
 
 
@@ -134,9 +135,7 @@ def value_of(draw: st.DrawFn, whole: Any) -> Any:
         elif change == "more":
             inner = inner if isinstance(inner, dict) else value
             if isinstance(inner, dict):
-                inner[draw(st.sampled_from(["", "x", "name", "schema", "__class__", "_target_"]))] = draw(
-                    st.sampled_from(ODD)
-                )
+                inner[draw(st.sampled_from(NAMES))] = copy.deepcopy(draw(st.sampled_from(ODD)))
         elif change == "deep":
             for _ in range(draw(st.sampled_from([2, 120]))):
                 inner[last] = [inner[last]]

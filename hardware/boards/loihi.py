@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hardware.chips.chip import Chip, load_chip
-from hardware.interpreters import found_interpreter
+from hardware.interpreters import clean_environment, found_interpreter
 from hardware.placement import DoesNotFit, LayerDemand, place
 from hardware.text import quoted
 
@@ -237,7 +237,7 @@ def _ask(python: Path, env: Mapping[str, str], timeout_s: float) -> dict[str, An
         timeout=timeout_s,
         check=True,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, PATH_VARIABLE: env.get(PATH_VARIABLE, "")},
+        env={**clean_environment(), PATH_VARIABLE: env.get(PATH_VARIABLE, "")},
     )
     answer = json.loads(done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "")
     if not isinstance(answer, dict):

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from hardware.interpreters import clean_environment
 from neuro.graph import SpikingGraph
 from neuro.simulators.lava.errors import (
     LavaCrash,
@@ -71,8 +72,8 @@ class WorkerProcess:
             "paths": [path for path in os.environ.get(ENV_PATH, "").split(os.pathsep) if path],
         }
         # One thread for numpy, as Lava starts a process per network part; no packages of another Python.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONNOUSERSITE": "1"}
-        environment.pop("PYTHONPATH", None)
+        own = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONNOUSERSITE": "1"}
+        environment = {**clean_environment(), **own}
         environment["TMPDIR"] = str(self.folder)  # multiprocessing leaves a folder behind when it is killed
         try:
             with self._errors.open("wb") as stderr:
