@@ -57,6 +57,8 @@ DTYPES = {
 """Number of a type in the file's schema (version 8) -> torch's type; complex and 8-bit floats are left out."""
 FORMATS = {1: torch.contiguous_format, 2: torch.channels_last, 3: torch.channels_last_3d, 4: torch.preserve_format}
 SCHEMA_MAJOR = 8
+MOST_EXAMPLE = 2**26
+"""Values of one example input."""
 OTHERS = (
     *("scaled_dot_product_attention", "embedding", "bilinear", "add", "sub", "rsub", "mul", "div", "neg", "remainder"),
     *(
@@ -146,7 +148,9 @@ def read_exported(path: str | os.PathLike[str]) -> tuple[ExportedModule, tuple[T
             return _read(_Archive(path, archive))
     except zipfile.BadZipFile as error:
         raise ExportedError(f"{path}: no exported program, or one that is cut short ({error}); {AGAIN}") from error
-    except (KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+    except ExportedError:
+        raise
+    except Exception as error:  # zipfile and torch raise nearly anything on records of another form
         raise ExportedError(f"{path}: the program's records do not fit together ({quoted(str(error))}); {AGAIN}") from error
 
 
@@ -260,13 +264,19 @@ def _tensor(archive: _Archive, record: str, name: str, meta: Mapping[str, Any]) 
     raw = archive.bytes(record)
     if not math.prod(size):
         return torch.zeros(size, dtype=dtype)
-    flat = torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.zeros(0, dtype=dtype)
-    try:
-        return flat.as_strided(size, stride, offset).clone()
-    except RuntimeError as error:
+    held = len(raw) // dtype.itemsize
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if (
+        len(raw) % dtype.itemsize
+        or min(*size, *stride, offset, 0) < 0
+        or last >= held
+        or math.prod(size) > max(held, 2**16)
+    ):
         raise ExportedError(
             f"{archive.path}: {quoted(name)} has shape {size}, and its {len(raw)} bytes do not hold it; {AGAIN}"
-        ) from error
+        )
+    flat = torch.frombuffer(bytearray(raw), dtype=dtype)
+    return flat.as_strided(size, stride, offset).clone()
 
 
 def _dtype(archive: _Archive, name: str, number: Any) -> torch.dtype:
@@ -289,6 +299,10 @@ def _sizes(archive: _Archive, name: str, entries: Any) -> tuple[int, ...]:
 
 def _example(archive: _Archive, name: str, meta: Mapping[str, Any]) -> Tensor:
     dtype, size = _dtype(archive, name, meta["dtype"]), _sizes(archive, name, meta["sizes"])
+    if math.prod(size) > MOST_EXAMPLE:
+        raise ExportedError(
+            f"{archive.path}: input {quoted(name)} has shape {size}, more than {MOST_EXAMPLE:,} values; {AGAIN}"
+        )
     if not dtype.is_floating_point:
         return torch.zeros(size, dtype=dtype)
     return torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
