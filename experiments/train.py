@@ -19,7 +19,7 @@ import yaml
 
 from experiments.runs.claim import Start, begin
 from experiments.runs.folder import RunError, disk_errors, new_record, read_json
-from experiments.runs.hydra_app import run_app
+from experiments.runs.hydra_app import ConfigError, run_app
 from experiments.runs.lock import exclusive
 from experiments.runs.output import finish
 from experiments.runs.own.run import EXPECTED as EXPECTED_OF_OWN
@@ -75,7 +75,10 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
     with joined(cfg.mesh, device) as mesh, disk_errors(cfg.folder):
-        return _on_rank(cfg, cfg.folder, device, mesh)
+        try:
+            return _on_rank(cfg, cfg.folder, device, mesh)
+        except MeshError as error:  # settings that do not go together
+            raise ConfigError(str(error)) from None
 
 
 def _on_rank(cfg: TrainConfig, folder: Path, device: torch.device, mesh: Mesh) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from sparse_update.loop.trainer import Trainer
 from sparse_update.loop.updates import Updates
 from sparse_update.objectives.likelihood import Likelihood
 from sparse_update.objectives.objective import Given, Objective
-from sparse_update.parallel.checks import check_mesh
+from sparse_update.parallel.checks import check_mesh, check_pieces, check_variant
 from sparse_update.parallel.mesh import Mesh
 from sparse_update.parallel.sharing import SharedGate
 from sparse_update.parallel.single import ALONE
@@ -121,7 +121,9 @@ def make_trainer(
     if adapted:
         check_adapter(arm.gate)
         adapt(model, arm.subset, seed)
+    check_pieces(mesh, arm.gate, cfg.batch_windows, cfg.accumulate)
     check_mesh(mesh, arm.gate, arm.subset, arm.optim, arm.growth, cfg.batch_windows, cfg.measure_bias)
+    check_variant(mesh, times.variant, times.compiled)
     if cfg.bags:
         check_bags(arm.gate, arm.subset, cfg.bags)
     subset = Subset(model, arm.subset, seed)
@@ -176,6 +178,7 @@ def make_trainer(
         growth,
         gate.before_growth,
         shared,
+        cfg.accumulate,
     )
     records = Recorder(cfg, text.held_out, tally, budget, updates, listeners or Listeners(), mesh)
     checkpoints = Checkpoints(place.folder, place.meta, cfg, updates, gate, adapted, mesh, place.written)

@@ -28,6 +28,9 @@ class TrainerConfig:
     """If set, the run ends when the stream has offered that many tokens, and progress is counted in them; reference
     seconds are still counted. For one pass over the same fixed stream by every arm."""
     batch_windows: int = 32
+    accumulate: int = 1
+    """Parts that each process cuts its windows of a batch into and goes through one after the other, so that it holds the
+    activations of one part only; the step is taken on the mean of their gradients."""
     length_schedule: str = ""
     """Sequence-length warm-up, "32@0.2,64@0.5": length 32 until 0.2 of the budget, 64 until 0.5, then the model's
     context. A window is cut into shorter ones, so a step keeps its number of tokens."""
@@ -83,6 +86,8 @@ class TrainerConfig:
                 f"trainer.keep_checkpoints = {self.keep_checkpoints}, checkpoint_every_s = {self.checkpoint_every_s}: at "
                 "least one checkpoint, and not below 0 s"
             )
+        if self.accumulate < 1:
+            raise ValueError(f"trainer.accumulate = {self.accumulate}: must be at least 1 (1 takes the batch at once)")
         if self.precision not in PRECISIONS:
             raise ValueError(f"trainer.precision = {self.precision!r}: one of {', '.join(PRECISIONS)}")
         if self.compile not in COMPILES:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from sparse_update.clock.cost import Step
 from sparse_update.clock.running import RunClock
-from sparse_update.gates.gate import GatedBatch
+from sparse_update.gates.gate import GatedBatch, part
 from sparse_update.growth.rule import Growth
 from sparse_update.loop.records import TrainingDiverged
 from sparse_update.loop.tally import Tally
 from sparse_update.objectives.objective import Objective
 from sparse_update.parallel.mesh import Mesh
 from sparse_update.parallel.sharing import SharedGate
-from sparse_update.step.plan import SparseStep
+from sparse_update.step.plan import SparseStep, View
 from sparse_update.transformer import Transformer
 from sparse_update.weights.optimizer import Optimizer
 from sparse_update.weights.subset import Subset
@@ -35,6 +35,7 @@ class Updates:
         clock, tally: charged with each step.
         mesh: its ranks share the windows of a batch, and gradients are means over them.
         shared: the gate as a rank asks it, where there are several.
+        pieces: parts that a process cuts its windows into, one after the other.
         stop_after_skipped: steps in a row without a finite loss and gradient before the run gives up.
         kept: where the last good state would be found; for the message.
         growth: what the model becomes over the run.
@@ -55,12 +56,13 @@ class Updates:
         growth: Growth,
         before_growth: Callable[[], None] = lambda: None,
         shared: SharedGate | None = None,
+        pieces: int = 1,
     ) -> None:
         self.model, self.objective, self.optimizer, self.subset = model, objective, optimizer, subset
         self.clock, self.tally, self.mesh = clock, tally, mesh
         self.stop_after_skipped, self.kept = stop_after_skipped, kept
         self.growth, self.before_growth = growth, before_growth
-        self.shared = shared
+        self.shared, self.pieces = shared, pieces
 
     def take(self, batch: GatedBatch, step: Step, progress: float) -> SparseStep:
         """Take and charge one step at `progress` of the budget; what comes back has the losses by window.
@@ -68,7 +70,7 @@ class Updates:
         Raises TrainingDiverged where too many steps in a row had a loss or gradient that is not finite.
         """
         mine, my_step = (batch, step) if self.shared is None else self.shared.share(batch, step)
-        found = self.objective.gradients(mine, my_step)
+        found = self._piece_by_piece(mine, my_step)
         self.optimizer.collect()
         if not found.averaged:
             self.mesh.average_(self._gradients(found))
@@ -86,6 +88,28 @@ class Updates:
         if len(found.loss_BT) != len(batch.tokens):  # and in windows
             found = replace(found, loss_BT=found.loss_BT.reshape(len(batch.tokens), -1))
         return found
+
+    def _piece_by_piece(self, batch: GatedBatch, step: Step) -> SparseStep:
+        """The gradients of a batch that is cut into `pieces`, one after the other: the mean of theirs."""
+        if self.pieces == 1:
+            return self.objective.gradients(batch, step)
+        each, one = len(batch.tokens) // self.pieces, replace(step, batch=step.batch // self.pieces)
+        found: list[SparseStep] = []
+        for i in range(self.pieces):
+            with self.mesh.silent(i < self.pieces - 1):  # sent once, with the last of them
+                piece = part(batch, slice(i * each, (i + 1) * each))
+                found.append(self.objective.gradients(piece, one))  # type: ignore[arg-type]
+            if i:  # as autograd does in .grad
+                sums = found[-1].gradients
+                for name, strips in found[-2].gradients.items():
+                    sums[name] = tuple(a + b for a, b in zip(strips, sums[name], strict=True))
+        last = found[-1]
+        for p in self.model.parameters():
+            if p.grad is not None:
+                p.grad.div_(self.pieces)
+        gradients = {name: tuple(g / self.pieces for g in strips) for name, strips in last.gradients.items()}
+        loss_BT = torch.cat([one.loss_BT for one in found])
+        return replace(last, loss_BT=loss_BT, gradients=gradients, view=View(loss_BT))
 
     def turn(self, progress: float) -> None:
         """Grow, and move on to the next choice of weights, where it is due."""

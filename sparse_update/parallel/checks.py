@@ -82,3 +82,32 @@ def _check_tensors(mesh: Mesh, gate: GateConfig, subset: SubsetConfig) -> None:
         )
     if subset.kind != "all":
         raise MeshError(f"subset.kind = {subset.kind} with {what}: use subset=all, or mesh=fsdp")
+
+
+def check_pieces(mesh: Mesh, gate: GateConfig, batch_windows: int, pieces: int) -> None:
+    """Raise MeshError where a process cannot cut its windows into so many pieces."""
+    if pieces == 1:
+        return
+    if batch_windows % (mesh.shards * pieces):
+        raise MeshError(
+            f"trainer.accumulate = {pieces}: trainer.batch_windows = {batch_windows} windows of {mesh.shards} processes "
+            f"are not cut into as many equal pieces each: choose a multiple of {mesh.shards * pieces}"
+        )
+    if gate.unit not in ("none", "sequence", "repeats") or gate.policy == "importance":
+        raise MeshError(
+            f"trainer.accumulate = {pieces} with gate.unit = {gate.unit}, gate.policy = {gate.policy}: what it keeps is "
+            "chosen over the whole batch, after its forward. Use gate.unit = sequence, or trainer.accumulate = 1"
+        )
+
+
+def check_variant(mesh: Mesh, variant: str, compiled: bool) -> None:
+    """Raise MeshError for a way to take plain steps that parts of matrices do not know."""
+    if not mesh.splits_weights:
+        return
+    if compiled or variant.endswith("compiled"):
+        raise MeshError(f"trainer.compile = on with mesh={mesh.kind}: not tried yet. Use trainer.compile=off, or mesh=ddp")
+    if mesh.kind != "fsdp" and variant != "autograd":
+        raise MeshError(
+            f"mesh={mesh.kind} takes its steps by autograd, and the table of component times found {variant} faster: use "
+            "trainer.component_times=shipped"
+        )
