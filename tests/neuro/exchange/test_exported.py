@@ -194,7 +194,7 @@ def pickled(document: dict[str, Any]) -> None:
     ("record", "change", "message"),
     [
         ("models/model.json", lambda d: d["schema_version"].update(major=3), "schema 3; this version reads 8"),
-        ("models/model.json", b"{", "is no JSON"),
+        ("models/model.json", b"{", "not readable as JSON"),
         ("models/model.json", b"{}", "do not fit together"),
         ("models/model.json", lambda d: nodes(d)[0].update(target="torch.ops.aten.from_file.default"), "has no rule here"),
         ("models/model.json", lambda d: nodes(d)[0].update(target="os.system"), "operation 'os.system' has no rule here"),
