@@ -51,6 +51,7 @@ THIRD_PARTIES = {
     "sanafe": ("experiments/studies/sanafe_worker.py",),
     "safetensors": (
         "sparse_update/loop/saving/files.py",
+        "sparse_update/loop/saving/shards.py",
         "sparse_update/library/callbacks.py",
         "experiments/runs/samples/model.py",
     ),

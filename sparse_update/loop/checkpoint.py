@@ -32,6 +32,7 @@ from sparse_update.loop.saving.files import (
     write_part,
 )
 from sparse_update.loop.saving.places import candidates, commit, places, set_aside, stage, whole_place
+from sparse_update.loop.saving.shards import stored
 from sparse_update.nested import pack, unpack
 
 __all__ = [
@@ -45,7 +46,8 @@ __all__ = [
 class Checkpoint:
     """What was saved. Tensors are on the CPU; names that were tied share one tensor."""
 
-    model: dict[str, torch.Tensor]
+    model: dict[str, Any]
+    """tensors by name; `Stored` ones, which are not read yet, where that was asked for"""
     state: Any
     meta: dict[str, Any] = field(repr=False)
     folder: Path
@@ -83,17 +85,23 @@ def snapshot(
 
     Raises `CheckpointError` or `StateError` for a value that cannot be kept exactly.
     """
-    if taken := [key for key in RESERVED if key in meta]:
-        raise CheckpointError(f"meta keys {taken} are the checkpoint's own; rename them")
     model_own, model_tied = untie(model_tensors, copied)
     state_tensors, outline = pack(state)
     state_own, state_tied = untie(state_tensors, copied)
+    plain = plain_meta(meta, outline)
+    return Snapshot({"model": model_own, "state": state_own}, {"model": model_tied, "state": state_tied}, outline, plain)
+
+
+def plain_meta(meta: Mapping[str, Any], outline: Any) -> dict[str, Any]:
+    """A copy of the caller's record. Raises CheckpointError for what is no JSON, and for keys of the checkpoint's own."""
+    if taken := [key for key in RESERVED if key in meta]:
+        raise CheckpointError(f"meta keys {taken} are the checkpoint's own; rename them")
     try:
-        plain = json.loads(json.dumps(dict(meta), allow_nan=False))
         json.dumps(outline, allow_nan=False)
+        plain: dict[str, Any] = json.loads(json.dumps(dict(meta), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"meta is not plain JSON: {error}") from error
-    return Snapshot({"model": model_own, "state": state_own}, {"model": model_tied, "state": state_tied}, outline, plain)
+    return plain
 
 
 def write_snapshot(folder: str | Path, moment: Snapshot, keep: int = 1) -> Path:
@@ -124,24 +132,30 @@ def save_checkpoint(
     return write_snapshot(folder, snapshot(model_tensors, state, meta, copied=False), keep)
 
 
-def load_checkpoint(folder: str | Path) -> Checkpoint:
+def load_checkpoint(folder: str | Path, *, lazily: bool = False, checked: bool = True) -> Checkpoint:
     """Read a checkpoint, every file's sha256 checked, meta.json's among them.
+
+    Args:
+        lazily: leave weights and optimizer state where they are, as `Stored` tensors, for processes that need parts.
+        checked: False, where another process has verified the files.
 
     Raises `CheckpointVersionError` for another schema, `CheckpointDamaged` for a missing, truncated or altered file and
     for pickle files (`torch.save`), which could run code, `CheckpointError` where there is none.
     """
-    return _loaded(open_checkpoint(whole_place(folder)))
+    return _loaded(open_checkpoint(whole_place(folder)), lazily, checked)
 
 
-def newest(folder: str | Path) -> Found:
+def newest(folder: str | Path, *, lazily: bool = False) -> Found:
     """The newest whole checkpoint among `folder` and its earlier ones; damaged ones are set aside and named.
+
+    `lazily` as in `load_checkpoint`; every file is verified either way.
 
     Raises CheckpointError where none is whole, which names all of them and moves nothing.
     """
     damaged: list[tuple[Path, str]] = []
     for place in candidates(folder):
         try:
-            found = load_checkpoint(place) if place == places(folder)[0] else _loaded(open_checkpoint(place))
+            found = _loaded(open_checkpoint(whole_place(place) if place == places(folder)[0] else place), lazily)
         except CheckpointDamaged as error:
             damaged.append((place, str(error)))
             continue
@@ -166,8 +180,17 @@ def checkpoint_of(folder: str | Path) -> Path:
     return place / "checkpoint" if (place / "checkpoint").is_dir() else place
 
 
-def _loaded(head: Head) -> Checkpoint:
-    tensors = {part: read_part(head, part) for part in ("model", "state")}
+def _loaded(head: Head, lazily: bool = False, checked: bool = True) -> Checkpoint:
+    tensors: dict[str, dict[str, Any]]
+    if lazily:
+        for name in head.files if checked else ():
+            head.check(name)
+        tensors = {part: dict(stored(head, part)) for part in ("model", "state")}
+        for name, tensor in tensors["state"].items():
+            if not name.startswith("state.optimizer.") or not tensor.dim():
+                tensors["state"][name] = tensor.read()
+    else:
+        tensors = {part: read_part(head, part) for part in ("model", "state")}
     try:
         state = unpack(head.outline, tensors["state"])
     except (TypeError, ValueError, KeyError, RecursionError) as error:

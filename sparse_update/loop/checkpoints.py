@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparse_update.gates.gate import Gate
-from sparse_update.loop.checkpoint import Checkpoint, CheckpointError, Snapshot, load_checkpoint, snapshot
+from sparse_update.loop.checkpoint import (
+    Checkpoint,
+    CheckpointDamaged,
+    CheckpointError,
+    Snapshot,
+    load_checkpoint,
+    plain_meta,
+    snapshot,
+)
 from sparse_update.loop.records import TrainerConfig
+from sparse_update.loop.saving.files import open_checkpoint, sync, untie
 from sparse_update.loop.saving.keeper import Keeper
+from sparse_update.loop.saving.places import commit, history, places, stage, whole_place
+from sparse_update.loop.saving.shards import write_shard
 from sparse_update.loop.updates import Updates
+from sparse_update.nested import pack
 from sparse_update.parallel.mesh import Mesh
 from sparse_update.weights.lowrank import apart, merged, restore
 
@@ -51,7 +65,6 @@ class Checkpoints:
             folder, cfg.checkpoint_every_s, cfg.keep_checkpoints, cfg.checkpoint_beside, lambda: self._records
         )
         self._records: dict[str, int] = {}
-        self._whole: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
 
     def start_watch(self) -> None:
         """Wall seconds until the next checkpoint count from now."""
@@ -61,10 +74,11 @@ class Checkpoints:
         """Save where it is due; a state whose last step was skipped is not worth it."""
         due, best = self.mesh.any(self.mesh.first and self.keeper.due()), self._best()
         if (due or best) and not self.updates.tally.skipped_in_a_row:
-            self._put_together()
-            if self.mesh.first:
+            if self.mesh.splits_weights:
+                with nullcontext() if self.mesh.first else suppress(CheckpointError):  # the first one warns
+                    self.keeper.save_here(lambda: self._write_parts(due, best))
+            elif self.mesh.first:
                 self.keeper.save(self._taken, newest=due, best=best)
-            self._whole = None
             self.mesh.wait()
 
     def _best(self) -> bool:
@@ -78,10 +92,10 @@ class Checkpoints:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the weights that the next step depends on."""
+        """Everything but the weights that the next step depends on; parts, as DTensors, where a process holds parts."""
         updates = self.updates
         return {
-            "optimizer": updates.optimizer.state_dict(),
+            "optimizer": updates.optimizer.state_dict(self.mesh.splits_weights),
             "gate": self.gate.state_dict(),
             "subset": updates.subset.state_dict(),
             "counters": updates.tally.state_dict(updates.clock.uses),
@@ -96,10 +110,10 @@ class Checkpoints:
     def save(self) -> Path:
         """Write the checkpoint, atomically, and return when it is there. Raises CheckpointError where it cannot be."""
         best = self._best()
-        self._put_together()
-        if self.mesh.first:
+        if self.mesh.splits_weights:
+            self.keeper.save_here_now(lambda: self._write_parts(True, best))
+        elif self.mesh.first:
             self.keeper.save_now(self._taken, best=best)
-        self._whole = None
         self.mesh.wait()
         return self.target
 
@@ -107,21 +121,63 @@ class Checkpoints:
         """Return when what is being written is written."""
         self.keeper.close()
 
-    def _put_together(self) -> None:
-        """Where each process has a part of the weights, all of them put the whole together for the first one to write."""
-        if self.mesh.splits_weights:
-            self._whole = self.mesh.weights(self.updates.model), self.state_dict()
+    def _write_parts(self, newest: bool, best: bool) -> int:
+        """Every process writes the part that it holds; the bytes of this one's. Raises CheckpointError on all or none."""
+        state, outline = pack(self.state_dict())
+        tied: dict[str, dict[str, str]] = {}
+        parts: dict[str, dict[str, tuple[tuple[int, ...], torch.Tensor]]] = {}
+        for part, tensors in (("model", self.updates.model.state_dict()), ("state", state)):
+            held = self.mesh.pieces(tensors)
+            own, tied[part] = untie({name: piece for name, (_, piece) in held.items()})
+            parts[part] = {name: (held[name][0], piece) for name, piece in own.items()}
+        targets = [(self.target, self.cfg.keep_checkpoints)] * newest + [(history(self.target) / "best", 1)] * best
+        for target, keep in targets:
+            self._write_parts_to(target, keep, parts, outline, tied)
+        return sum(piece.nbytes for own in parts.values() for _, piece in own.values())
+
+    def _write_parts_to(self, target: Path, keep: int, parts: Any, outline: Any, tied: Any) -> None:
+        new, rank = places(target)[1], self.mesh.rank
+
+        def staged() -> dict[str, Any]:
+            return {"at": str(stage(target))} if rank == 0 else {}
+
+        def written() -> dict[str, Any]:
+            return {name: seal for part, own in parts.items() for name, seal in write_shard(new, part, own, rank).items()}
+
+        def committed() -> dict[str, Any]:
+            if rank == 0:
+                for part in parts:
+                    sync(new / part)
+                commit(target, plain_meta(self._meta(), outline), outline=outline, tied=tied, files=files, keep=keep)
+            return {}
+
+        self._on_all(staged)
+        files = {name: seal for one in self._on_all(written) for name, seal in one.items()}
+        self._on_all(committed)
+
+    def _on_all(self, work: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
+        """What `work` gives on every process. Raises CheckpointError on all of them where one could not do it."""
+        try:
+            said: dict[str, Any] = {"found": work()}
+        except (CheckpointError, OSError) as error:
+            said = {"error": str(error), "damaged": isinstance(error, CheckpointDamaged)}
+        every = [json.loads(text) for text in self.mesh.said_by_all(json.dumps(said))]
+        if errors := [f"process {rank}: {one['error']}" for rank, one in enumerate(every) if "error" in one]:
+            damaged = any(one.get("damaged") for one in every)
+            raise (CheckpointDamaged if damaged else CheckpointError)("; ".join(errors))
+        return [one["found"] for one in every]
 
     def _taken(self, copied: bool) -> Snapshot:
+        updates = self.updates
+        weights = merged(updates.model) if self.adapted else dict(updates.model.state_dict())
+        return snapshot(weights, self.state_dict(), self._meta(), copied=copied)
+
+    def _meta(self) -> dict[str, Any]:
         updates = self.updates
         try:
             self._records = dict(self.written())
         except OSError as error:
             raise CheckpointError(f"{self.target}: {error}") from error
-        weights = merged(updates.model) if self.adapted else dict(updates.model.state_dict())
-        state = None
-        if self._whole is not None:
-            weights, state = self._whole
         meta = {
             **self.meta,
             "step": updates.tally.step,
@@ -130,7 +186,21 @@ class Checkpoints:
         }
         if updates.growth.grows and "model" in meta:
             meta["model"] = {**meta["model"], "layers": updates.model.cfg.layers}
-        return snapshot(weights, state or self.state_dict(), meta, copied=copied)
+        return meta
+
+    def _opened(self, folder: Path) -> Checkpoint:
+        """The checkpoint; where processes hold parts, each verifies a share of its files and reads what it holds."""
+        if not self.mesh.splits_weights:
+            return load_checkpoint(folder)
+
+        def checked() -> dict[str, Any]:
+            head = open_checkpoint(whole_place(folder))
+            for name in sorted(head.files)[self.mesh.rank :: self.mesh.size]:
+                head.check(name)
+            return {}
+
+        self._on_all(checked)
+        return load_checkpoint(folder, lazily=True, checked=False)
 
     def resume(self, checkpoint: Path | Checkpoint) -> None:
         """Take up a checkpoint's exact state.
@@ -140,7 +210,7 @@ class Checkpoints:
             CheckpointError: from reading it.
         """
         updates = self.updates
-        found = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
+        found = checkpoint if isinstance(checkpoint, Checkpoint) else self._opened(checkpoint)
         if found.meta.get("component_times_sha256") != updates.clock.times.sha256:
             raise ValueError(
                 "the checkpoint was written under another table of component times: its clock would jump. Resume with the "

@@ -80,6 +80,10 @@ class Mesh(ABC):
         """What rank 0 gives, on every rank; the others' is not looked at."""
         raise NotImplementedError(f"{type(self).__name__} cannot tell what its first rank says")
 
+    def said_by_all(self, text: str) -> list[str]:
+        """What each rank gives, in the order of the ranks, on every rank."""
+        raise NotImplementedError(f"{type(self).__name__} cannot tell what its ranks say")
+
     def prepare(  # noqa: B027 - most meshes leave them as they are
         self, model: nn.Module, strip_dim: Callable[[str], int | None] = lambda name: None
     ) -> None:
@@ -96,8 +100,15 @@ class Mesh(ABC):
         """The model's whole state dict, for a checkpoint; every rank asks."""
         return dict(model.state_dict())
 
-    def load(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        """Take a whole state dict up."""
+    def pieces(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], Tensor]]:
+        """What this rank saves of tensors that every rank names: name -> (where it begins in the whole, the piece).
+
+        Over all ranks the pieces tile every tensor; what is whole on every rank is the first one's.
+        """
+        return {name: ((0,) * t.dim(), t) for name, t in tensors.items()} if self.first else {}
+
+    def load(self, model: nn.Module, weights: Mapping[str, Any]) -> None:
+        """Take a whole state dict up. Where ranks hold parts, tensors may be `Stored` ones, of which each reads its own."""
         model.load_state_dict(weights)
 
     def release(self, model: nn.Module) -> None:  # noqa: B027

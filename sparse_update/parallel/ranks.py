@@ -90,6 +90,18 @@ class Ranks(Mesh):
         dist.broadcast(held, 0)
         return bytes(held.cpu().tolist()).decode()
 
+    def said_by_all(self, text: str) -> list[str]:
+        data = text.encode()
+        room = int(self.largest(len(data))) + 8
+        mine = torch.zeros(room, dtype=torch.uint8)
+        mine[:8] = torch.tensor(list(len(data).to_bytes(8, "little")), dtype=torch.uint8)
+        if data:
+            mine[8 : 8 + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        all_of = [torch.zeros(room, dtype=torch.uint8, device=self.device) for _ in range(self.size)]
+        dist.all_gather(all_of, mine.to(self.device))
+        told = [bytes(one.cpu().tolist()) for one in all_of]
+        return [one[8 : 8 + int.from_bytes(one[:8], "little")].decode() for one in told]
+
     def module(self, model: nn.Module) -> nn.Module:
         if self._wrapped is None:
             place = [self.device.index or 0] if self.device.type == "cuda" else None

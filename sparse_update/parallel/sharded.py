@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import Shard
 
 from sparse_update.parallel.ranks import Ranks
-from sparse_update.parallel.split import Split, whole_weights
+from sparse_update.parallel.split import Split, pieces, whole_weights
 
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before torch 2.13
 StripDim = Callable[[str], int | None]
@@ -68,7 +68,10 @@ class Sharded(Ranks):
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         return whole_weights(model)
 
-    def load(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    def pieces(self, tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], Tensor]]:
+        return pieces(tensors, self.first)
+
+    def load(self, model: nn.Module, weights: Mapping[str, Any]) -> None:
         assert self.split is not None
         self.split.load(model, weights)
 

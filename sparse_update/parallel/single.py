@@ -33,5 +33,8 @@ class Single(Mesh):
     def said_by_first(self, text: str) -> str:
         return text
 
+    def said_by_all(self, text: str) -> list[str]:
+        return [text]
+
 
 ALONE = Single()

@@ -50,18 +50,25 @@ class Split:
 
     def whole(self, name: str, part: Tensor) -> Tensor:
         """The whole of what each rank has a part of, (O, I) from (o, i) or from strips of it; on every rank."""
+        held = self.held(name, part)
+        return held.full_tensor() if isinstance(held, DTensor) else held
+
+    def held(self, name: str, part: Tensor) -> Tensor:
+        """The same as a DTensor, which knows the whole's shape; nothing is sent."""
         if name not in self.like:
             return part
         shape = self._shape(name, part)
         like = self.like[name]
         stride = (shape[1], 1) if len(shape) == 2 else (1,)
-        held = DTensor.from_local(
+        return DTensor.from_local(
             part.contiguous(), like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
         )
-        return held.full_tensor()
 
-    def here(self, name: str, whole: Tensor) -> Tensor:
-        """What of a whole tensor lies on this rank; nothing is sent."""
+    def here(self, name: str, whole: Any) -> Tensor:
+        """What of a whole tensor lies on this rank; nothing is sent. Of one that is stored, this alone is read."""
+        if not isinstance(whole, Tensor):
+            found: Tensor = whole.read(box(whole.shape, self.like[name]) if name in self.like else None)
+            return found
         if name not in self.like:
             return whole
         like = self.like[name]
@@ -70,7 +77,7 @@ class Split:
         return spread.redistribute(like.device_mesh, like.placements).to_local()
 
     @torch.no_grad()
-    def load(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    def load(self, model: nn.Module, weights: Mapping[str, Any]) -> None:
         """Take up whole weights, each rank its part. Raises RuntimeError for names or shapes of another model."""
         wanted = {name: self.shapes.get(name, t.shape) for name, t in model.state_dict().items()}
         found = {name: t.shape for name, t in weights.items()}
@@ -78,7 +85,9 @@ class Split:
             differ = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
             raise RuntimeError(f"weights of another model: {', '.join(differ[:3])} differ in name or shape")
         for name, p in model.named_parameters():
-            self.local(p.detach()).copy_(self.here(name, weights[name].to(p.device, p.dtype)))
+            whole = weights[name]
+            whole = whole.to(p.device, p.dtype) if isinstance(whole, Tensor) else whole
+            self.local(p.detach()).copy_(self.here(name, whole))
 
     def _shape(self, name: str, part: Tensor) -> torch.Size:
         cut = _cut(self.like[name])
@@ -147,6 +156,42 @@ def _direction(update: Tensor, group: Mapping[str, Any]) -> Tensor:
 def _cut(p: DTensor) -> set[int]:
     """The dimensions that a parameter is cut along; torch's strided shards of a grid say that they are no shards."""
     return {place.dim for place in p.placements if not place.is_replicate()}  # type: ignore[attr-defined]
+
+
+def box(shape: torch.Size, like: DTensor) -> tuple[slice, ...]:
+    """Where in a tensor of this shape, cut as `like` is, the part of this rank lies."""
+    start, size = [0] * len(shape), list(shape)
+    at = like.device_mesh.get_coordinate()
+    assert at is not None
+    # What fully_shard cuts of tensor-parallel parts is named first and cut last: torch's strided shards.
+    axes = sorted(range(len(at)), key=lambda axis: hasattr(like.placements[axis], "split_factor"))
+    for axis in axes:
+        if like.placements[axis].is_replicate():
+            continue
+        dim = like.placements[axis].dim  # type: ignore[attr-defined]
+        each = -(-size[dim] // like.device_mesh.size(axis))
+        begin = min(at[axis] * each, size[dim])
+        start[dim], size[dim] = start[dim] + begin, min(each, size[dim] - begin)
+    return tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
+
+
+def pieces(tensors: Mapping[str, Tensor], first: bool) -> dict[str, tuple[tuple[int, ...], Tensor]]:
+    """`Mesh.pieces` of tensors some of which are DTensors; a part that several ranks hold is the first of theirs."""
+    found: dict[str, tuple[tuple[int, ...], Tensor]] = {}
+    for name, t in tensors.items():
+        if not isinstance(t, DTensor):
+            if first:
+                found[name] = (0,) * t.dim(), t
+            continue
+        at = t.device_mesh.get_coordinate()
+        assert at is not None
+        copies = (n for n, place in zip(at, t.placements, strict=True) if place.is_replicate())
+        place, local = box(t.shape, t), t.to_local()
+        if [s.stop - s.start for s in place] != list(local.shape):
+            raise MeshError(f"{name}: the part of shape {tuple(local.shape)} is not where it should lie, {place}")
+        if not any(copies) and (local.numel() or (not t.numel() and not any(at))):
+            found[name] = tuple(s.start for s in place), local
+    return found
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -222,20 +222,24 @@ class Optimizer:
         states += [] if self.mask is None else self.mask.tensors
         return storage_bytes(t for state in states for t in _tensors(state))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Moments by part and parameter number; the numbering follows the module and the active strips."""
-        found = {str(i): {str(k): v for k, v in self._whole(part).items()} for i, part in enumerate(self.parts)}
+    def state_dict(self, parts: bool = False) -> dict[str, Any]:
+        """Moments by part and parameter number; the numbering follows the module and the active strips.
+
+        `parts`: where each process has a part, leave them apart, as DTensors.
+        """
+        found = {str(i): {str(k): v for k, v in self._whole(part, parts).items()} for i, part in enumerate(self.parts)}
         found |= {"parked": self.parked} if self.parked else {}
         return found | ({"mask": self.mask.state_dict()} if self.mask is not None else {})
 
-    def _whole(self, part: torch.optim.Optimizer) -> dict[int, Any]:
+    def _whole(self, part: torch.optim.Optimizer, apart: bool) -> dict[int, Any]:
         """State by number of the parameter, put together where each process has a part."""
         found: dict[int, Any] = part.state_dict()["state"]
         if self.split is None:
             return found
         leaves = self._numbered(part)
+        together = self.split.held if apart else self.split.whole
         return {
-            n: {k: self.split.whole(leaves[n][0], v) if _like(v, leaves[n][1]) else v for k, v in kept.items()}
+            n: {k: together(leaves[n][0], v) if _like(v, leaves[n][1]) else v for k, v in kept.items()}
             for n, kept in found.items()
         }
 

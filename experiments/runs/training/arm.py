@@ -157,10 +157,11 @@ def settled(cfg: TrainConfig, times: ComponentTimes, mesh: Mesh = ALONE) -> tupl
 
 
 def _kept(folder: Path, mesh: Mesh) -> Found:
-    """The newest whole checkpoint; the first process looks for it, the others read what it found."""
-    found = newest(folder / "checkpoint") if mesh.first else None
+    """The newest whole checkpoint; the first process looks for it and verifies it, the others read what it found."""
+    parts = mesh.splits_weights
+    found = newest(folder / "checkpoint", lazily=parts) if mesh.first else None
     place = mesh.said_by_first(str(found.checkpoint.folder) if found else "")
-    return found or Found(load_checkpoint(place), ())
+    return found or Found(load_checkpoint(place, lazily=parts, checked=not parts), ())
 
 
 def _tracker(folder: Path, kept: Found | None) -> Tracker:

@@ -82,6 +82,15 @@ class Keeper:
         self._write(take(False), newest=True, best=best)
         self.start_watch()
 
+    def save_here(self, write: Callable[[], int]) -> None:
+        """Call what writes a checkpoint and returns its bytes, while training stands still."""
+        self._timed(lambda: self._counted(write))
+
+    def save_here_now(self, write: Callable[[], int]) -> None:
+        """The same, at the end of a run. Raises CheckpointError where it cannot be written."""
+        self._counted(write)
+        self.start_watch()
+
     def close(self) -> None:
         """Return when what is being written is written. Raises what the writing raised, a CheckpointError apart."""
         if self._thread is not None:
@@ -132,14 +141,20 @@ class Keeper:
             )
 
     def _write(self, moment: Snapshot, newest: bool, best: bool) -> None:
+        def write() -> int:
+            if newest:
+                write_snapshot(self.target, moment, self.keep)
+            if best:
+                write_snapshot(history(self.target) / "best", moment)
+            return moment.bytes
+
+        self._counted(write)
+
+    def _counted(self, write: Callable[[], int]) -> None:
         start = time.perf_counter()
         for name in self.records():
             if (self.folder / name).exists():
                 sync(self.folder / name)
-        if newest:
-            write_snapshot(self.target, moment, self.keep)
-        if best:
-            write_snapshot(history(self.target) / "best", moment)
+        self.bytes += write()
         self.written += 1
-        self.bytes += moment.bytes
         self.write_s += time.perf_counter() - start
