@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sparse_update.growth.superposition import bag_embeddings
 
@@ -200,6 +201,10 @@ class Transformer(nn.Module):
     rest at normal(0, 1/sqrt(fan in)), embedding and head at 0.02 x sqrt(768 / D), GPT-2's value at its own width.
     """
 
+    recompute = False
+    """Whether a block keeps its input alone for a backward by autograd, which runs its forward once more (activation
+    checkpointing; Chen et al. 2016). Same values and gradients, to the bit."""
+
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         if cfg.vocab_size < 1:
@@ -240,6 +245,9 @@ class Transformer(nn.Module):
         cos, sin = self.cos[start:end], self.sin[start:end]  # type: ignore[index]
         x_BTD = self.embed(tokens_BT) if tokens_BT.dim() == 2 else bag_embeddings(self.embed, tokens_BT)
         for number, block in enumerate(self.blocks):
+            if self.recompute and cache is None and torch.is_grad_enabled():
+                x_BTD = checkpoint(block, x_BTD, cos, sin, use_reentrant=False, preserve_rng_state=False)  # draws nothing
+                continue
             x_BTD = block(x_BTD, cos, sin) if cache is None else block(x_BTD, cos, sin, cache, number)
         return self.norm(x_BTD)
 

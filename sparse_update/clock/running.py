@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sparse_update.clock.component import Component
+from sparse_update.clock.component import SCORING_FORWARD, Component, at_depth
 from sparse_update.clock.cost import ComponentTimes, Step, optimizer_tag
 from sparse_update.step.plan import PLAIN, StepPlan
 from sparse_update.weights.settings import OptimConfig
@@ -44,6 +44,8 @@ class RunClock:
         """Steps taken, by key of the table."""
         self.others: list[Any] = []
         """What counts uses of its own in `uses`: the gate, and streams that look at windows."""
+        self.recomputes = False
+        """Whether a step's backward runs the forward of the blocks once more."""
         self._components: list[Components] = []
 
     def add(self, components: Components, user: Any = None) -> None:
@@ -79,12 +81,20 @@ class RunClock:
         for key in [self.times.key(step) for step in steps] + list(components):
             self.times.ms_of(key)
 
+    def beside(self, step: Step) -> dict[str, int]:
+        """Uses of components that come with a step. A forward that is run once more is priced as one that scores, by
+        windows of the whole context; that has the head in it, so it is not too low."""
+        if not self.recomputes:
+            return {}
+        windows = -(-step.batch * step.length // int(self.times.model["context"]))
+        return {at_depth(SCORING_FORWARD, step.layers): windows}
+
     def seconds(self, step: Step) -> float:
         """Reference seconds of one such step."""
         key = self.times.key(step)
         if not self.times.has(key):
             self.require([step], {})
-        return self.times.ms_of(key) / 1000
+        return self.times.ms_of(key) / 1000 + self.times.seconds(self.beside(step))
 
     def over_plain(self, step: Step) -> float:
         """What one such step costs, over a plain one of the table's own batch and length on the model as it is now."""

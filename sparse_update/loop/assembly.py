@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_update.clock.component import Component
+from sparse_update.clock.component import SCORING_FORWARD, Component
 from sparse_update.clock.cost import ComponentTimes, ComponentTimesError
 from sparse_update.clock.running import Measure, RunClock
 from sparse_update.gates.choice import make_gate
@@ -34,7 +34,7 @@ from sparse_update.parallel.mesh import Mesh
 from sparse_update.parallel.sharing import SharedGate
 from sparse_update.parallel.single import ALONE
 from sparse_update.step.backward import Stepper
-from sparse_update.transformer import Transformer
+from sparse_update.transformer import ModelConfig, Transformer
 from sparse_update.weights.lowrank import adapt
 from sparse_update.weights.optimizer import Optimizer
 from sparse_update.weights.settings import OptimConfig
@@ -124,6 +124,9 @@ def make_trainer(
     check_pieces(mesh, arm.gate, cfg.batch_windows, cfg.accumulate)
     check_mesh(mesh, arm.gate, arm.subset, arm.optim, arm.growth, cfg.batch_windows, cfg.measure_bias)
     check_variant(mesh, times.variant, times.compiled)
+    if cfg.recompute:
+        check_recompute(arm.gate, arm.subset, arm.growth, times)
+    model.recompute = cfg.recompute
     if cfg.bags:
         check_bags(arm.gate, arm.subset, cfg.bags)
     subset = Subset(model, arm.subset, seed)
@@ -159,6 +162,9 @@ def make_trainer(
     shared = SharedGate(gate, mesh) if mesh.shards > 1 else None
     given = Given(model, shared or gate, subset, clock, stepper, seed, adapted, cfg.measure_bias, growth.grows, mesh)  # type: ignore[arg-type]
     minimised = objective(given)
+    if cfg.recompute:
+        clock.recomputes = True
+        clock.add(lambda: {SCORING_FORWARD: Component(cfg.batch_windows, lambda: _forward(model.cfg, device, cfg))})
     clock.add(gate.components, gate)
     clock.add(lambda: _looking(text.stream, cfg.batch_windows), text.stream)
     clock.add(minimised.components)
@@ -207,6 +213,41 @@ def check_bags(gate: GateConfig, subset: SubsetConfig, bags: str) -> None:
             f"trainer.bags = {bags} with subset.kind = {subset.kind}: the step that updates a part of the weights knows no "
             "bags of tokens; use subset=all"
         )
+
+
+def check_recompute(gate: GateConfig, subset: SubsetConfig, growth: GrowthConfig, times: ComponentTimes) -> None:
+    """Raise ValueError for steps that keep what their backward needs whatever `trainer.recompute` says."""
+    instead = "Use trainer.accumulate, which holds the activations of a piece of the batch only"
+    if gate.unit not in ("none", "sequence", "repeats") or gate.policy == "importance":
+        named = f"gate.unit = {gate.unit}" if gate.policy != "importance" else "gate.policy = importance"
+        raise ValueError(
+            f"trainer.recompute with {named}: its steps are written out or looked into, and keep their activations. Use "
+            "gate.unit = sequence, or trainer.recompute=false with fewer windows in a batch"
+        )
+    if subset.kind != "all":
+        raise ValueError(
+            f"trainer.recompute with subset.kind = {subset.kind}: these steps are written out and keep their activations. "
+            f"{instead}"
+        )
+    if growth.kind != "none":
+        raise ValueError(f"trainer.recompute with growth.kind = {growth.kind}: not tried yet. {instead}")
+    if times.variant != "autograd":
+        raise ValueError(
+            f"trainer.recompute with plain steps by {times.variant}, which the table of component times found fastest: "
+            f"use trainer.compile=off and trainer.component_times=shipped. Or: {instead}"
+        )
+
+
+def _forward(shape: ModelConfig, device: torch.device, cfg: TrainerConfig) -> Callable[[], None]:
+    """A forward of a batch on a model of that shape, to be timed."""
+    model = Transformer(shape).to(device)
+    tokens_BT = torch.zeros(cfg.batch_windows, shape.context, dtype=torch.int64, device=device)
+
+    def use() -> None:
+        with torch.no_grad():
+            model(tokens_BT)
+
+    return use
 
 
 def _check_table(times: ComponentTimes, model: Transformer, optim: OptimConfig, cfg: TrainerConfig) -> None:

@@ -31,6 +31,9 @@ class TrainerConfig:
     accumulate: int = 1
     """Parts that each process cuts its windows of a batch into and goes through one after the other, so that it holds the
     activations of one part only; the step is taken on the mean of their gradients."""
+    recompute: bool = False
+    """Whether each block keeps its input alone and runs its forward once more in the backward: less memory, about a third
+    more work, the same losses to the bit. For steps by autograd."""
     length_schedule: str = ""
     """Sequence-length warm-up, "32@0.2,64@0.5": length 32 until 0.2 of the budget, 64 until 0.5, then the model's
     context. A window is cut into shorter ones, so a step keeps its number of tokens."""

@@ -80,6 +80,7 @@ class Updates:
             self.optimizer.set_gradients(found.gradients)
         self._update(float(found.loss_BT.mean()), found, progress)
         self.clock.charge(self.objective.component(step, self.clock.key(step)))
+        self.clock.uses.update(self.clock.beside(step))
         self.tally.step += 1
         self.tally.tokens += step.batch * step.length * step.plan.bag
         self.tally.flops += int(self.objective.flops(step))

@@ -130,7 +130,8 @@ class Likelihood(Objective):
         return evaluate(self.model, windows_NT1)
 
     def flops(self, step: Step) -> int:
-        return plan_flops(step.of(self.model.cfg), step.batch, step.plan, step.active, step.length).total
+        found = plan_flops(step.of(self.model.cfg), step.batch, step.plan, step.active, step.length)
+        return found.total + (found.recomputed if self.model.recompute else 0)
 
     def component(self, step: Step, key: str) -> str:
         by_engine = self.gate.observing and _takes_all(step) and self.times.variant == "autograd_compiled"

@@ -25,6 +25,9 @@ class Flops:
     forward: int
     backward_dx: int
     backward_dw: int
+    recomputed: int = 0
+    """of a forward of the blocks that is run once more, where activations are not kept; not in `total`. torch stops it
+    before each block's last product, of which the backward needs the inputs alone"""
 
     @property
     def total(self) -> int:
@@ -56,7 +59,9 @@ def plan_flops(
     if rank := rank_of(active):
         return _lora(cfg, batch, length or cfg.context, rank)
     count = Count(cfg, batch, plan, active, length or cfg.context, skip)
-    return Flops(count.forward(), *count.backward())
+    rows = batch * (length or cfg.context)
+    recomputed = count.forward() - 2 * rows * cfg.width * (cfg.vocab_size + cfg.layers * cfg.hidden_ratio * cfg.width)
+    return Flops(count.forward(), *count.backward(), recomputed)
 
 
 def _lora(cfg: ModelConfig, batch: int, length: int, rank: int) -> Flops:

@@ -58,6 +58,7 @@ def trainer(
     double: bool = True,
     variant: str = "autograd",
     model: dict[str, Any] | None = None,
+    precision: str = "fp32",
     **more: Any,
 ) -> tuple[Trainer, list[Any]]:
     """A trainer whose every step costs 10 reference milliseconds, and the reports it will make."""
@@ -67,7 +68,7 @@ def trainer(
     made = Transformer(ModelConfig(**{**MODEL, **(model or {})}))
     made = made.double() if double else made
     ms = {"forward": 4.0, "backward_dx": 3.0, "backward_dw": 2.0, "optimizer": 1.0}
-    table = ComponentTimes(ms, {}, "explicit", "fp32", variant, False, windows, identity(made.cfg, optim), {})
+    table = ComponentTimes(ms, {}, "explicit", precision, variant, False, windows, identity(made.cfg, optim), {})
     cfg = TrainerConfig(
         budget_reference_s=steps * 0.010 + 1e-6,
         batch_windows=windows,

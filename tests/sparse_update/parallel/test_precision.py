@@ -1,0 +1,36 @@
+"""bfloat16, activation checkpointing and torch.compile under a mesh."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.sparse_update.parallel import job
+from tests.sparse_update.parallel.test_ddp import GATES, text  # noqa: F401
+
+STEPS = 12
+
+
+@pytest.mark.parametrize("mesh", ["ddp", "fsdp", "tp"])
+def test_a_second_forward_changes_no_bit_under_a_mesh(two, text, tmp_path, mesh):  # noqa: F811
+    settings = {"gate": GATES["band"], "double": False, "steps": 6}
+    plain, _ = two.run(job.trained_small, text, tmp_path / "plain", mesh, settings)
+    less, _ = two.run(job.trained_small, text, tmp_path / "less", mesh, {**settings, "recompute": True})
+    assert less["losses"] == plain["losses"]
+    assert all((less["weights"][name] == weight).all() for name, weight in plain["weights"].items())
+    assert less["flops"] > plain["flops"]
+
+
+@pytest.mark.parametrize("variant", ["autograd", "engine"])
+@pytest.mark.parametrize("mesh", ["ddp", "fsdp"])
+def test_bfloat16_is_near_float32_and_near_one_process(two, text, tmp_path, mesh, variant):  # noqa: F811
+    settings = {"double": False, "steps": STEPS, "variant": variant}
+    exact = job.trained(text, tmp_path / "fp32", **settings)
+    alone = job.trained(text, tmp_path / "bf16", **settings, precision="bf16")
+    first, second = two.run(job.trained_small, text, tmp_path / mesh, mesh, {**settings, "precision": "bf16"})
+    assert first["losses"] == second["losses"]
+    assert np.abs(np.subtract(first["losses"], exact["losses"])).max() > 1e-4  # it is bfloat16; another order: 1e-6
+    assert all(weight.dtype == np.float32 for weight in first["weights"].values())
+    np.testing.assert_allclose(first["losses"], exact["losses"], atol=0.02, rtol=0)
+    np.testing.assert_allclose(first["losses"], alone["losses"], atol=0.02, rtol=0)
+    assert exact["losses"][-1] < exact["losses"][0] - 0.1  # and something was learnt
