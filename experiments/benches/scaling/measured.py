@@ -7,6 +7,7 @@ machine's mood meets all alike. Text is made up (a Markov chain over bytes): not
     speedup      tokens per wall second of two processes over those of one, gate off and on; medians over rounds
     bytes_ratio  bytes of weights, gradients and optimizer state on the fuller of two processes over those of one
     gate_share   seconds of the gate's own collectives over those of a gated step: each timed apart behind a barrier
+    resume       seconds to go on from a checkpoint that two processes wrote in parts, over those of torch's own load of it
 
 Wall times need two idle processors; `load` says how busy they were.
 """
@@ -28,7 +29,8 @@ FAST = {"size": "tiny", "windows": 8, "steps": 1, "rounds": 2}
 
 
 def figures(words: Sequence[str] = ()) -> dict[str, Any]:
-    """{"ddp": {"speedup", ...}, "fsdp": {"bytes_ratio", ...}, "tp": {"bytes_ratio", ...}, "gate_share", ...}.
+    """{"ddp": {"speedup", ...}, "fsdp": {"bytes_ratio", ...}, "tp": {"bytes_ratio", ...}, "gate_share",
+    "resume": {"ratio", ...}}.
 
     `words`: --size, --windows, --steps, --rounds, --optim, or --fast. Raises RuntimeError where a process failed.
     """

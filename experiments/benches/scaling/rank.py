@@ -7,12 +7,14 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import yaml
 
 import configs
@@ -25,6 +27,7 @@ from sparse_update.gates.config import GateConfig
 from sparse_update.loop.assembly import Arm, Place, Prices, Text, make_trainer
 from sparse_update.loop.records import TrainerConfig
 from sparse_update.loop.trainer import Trainer
+from sparse_update.nested import pack
 from sparse_update.parallel.make import make_mesh
 from sparse_update.parallel.ranks import Ranks
 from sparse_update.parallel.settings import MeshConfig
@@ -52,7 +55,14 @@ def corpus() -> Corpus:
     )
 
 
-def trainer(asked: dict[str, Any], mesh: str, gate: dict[str, Any], subset: dict[str, Any], text: Corpus) -> Trainer:
+def trainer(
+    asked: dict[str, Any],
+    mesh: str,
+    gate: dict[str, Any],
+    subset: dict[str, Any],
+    text: Corpus,
+    place: Path = Path("unused"),
+) -> Trainer:
     sizes = yaml.safe_load((Path(configs.__file__).parent / "model" / f"{asked['size']}.yaml").read_text())
     cfg, optim = ModelConfig(**{**sizes, "vocab_size": 256}), OptimConfig(name=asked["optim"])
     table = shipped_table()
@@ -65,7 +75,7 @@ def trainer(asked: dict[str, Any], mesh: str, gate: dict[str, Any], subset: dict
         TrainerConfig(budget_offered_tokens=10**12, batch_windows=asked["windows"]),
         Text(WindowStream(text, cfg.context, 0), {"val": torch.zeros(1, cfg.context + 1, dtype=torch.int64)}),
         Prices(times, lambda t, steps, components: table.extended(t, cfg, optim, steps, components)),
-        Place(Path("unused")),
+        Place(place),
         0,
         mesh=make_mesh(MeshConfig(kind=mesh), CPU),
     )
@@ -165,17 +175,60 @@ def memory(asked: dict[str, Any], text: Corpus) -> dict[str, Any]:
     return found
 
 
+def resuming(asked: dict[str, Any], text: Corpus, place: Path) -> dict[str, Any]:
+    """Seconds to take up a checkpoint that two processes wrote in parts, over those that torch's own `dcp.load` takes for
+    the same tensors; every file's sha256 is checked by ours alone."""
+    made = trainer({**asked, "windows": 4}, "fsdp", {}, {}, text, place)
+    advance(made, 2)
+    kept = made.checkpoints.save()
+    state, _ = pack(made.checkpoints.state_dict())
+    parts = {"model": dict(made.updates.model.state_dict()), "state": state}
+    empty = {part: {name: torch.zeros_like(t) for name, t in tensors.items()} for part, tensors in parts.items()}
+
+    def by_torch() -> None:
+        for part, tensors in empty.items():
+            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(kept / part)))
+
+    ways: dict[str, Callable[[], None]] = {"ours": lambda: made.resume(kept), "torch": by_torch}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(-1, max(3, asked["rounds"])):  # the first round warms up
+        for name in ways if number % 2 else reversed(ways):
+            dist.barrier()
+            start = time.perf_counter()
+            ways[name]()
+            dist.barrier()
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    for part, tensors in parts.items():
+        for name, t in tensors.items():
+            if not torch.equal(_here(t), _here(empty[part][name])):
+                raise RuntimeError(f"torch's load and the checkpoint differ in {part}: {name}")
+    ratios = [ours / theirs for ours, theirs in zip(seconds["ours"], seconds["torch"], strict=True)]
+    return {
+        "ratio": statistics.median(ratios),
+        "low": min(ratios),
+        "high": max(ratios),
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "bytes": sum(path.stat().st_size for path in kept.rglob("*.safetensors")),
+    }
+
+
+def _here(t: torch.Tensor) -> torch.Tensor:
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
 def main(place: Path) -> None:
     asked = json.loads((place / "asked.json").read_text())
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     text = corpus()
     bytes_of = memory(asked, text)
+    resumed = resuming(asked, text, place / "run")
     speeds, share = speed(asked, text)
     if dist.get_rank() == 0:
         blocks = bytes_of.pop("fsdp_blocks")
         bytes_of["fsdp"]["blocks"] = blocks
-        (place / "found.json").write_text(json.dumps({"ddp": speeds, **bytes_of, "gate_share": share}))
+        (place / "found.json").write_text(json.dumps({"ddp": speeds, **bytes_of, "gate_share": share, "resume": resumed}))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+from unittest.mock import patch
+
 import numpy as np
 import pytest
+import torch
 
 from tests.sparse_update.parallel import job
 from tests.sparse_update.parallel.test_ddp import GATES, text  # noqa: F401
@@ -34,3 +38,27 @@ def test_bfloat16_is_near_float32_and_near_one_process(two, text, tmp_path, mesh
     np.testing.assert_allclose(first["losses"], exact["losses"], atol=0.02, rtol=0)
     np.testing.assert_allclose(first["losses"], alone["losses"], atol=0.02, rtol=0)
     assert exact["losses"][-1] < exact["losses"][0] - 0.1  # and something was learnt
+
+
+def compiled(text, folder, backend, variant, settings):  # noqa: F811
+    by = partial(torch.compile, backend=backend) if backend else torch.compile
+    with patch("torch.compile", by):
+        return job.trained(text, folder, "ddp", **settings, variant=variant)
+
+
+@pytest.mark.parametrize(
+    ("backend", "variant"),
+    [
+        ("aot_eager", "autograd_compiled"),
+        pytest.param("", "autograd_compiled", marks=pytest.mark.soak),
+        pytest.param("", "engine_compiled", marks=pytest.mark.soak),
+    ],
+)
+def test_compiled_steps_train_alike_with_ddp(two, text, tmp_path, backend, variant):  # noqa: F811
+    """Without inductor, which takes most of a minute, in every run of the tests; with it in `make soak`."""
+    settings = {"gate": GATES["band"], "double": False, "steps": 6}
+    plain, _ = two.run(job.trained_small, text, tmp_path / "plain", "ddp", settings)
+    first, second = two.run(compiled, text, tmp_path / "compiled", backend, variant, settings, timeout_s=400)
+    assert first["losses"] == second["losses"]
+    assert first["windows"] == plain["windows"]
+    np.testing.assert_allclose(first["losses"], plain["losses"], atol=1e-4, rtol=0)
