@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from unittest.mock import patch
 
@@ -42,7 +43,8 @@ def test_bfloat16_is_near_float32_and_near_one_process(two, text, tmp_path, mesh
 
 def compiled(text, folder, backend, variant, settings):  # noqa: F811
     by = partial(torch.compile, backend=backend) if backend else torch.compile
-    with patch("torch.compile", by):
+    with patch("torch.compile", by), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # inductor's own of parts of torch that it uses
         return job.trained(text, folder, "ddp", **settings, variant=variant)
 
 
