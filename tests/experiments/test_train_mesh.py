@@ -54,3 +54,27 @@ def test_what_every_process_finds_wrong_is_told_once(text, tmp_path):  # noqa: F
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("Use gate.unit = sequence with the same signal") == 1
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_damaged_shard_is_named_and_the_run_goes_on_from_the_checkpoint_before(text, tmp_path):  # noqa: F811
+    words = [
+        "train",
+        *SHORT,
+        f"data.path={text}",
+        "run=parts",
+        "mesh=fsdp",
+        "mesh.processes=2",
+        "trainer.checkpoint_every_s=0",
+    ]
+    first = last_json(spikegate(*words, cwd=tmp_path, process=True))
+    (tmp_path / "parts" / "result.json").unlink()
+    shard = tmp_path / "parts" / "checkpoint" / "state" / "shard-00002-model-00001-of-00001.safetensors"
+    raw = bytearray(shard.read_bytes())
+    raw[-9] ^= 1
+    shard.write_bytes(raw)
+    done = spikegate(*words, cwd=tmp_path, process=True)
+    assert f"{shard} is damaged" in done.stderr
+    assert "going on from step" in done.stderr
+    again = last_json(done)
+    assert (again["loss_nats"], again["steps"]) == (first["loss_nats"], first["steps"])
