@@ -18,7 +18,17 @@ KEPT = frozenset(
     (
         *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR", "LD_LIBRARY_PATH"),
         *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"),
-        *("CUDA_VISIBLE_DEVICES", "LOIHI_GEN", "BOARD", "PARTITION", "NXSDKHOST", "HOST_BINARY", "SPIKEGATE_LAVA_PATH"),
+        *(
+            "CUDA_VISIBLE_DEVICES",
+            "LOIHI_GEN",
+            "SLURM",
+            "NOSLURM",
+            "BOARD",
+            "PARTITION",
+            "NXSDKHOST",
+            "HOST_BINARY",
+            "SPIKEGATE_LAVA_PATH",
+        ),
     )
 )
 """Variables that a program in another environment gets: where programs and folders are, the language, threads, devices and

@@ -309,7 +309,7 @@ def _n(arm: Arm) -> str:
 
 
 def _seeds(stream: Stream) -> str:
-    counts = sorted({len(arm.runs) for arm in stream.arms.values()})
+    counts = sorted({len(arm.runs) for arm in stream.arms.values()} or {len(group.items) for group in stream.deployed})
     if counts == [1]:
         return "n = 1, a demonstration"
     alone = "; a row with n = 1 is a demonstration" if counts[0] == 1 else ""

@@ -9,6 +9,7 @@ from typing import Literal
 
 from hardware import datafile
 from hardware.datafile import DataFileError
+from hardware.text import quoted
 
 End = Literal["low", "mid", "high"]
 """Which end of a plan: the fewest seconds, the middle, the most."""
@@ -66,7 +67,7 @@ def load_machine(name_or_path: str | Path) -> Machine:
     raw = datafile.check_keys(f"{where}: values", entry["values"], VALUES)
     per_node = entry["gpus_per_node"]
     if not isinstance(per_node, int) or isinstance(per_node, bool) or per_node < 1:
-        raise DataFileError(f"{where}: gpus_per_node {per_node!r}: a whole number from 1 is needed")
+        raise DataFileError(f"{where}: gpus_per_node {quoted(per_node)}: a whole number from 1 is needed")
     title = datafile.text(f"{where}: title", entry["title"])
     return Machine(str(entry["name"]), title, per_node, {key: _value(f"{where}: {key}", raw[key]) for key in VALUES})
 

@@ -180,8 +180,9 @@ def test_one_arm_by_train_and_its_repetition(place, done):
     single, of_pays = result(place / "single"), result(place / "out" / "surprise_tokens-s0")
     for key in ("loss_nats", "steps", "tokens", "flops", "reference_s"):
         assert single[key] == of_pays[key], key  # an arm is the same run wherever it is started from
-    assert spikegate("train", *WORDS, "run=single", cwd=place, check=False).returncode == 2
-    spikegate("train", *WORDS, "run=single", "resume=true", cwd=place)
+    assert spikegate("train", *WORDS, "run=single", "resume=false", cwd=place, check=False).returncode == 2
+    spikegate("train", *WORDS, "run=single", cwd=place)
+    assert result(place / "single") == single  # the same command finds it finished
     unasked = spikegate("rerun", "single", "--out", "twice", cwd=place, check=False)
     assert unasked.returncode == 2
     assert "module names 'my_own_net:task', code that is not of this package" in unasked.stderr

@@ -56,8 +56,8 @@ def test_a_plan_without_the_prepared_layers_is_read_as_before(tmp_path: Path) ->
     [
         ("n_out", -1, "n_out is -1; at least 1 is needed"),
         ("weight_bits", 0, "weight_bits is 0; at least 1 is needed"),
-        ("rows_per_token", float("inf"), "rows_per_token is inf"),
-        ("input_scale", float("nan"), "input_scale is nan"),
+        ("rows_per_token", float("inf"), "Infinity is no number of JSON"),
+        ("input_scale", float("nan"), "NaN is no number of JSON"),
         ("name", {}, "segment name {} is not usable"),
     ],
 )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from hardware import BoardUnavailable
+from hardware import BoardUnavailable, interpreters
 from neuro.graph import Population, Projection, SpikingGraph
 from neuro.simulators.fixed_point import simulate
 from neuro.simulators.lava.board import compare_shifted, run_on_board
@@ -43,6 +43,8 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lava_python: Path) -> 
     monkeypatch.setenv("SPIKEGATE_LAVA_PYTHON", str(lava_python))
     monkeypatch.setenv("SPIKEGATE_LAVA_PATH", str(STANDIN))
     monkeypatch.setenv("SPIKEGATE_STANDIN_FOLDER", str(notes))
+    ours = {"SPIKEGATE_STANDIN_FOLDER", "SPIKEGATE_STANDIN_FAULT"}  # of the stand-in, which no board knows
+    monkeypatch.setattr(interpreters, "KEPT", interpreters.KEPT | ours)
     monkeypatch.setenv("LOIHI_GEN", "N3B3")
     for key in ("BOARD", "PARTITION", "NXSDKHOST", "HOST_BINARY", "SLURM", "NOSLURM"):
         monkeypatch.delenv(key, raising=False)
