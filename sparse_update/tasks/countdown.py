@@ -17,7 +17,7 @@ DEEPEST = 40
 
 
 class Expression:
-    """Reads +, -, *, / and brackets over whole numbers, exactly; the usual precedence, left to right.
+    """Reads +, -, *, / and brackets over whole numbers of up to nine digits, exactly; the usual precedence, left to right.
 
     Raises ValueError for anything else, a division by zero among it.
     """
