@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 CONSTANT_BYTES = 24 * 2**20
@@ -195,3 +195,22 @@ def hold(read: Callable[[Path], Any], path: Path, data: bytes, errors: tuple[typ
     assert said is None or 0 < len(said) <= LONGEST_MESSAGE, said
     assert peak <= 2 * len(data) + CONSTANT_BYTES, f"{peak:,} bytes for a file of {len(data):,}"
     return said is not None
+
+
+def refusals(
+    changed: st.SearchStrategy[bytes],
+    read: Callable[[Path], Any],
+    path: Path,
+    errors: tuple[type[Exception], ...],
+    examples: int,
+) -> int:
+    """How many of so many changed files are refused; each is written to `path` and held to what `hold` asks."""
+    refused = []
+
+    @few(examples)
+    @given(changed)
+    def each(data: bytes) -> None:
+        refused.append(hold(read, path, data, errors))
+
+    each()
+    return sum(refused)

@@ -239,17 +239,21 @@ class Engine:
                     self._loop(names, count)
                 elif population.kind == "input":
                     self._input(population, inputs[population.name], start, count)
-                elif population.kind in LIF_KINDS:
-                    arrived = self._arrived(population, "a_in", slice(0, count), ())
-                    messages = self._lines[population.name, "s_out"].begin(count)
-                    states = self._advance_lif(population, arrived, messages, 0)
-                    self._ledger.send(population, {"s_out": messages}, {"a_in": arrived}, states, None)
                 else:
-                    ports = PORTS[population.kind]
-                    parts = {port: self._arrived(population, port, slice(0, count), ()) for port in ports}
-                    block = self._advance(population, parts, slice(0, count))
-                    self._put(population.name, block.messages)
-                    self._ledger.send(population, block.messages, parts, block.states, block)
+                    self._alone(population, count)
+
+    def _alone(self, population: Population, count: int) -> None:
+        """A population on no loop through this chunk of `count` steps, with torch."""
+        if population.kind in LIF_KINDS:
+            arrived = self._arrived(population, "a_in", slice(0, count), ())
+            messages = self._lines[population.name, "s_out"].begin(count)
+            states = self._advance_lif(population, arrived, messages, 0)
+            self._ledger.send(population, {"s_out": messages}, {"a_in": arrived}, states, None)
+            return
+        parts = {port: self._arrived(population, port, slice(0, count), ()) for port in PORTS[population.kind]}
+        block = self._advance(population, parts, slice(0, count))
+        self._put(population.name, block.messages)
+        self._ledger.send(population, block.messages, parts, block.states, block)
 
     def _in_c(self, names: tuple[str, ...], count: int) -> bool:
         """Populations of the lif family, on a loop or not, through the loops in C with all that they receive; False where

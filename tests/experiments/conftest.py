@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments.runs import output
@@ -24,3 +25,14 @@ def lava():
         return lava_client.find_python()
     except lava_client.LavaUnavailable as error:
         missing("lava", str(error))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of twelve files of words, 200 different ones, the same in every test."""
+    folder = tmp_path_factory.mktemp("text")
+    generator = np.random.default_rng(0)
+    words = [bytes(generator.integers(97, 123, generator.integers(2, 8)).astype(np.uint8)) for _ in range(200)]
+    for i in range(12):
+        (folder / f"{i}.txt").write_bytes(b" ".join(words[j] for j in generator.integers(0, 200, 1500)))
+    return folder

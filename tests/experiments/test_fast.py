@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
-import pytest
-
 from sparse_update.loop.fast import GROWS_BELOW, GROWS_UNTIL
 from tests.experiments.console import spikegate
 
@@ -15,16 +12,6 @@ SMALL = [
     "trainer.batch_windows=4", "trainer.eval_tokens=2048", "trainer.evaluations=1", "trainer.budget_reference_s=0.6",
     "gate.pool_windows=32", "gate.ngram_bits=12", "data=files", "progress=false",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    generator = np.random.default_rng(0)
-    words = [bytes(generator.integers(97, 123, generator.integers(2, 8)).astype(np.uint8)) for _ in range(200)]
-    for i in range(12):
-        (folder / f"{i}.txt").write_bytes(b" ".join(words[j] for j in generator.integers(0, 200, 1500)))
-    return folder
 
 
 def test_fast_is_the_run_of_what_it_chose(text, tmp_path):

@@ -10,7 +10,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -27,16 +26,6 @@ GATES = {
     "surprise": {"unit": "sequence", "signal": "ngram", "keep_fraction": 0.7, "noise_cut": 0.2},
 }
 STREAMS = {"clean": 0.0, "noisy": 0.3}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    generator = np.random.default_rng(0)
-    words = [bytes(generator.integers(97, 123, generator.integers(2, 8)).astype(np.uint8)) for _ in range(200)]
-    for i in range(12):
-        (folder / f"{i}.txt").write_bytes(b" ".join(words[j] for j in generator.integers(0, 200, 1500)))
-    return folder
 
 
 def run(text, folder, stream, arm, **trainer):

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 
 from experiments.rerun import rerun
@@ -22,16 +21,6 @@ FAST = [
     "trainer.eval_tokens=2048", "trainer.evaluations=2", "trainer.precision=fp32", "model.attention=explicit",
     "gate.pool_windows=32", "gate.ngram_bits=12", "data=files",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    generator = np.random.default_rng(0)
-    words = [bytes(generator.integers(97, 123, generator.integers(2, 8)).astype(np.uint8)) for _ in range(200)]
-    for i in range(12):
-        (folder / f"{i}.txt").write_bytes(b" ".join(words[j] for j in generator.integers(0, 200, 1500)))
-    return folder
 
 
 def last_json(done):

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 
 from sparse_update.clock.cost import ComponentTimes, ComponentTimesError
@@ -87,15 +86,7 @@ def hold_all(kind: str, whole: Path, folder: Path, examples: int) -> int:
     name, changed, read, errors = case(kind, whole)
     if kind in FOLDERS:
         folder = Path(shutil.copytree(whole / "checkpoint", folder / "checkpoint"))
-    refused = []
-
-    @mutations.few(examples)
-    @given(changed)
-    def each(data: bytes) -> None:
-        refused.append(mutations.hold(read, folder / name, data, errors))
-
-    each()
-    return sum(refused)
+    return mutations.refusals(changed, read, folder / name, errors, examples)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuro.graph import PORTS, SpikingGraph
-from neuro.graph.kinds import LIF_KINDS
+from neuro.graph import SpikingGraph
 from neuro.simulators import fixed_point
 from neuro.simulators.activity import Activity, recorded
 from neuro.simulators.exact import magnitude, narrow
@@ -115,16 +114,8 @@ class _Part(Engine):
             return
         if loop:
             self._loop(names, count, self._mine)
-        elif population.kind in LIF_KINDS:
-            arrived = self._arrived(population, "a_in", slice(0, count), ())
-            messages = self._lines[population.name, "s_out"].begin(count)
-            states = self._advance_lif(population, arrived, messages, 0)
-            self._ledger.send(population, {"s_out": messages}, {"a_in": arrived}, states, None)
         else:
-            parts = {port: self._arrived(population, port, slice(0, count), ()) for port in PORTS[population.kind]}
-            block = self._advance(population, parts, slice(0, count))
-            self._put(population.name, block.messages)
-            self._ledger.send(population, block.messages, parts, block.states, block)
+            self._alone(population, count)
 
     def _hear_input(self, name: str, value: Tensor, start: int, count: int) -> None:
         """An input that another process counts."""

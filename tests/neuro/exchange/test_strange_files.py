@@ -130,15 +130,7 @@ def hold_all(kind: str, whole: Path, folder: Path, examples: int) -> int:
     if kind == "plan":
         for path in (whole / "plan").iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
-    refused = []
-
-    @mutations.few(examples)
-    @given(changed)
-    def each(data: bytes) -> None:
-        refused.append(mutations.hold(read, folder / name, data, errors))
-
-    each()
-    return sum(refused)
+    return mutations.refusals(changed, read, folder / name, errors, examples)
 
 
 @pytest.mark.parametrize("kind", KINDS)
