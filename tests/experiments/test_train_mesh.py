@@ -7,13 +7,13 @@ import json
 import pytest
 
 from tests.experiments.console import spikegate
-from tests.experiments.test_train import FAST, last_json, text  # noqa: F401
+from tests.experiments.test_train import FAST, last_json
 
 SHORT = [*FAST, "gate=surprise", "trainer.budget_offered_tokens=3072", "progress=false", "optim=adamw"]
 
 
 @pytest.mark.slow
-def test_two_processes_leave_the_run_of_one(text, tmp_path):  # noqa: F811
+def test_two_processes_leave_the_run_of_one(text, tmp_path):
     words = [*SHORT, f"data.path={text}"]
     spikegate("train", *words, "run=one", cwd=tmp_path)
     done = spikegate("train", *words, "run=two", "mesh=ddp", "mesh.processes=2", cwd=tmp_path, process=True)
@@ -40,7 +40,7 @@ def test_two_processes_leave_the_run_of_one(text, tmp_path):  # noqa: F811
         (["trainer.accumulate=3"], "choose a multiple of 3"),
     ],
 )
-def test_a_mesh_that_cannot_be_is_refused(words, message, text, tmp_path):  # noqa: F811
+def test_a_mesh_that_cannot_be_is_refused(words, message, text, tmp_path):
     done = spikegate("train", *SHORT, f"data.path={text}", *words, cwd=tmp_path, check=False)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
@@ -48,7 +48,7 @@ def test_a_mesh_that_cannot_be_is_refused(words, message, text, tmp_path):  # no
 
 
 @pytest.mark.slow
-def test_what_every_process_finds_wrong_is_told_once(text, tmp_path):  # noqa: F811
+def test_what_every_process_finds_wrong_is_told_once(text, tmp_path):
     words = [*SHORT, f"data.path={text}", "mesh=ddp", "mesh.processes=2", "gate=sequences_after"]
     done = spikegate("train", *words, cwd=tmp_path, check=False, process=True)
     assert done.returncode == 2, done.stderr
@@ -57,7 +57,7 @@ def test_what_every_process_finds_wrong_is_told_once(text, tmp_path):  # noqa: F
 
 
 @pytest.mark.slow
-def test_a_damaged_shard_is_named_and_the_run_goes_on_from_the_checkpoint_before(text, tmp_path):  # noqa: F811
+def test_a_damaged_shard_is_named_and_the_run_goes_on_from_the_checkpoint_before(text, tmp_path):
     words = [
         "train",
         *SHORT,
