@@ -34,7 +34,7 @@ THIRD_PARTIES = {
     "numpy": ANYWHERE,
     "torch": ("neuro/", "sparse_update/", "experiments/"),
     "triton": ("sparse_update/step/triton_strips.py",),
-    "scipy": ("experiments/", WORKER),
+    "scipy": ("experiments/", WORKER, "sparse_update/objectives/preference/watch.py"),
     "yaml": ("hardware/", "experiments/"),
     "sklearn": ("experiments/studies/digits.py", "experiments/samples/pictures.py"),
     "joblib": ("experiments/runs/sweeps/joblib_pool.py",),
