@@ -16,7 +16,6 @@ from torch import Tensor
 from sparse_update.gates.config import GateConfig
 from sparse_update.gates.gate import Gate, GateContext, GatedBatch
 from sparse_update.step.plan import PLAIN, SparseStep, StepPlan
-from sparse_update.transformer import token_loss
 
 GRID = 8
 """Rates are multiples of 1 / GRID, so that shapes take few values and each can be timed."""
@@ -85,7 +84,9 @@ def distance(a: Gradients, b: Gradients) -> float:
 def share_holding(norms_B: Tensor, s: float) -> float:
     """Smallest share of sequences, largest norms first, that holds `s` of the norms' sum."""
     ordered = norms_B.sort(descending=True).values.double()
-    held = ordered.cumsum(0) / ordered.sum().clamp(min=1e-300)
+    if not ordered.sum() > 0:  # nothing comes here: a layer below all that is updated
+        return 1 / len(norms_B)
+    held = ordered.cumsum(0) / ordered.sum()
     return (int((held < s - 1e-12).sum()) + 1) / len(norms_B)
 
 
@@ -108,13 +109,21 @@ class _Testing(Gate):
         return batch.tokens[:, :-1].to(device), batch.tokens[:, 1:].to(device)
 
     def _gradients(self, x_BT: Tensor, y_BT: Tensor, plan: StepPlan, **extra: Any) -> Gradients:
+        return self._step(x_BT, y_BT, plan, **extra).gradients
+
+    def _distance(self, a: Gradients, b: Gradients) -> float:
+        """`distance` of two gradients, of which this process may have a part only."""
+        found, mesh = distance(a, b), self.context.mesh
+        return mesh.sum(found) if mesh.splits_weights else found
+
+    def _step(self, x_BT: Tensor, y_BT: Tensor, plan: StepPlan, **extra: Any) -> SparseStep:
         context = self.context
         assert context.stepper is not None
         assert context.active is not None
         assert context.step_key is not None
         self.uses[context.step_key(PLAIN, *x_BT.shape)] += 1
         draws = torch.Generator(device=x_BT.device).manual_seed(int(torch.randint(2**31, (1,), generator=self.generator)))
-        return context.stepper.step(x_BT, y_BT, plan, context.active(), generator=draws, **extra).gradients
+        return context.stepper.step(x_BT, y_BT, plan, context.active(), generator=draws, **extra)
 
 
 class VcasGate(_Testing):
@@ -158,34 +167,21 @@ class VcasGate(_Testing):
         now = self.plan(0.0, 0, 0)
         for tokens in self.recent:
             x_BT, y_BT = (part.to(self.context.device) for part in (tokens[:, :-1], tokens[:, 1:]))
-            exact.append(self._gradients(x_BT, y_BT, PLAIN))
-            norms.append(self._norms(x_BT, y_BT))
+            found = self._step(x_BT, y_BT, StepPlan(want=frozenset({"block_norms"})))
+            assert found.norms_LS is not None
+            exact.append(found.gradients)
+            norms.append(found.norms_LS)
             if now.sample:
                 for _ in range(count):
-                    act += distance(self._gradients(x_BT, y_BT, StepPlan(sample=now.sample)), exact[-1]) / count**2
+                    act += self._distance(self._gradients(x_BT, y_BT, StepPlan(sample=now.sample)), exact[-1]) / count**2
             if now.dw_rows < 1:
-                rows += distance(self._gradients(x_BT, y_BT, StepPlan(dw_rows=now.dw_rows)), exact[-1]) / count
+                rows += self._distance(self._gradients(x_BT, y_BT, StepPlan(dw_rows=now.dw_rows)), exact[-1]) / count
         mean = {
             name: tuple(torch.stack([g[name][i] for g in exact]).mean(0) for i in range(len(exact[0][name])))
             for name in exact[0]
         }
-        noise = sum(distance(g, mean) for g in exact) / (count - 1)
+        noise = sum(self._distance(g, mean) for g in exact) / (count - 1)
         self.rates.update(noise, act, rows, norms)
-
-    def _norms(self, x_BT: Tensor, y_BT: Tensor) -> Tensor:
-        """Norm of the activation gradient of every sequence at each layer's output, (L, B)."""
-        model = self.context.model
-        assert model is not None
-        outputs: list[Tensor] = []
-        hooks = [block.register_forward_hook(lambda m, i, o: outputs.append(o)) for block in model.blocks]  # type: ignore[union-attr]
-        try:
-            with torch.enable_grad():
-                loss = token_loss(model(x_BT), y_BT).mean()
-                found = torch.autograd.grad(loss, outputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return torch.stack([g.float().flatten(1).norm(dim=1) for g in found])
 
     def notes(self) -> dict[str, float]:
         found = self.rates
@@ -242,7 +238,9 @@ class SubblockGate(_Testing):
             x_BT, y_BT = self._split(batch)
             whole = self._gradients(x_BT, y_BT, PLAIN)
             one = StepPlan(skip_rate=1 / len(self.places))
-            found = [distance(self._gradients(x_BT, y_BT, one, skip=frozenset({place})), whole) for place in self.places]
+            found = [
+                self._distance(self._gradients(x_BT, y_BT, one, skip=frozenset({place})), whole) for place in self.places
+            ]
             sensitivity = torch.tensor(found, dtype=torch.float64)
             self.rates = sensitivity.clamp(min=1e-3 * float(sensitivity.max())).rsqrt()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,14 +124,14 @@ def make_trainer(
         adapt(model, arm.subset, seed)
     check_pieces(mesh, arm.gate, cfg.batch_windows, cfg.accumulate)
     check_mesh(mesh, arm.gate, arm.subset, arm.optim, arm.growth, cfg.batch_windows, cfg.measure_bias)
-    check_variant(mesh, times.variant, times.compiled)
+    check_variant(mesh, times.variant)
     if cfg.recompute:
         check_recompute(arm.gate, arm.subset, arm.growth, times)
     model.recompute = cfg.recompute
     if cfg.bags:
         check_bags(arm.gate, arm.subset, cfg.bags)
     subset = Subset(model, arm.subset, seed)
-    mesh.prepare(model, subset.strip_dim)
+    mesh.prepare(model, partial(_strip_dim, subset, arm.optim))
     stepper = Stepper(model, torch.bfloat16 if times.precision == "bf16" else None, times.compiled, mesh.hold())
     optimizer = Optimizer(model, subset.active, arm.optim, seed, mesh.split)
     every_weight = arm.subset.kind == "all"
@@ -189,6 +190,13 @@ def make_trainer(
     records = Recorder(cfg, text.held_out, tally, budget, updates, listeners or Listeners(), mesh)
     checkpoints = Checkpoints(place.folder, place.meta, cfg, updates, gate, adapted, mesh, place.written)
     return Trainer(gate, budget, updates, records, checkpoints, mesh)
+
+
+def _strip_dim(subset: Subset, optim: OptimConfig, name: str) -> int | None:
+    """The dimension of a parameter that something chooses along: the strips that are active, or the blocks of a mask."""
+    found = subset.strip_dim(name)
+    masked = optim.mask.kind != "none" and optim.mask.block_rows and name.startswith("blocks.")
+    return 0 if found is None and masked else found
 
 
 def check_adapter(gate: GateConfig) -> None:

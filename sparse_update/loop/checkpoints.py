@@ -126,7 +126,7 @@ class Checkpoints:
         state, outline = pack(self.state_dict())
         tied: dict[str, dict[str, str]] = {}
         parts: dict[str, dict[str, tuple[tuple[int, ...], torch.Tensor]]] = {}
-        for part, tensors in (("model", self.updates.model.state_dict()), ("state", state)):
+        for part, tensors in (("model", self._weights()), ("state", state)):
             held = self.mesh.pieces(tensors)
             own, tied[part] = untie({name: piece for name, (_, piece) in held.items()})
             parts[part] = {name: (held[name][0], piece) for name, piece in own.items()}
@@ -168,9 +168,11 @@ class Checkpoints:
         return [one["found"] for one in every]
 
     def _taken(self, copied: bool) -> Snapshot:
-        updates = self.updates
-        weights = merged(updates.model) if self.adapted else dict(updates.model.state_dict())
-        return snapshot(weights, self.state_dict(), self._meta(), copied=copied)
+        return snapshot(self._weights(), self.state_dict(), self._meta(), copied=copied)
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        model = self.updates.model
+        return merged(model) if self.adapted else dict(model.state_dict())
 
     def _meta(self) -> dict[str, Any]:
         updates = self.updates
@@ -219,7 +221,7 @@ class Checkpoints:
         state = found.state
         updates.growth.load_state_dict(state.get("growth", {}), updates.model, updates.subset)
         if self.adapted:
-            restore(updates.model, found.model, state.get("adapted", {}))
+            restore(updates.model, found.model, state.get("adapted", {}), self.mesh.load)
         else:
             self.mesh.load(updates.model, found.model)
         updates.subset.load_state_dict(state["subset"])

@@ -135,7 +135,8 @@ class Updates:
         tally = self.tally
         if math.isfinite(loss) and self.mesh.all(self._finite()):
             tally.note_bytes(self.optimizer.gradient_bytes(), self.optimizer.state_bytes())
-            self.subset.observe(found.gradients, loss)
+            split = self.mesh.split
+            self.subset.observe(found.gradients, loss, None if split is None else split.totals)
             norm = self.optimizer.step(progress)
             if math.isfinite(norm):
                 tally.gradient_norm = norm

@@ -27,6 +27,7 @@ from sparse_update.gates.gate import GatedBatch
 from sparse_update.growth.superposition import bag_loss, bags_of
 from sparse_update.loop.evaluation import evaluate
 from sparse_update.objectives.objective import Given, Objective, by_autograd
+from sparse_update.parallel.compiled import compile_blocks
 from sparse_update.step.backward import Stepper
 from sparse_update.step.flops import plan_flops
 from sparse_update.step.plan import PLAIN, SparseStep
@@ -47,8 +48,13 @@ class Likelihood(Objective):
             self.engine = Stepper(self.model, dtype, times.variant == "engine_compiled", given.mesh.hold())
         compiled = times.variant == "autograd_compiled" or (given.adapted and times.compiled)
         self.module = given.mesh.module(self.model) if given.wrapped else self.model
-        self.forward: Callable[[Tensor], Tensor] = torch.compile(self.module) if compiled else self.module
-        bags_compiled = compiled or times.compiled  # static shapes, one compilation for each size of a bag
+        by_block = given.mesh.splits_weights  # a whole graph would hold what gathers and scatters the parts
+        if compiled and by_block:
+            compile_blocks(self.model)
+        self.forward: Callable[[Tensor], Tensor] = torch.compile(self.module) if compiled and not by_block else self.module
+        self._by_block = compiled and by_block
+        # static shapes, one compilation for each size of a bag
+        bags_compiled = (compiled or times.compiled) and not by_block
         self._on_bags: Callable[[Tensor], Tensor] = (
             torch.compile(self.module, dynamic=False) if bags_compiled else self.module
         )
@@ -57,7 +63,7 @@ class Likelihood(Objective):
 
     @property
     def compiles(self) -> bool:  # type: ignore[override]
-        return self.times.compiled or self.forward is not self.module
+        return self.times.compiled or self._by_block or self.forward is not self.module
 
     def gradients(self, batch: GatedBatch, step: Step) -> SparseStep:
         tokens_BT1 = batch.tokens.to(self.given.device)
@@ -71,6 +77,7 @@ class Likelihood(Objective):
             self._last = None
             return self._autograd(*bags_of(x_BT, y_BT, size), weight_B, self._on_bags, bag_loss)
         if self._by_autograd(step):
+            self._let_flow(step)
             self._last = (x_BT, y_BT, step, None)
             return self._autograd(x_BT, y_BT, weight_B, self.module if self.gate.observing else self.forward, token_loss)
         places_BR = self.gate.bypass(batch, step.plan)
@@ -96,7 +103,20 @@ class Likelihood(Objective):
         engine hands the factors over."""
         variant = self.times.variant
         hooked = variant == "autograd" or not self.gate.observing
-        return self.given.adapted or (_takes_all(step) and variant.startswith("autograd") and hooked)
+        always = self.given.adapted or self._whole_layers
+        return always or (_takes_all(step) and variant.startswith("autograd") and hooked)
+
+    @property
+    def _whole_layers(self) -> bool:
+        """Whether blocks are active as a whole and the sparse step, which would leave the others out, knows no heads that
+        are divided among processes: there autograd leaves them out."""
+        return self.given.mesh.kind == "tp" and self.given.subset.cfg.kind == "layers"
+
+    def _let_flow(self, step: Step) -> None:
+        """Have autograd form the gradients of active weights only."""
+        if self._whole_layers:
+            for name, p in self.model.named_parameters():
+                p.requires_grad_(name in self._active.parts)
 
     def _autograd(
         self,

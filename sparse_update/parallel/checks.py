@@ -30,12 +30,6 @@ def check_mesh(
         raise MeshError(
             f"subset.inactive = sign8 with {mesh.size} processes: signs have no mean over processes. Use sign or frozen"
         )
-    if gate.unit == "sequence_after":
-        raise MeshError(
-            f"gate.unit = sequence_after with {mesh.size} processes: the windows that it keeps after their forward lie "
-            "where their activations are, unevenly over the processes, and all would wait for the one with most. Use "
-            "gate.unit = sequence with the same signal, which scores before the forward and shares what it keeps alike"
-        )
     if mesh.kind in ("tp", "fsdp_tp"):
         _check_tensors(mesh, gate, subset)
     if mesh.splits_weights:
@@ -44,31 +38,29 @@ def check_mesh(
         raise MeshError(f"trainer.measure_bias with {mesh.size} processes: measure it with mesh=single")
 
 
-LOOKS_INSIDE = ("early_exit", "sample_norm", "stale_loss", "lagging", "learning_progress", "excess", "excess_entropy")
-"""Signals that hold the model or a copy of it."""
+COPIES = ("early_exit", "lagging")
+"""Signals that run a part of the model, or a copy of it."""
 
 
 def _check_split(mesh: Mesh, gate: GateConfig, subset: SubsetConfig, optim: OptimConfig, growth: GrowthConfig) -> None:
     """What needs whole matrices on every process."""
     what = f"mesh={mesh.kind}, where each process has a part of every matrix"
-    if gate.unit in ("gradient", "subblock"):
-        raise MeshError(f"gate.unit = {gate.unit} with {what}: its tests compare whole gradients. Use mesh=ddp")
-    if gate.signal in LOOKS_INSIDE:
+    copies = gate.signal == "learning_progress" and gate.signal_options.get("between") == "copies"
+    if gate.signal in COPIES or copies:
         raise MeshError(
-            f"gate.signal = {gate.signal} with {what}: it holds a model of its own. Use mesh=ddp, or a signal such as "
-            "ngram or token_loss"
+            f"gate.signal = {gate.signal} with {what}: it runs a part or a copy of the model that each process would have "
+            "to hold whole. Use mesh=ddp, or a signal such as ngram or token_loss"
         )
-    if subset.kind == "lora" or subset.scored:
-        named = "subset.kind = lora" if subset.kind == "lora" else f"subset.policy = {subset.policy}"
-        other = "" if subset.kind == "lora" else ", or subset.policy = rotate or random"
-        raise MeshError(f"{named} with {what}: use mesh=ddp{other}")
-    if optim.name == "galore" or optim.mask.kind != "none":
-        named = "optim.name = galore" if optim.name == "galore" else f"optim.mask.kind = {optim.mask.kind}"
-        raise MeshError(f"{named} with {what}: it looks at whole gradients. Use mesh=ddp, or optim=adamw, mask=none")
-    if optim.frozen_moments == "keep":
-        raise MeshError(f"optim.frozen_moments = keep with {what}: use drop, or mesh=ddp")
+    if optim.name == "galore":
+        raise MeshError(
+            f"optim.name = galore with {what}: it decomposes whole gradients, and its state has a low rank already. Use "
+            "mesh=ddp"
+        )
     if growth.kind != "none":
-        raise MeshError(f"growth.kind = {growth.kind} with {what}: blocks that come later are not cut yet. Use mesh=ddp")
+        raise MeshError(
+            f"growth.kind = {growth.kind} with {what}: torch's fully_shard fixes at the first step which blocks there are. "
+            "Use mesh=ddp"
+        )
 
 
 def _check_tensors(mesh: Mesh, gate: GateConfig, subset: SubsetConfig) -> None:
@@ -80,8 +72,11 @@ def _check_tensors(mesh: Mesh, gate: GateConfig, subset: SubsetConfig) -> None:
             f"{named} with {what}: steps that leave a part of themselves out, or look inside, are written for whole heads. "
             "Use gate.unit = sequence, or mesh=fsdp"
         )
+    if subset.kind == "layers" and mesh.kind == "tp" and not subset.scored and not subset.look_every_turns:
+        return
     if subset.kind != "all":
-        raise MeshError(f"subset.kind = {subset.kind} with {what}: use subset=all, or mesh=fsdp")
+        more = ", or with mesh=tp subset=layers by policy rotate or random" if subset.kind != "lora" else ""
+        raise MeshError(f"subset.kind = {subset.kind} with {what}: use subset=all{more}, or mesh=fsdp")
 
 
 def check_pieces(mesh: Mesh, gate: GateConfig, batch_windows: int, pieces: int) -> None:
@@ -100,14 +95,10 @@ def check_pieces(mesh: Mesh, gate: GateConfig, batch_windows: int, pieces: int) 
         )
 
 
-def check_variant(mesh: Mesh, variant: str, compiled: bool) -> None:
+def check_variant(mesh: Mesh, variant: str) -> None:
     """Raise MeshError for a way to take plain steps that parts of matrices do not know."""
-    if not mesh.splits_weights:
-        return
-    if compiled or variant.endswith("compiled"):
-        raise MeshError(f"trainer.compile = on with mesh={mesh.kind}: not tried yet. Use trainer.compile=off, or mesh=ddp")
-    if mesh.kind != "fsdp" and variant != "autograd":
+    if mesh.splits_weights and mesh.kind != "fsdp" and not variant.startswith("autograd"):
         raise MeshError(
             f"mesh={mesh.kind} takes its steps by autograd, and the table of component times found {variant} faster: use "
-            "trainer.component_times=shipped"
+            "trainer.component_times=shipped, with trainer.compile=off"
         )

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparse_update.clock.cost import Step
@@ -38,17 +39,38 @@ class SharedGate:
         """This rank's windows of a batch, and the step on them."""
         self.whole = batch
         mine = part(batch, self.mesh.mine(len(batch.tokens)))
-        return mine, replace(step, batch=step.batch // self.mesh.shards)  # type: ignore[return-value]
+        here = step.batch // self.mesh.shards
+        plan = replace(step.plan, sequences=min(step.plan.sequences, here))
+        return mine, replace(step, batch=here, plan=plan)  # type: ignore[return-value]
 
     def choose(self, view: View) -> Chosen:
         chosen = self.gate.choose(gathered_view(view, self.mesh))
-        assert chosen.sequences_S is None  # refused in `checks.py`: such a choice does not fall evenly on the ranks
+        if chosen.sequences_S is not None:
+            return self._sequences(chosen, len(view.loss_BT))
         rows = chosen.rows_SR
         if rows is None:
             return chosen
         here = self.mesh.mine(len(rows))
         weight = chosen.weight
         return Chosen(rows_SR=rows[here], weight=None if weight is None else weight[here])
+
+    def _sequences(self, chosen: Chosen, count: int) -> Chosen:
+        """Of the sequences that were kept among those of all ranks, the ones whose activations lie here, of `count`. Ranks
+        have as many as fall on them, at least one, which has no weight where none was kept.
+
+        Weights make the mean over the shards that over what was kept: a rank divides by its own tokens."""
+        assert chosen.sequences_S is not None
+        assert self.whole is not None
+        kept_S, weight_S = chosen.sequences_S, chosen.weight
+        if weight_S is None:
+            each = 1.0 if self.whole.weight_B is not None else count * self.mesh.shards / len(kept_S)
+            weight_S = torch.full((len(kept_S),), each, dtype=torch.float64, device=kept_S.device)
+        here = self.mesh.mine(count * self.mesh.shards)
+        mine = (kept_S >= here.start) & (kept_S < here.stop)
+        places, weight = kept_S[mine] - here.start, weight_S[mine]
+        if not len(places):
+            places, weight = kept_S.new_zeros(1), weight_S.new_zeros(1)
+        return Chosen(sequences_S=places, weight=weight, share=True)
 
     def bypass(self, batch: GatedBatch, plan: StepPlan) -> Tensor | None:
         assert self.whole is not None

@@ -8,7 +8,7 @@ Shape letters: O output, I input; o and i what of them lies here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -104,6 +104,30 @@ class Split:
         held = square.to(device)
         dist.all_reduce(held)
         return float(held.sqrt())
+
+    def added(self, value: Tensor) -> Tensor:
+        """The sum over all ranks of what each has found in its parts of matrices that lie on no rank twice."""
+        device = next(iter(self.like.values())).to_local().device
+        held = value.to(device, copy=True)
+        dist.all_reduce(held)
+        return held.to(value.device)
+
+    def totals(self, found: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
+        """Sums over the ranks of what each has found in its part of a parameter, (name, value) -> the whole's, in one
+        message; what lies on several ranks counts once."""
+        if not found:
+            return []
+        flat = torch.cat([value.double().flatten() / self._copies(name) for name, value in found])
+        parts = self.added(flat).split([value.numel() for _, value in found])
+        return [part.view_as(value).to(value.dtype) for part, (_, value) in zip(parts, found, strict=True)]
+
+    def need_rows(self, name: str) -> None:
+        """Raise MeshError where the rows of a matrix are divided among the ranks, for what looks at blocks of rows."""
+        if name in self.like and 0 in _cut(self.like[name]):
+            raise MeshError(
+                f"the rows of {name} are divided among the processes, and mask.block_rows makes blocks of them: use "
+                "mask.block_rows=0, which takes whole matrices, or mesh=ddp"
+            )
 
     def _copies(self, name: str) -> int:
         """On how many ranks the same part lies."""

@@ -183,7 +183,7 @@ def _check_bypass(plan: StepPlan, bypass_BR: Tensor | None, tokens_BT: Tensor, l
 def _check_chosen(plan: StepPlan, chosen: Chosen, batch: int) -> None:
     sequences = 0 if chosen.sequences_S is None else len(chosen.sequences_S)
     rows = 0 if chosen.rows_SR is None else chosen.rows_SR.shape[1]
-    if (sequences, rows) != (plan.sequences, plan.rows):
+    if (sequences, rows) != (plan.sequences, plan.rows) and not (chosen.share and rows == plan.rows):
         raise ValueError(
             f"chosen are {sequences} sequences and {rows} rows (0: all), but the plan has sequences = {plan.sequences} and "
             f"rows = {plan.rows}: `choose` must keep what the plan says"

@@ -156,12 +156,14 @@ class Chosen:
     """What the backward keeps; sizes must be the plan's.
 
     `sequences_S`: int64, ascending, or None for all. `rows_SR`: token positions, int64, ascending in each row, or None.
-    `weight`: (S,) or (S, R), multiplies token losses, for instance 1/p; None weighs all alike.
+    `weight`: (S,) or (S, R), multiplies token losses, for instance 1/p; None weighs all alike. `share`: what falls on this
+    process of a choice among the sequences of several, so that their number is not the plan's.
     """
 
     sequences_S: Tensor | None = None
     rows_SR: Tensor | None = None
     weight: Tensor | None = None
+    share: bool = False
 
 
 Choose = Callable[[View], Chosen]

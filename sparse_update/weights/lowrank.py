@@ -15,7 +15,7 @@ import importlib
 import importlib.util
 import sys
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -166,6 +166,8 @@ def merged(model: nn.Module) -> dict[str, Tensor]:
         owner, layer, field = name.rpartition(".base_layer.")
         if layer:
             product = cast(Any, model.get_submodule(owner)).get_delta_weight(ADAPTER)
+            if hasattr(tensor, "placements"):  # this process has a part of each, cut alike
+                product = product.redistribute(tensor.device_mesh, tensor.placements)
             found[f"{owner}.{field}"] = tensor + product.to(tensor.dtype)
         elif FACTOR not in name:
             found[name] = tensor
@@ -177,8 +179,16 @@ def apart(model: nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in model.state_dict().items() if FACTOR in name or ".base_layer." in name}
 
 
-def restore(model: nn.Module, plain: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> None:
-    """Load what `merged` and `apart` gave into an adapted model, to the same bits. ValueError for another model's."""
+def restore(
+    model: nn.Module,
+    plain: Mapping[str, Any],
+    parts: Mapping[str, Any],
+    load: Callable[[nn.Module, dict[str, Any]], Any] = lambda model, weights: model.load_state_dict(weights),
+) -> None:
+    """Load what `merged` and `apart` gave into an adapted model, to the same bits. ValueError for another model's.
+
+    `load`: takes up a whole state dict.
+    """
     own = apart(model)
     if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in parts.items()}:
         raise ValueError(
@@ -186,4 +196,4 @@ def restore(model: nn.Module, plain: Mapping[str, Tensor], parts: Mapping[str, T
             "subset.rank and the model of that run"
         )
     mixed = {name.replace(".base_layer.", ".") for name in parts}
-    model.load_state_dict({**{name: t for name, t in plain.items() if name not in mixed}, **parts})
+    load(model, {**{name: t for name, t in plain.items() if name not in mixed}, **parts})

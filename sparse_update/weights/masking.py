@@ -70,10 +70,11 @@ class Mask:
     Args:
         cfg: the mask; its kind is not "none".
         seed: of the coins.
+        together: float32 (N,) of the parts of the weights that this process holds -> the sums over all processes.
     """
 
-    def __init__(self, cfg: MaskConfig, seed: int) -> None:
-        self.cfg = cfg
+    def __init__(self, cfg: MaskConfig, seed: int, together: Callable[[Tensor], Tensor] = lambda found: found) -> None:
+        self.cfg, self.together = cfg, together
         self.generator = torch.Generator().manual_seed(seed * 1_000_003 + 17)
         self.memory: dict[str, Tensor] = {}
         """By weight: what is remembered of its blocks, float32 (STATES, n), NaN where nothing is yet."""
@@ -168,7 +169,7 @@ class Mask:
 
     def _dots(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         """Scalar products of the blocks of all weights, float32 (N,)."""
-        return torch.cat([self._dot(a, b) for a, b in pairs])
+        return self.together(torch.cat([self._dot(a, b) for a, b in pairs]))
 
     def _gradients(self) -> list[Tensor]:
         return [w.grad for w in self.weights.values() if w.grad is not None]

@@ -32,7 +32,8 @@ class Optimizer:
 
     def __init__(self, module: nn.Module, active: Active, cfg: OptimConfig, seed: int = 0, split: Any = None) -> None:
         self.module, self.cfg, self.split = module, cfg, split
-        self.mask = Mask(cfg.mask, seed) if cfg.mask.kind != "none" else None
+        together = {} if split is None else {"together": split.added}
+        self.mask = Mask(cfg.mask, seed, **together) if cfg.mask.kind != "none" else None
         self.parked: dict[str, dict[str, Tensor]] = {}
         self.parts: list[torch.optim.Optimizer] = []
         self.leaves: dict[str, Tensor] = {}
@@ -61,7 +62,7 @@ class Optimizer:
                     keys.append(None)
                     continue
                 key = name if whole else _key(name, part)
-                leaf = self._leaf(name, p, part, whole)
+                leaf = self._leaf(name, p, part, whole, key)
                 self.names[key] = name
                 (self.signed if part.rule in SIGNS else self.leaves)[key] = leaf
                 keys.append(key)
@@ -74,23 +75,28 @@ class Optimizer:
         self.parked = before if self.cfg.frozen_moments == "keep" else {}
         if self.mask is not None:
             self.mask.forget(self.leaves)
+            if self.split is not None and self.mask.cfg.block_rows:
+                for key in self._masked():
+                    self.split.need_rows(self.names[key])
 
-    def _leaf(self, name: str, p: Tensor, part: Part, whole: bool) -> Tensor:
+    def _masked(self) -> dict[str, Tensor]:
+        """The leaves that a mask may leave out."""
+        return {key: p for key, p in self.leaves.items() if p.dim() == 2 and key.startswith("blocks.")}
+
+    def _leaf(self, name: str, p: Tensor, part: Part, whole: bool, key: str) -> Tensor:
         if self.split is None:
             return p if whole else part.of(p.detach()).requires_grad_()
         held = self.split.local(p.detach())
-        if whole:
-            self.outer[name] = p
+        if whole or part.whole(p):
+            self.outer[key] = p
             return held.requires_grad_() if held is not p else p
-        if part.whole(p):
-            return held.requires_grad_()
         return self.split.strip(name, part.dim, part.start, part.stop, held).requires_grad_()
 
     def collect(self) -> None:
         """Take over the gradients that a backward by autograd left at parameters of which this process holds a part."""
-        for name, p in self.outer.items():
+        for key, p in self.outer.items():
             if p.grad is not None:
-                leaf = (self.leaves if name in self.leaves else self.signed)[name]
+                leaf = (self.leaves if key in self.leaves else self.signed)[key]
                 if leaf is not p:
                     leaf.grad, p.grad = self.split.gradient(p), None
 
@@ -160,7 +166,7 @@ class Optimizer:
                 return norm
         factor = schedule(progress, self.cfg)
         if self.mask is not None:
-            self.mask.before({key: p for key, p in self.leaves.items() if p.dim() == 2 and key.startswith("blocks.")})
+            self.mask.before(self._masked())
         for part, peaks in zip(self.parts, self.peaks, strict=True):
             for group, peak in zip(part.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
@@ -228,7 +234,8 @@ class Optimizer:
         `parts`: where each process has a part, leave them apart, as DTensors.
         """
         found = {str(i): {str(k): v for k, v in self._whole(part, parts).items()} for i, part in enumerate(self.parts)}
-        found |= {"parked": self.parked} if self.parked else {}
+        together = None if self.split is None else self.split.held if parts else self.split.whole
+        found |= {"parked": self._parked(self.parked, together)} if self.parked else {}
         return found | ({"mask": self.mask.state_dict()} if self.mask is not None else {})
 
     def _whole(self, part: torch.optim.Optimizer, apart: bool) -> dict[int, Any]:
@@ -253,6 +260,13 @@ class Optimizer:
             for n, kept in found.items()
         }
 
+    def _parked(self, kept: Mapping[str, Any], of: Any) -> dict[str, dict[str, Any]]:
+        """Moments that wait, by key, each as `of(name of its parameter, moment)` has it."""
+        return {
+            key: {k: of(key.split("[")[0], v) if of is not None and v.dim() else v for k, v in moments.items()}
+            for key, moments in kept.items()
+        }
+
     def _numbered(self, part: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
         """(name of the parameter, leaf) in the order of an optimizer's numbers."""
         keys = {id(leaf): key for key, leaf in self.leaves.items()}
@@ -263,7 +277,7 @@ class Optimizer:
             own = part.state_dict()
             own["state"] = self._here(part, {int(k): v for k, v in state.get(str(i), {}).items()})
             part.load_state_dict(own)
-        self.parked = {key: dict(moments) for key, moments in state.get("parked", {}).items()}
+        self.parked = self._parked(state.get("parked", {}), None if self.split is None else self.split.here)
         if (self.mask is not None) != ("mask" in state):
             raise ValueError(
                 f"the checkpoint's updates were {'masked' if 'mask' in state else 'not masked'} and this run has "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,92 +18,14 @@ import torch
 from torch import Tensor
 
 from sparse_update.transformer import Transformer
-from sparse_update.weights.places import POLICIES, Grid, Question, gaps, pick, register_subset_policy
+from sparse_update.weights.places import Grid, Question, gaps, pick, register_subset_policy
+from sparse_update.weights.subset_settings import SIGNS, SubsetConfig
 
-__all__ = ["Active", "Part", "Subset", "SubsetConfig", "choose", "register_subset_policy"]
+__all__ = ["SIGNS", "Active", "Part", "Subset", "SubsetConfig", "choose", "register_subset_policy"]
 
-KINDS = ("all", "layers", "blocks", "block_columns", "lora")
-SIGNS = ("sign", "sign8")
 RULES = ("optimizer", *SIGNS, "look")
-INACTIVE = ("frozen", *SIGNS)
 NEVER = 1 << 40
 """Age of a place that was never active."""
-
-
-@dataclass
-class SubsetConfig:
-    """Choice of active weights. Raises ValueError for a fraction outside (0, 1], an unknown kind or policy."""
-
-    name: str = "all"
-    kind: str = "all"
-    """"all" | "layers": whole blocks of the Transformer | "blocks": row strips of every matrix | "block_columns" | "lora":
-    low-rank factors beside frozen matrices (lowrank.py), by autograd and without gates that look into the model."""
-    active_fraction: float = 1.0
-    active_layers: int = 0
-    """Kind "layers": how many; 0 takes `active_fraction` of them, at least one."""
-    policy: str = "rotate"
-    """"rotate" | "random" | "energy": mean squared gradient when last active | "fisher": its running mean | "surprise": its
-    mean weighted by how surprising the batches were; or a name given to `register_subset_policy`."""
-    explore: float = 0.25
-    """Share of the choices of scored policies that go to what was inactive for longest; at 0 they may never move on."""
-    change_every_steps: int = 100
-    """How long a choice stays."""
-    until: float = 1.0
-    """Share of the budget after which everything is active."""
-    block_rows: int = 16
-    """Granularity of strips, in rows or columns; 128 suits a GPU."""
-    strips: int = 1
-    """Strips for each matrix, of equal length."""
-    inactive: str = "frozen"
-    """"frozen" | "sign": moved by the sign of their gradient, which is then formed everywhere, without moments (FRUGAL)
-    | "sign8": the same moves, but once a matrix's gradient is formed only its signs are kept, a byte each. Scored policies
-    see nothing of them, and clipping does not count them."""
-    look_every_turns: int = 0
-    """Every so many turns the gradient of inactive strips is formed too, read and thrown away, so that scored policies know
-    them; 0 never does. It costs what it costs: the step's shape says so to the clock."""
-    look_steps: int = 4
-    """Steps over which one look is spread: each forms as large a share of the inactive gradient."""
-    train_embeddings: bool = True
-    """Embedding, head and final norm stay active; with kind "layers" the backward then runs to the bottom."""
-    embedding_strips: bool = False
-    """Embedding and head are active in strips of their width, with kinds "blocks" and "block_columns"."""
-    rank: int = 8
-    """Width of LoRA's factors, with kind "lora"."""
-    rank_scale: float = 2.0
-    """Factor on the product of LoRA's factors: alpha / rank."""
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"subset.kind = {self.kind!r}: one of {', '.join(KINDS)}")
-        if self.policy not in POLICIES:
-            raise ValueError(f"subset.policy = {self.policy!r}: one of {', '.join(sorted(POLICIES))}")
-        if self.inactive not in INACTIVE:
-            raise ValueError(f"subset.inactive = {self.inactive!r}: one of {', '.join(INACTIVE)}")
-        if not 0 < self.active_fraction <= 1:
-            raise ValueError(f"subset.active_fraction = {self.active_fraction}: must lie in (0, 1]")
-        for field in ("explore", "until"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise ValueError(f"subset.{field} = {getattr(self, field)}: must lie in [0, 1]")
-        for field in ("change_every_steps", "block_rows", "strips", "look_steps"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"subset.{field} = {getattr(self, field)}: must be at least 1")
-        if self.active_layers < 0 or self.look_every_turns < 0:
-            raise ValueError("subset.active_layers and subset.look_every_turns must not be negative")
-        if self.rank < 1 or self.rank_scale <= 0:
-            raise ValueError(f"subset.rank = {self.rank}, rank_scale = {self.rank_scale}: at least 1, and above 0")
-        if self.kind in ("all", "lora") and self.active_fraction != 1.0:
-            raise ValueError("subset.active_fraction below 1 needs subset.kind = layers, blocks or block_columns")
-        if self.active_layers and self.kind != "layers":
-            raise ValueError(f"subset.active_layers = {self.active_layers} needs subset.kind = layers, not {self.kind}")
-        if self.look_every_turns and self.look_steps >= self.change_every_steps:
-            raise ValueError(
-                f"subset.look_steps = {self.look_steps} must be below subset.change_every_steps = {self.change_every_steps}"
-            )
-
-    @property
-    def scored(self) -> bool:
-        """Whether `Subset.observe` has a use."""
-        return self.kind not in ("all", "lora") and self.policy not in ("rotate", "random")
 
 
 @dataclass(frozen=True)
@@ -200,6 +122,10 @@ def choose(model: Transformer, cfg: SubsetConfig, turn: int, seed: int) -> Activ
     for _ in range(turn if cfg.kind != "all" and (cfg.scored or cfg.policy not in ("rotate", "random")) else 0):
         subset.advance()
     return subset.active if subset.turn == turn or cfg.kind == "all" else subset.at(turn)
+
+
+Together = Callable[[list[tuple[str, Tensor]]], list[Tensor]]
+"""(parameter, what a process has found in its part) -> sums over the processes."""
 
 
 class Subset:
@@ -357,34 +283,55 @@ class Subset:
 
     # what was seen
 
-    def observe(self, gradients: Mapping[str, Sequence[Tensor] | Tensor], loss: float) -> None:
-        """Learn from a step's gradients, aligned with `active.parts`, and its loss in nats; for scored policies only."""
+    def observe(
+        self, gradients: Mapping[str, Sequence[Tensor] | Tensor], loss: float, together: Together | None = None
+    ) -> None:
+        """Learn from a step's gradients, aligned with `active.parts`, and its loss in nats; for scored policies only.
+
+        `together`: where gradients are of the parts of weights that this process holds, sums over all processes.
+        """
         if not self.cfg.scored or self.turn < 0:
             return
         weight = self._surprise(loss) if self.cfg.policy == "surprise" else 1.0
         if self.cfg.kind == "layers":
-            self._learn("layers", self._layer_energies(gradients), weight)
+            self._learn("layers", self._layer_energies(gradients, together), weight)
             return
-        for name, grid in self.grids.items():
-            if name in gradients and name in self.active.parts:
-                self._learn(name, grid.pool(self._energies(name, grid.size, _tuple(gradients[name]))), weight)
+        found = {
+            name: self._energies(name, grid.size, _tuple(gradients[name]), together is None)
+            for name, grid in self.grids.items()
+            if name in gradients and name in self.active.parts
+        }
+        if together is not None:
+            sums = zip(found, together(list(found.items())), strict=True)
+            found = {name: value / self.shapes[name][1 - self._dim(name)] for name, value in sums}
+        for name, value in found.items():
+            self._learn(name, self.grids[name].pool(value), weight)
 
-    def _energies(self, name: str, size: int, strips: Sequence[Tensor]) -> Tensor:
-        """Mean squared gradient of each row (or column), (size,), NaN where none was formed."""
+    def _energies(self, name: str, size: int, strips: Sequence[Tensor], whole: bool) -> Tensor:
+        """Mean squared gradient of each row (or column), (size,), NaN where none was formed; of parts their sum."""
         values = torch.full((size,), float("nan"), device=strips[0].device)
         for part, g in zip(self.active.parts[name], strips, strict=True):
             if part.rule != "sign8":
-                values[part.start : part.stop] = g.float().square().mean(1 - part.dim)
+                square = g.float().square()
+                values[part.start : part.stop] = square.mean(1 - part.dim) if whole else square.sum(1 - part.dim)
         return values
 
-    def _layer_energies(self, gradients: Mapping[str, Sequence[Tensor] | Tensor]) -> Tensor:
+    def _layer_energies(
+        self, gradients: Mapping[str, Sequence[Tensor] | Tensor], together: Together | None = None
+    ) -> Tensor:
+        found = [
+            (name, torch.stack([g.float().square().sum().cpu(), torch.tensor(float(g.numel()))]))
+            for name, given in gradients.items()
+            if name.startswith("blocks.")
+            for g in _tuple(given)
+            if g.is_floating_point()
+        ]
+        sums = [value for _, value in found] if together is None else together(found)
         total, count = torch.zeros(self.layers), torch.zeros(self.layers)
-        for name, given in gradients.items():
-            if name.startswith("blocks."):
-                layer = int(name.split(".")[1])
-                for g in (g for g in _tuple(given) if g.is_floating_point()):
-                    total[layer] += g.float().square().sum().cpu()
-                    count[layer] += g.numel()
+        for (name, _), (square, size) in zip(found, sums, strict=True):
+            layer = int(name.split(".")[1])
+            total[layer] += square
+            count[layer] += size
         return total / count  # 0 / 0: not observed
 
     def _learn(self, name: str, energy_N: Tensor, weight: float) -> None:

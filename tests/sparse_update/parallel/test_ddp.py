@@ -20,6 +20,8 @@ GATES = {
     "random rows": {"unit": "token_exact", "signal": "random", "keep_fraction": 0.5},
     "bypass": {"unit": "bypass", "signal": "ngram", "keep_fraction": 0.5, "bypass_stop": 0},
     "dropbp": {"unit": "subblock", "skip_rate": 0.25, "sensitivity_at": 0.3},
+    "after": {"unit": "sequence_after", "signal": "token_loss", "keep_fraction": 0.5},
+    "few after": {"unit": "sequence_after", "signal": "token_loss", "policy": "top", "keep_fraction": 0.125},
     "auto": {"unit": "auto", "pool_windows": 32},
 }  # fmt: skip
 """A gate of each unit whose choice is the same for any number of processes."""

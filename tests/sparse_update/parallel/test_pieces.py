@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sparse_update.parallel.mesh import MeshError
+from sparse_update.weights.masking import MaskConfig
 from sparse_update.weights.settings import OptimConfig
 from tests.sparse_update.parallel import job
 from tests.sparse_update.parallel.test_ddp import GATES, SUBSETS, same, text  # noqa: F401
@@ -39,15 +40,13 @@ def test_processes_and_pieces_together(two, text, tmp_path, mesh):  # noqa: F811
 
 REFUSED = [
     ("ddp", {"windows": 7}, "multiple of 2"),
-    ("ddp", {"gate": {"unit": "sequence_after", "signal": "token_loss", "keep_fraction": 0.5}}, "unit = sequence with"),
     ("ddp", {"measure_bias": True}, "mesh=single"),
     ("ddp", {"subset": {**SUBSETS["blocks"], "inactive": "sign8"}}, "Use sign or frozen"),
     ("ddp", {"accumulate": 3}, "multiple of 6"),
     ("ddp", {"accumulate": 2, "gate": GATES["rows"]}, "accumulate = 1"),
-    ("fsdp", {"gate": {"unit": "gradient"}}, "Use mesh=ddp"),
-    ("fsdp", {"subset": SUBSETS["fisher"]}, "rotate or random"),
-    ("fsdp", {"optim": OptimConfig(frozen_moments="keep")}, "use drop"),
-    ("fsdp", {"variant": "autograd_compiled"}, "compile=off"),
+    ("fsdp", {"gate": {"unit": "sequence", "signal": "lagging"}}, "Use mesh=ddp"),
+    ("fsdp", {"optim": OptimConfig(name="galore")}, "Use mesh=ddp"),
+    ("tp", {"optim": OptimConfig(mask=MaskConfig(kind="random", block_rows=4))}, "block_rows=0"),
     ("tp", {"gate": GATES["rows"]}, "unit = sequence"),
     ("tp", {"subset": SUBSETS["blocks"]}, "mesh=fsdp"),
     ("tp", {"model": {"vocab_size": 257}}, "vocab_size=258"),

@@ -41,26 +41,51 @@ def test_bfloat16_is_near_float32_and_near_one_process(two, text, tmp_path, mesh
     assert exact["losses"][-1] < exact["losses"][0] - 0.1  # and something was learnt
 
 
-def compiled(text, folder, backend, variant, settings):  # noqa: F811
-    by = partial(torch.compile, backend=backend) if backend else torch.compile
+def compiled(text, folder, mesh, backend, variant, settings):  # noqa: F811
+    """A run whose compilations are counted where they go to `aot_eager`: what torch.compile was given, by number."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    graphs = []
+
+    def counted(graph, inputs):
+        graphs.append(len(inputs))
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    by = partial(torch.compile, backend=counted) if backend else torch.compile
     with patch("torch.compile", by), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # inductor's own of parts of torch that it uses
-        return job.trained(text, folder, "ddp", **settings, variant=variant)
+        return job.trained(text, folder, mesh, **settings, variant=variant), len(graphs)
 
 
-@pytest.mark.parametrize(
-    ("backend", "variant"),
-    [
-        ("aot_eager", "autograd_compiled"),
-        pytest.param("", "autograd_compiled", marks=pytest.mark.soak),
-        pytest.param("", "engine_compiled", marks=pytest.mark.soak),
-    ],
-)
-def test_compiled_steps_train_alike_with_ddp(two, text, tmp_path, backend, variant):  # noqa: F811
+COMPILED = [
+    ("ddp", "aot_eager", "autograd_compiled"),
+    ("fsdp", "aot_eager", "autograd_compiled"),
+    ("tp", "aot_eager", "autograd_compiled"),
+    pytest.param("fsdp_tp", "aot_eager", "autograd_compiled", marks=pytest.mark.soak),
+    *(
+        pytest.param(mesh, "", variant, marks=pytest.mark.soak)
+        for mesh, variant in (
+            ("ddp", "autograd_compiled"),
+            ("ddp", "engine_compiled"),
+            ("fsdp", "autograd_compiled"),
+            ("fsdp", "engine_compiled"),
+            ("tp", "autograd_compiled"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("mesh", "backend", "variant"), COMPILED)
+def test_compiled_steps_train_alike_under_a_mesh(request, text, tmp_path, mesh, backend, variant):  # noqa: F811
     """Without inductor, which takes most of a minute, in every run of the tests; with it in `make soak`."""
     settings = {"gate": GATES["band"], "double": False, "steps": 6}
-    plain, _ = two.run(job.trained_small, text, tmp_path / "plain", "ddp", settings)
-    first, second = two.run(compiled, text, tmp_path / "compiled", backend, variant, settings, timeout_s=400)
+    pool = request.getfixturevalue("four" if mesh == "fsdp_tp" else "two")
+    plain = pool.run(job.trained_small, text, tmp_path / "plain", mesh, settings)[0]
+    found = pool.run(compiled, text, tmp_path / "compiled", mesh, backend, variant, settings, timeout_s=400)
+    (first, graphs), (second, _) = found[:2]
     assert first["losses"] == second["losses"]
     assert first["windows"] == plain["windows"]
     np.testing.assert_allclose(first["losses"], plain["losses"], atol=1e-4, rtol=0)
+    if backend:
+        assert graphs == 1  # blocks share theirs; ddp's is that of the whole model

@@ -13,9 +13,10 @@ from sparse_update.parallel.make import make_mesh
 from sparse_update.parallel.products import products, table, totals
 from sparse_update.parallel.settings import MeshConfig
 from sparse_update.transformer import ModelConfig, Transformer, token_loss
+from sparse_update.weights.masking import MaskConfig
 from sparse_update.weights.settings import OptimConfig
 from tests.sparse_update.parallel import job
-from tests.sparse_update.parallel.test_ddp import GATES, same, text  # noqa: F401
+from tests.sparse_update.parallel.test_ddp import GATES, SUBSETS, same, text  # noqa: F401
 
 SHAPE = ModelConfig(**{**job.MODEL, "layers": 3})
 
@@ -28,6 +29,19 @@ def test_tensor_parallel_trains_as_one_process(two, text, tmp_path, name):  # no
     assert first["losses"] == second["losses"]
     assert first["bytes"]["state"] <= 0.55 * alone["bytes"]["state"]
     assert first["bytes"]["weights"] <= 0.55 * alone["bytes"]["weights"]
+
+
+@pytest.mark.parametrize("name", ["layers", "signs", "masks"])
+def test_whole_layers_and_masks_of_whole_matrices(two, text, tmp_path, name):  # noqa: F811
+    settings = {
+        "layers": {"subset": {**SUBSETS["signs"], "inactive": "frozen"}},
+        "signs": {"subset": SUBSETS["signs"]},
+        "masks": {"optim": OptimConfig(mask=MaskConfig(kind="agreement", keep=0.5))},
+    }[name]
+    alone = job.trained(text, tmp_path / "one", **settings)
+    first, _ = two.run(job.trained_small, text, tmp_path / "two", "tp", settings)
+    same(first, alone)
+    assert first["bytes"]["state"] <= 0.55 * alone["bytes"]["state"]
 
 
 def test_a_grid_of_data_and_tensor_trains_as_one_process(four, text, tmp_path):  # noqa: F811
