@@ -6,6 +6,7 @@ Shape letters: B batch, T token, D width, H head, K head width, F hidden width, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -77,12 +78,34 @@ def rotate(x_BHTK: Tensor, cos_TK2: Tensor, sin_TK2: Tensor) -> Tensor:
     return torch.cat((a * cos_TK2 - b * sin_TK2, a * sin_TK2 + b * cos_TK2), dim=-1)
 
 
-def causal_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, attention: str) -> Tensor:
+class Packing(NamedTuple):
+    """Several texts in one row that do not see each other."""
+
+    segment_BT: Tensor
+    """int64: number of the text that each token belongs to"""
+    position_BT: Tensor
+    """int64: its place in that text, from 0"""
+
+    @property
+    def allowed_B1TT(self) -> Tensor:
+        """bool: whether a token (row) sees another one (column): of its own text, and not behind it."""
+        same = self.segment_BT[:, :, None] == self.segment_BT[:, None, :]
+        return same.tril()[:, None]
+
+
+def causal_attention(
+    q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, attention: str, allowed_B1TT: Tensor | None = None
+) -> Tensor:
     """Causal softmax attention, (B, H, T, K); the queries are those of the last T of k's and v's tokens.
 
     `attention` "sdpa" uses torch's fused kernel; "explicit" two batched products and a masked softmax, faster on
-    CPU at short context, where the fused backward is slow.
+    CPU at short context, where the fused backward is slow. `allowed_B1TT` says what sees what in the causal mask's place.
     """
+    if allowed_B1TT is not None:
+        if attention == "sdpa":
+            return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, attn_mask=allowed_B1TT)
+        scores_BHTT = (q_BHTK * q_BHTK.shape[-1] ** -0.5) @ k_BHTK.transpose(-2, -1)
+        return torch.softmax(scores_BHTT.masked_fill(~allowed_B1TT, float("-inf")), dim=-1) @ v_BHTK
     if attention == "sdpa":
         length, seen = q_BHTK.shape[-2], k_BHTK.shape[-2]
         if length == seen:
@@ -147,7 +170,13 @@ class Attention(nn.Module):
         self.o = nn.Linear(cfg.width, cfg.width, bias=False)
 
     def forward(
-        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None, block: int = 0
+        self,
+        x_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KeyValueCache | None = None,
+        block: int = 0,
+        allowed_B1TT: Tensor | None = None,
     ) -> Tensor:
         batch, length, width = x_BTD.shape
         split = (batch, length, -1, width // self.heads)  # the heads that are here: tensor parallel has a part of them
@@ -156,7 +185,7 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(block, k, v)
-        a_BHTK = causal_attention(q, k, v, self.attention)
+        a_BHTK = causal_attention(q, k, v, self.attention, allowed_B1TT)
         return self.o(a_BHTK.transpose(1, 2).reshape(batch, length, -1))
 
 
@@ -184,9 +213,15 @@ class Block(nn.Module):
         self.mlp = MLP(cfg)
 
     def forward(
-        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None = None, block: int = 0
+        self,
+        x_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KeyValueCache | None = None,
+        block: int = 0,
+        allowed_B1TT: Tensor | None = None,
     ) -> Tensor:
-        x_BTD = x_BTD + self.attn(self.norm1(x_BTD), cos, sin, cache, block)
+        x_BTD = x_BTD + self.attn(self.norm1(x_BTD), cos, sin, cache, block, allowed_B1TT)
         return x_BTD + self.mlp(self.norm2(x_BTD))
 
 
@@ -195,7 +230,7 @@ class Transformer(nn.Module):
     (B, T, s), are positions whose input is the mean of their embeddings.
 
     With a cache the tokens go on where those before ended; logits are theirs alone, and equal those of one forward over
-    all of them up to rounding.
+    all of them up to rounding. With a packing, several texts of a row are read as if each stood alone.
 
     Initialisation draws from torch's global generator: seed it first. Residual outputs (o, fc2) start at zero, the
     rest at normal(0, 1/sqrt(fan in)), embedding and head at 0.02 x sqrt(768 / D), GPT-2's value at its own width.
@@ -236,23 +271,34 @@ class Transformer(nn.Module):
         """An empty cache: `forward(tokens, cache)` fills it."""
         return KeyValueCache()
 
-    def hidden(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Final normalised hidden states (B, T, D), the head's input. Raises ValueError beyond the context."""
+    def hidden(self, tokens_BT: Tensor, cache: KeyValueCache | None = None, packing: Packing | None = None) -> Tensor:
+        """Final normalised hidden states (B, T, D), the head's input. Raises ValueError beyond the context, and for a
+        packing with a cache."""
         start = 0 if cache is None else cache.length
         end = start + tokens_BT.shape[1]
         if end > self.cfg.context:
             raise ValueError(f"{end} tokens in a row, but the model's context is {self.cfg.context}: cut the input")
         cos, sin = self.cos[start:end], self.sin[start:end]  # type: ignore[index]
+        allowed_B1TT = None
+        if packing is not None:
+            if cache is not None:
+                raise ValueError("a packing with a cache: packed rows are read at once")
+            cos, sin = (table[packing.position_BT][:, None] for table in (self.cos, self.sin))  # type: ignore[index]
+            allowed_B1TT = packing.allowed_B1TT
         x_BTD = self.embed(tokens_BT) if tokens_BT.dim() == 2 else bag_embeddings(self.embed, tokens_BT)
         for number, block in enumerate(self.blocks):
             if self.recompute and cache is None and torch.is_grad_enabled():
-                x_BTD = checkpoint(block, x_BTD, cos, sin, use_reentrant=False, preserve_rng_state=False)  # draws nothing
-                continue
-            x_BTD = block(x_BTD, cos, sin) if cache is None else block(x_BTD, cos, sin, cache, number)
+                more = () if allowed_B1TT is None else (None, number, allowed_B1TT)
+                x_BTD = checkpoint(block, x_BTD, cos, sin, *more, use_reentrant=False, preserve_rng_state=False)
+                continue  # (draws nothing)
+            if cache is None and allowed_B1TT is None:
+                x_BTD = block(x_BTD, cos, sin)
+            else:
+                x_BTD = block(x_BTD, cos, sin, cache, number, allowed_B1TT)
         return self.norm(x_BTD)
 
-    def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        return self.head(self.hidden(tokens_BT, cache))
+    def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None, packing: Packing | None = None) -> Tensor:
+        return self.head(self.hidden(tokens_BT, cache, packing))
 
 
 def token_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

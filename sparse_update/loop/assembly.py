@@ -168,7 +168,7 @@ def make_trainer(
         clock.add(lambda: {SCORING_FORWARD: Component(cfg.batch_windows, lambda: _forward(model.cfg, device, cfg))})
     clock.add(gate.components, gate)
     clock.add(lambda: _looking(text.stream, cfg.batch_windows), text.stream)
-    clock.add(minimised.components)
+    clock.add(minimised.components, minimised)
     clock.require(budget.planned(), clock.components())
     budget.check_text()
     tally = Tally()

@@ -125,9 +125,11 @@ class Budget:
         """Whether a budget of offered tokens is used up, down to the last batch that was kept."""
         return not self.by_time and self.progress >= 1 and self.gate.waiting < self.windows_at(self.progress)
 
-    def affords(self, step: Step) -> bool:
-        """Whether the reference seconds that are left pay for a step."""
-        return not self.by_time or self.reference_s + self.clock.seconds(step) <= self.cfg.budget_reference_s
+    def affords(self, step: Step, expected_s: float | None = None) -> bool:
+        """Whether the reference seconds that are left pay for a step; `expected_s`: what it will cost, where that is not
+        its price."""
+        cost_s = self.clock.seconds(step) if expected_s is None else expected_s
+        return not self.by_time or self.reference_s + cost_s <= self.cfg.budget_reference_s
 
 
 def _bagged(plan: StepPlan, bag: int) -> StepPlan:

@@ -91,8 +91,9 @@ class Recorder:
     def evaluate(self) -> None:
         """Judge the model on every held-out set."""
         self.tally.held_out = {name: self.updates.objective.held_out(part) for name, part in self.held_out.items()}
+        self.tally.scores = dict(self.updates.objective.judge())
         self.tally.evaluations += 1
-        report = self.report(self.updates.objective.notes())
+        report = self.report({**self.updates.objective.notes(), **self.tally.scores})
         if self.mesh.first:
             self.listeners.on_evaluation(report, dict(self.tally.held_out))
 
@@ -125,6 +126,7 @@ class Recorder:
             active_fraction=self.updates.subset.active.fraction(self.updates.model),
             flops=self.total_flops,
             skipped=tally.skipped,
+            empty=tally.empty,
             kept_share=gate.kept_share(),
             notes={**gate.notes(), **self._depth(), **(notes or {})},
         )
@@ -152,6 +154,8 @@ class Recorder:
             keep_fraction=gate.keep_fraction(),
             kept_share=gate.kept_share(),
             skipped=tally.skipped,
+            empty=tally.empty,
+            scores=dict(tally.scores),
             optimizer_bytes=tally.peak_optimizer,
             gradient_bytes=tally.peak_gradient,
             update_bytes=tally.peak_both,

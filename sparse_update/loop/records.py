@@ -181,7 +181,9 @@ class StepReport:
     kept_share: Mapping[str, float] = field(default_factory=dict)
     """Share of the offered windows kept so far, by source."""
     notes: Mapping[str, float] = field(default_factory=dict)
-    """The gate's own numbers, and at evaluations the bias by layer."""
+    """The gate's own numbers, and at evaluations the objective's: the bias by layer, the share of questions solved."""
+    empty: int = 0
+    """Steps that had nothing to learn and updated nothing."""
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,10 @@ class RunResult:
     """(offered tokens, loss in nats before training on what follows, its main source)"""
     gate_decisions: Sequence[Mapping[str, Any]] = ()
     """What a gate that decides while training decided, and why."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """What else the model was judged by at the end, by name; larger is better."""
+    empty: int = 0
+    """Steps that had nothing to learn and updated nothing."""
     interrupted_by: str = ""
     """The signal that ended it before its time, "SIGINT" or "SIGTERM"."""
     checkpoints: Mapping[str, Any] = field(default_factory=dict)

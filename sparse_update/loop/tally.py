@@ -21,9 +21,10 @@ WHOLE = {
     "peak_both": "peak_both",
     "skipped_in_a_row": "_skipped_in_a_row",
     "judged": "judged",
+    "empty": "empty",
 }
 """Whole numbers: field -> its name in a checkpoint."""
-LATER = ("judged",)
+LATER = ("judged", "empty")
 """Those that checkpoints of version 0.1 do not have."""
 
 
@@ -39,6 +40,8 @@ class Tally:
     skipped: int = 0
     """Steps whose loss or gradient was not finite, and which updated nothing."""
     skipped_in_a_row: int = 0
+    empty: int = 0
+    """Steps that had nothing to learn, and which updated nothing."""
     evaluations: int = 0
     concluded: float = -1.0
     """The budget, once it is spent and the model was judged for the last time."""
@@ -56,6 +59,8 @@ class Tally:
     """Wall seconds of the first step where it compiles, not in `wall_s`."""
     held_out: dict[str, float] = field(default_factory=dict)
     """Last loss by held-out set."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """What else the last evaluation found, such as the share of questions solved."""
     points: list[tuple[int, float, str]] = field(default_factory=list)
     """(offered tokens, prequential loss, main source of what followed)"""
     losses: list[float] = field(default_factory=list)
@@ -75,6 +80,7 @@ class Tally:
             "uses": dict(uses),
             "wall_s": self.wall_s,
             "held_out": dict(self.held_out),
+            **({"scores": dict(self.scores)} if self.scores else {}),
             "points": [list(point) for point in self.points],
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "norm": self.gradient_norm,
@@ -89,5 +95,6 @@ class Tally:
         self.concluded = float(state.get("concluded", -1.0))
         self.wall_s = float(state["wall_s"])
         self.held_out = {str(k): float(v) for k, v in state["held_out"].items()}
+        self.scores = {str(k): float(v) for k, v in state.get("scores", {}).items()}
         self.points = [(int(t), float(loss), str(source)) for t, loss, source in state["points"]]
         self.losses, self.gradient_norm = state["losses"].tolist(), float(state["norm"])

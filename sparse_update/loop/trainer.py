@@ -67,12 +67,13 @@ class Trainer:
                 progress = budget.progress
                 if budget.text_is_spent():
                     break
-                batch = gate.next(budget.windows_at(progress), progress)
+                batch = updates.objective.held() or gate.next(budget.windows_at(progress), progress)
                 step = budget.step(progress)
                 over_plain = budget.clock.over_plain(step)
                 budget.settle()
-                if not budget.affords(step):
+                if not budget.affords(step, updates.objective.expected_s(step)):
                     break
+                batch = updates.objective.prepare(batch, step, progress)
                 found = updates.take(batch, step, progress)
                 gate.observe(batch, found, progress, over_plain)
                 budget.settle()

@@ -72,13 +72,16 @@ class Updates:
         mine, my_step = (batch, step) if self.shared is None else self.shared.share(batch, step)
         found = self._piece_by_piece(mine, my_step)
         self.optimizer.collect()
-        if not found.averaged:
+        if not found.averaged and not found.empty:
             self.mesh.average_(self._gradients(found))
         if self.shared is not None:
             found = self.shared.put_together(found)
         if found.gradients:
             self.optimizer.set_gradients(found.gradients)
         self._update(float(found.loss_BT.mean()), found, progress)
+        self.objective.done(step)
+        step = self.objective.priced(step)
+        self.clock.seconds(step)  # an entry for it, where rows are counted as they come
         self.clock.charge(self.objective.component(step, self.clock.key(step)))
         self.clock.uses.update(self.clock.beside(step))
         self.tally.step += 1
@@ -110,7 +113,9 @@ class Updates:
                 p.grad.div_(self.pieces)
         gradients = {name: tuple(g / self.pieces for g in strips) for name, strips in last.gradients.items()}
         loss_BT = torch.cat([one.loss_BT for one in found])
-        return replace(last, loss_BT=loss_BT, gradients=gradients, view=View(loss_BT))
+        parts = [one.view.signals for one in found]
+        signals = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if parts[0][name].dim() == 2}
+        return replace(last, loss_BT=loss_BT, gradients=gradients, view=View(loss_BT, signals))
 
     def turn(self, progress: float) -> None:
         """Grow, and move on to the next choice of weights, where it is due."""
@@ -133,6 +138,10 @@ class Updates:
 
     def _update(self, loss: float, found: SparseStep, progress: float) -> None:
         tally = self.tally
+        if found.empty:
+            self.optimizer.clear()
+            tally.empty += 1
+            return
         if math.isfinite(loss) and self.mesh.all(self._finite()):
             tally.note_bytes(self.optimizer.gradient_bytes(), self.optimizer.state_bytes())
             split = self.mesh.split

@@ -1,5 +1,8 @@
-"""What the loop asks of an objective. An objective is a part that the loop is given: it scores a batch, takes the gradient,
-says what that cost, and judges the model on held-out windows.
+"""What the loop asks of an objective. An objective is a part that the loop is given: it says what is sampled, scores a
+batch, takes the gradient, says what that cost, and judges the model on held-out windows.
+
+A step goes `held` (go on with what was sampled, or ask the gate for windows), `prepare` (told of the whole batch, before
+processes and pieces share it), `gradients` (of this process's share), `done` (the update was made), `priced`.
 
 Shape letters: B sequences of a step, T predicted tokens of a sequence, N held-out windows.
 """
@@ -62,6 +65,17 @@ class Objective(ABC):
     compiles = False
     """Whether the first step compiles, so that its wall time is reported apart."""
 
+    def held(self) -> GatedBatch | None:
+        """Windows that the next step is taken on without asking the gate, such as prompts whose outputs are used more than
+        once; None asks it. Those windows must have been the gate's."""
+        return None
+
+    def prepare(self, batch: GatedBatch, step: Step, progress: float) -> GatedBatch:
+        """Told of the whole batch of a step, of all processes, at `progress` of the budget: the place to sample, and to
+        learn what losses are normalised by. Gives the windows that the step is taken on, all of them or a part; what it
+        holds back is for `held`. Every process is told at the same point and may use the mesh."""
+        return batch
+
     @abstractmethod
     def gradients(self, batch: GatedBatch, step: Step) -> SparseStep:
         """Score a batch and take the gradient of its mean loss; nothing is updated.
@@ -72,6 +86,9 @@ class Objective(ABC):
         and that signals learn from, (B, T), without a graph.
         """
 
+    def done(self, step: Step) -> None:  # noqa: B027
+        """Told after the update, before anything is saved."""
+
     @abstractmethod
     def held_out(self, windows_NT1: Tensor) -> float:
         """What the model is judged by on held-out windows, int64 (N, T + 1); smaller is better. Changes nothing."""
@@ -80,6 +97,19 @@ class Objective(ABC):
     def flops(self, step: Step) -> int:
         """Counted FLOPs of a step, its forwards and its backward."""
 
+    def judge(self) -> Mapping[str, float]:
+        """What else the model is judged by at an evaluation, off the clock, such as the share of questions that it solves;
+        larger is better. Kept in the record beside the held-out loss."""
+        return {}
+
+    def priced(self, step: Step) -> Step:
+        """The step just taken as it is priced and counted, where it had other rows than the windows of its batch."""
+        return step
+
+    def expected_s(self, step: Step) -> float | None:
+        """Reference seconds that the next step will cost, as far as that is known; None for the price of `step`."""
+        return None
+
     def component(self, step: Step, key: str) -> str:
         """The component-time key that the step just taken is charged under; `key` is that of a likelihood step by the same
         plan. An objective whose step costs more, or less, names a component of its own here and in `components`: otherwise
@@ -87,7 +117,9 @@ class Objective(ABC):
         return key
 
     def components(self) -> Mapping[str, Component]:
-        """Components that `component` may name beside the steps, to be timed."""
+        """Components that `component` may name beside the steps, to be timed; also those that it counts in an attribute
+        `uses` of its own (a Counter by key, all processes together), which the clock adds, and which it keeps in its
+        state."""
         return {}
 
     def notes(self) -> Mapping[str, float]:

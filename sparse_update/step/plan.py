@@ -191,3 +191,6 @@ class SparseStep:
     plan samples, or wants "block_norms"."""
     averaged: bool = False
     """Whether the gradients are means over all processes already, as a wrapper of the module leaves them."""
+    empty: bool = False
+    """Whether there was nothing to learn, such as answers that are all equally good: no weight moves. The same on every
+    process."""

@@ -88,10 +88,11 @@ class TaskStream:
         self.position = int(state["task_stream_position"])
 
 
-def distinct(stream: TaskStream, count: int) -> list[Instance]:
+def distinct(stream: TaskStream, count: int, fewer: bool = False) -> list[Instance]:
     """The next `count` instances with no question twice, to judge a model by.
 
-    Raises TaskError where `MOST_MISSES` instances in a row are old: the level has too few questions.
+    Where `MOST_MISSES` instances in a row are old, the levels have too few questions: TaskError, or all that were found
+    where `fewer` will do.
     """
     found: dict[str, Instance] = {}
     misses = 0
@@ -100,6 +101,8 @@ def distinct(stream: TaskStream, count: int) -> list[Instance]:
         known = instance.key in found
         misses = misses + 1 if known else 0
         if misses >= MOST_MISSES:
+            if fewer:
+                break
             raise TaskError(
                 f"{instance.task}: only {len(found)} different {stream.split} questions found, {count} were asked for: "
                 "take fewer, or a higher level"

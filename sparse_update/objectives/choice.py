@@ -1,0 +1,49 @@
+"""Which objective a kind means, and what stream it trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from sparse_update.objectives.examples.examples import Examples
+from sparse_update.objectives.examples.rows import RowStream
+from sparse_update.objectives.instruction.instruct import Instruct
+from sparse_update.objectives.likelihood import Likelihood
+from sparse_update.objectives.objective import Given, Objective
+from sparse_update.objectives.settings import ObjectiveConfig
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An objective on tasks."""
+
+    make: Callable[[Given, Examples, ObjectiveConfig], Objective]
+    stream: Callable[[Examples, ObjectiveConfig], RowStream]
+    """what the gate is offered"""
+
+
+KINDS: Mapping[str, Kind] = {
+    "instruct": Kind(
+        lambda given, examples, cfg: Instruct(given, examples, cfg.instruct), lambda examples, cfg: examples.examples()
+    ),
+}
+"""Every kind of `settings.TASK_KINDS`."""
+
+
+def task_stream(cfg: ObjectiveConfig, examples: Examples) -> RowStream:
+    """The rows that a run of this objective is offered."""
+    return KINDS[cfg.kind].stream(examples, cfg)
+
+
+def make_objective(cfg: ObjectiveConfig, examples: Examples | None = None) -> Callable[[Given], Objective]:
+    """What `make_trainer` is given. Raises ValueError for an objective on tasks without any."""
+    if not cfg.on_tasks:
+        return Likelihood
+    if examples is None:
+        raise ValueError(f"objective.kind = {cfg.kind} trains on tasks: task=sums, or task.tasks=[...]")
+    found = examples
+
+    def make(given: Given) -> Objective:
+        return KINDS[cfg.kind].make(given, found, cfg)
+
+    return make

@@ -1,0 +1,1 @@
+"""Instruction tuning: the likelihood of answers, given the questions."""
