@@ -89,7 +89,7 @@ def simulate(
         device: where to compute; by default where the first input is.
         placement: population -> core of each neuron, for counts per core.
         fused: the compiled loops: None takes those in C on the CPU (built once per machine into the user's cache, see
-            `neuro.simulators.compiled.library`), and torch.compile on CUDA after a while. True takes the latter at once,
+            `hardware.building`), and torch.compile on CUDA after a while. True takes the latter at once,
             False neither; "torch" takes torch.compile on either. The bits are the same.
         steps: how many to run, from 1, of a graph without input populations (neurons that their biases drive); such a run
             is one sample. Elsewhere the inputs say it, and None is needed.

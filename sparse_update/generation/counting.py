@@ -6,7 +6,7 @@ Shape letters: P prompts read at once, T tokens of each, R rows of a tile, S pos
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sparse_update.step.flops import matrix_shapes
 from sparse_update.transformer import ModelConfig
@@ -66,3 +66,15 @@ def token_work(cfg: ModelConfig, rows: int, positions: int) -> dict[str, float]:
         "step": 1,
         "layers": cfg.layers,
     }
+
+
+Work = Callable[[ModelConfig, int, int], dict[str, float]]
+
+
+def row_work(whole: Work) -> Work:
+    """`prompt_work` or `token_work` without what a step costs whatever its size: for rows that share a step with others."""
+
+    def found(cfg: ModelConfig, rows: int, size: int) -> dict[str, float]:
+        return {name: value for name, value in whole(cfg, rows, size).items() if name not in ("step", "layers")}
+
+    return found

@@ -2,9 +2,12 @@
 
 A prompt is read once for all of its outputs. An output takes a row of the tile until its stop token or its limit; then the
 row goes to the next output. The random number of a token follows from (seed, prompt's number, sample, position) alone
-(`counter.py`). Shapes keep to multiples at which the products of a CPU's library give a row the same bits whatever else is
-computed (a test looks), so that an output is the same in any batch, order and process. Where a library does not keep to
-that, `GenerateConfig.fixed` makes every shape one of the settings' and the prompt's own length.
+(`counter.py`), so that an output is the same in any batch, order and process.
+
+Two engines do it. The loops in C (`compiled/`; float32 on a CPU with a C compiler) sum every number of a row in an order of
+its own and compute nothing that is not needed. Plain torch computes tiles, whose shapes keep to multiples at which the
+products of a CPU's library give a row the same bits whatever else is computed (a test looks); where a library does not keep
+to that, `GenerateConfig.fixed` makes every shape one of the settings' and the prompt's own length.
 """
 
 from __future__ import annotations
@@ -21,10 +24,13 @@ import torch
 from torch import Tensor
 
 from sparse_update.clock.component import Component
+from sparse_update.generation import uses
+from sparse_update.generation.compiled import engine
 from sparse_update.generation.counter import uniforms
-from sparse_update.generation.counting import needed_flops, prompt_flops, prompt_work, token_flops, token_work
+from sparse_update.generation.counting import needed_flops
 from sparse_update.generation.decoder import Kept, Weights, next_logits, packed, read_prompts
 from sparse_update.generation.drawing import draw
+from sparse_update.generation.found import Found
 from sparse_update.generation.settings import GenerateConfig, GenerationError, Outputs
 from sparse_update.tasks.encoding import PromptTooLong
 from sparse_update.transformer import ModelConfig, Transformer
@@ -34,8 +40,6 @@ PROMPTS = 32
 LEAST_ROWS, PROMPT_STEP, CACHE_STEP, CACHE_LEAST = 8, 16, 32, 64
 """Rows of any product, at least; what prompts are padded to a multiple of; what caches are, and their least length. With
 fewer rows or shorter sums, products of common libraries take other ways, with other roundings."""
-KINDS = {"prompts": "generate_prompts", "tokens": "generate_tokens"}
-"""Kinds of components, by which a shipped table has factors for them."""
 
 
 class Sampler:
@@ -58,6 +62,9 @@ class Sampler:
         self._step: Callable[..., Tensor] = next_logits
         if cfg.compiled:
             self._step = torch.compile(next_logits, fullgraph=True, dynamic=False)
+        self._rooms: list[engine.Room] = []
+        if cfg.engine == "c" and (why := engine.why_not(model)) is not None:
+            raise GenerationError(f"generate.engine = c cannot sample from this model: {why}; take auto or torch")
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[np.ndarray | Sequence[int]], ids: Sequence[int] | None = None) -> Outputs:
@@ -79,11 +86,31 @@ class Sampler:
             raise GenerationError(f"{len(ids)} ids for {len(prompts)} prompts: one each is needed")
         numbers = [_number(row) for row in rows] if ids is None else [int(number) % 2**64 for number in ids]
         prompt_R = np.repeat(np.array(numbers, dtype=np.uint64), cfg.n)
-        uniform_RN = uniforms(cfg.seed, prompt_R, np.tile(np.arange(cfg.n), len(prompts)), cfg.new_tokens)
-        found = _Found(count, cfg.new_tokens, uniform_RN, self.stop_V)
-        before = Counter(self.uses)
-        _Run(self, packed(self.model), rows, found).run()
-        return self._outputs(found, lengths, self.uses - before)
+        sample_R = np.tile(np.arange(cfg.n), len(prompts))
+        uniform_RN = np.full((count, cfg.new_tokens), 0.5)
+        if cfg.temperature:
+            uniform_RN = uniforms(cfg.seed, prompt_R, sample_R, cfg.new_tokens)
+        found = Found(count, cfg.new_tokens, uniform_RN, self.stop_V)
+        weights, ran = packed(self.model), Counter[str]()
+        if self._by_rows and engine.why_not(self.model) is None:
+            engine.sample(weights, self.shape, cfg, rows, found, self._rooms)
+        else:
+            _Run(self, weights, rows, found, ran).run()
+        return self._outputs(found, lengths, ran)
+
+    @property
+    def shape(self) -> ModelConfig:
+        """Of the model as it is: it may have grown."""
+        return replace(self.model.cfg, layers=len(self.model.blocks))
+
+    @property
+    def _by_rows(self) -> bool:
+        """Whether what is needed is computed, and charged, row by row. It follows from settings and weights alone, so that
+        the clock is the same with a compiler and without."""
+        like = self.model.embed.weight
+        return (
+            self.cfg.engine != "torch" and not self.cfg.fixed and like.device.type == "cpu" and like.dtype == torch.float32
+        )
 
     def _checked(self, prompts: Sequence[np.ndarray | Sequence[int]]) -> tuple[list[np.ndarray], list[int]]:
         if not len(prompts):
@@ -104,32 +131,33 @@ class Sampler:
                 )
         return rows, [len(row) for row in rows]
 
-    def _outputs(self, found: _Found, lengths: list[int], used: Counter[str]) -> Outputs:
-        cfg = replace(self.model.cfg, layers=len(self.model.blocks))
-        needed = sum(
-            needed_flops(cfg, length, found.lengths_R[number * self.cfg.n : (number + 1) * self.cfg.n].tolist())
-            for number, length in enumerate(lengths)
-        )
-        flops = sum(count * flops_of(cfg, key) for key, count in used.items())
+    def _outputs(self, found: Found, lengths: list[int], ran: Counter[str]) -> Outputs:
+        cfg, n = self.shape, self.cfg.n
+        made = [found.lengths_R[number * n : (number + 1) * n].tolist() for number in range(len(lengths))]
+        needed = sum(needed_flops(cfg, length, each) for length, each in zip(lengths, made, strict=True))
+        flops = sum(count * uses.flops_of(cfg, key) for key, count in ran.items()) if ran else needed
+        self.uses.update(uses.by_rows(lengths, made) if self._by_rows else ran)
         logp_RN, drawn_RN, entropy_RN = found.values_3RN
-        rest = found.stopped_R, self.cfg.n, flops, needed
+        rest = found.stopped_R, n, flops, needed
         return Outputs(found.tokens_RN, found.lengths_R, logp_RN, drawn_RN, entropy_RN, *rest)
 
     # the clock
 
     def components(self) -> Mapping[str, Component]:
         """Everything that was used so far, by key, as a table of component times prices or measures it."""
-        cfg = replace(self.model.cfg, layers=len(self.model.blocks))
-        return {
-            key: Component(1, partial(self._probe, key), flops_of(cfg, key), work_of(cfg, key), KINDS[parsed(key)[0]])
-            for key in self.uses
-        }
+        return {key: uses.component(self.shape, key, partial(self._probe, key)) for key in self.uses}
 
     def _probe(self, key: str) -> Callable[[], None]:
-        """One use of a component, to be timed."""
-        what, rows, size = parsed(key)
+        """One use of a component, to be timed; of a row's, as many as `uses.component` says."""
+        what, rows, size = uses.parsed(key)
         model, device = self.model, self.model.embed.weight.device
-        if what == "prompts":
+        if what in ("row", "read") and engine.why_not(model) is None:
+            size = min(size, model.cfg.context)
+            weights = engine.Packed(packed(model), self.shape)
+            return engine.probe(weights, self.cfg, uses.TIMED_ROWS if what == "row" else 0, size)
+        if what == "row":
+            rows, size = uses.TIMED_ROWS, min(size, model.cfg.context)
+        if what in ("prompts", "read"):
             tokens = torch.zeros(rows, size, dtype=torch.int64, device=device)
             lengths = torch.full((rows,), size, device=device)
 
@@ -157,28 +185,6 @@ class Sampler:
         self.uses = Counter({str(key): int(value) for key, value in state["sampler_uses"].items()})
 
 
-class _Found:
-    """Arrays of what was sampled, filled as it comes."""
-
-    def __init__(self, rows: int, new_tokens: int, uniform_RN: np.ndarray, stop_V: np.ndarray) -> None:
-        self.uniform_RN, self.stop_V, self.limit = uniform_RN, stop_V, new_tokens
-        self.tokens_RN = np.zeros((rows, new_tokens), dtype=np.int64)
-        self.values_3RN = np.zeros((3, rows, new_tokens), dtype=np.float32)
-        self.lengths_R = np.zeros(rows, dtype=np.int64)
-        self.stopped_R = np.zeros(rows, dtype=bool)
-
-    def keep(self, rows: np.ndarray, places: np.ndarray, tokens: np.ndarray, values_3: np.ndarray) -> np.ndarray:
-        """Note one token for each of `rows`; returns which of them end with it."""
-        if np.isnan(values_3).any():
-            raise GenerationError("the model's logits are NaN or infinite: look at its weights and its training loss")
-        self.tokens_RN[rows, places] = tokens
-        self.values_3RN[:, rows, places] = values_3
-        self.lengths_R[rows] = places + 1
-        stops = self.stop_V[tokens]
-        self.stopped_R[rows] = stops
-        return stops | (places + 1 == self.limit)
-
-
 class _Run:
     """One call of `sample`: outputs wait in a queue, short prompts first, for rows of the tile.
 
@@ -186,8 +192,8 @@ class _Run:
     shapes it always has `tile_rows` rows and the context's positions.
     """
 
-    def __init__(self, sampler: Sampler, weights: Weights, rows: list[np.ndarray], found: _Found) -> None:
-        self.sampler, self.weights, self.rows, self.found = sampler, weights, rows, found
+    def __init__(self, sampler: Sampler, weights: Weights, rows: list[np.ndarray], found: Found, ran: Counter[str]) -> None:
+        self.sampler, self.weights, self.rows, self.found, self.ran = sampler, weights, rows, found, ran
         self.model, self.cfg = sampler.model, sampler.cfg
         self.device = self.model.embed.weight.device
         order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
@@ -228,7 +234,7 @@ class _Run:
                 self.weights, self.kept.first(positions), token_S.to(self.device), place_S.to(self.device), cfg.activation,
                 cfg.norm_eps,
             )  # fmt: skip
-            self.sampler.uses[token_key(self.size, positions)] += 1
+            self.ran[uses.token_key(self.size, positions)] += 1
             self.place_S[live] += 1
             self._take(live)
             self.place_S[self.row_S < 0] = 0
@@ -284,7 +290,7 @@ class _Run:
         logits_PV, read = read_prompts(
             self.model, torch.from_numpy(tokens_PT).to(self.device), torch.from_numpy(lengths_P).to(self.device)
         )
-        self.sampler.uses[prompt_key(count, width)] += 1
+        self.ran[uses.prompt_key(count, width)] += 1
         self.read |= {number: (place, logits_PV, read) for place, number in enumerate(numbers)}
 
     def _width(self, number: int) -> int:
@@ -320,31 +326,3 @@ def tile_size(rows: int, most: int) -> int:
 
 def _number(tokens: np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(tokens.astype("<i8").tobytes(), digest_size=8).digest(), "little")
-
-
-def prompt_key(prompts: int, length: int) -> str:
-    """Key of reading so many prompts of a padded length."""
-    return f"generate[prompts|b={prompts}|t={length}]"
-
-
-def token_key(rows: int, positions: int) -> str:
-    """Key of one more token for a tile."""
-    return f"generate[tokens|b={rows}|t={positions}]"
-
-
-def parsed(key: str) -> tuple[str, int, int]:
-    """("prompts" | "tokens", rows, size) of a key."""
-    what, rows, size = key.removeprefix("generate[").removesuffix("]").split("|")
-    return what, int(rows[2:]), int(size[2:])
-
-
-def flops_of(cfg: ModelConfig, key: str) -> int:
-    """FLOPs of one use."""
-    what, rows, size = parsed(key)
-    return (prompt_flops if what == "prompts" else token_flops)(cfg, rows, size)
-
-
-def work_of(cfg: ModelConfig, key: str) -> dict[str, float]:
-    """Counted work of one use."""
-    what, rows, size = parsed(key)
-    return (prompt_work if what == "prompts" else token_work)(cfg, rows, size)

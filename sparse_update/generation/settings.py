@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hardware.text import quoted
+
+ENGINES = ("auto", "c", "torch")
+
 
 class GenerationError(ValueError):
     """Settings, prompts or a model that nothing can be sampled with."""
@@ -25,6 +29,8 @@ class GenerateConfig:
     top_p: float = 1.0
     """Draws among the likeliest tokens whose probabilities, after the temperature, first add up to so much."""
     seed: int = 0
+    engine: str = "auto"
+    """"c" (float32 on a CPU with a C compiler), "torch", or "auto": C where it can be had. Their last bits differ."""
     tile_rows: int = 128
     """Outputs that are computed at once, at most; a power of two from 8."""
     fixed: bool = False
@@ -36,6 +42,10 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if self.tile_rows < 8 or self.tile_rows & (self.tile_rows - 1):
             raise GenerationError(f"generate.tile_rows = {self.tile_rows}: a power of two, 8 at least")
+        if self.engine not in ENGINES:
+            raise GenerationError(f"generate.engine = {quoted(self.engine)}: one of {', '.join(ENGINES)}")
+        if self.engine == "c" and self.fixed:
+            raise GenerationError("generate.engine = c with generate.fixed = true: static shapes are torch's; take one")
         if self.compiled and not self.fixed:
             raise GenerationError("generate.compiled = true takes static shapes: set generate.fixed = true too")
         for name in ("new_tokens", "n"):
@@ -73,7 +83,7 @@ class Outputs:
     """bool: whether a row ended by a stop token; False where `new_tokens` cut it"""
     n: int
     flops: int
-    """Of the matrix products that ran, empty rows and padding included"""
+    """Of the matrix products that ran: torch's tiles have empty rows and padding, the loops in C run `needed_flops`"""
     needed_flops: int
     """Of the products that these outputs need: each prompt read once, each new token but a row's last read once"""
 

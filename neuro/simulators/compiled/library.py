@@ -1,48 +1,15 @@
-"""The C sources of this folder as one shared library, built once per machine and version and kept in the user's cache.
-
-A build is named by a digest of everything that it depends on: the sources, the compiler and its flags, the processor. It
-lies in `$XDG_CACHE_HOME/spikegate` (`~/.cache/spikegate` where that is not set), or, where nothing can be written there, in
-a folder of the user's own under the folder for temporary files. A file is written beside its place and renamed, so that
-several processes at once find a whole one or none; a lock lets one of them build while the others wait.
-
-What is loaded runs with the user's rights. So a folder counts only if it is the user's own and nobody else may write into
-it, and a file only if the digest of its bytes, which it ends with, is right: a cut or damaged one is built anew.
-"""
+"""The C sources of this folder as one shared library (`hardware.building`)."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import stat
-import subprocess
-import tempfile
-import warnings
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # not on this system: then several processes may build at once, and the last one's file stays
-    fcntl = None  # type: ignore[assignment]
+from hardware.building import Library
 
-SOURCES = Path(__file__).parent
-COMPILERS = ("cc", "gcc", "clang")
-FLAGS = ("-O3", "-fwrapv", "-fPIC", "-shared", "-pthread")
-NATIVE = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ())
-"""For this processor; compilers that do not know the first ones get the next ones."""
-BUILD_S = 300
-DIGEST_BYTES = 32
+LOOPS = Library(Path(__file__).parent, "simulator", "the simulator's loops")
 WITHOUT = "so the simulator runs in plain torch, which gives the same bits several times slower"
-
-
-class BuildError(RuntimeError):
-    """No library: no compiler, one that fails, or nowhere to put what it makes."""
 
 
 @cache
@@ -52,139 +19,4 @@ def library() -> Any:
     Returns:
         ctypes.CDLL, or None.
     """
-    try:
-        return load()
-    except BuildError as error:
-        warnings.warn(f"{error}; {WITHOUT}", stacklevel=2)
-        return None
-
-
-def load() -> ctypes.CDLL:
-    """The library out of the cache, built first where it is not there.
-
-    Raises:
-        BuildError: why there is none.
-    """
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        raise BuildError(f"no C compiler is installed ({', '.join(COMPILERS)})")
-    name = f"simulator-{_key(compiler)}.so"
-    folder = cache_folder()
-    if folder is None:
-        with tempfile.TemporaryDirectory(prefix="spikegate-", ignore_cleanup_errors=True) as private:
-            return _built(compiler, Path(private), name)  # stays mapped after its file is gone
-    path = folder / name
-    found = _opened(path)
-    if found is None:
-        with _alone(folder / "lock"):
-            found = _opened(path) or _built(compiler, folder, name)
-    return found
-
-
-def cache_folder() -> Path | None:
-    """The first folder that is the user's alone and can be written into, made where it is not there; None: no such."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    bases = []
-    if os.path.isabs(home):  # the specification has others ignored
-        bases.append(Path(home) / "spikegate")
-    else:
-        with contextlib.suppress(RuntimeError):  # no home
-            bases.append(Path.home() / ".cache" / "spikegate")
-    with contextlib.suppress(OSError):
-        bases.append(Path(tempfile.gettempdir()) / f"spikegate-{os.getuid()}")
-    for folder in bases:
-        with contextlib.suppress(OSError):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if is_ours(folder) and os.access(folder, os.W_OK | os.X_OK):
-                return folder
-    return None
-
-
-def is_ours(path: Path) -> bool:
-    """Whether a folder or file, itself and no link to one, is this user's and nobody else may write into it."""
-    found = path.lstat()
-    kind = stat.S_ISDIR(found.st_mode) or stat.S_ISREG(found.st_mode)
-    return kind and found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-
-
-def _key(compiler: str) -> str:
-    """Digest of what a build depends on."""
-    real = Path(compiler).resolve()
-    about = real.stat()
-    parts = [f"{real} {about.st_size} {about.st_mtime_ns}", repr((FLAGS, NATIVE)), *platform.uname()[4:5], _processor()]
-    digest = hashlib.sha256("\0".join(parts).encode())
-    for source in sorted(SOURCES.glob("*.[ch]")):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    return digest.hexdigest()[:24]
-
-
-def sources() -> list[Path]:
-    """The C files, in the order of their names."""
-    return sorted(SOURCES.glob("*.c"))
-
-
-def _processor() -> str:
-    """What the processor can do, where the system says it."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n", 1)[0].splitlines()
-        return "\n".join(line for line in lines if line.split("\t")[0] in ("model name", "flags", "Features", "CPU part"))
-    return platform.processor()
-
-
-def _opened(path: Path) -> ctypes.CDLL | None:
-    """The library of a whole file of ours, else None."""
-    try:
-        if not is_ours(path):
-            return None
-        held = path.read_bytes()
-        if hashlib.sha256(held[:-DIGEST_BYTES]).digest() != held[-DIGEST_BYTES:]:
-            return None
-        return ctypes.CDLL(str(path))
-    except OSError:
-        return None
-
-
-def _built(compiler: str, folder: Path, name: str) -> ctypes.CDLL:
-    """Build into `folder` and load. Raises BuildError."""
-    handle, made = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
-    os.close(handle)
-    try:
-        _compile(compiler, made)
-        with open(made, "r+b") as file:
-            digest = hashlib.sha256(file.read()).digest()
-            file.write(digest)  # what follows the sections of a library is nothing to its loader
-        os.chmod(made, 0o700)
-        os.replace(made, folder / name)
-    except OSError as error:
-        raise BuildError(f"the simulator's C loops could not be built in {folder} ({error})") from error
-    finally:
-        Path(made).unlink(missing_ok=True)
-    found = _opened(folder / name)
-    if found is None:
-        raise BuildError(f"what {compiler} made of the simulator's C loops cannot be loaded from {folder}")
-    return found
-
-
-def _compile(compiler: str, made: str) -> None:
-    said = ""
-    for native in NATIVE:
-        command = [compiler, *FLAGS, *native, *map(str, sources()), "-o", made]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=BUILD_S)
-        except subprocess.SubprocessError as error:
-            raise BuildError(f"the C compiler {compiler} did not finish: {error}") from error
-        if done.returncode == 0:
-            return
-        said = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
-    raise BuildError(f"the C compiler {compiler} fails on the simulator's loops ({said[:200]})")
-
-
-@contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """One process at a time, where the file system has locks."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
-            file = stack.enter_context(open(lock, "w"))
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return LOOPS.load_or_warn(WITHOUT)

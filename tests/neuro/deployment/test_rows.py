@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import neuro
+from hardware.building import COMPILERS, FLAGS
 from neuro.deployment import rows
 from neuro.deployment.deployed import Deployed
-from neuro.simulators.compiled.library import COMPILERS, FLAGS, SOURCES, library
+from neuro.simulators.compiled.library import LOOPS, library
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler: graded segments run in the engine alone")
 
@@ -168,7 +169,7 @@ def test_without_a_library_the_engine_does_it(monkeypatch: pytest.MonkeyPatch) -
 def test_a_processor_without_products_of_bytes_gives_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     compiler = next(filter(None, map(shutil.which, COMPILERS)))
     made = tmp_path / "plain.so"
-    subprocess.run([compiler, *FLAGS, str(SOURCES / "rows.c"), "-lm", "-o", str(made)], check=True, timeout=120)
+    subprocess.run([compiler, *FLAGS, str(LOOPS.sources / "rows.c"), "-lm", "-o", str(made)], check=True, timeout=120)
     torch.manual_seed(3)
     x = torch.randn(21, 19)
     for squared in (False, True):

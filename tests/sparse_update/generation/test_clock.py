@@ -10,7 +10,7 @@ from sparse_update.clock.running import RunClock
 from sparse_update.clock.shipped import added_factors, shipped_table
 from sparse_update.clock.work import ALL
 from sparse_update.generation import GenerateConfig, Sampler
-from sparse_update.generation.sampler import prompt_key, token_key
+from sparse_update.generation.uses import read_key, row_key
 from sparse_update.transformer import ModelConfig, Transformer
 from sparse_update.weights.settings import OptimConfig
 
@@ -29,11 +29,15 @@ def test_a_run_is_charged_for_what_it_samples():
     clock.add(sampler.components, sampler)
     assert clock.reference_s == 0
     sampler.sample([[1, 2, 3], [4]])
-    assert dict(sampler.uses) == {prompt_key(8, 16): 1, token_key(8, 64): 4}  # the first token comes with the prompt
+    assert dict(sampler.uses) == {read_key(3): 2, row_key(8): 16}  # the first token comes with the prompt
     used = clock.reference_s
     kinds = added_factors()
     by_hand = sum(
-        count * 1e-12 * kinds[component.kind] * sum(table.prices_ps[name] * value for name, value in component.work.items())
+        count
+        * 1e-12
+        * kinds[component.kind]
+        * sum(table.prices_ps[name] * value for name, value in component.work.items())
+        / component.uses
         for key, component in sampler.components().items()
         for count in [sampler.uses[key]]
     )

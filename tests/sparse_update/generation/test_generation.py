@@ -142,7 +142,16 @@ def test_log_probabilities_are_those_of_a_forward_over_the_row(double, model, se
     assert cfg.temperature == 0 or ended > 2
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "top_p": 0.9, "tile_rows": 64}, {"fixed": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.8, "top_p": 0.9, "tile_rows": 64},
+        {"engine": "torch"},
+        {"engine": "torch", "temperature": 0.8, "top_p": 0.9, "tile_rows": 64},
+        {"fixed": True},
+    ],
+)
 def test_an_output_is_the_same_in_any_batch(settings):
     model = build()
     cfg = GenerateConfig(**{"new_tokens": 12, "n": 4, "seed": 5, "tile_rows": 8, **settings})
@@ -179,7 +188,9 @@ def test_without_ids_equal_prompts_have_equal_outputs_and_samples_differ():
 
 def test_other_tiles_give_the_same_tokens_and_nearly_the_same_numbers():
     model, asked = build(), prompts(9)
-    one, two = (Sampler(model, GenerateConfig(new_tokens=10, n=2, tile_rows=rows)).sample(asked) for rows in (8, 32))
+    one, two = (
+        Sampler(model, GenerateConfig(new_tokens=10, n=2, tile_rows=rows, engine="torch")).sample(asked) for rows in (8, 32)
+    )
     np.testing.assert_array_equal(one.tokens_RN, two.tokens_RN)
     np.testing.assert_allclose(one.logp_RN, two.logp_RN, atol=1e-5)
 
@@ -221,7 +232,7 @@ def test_weights_are_those_of_now_and_lora_counts():
 
 def test_flops_are_what_the_counter_counts():
     model = build()
-    sampler = Sampler(model, GenerateConfig(new_tokens=9, n=3, tile_rows=8), stop=[1])
+    sampler = Sampler(model, GenerateConfig(new_tokens=9, n=3, tile_rows=8, engine="torch"), stop=[1])
     asked = prompts(11)
     with FlopCounterMode(display=False) as counter:
         found = sampler.sample(asked)
@@ -245,6 +256,8 @@ class TestErrors:
             ({"new_tokens": 0}, "new_tokens = 0"),
             ({"tile_rows": 12}, "tile_rows = 12: a power of two"),
             ({"compiled": True}, "compiled = true takes static shapes"),
+            ({"engine": "rust"}, "engine = 'rust': one of auto, c, torch"),
+            ({"engine": "c", "fixed": True}, "static shapes are torch's"),
         ):
             with pytest.raises(GenerationError, match=message):
                 GenerateConfig(**settings)

@@ -7,18 +7,21 @@ import stat
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from hardware import building
+from hardware.building import Library
 from neuro.graph import Population, Projection, SpikingGraph
 from neuro.simulators.activity import RECORD_ALL, compare
 from neuro.simulators.compiled import library, program
 from neuro.simulators.fixed_point import simulate
 
-COMPILER = next((name for name in library.COMPILERS if library.shutil.which(name)), None)
+COMPILER = next((name for name in building.COMPILERS if building.shutil.which(name)), None)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler here")
 GRAPH = SpikingGraph(
     (Population("x", "input", 3), Population("y", "lif", 3, {"du": 700, "dv": 90, "vth": 60, "bias_mant": 11})),
@@ -35,8 +38,8 @@ def small(tmp_path: Path, monkeypatch: Any) -> Path:
     (tmp_path / "sources").mkdir()
     (tmp_path / "temporary").mkdir()
     (tmp_path / "sources" / "add.c").write_text(ADD)
-    monkeypatch.setattr(library, "SOURCES", tmp_path / "sources")
-    monkeypatch.setattr(library.tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(library, "LOOPS", Library(tmp_path / "sources", "simulator", "the simulator's loops"))
+    monkeypatch.setattr(building.tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path
 
@@ -45,13 +48,13 @@ def small(tmp_path: Path, monkeypatch: Any) -> Path:
 def builds(monkeypatch: Any) -> list[str]:
     """What was compiled meanwhile."""
     made: list[str] = []
-    original = library._compile
+    original = building._compile
 
-    def noted(compiler: str, path: str) -> None:
+    def noted(compiler: str, sources: Sequence[Path], path: str, what: str) -> None:
         made.append(path)
-        original(compiler, path)
+        original(compiler, sources, path, what)
 
-    monkeypatch.setattr(library, "_compile", noted)
+    monkeypatch.setattr(building, "_compile", noted)
     return made
 
 
@@ -61,21 +64,21 @@ def kept(folder: Path) -> list[Path]:
 
 @needs_compiler
 def test_a_build_is_made_once_and_loaded_from_the_cache_afterwards(small: Path, builds: list[str]) -> None:
-    assert library.load().add(2, 3) == 5
+    assert library.LOOPS.load().add(2, 3) == 5
     (path,) = kept(small / "cache")
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    assert library.load().add(2, 4) == 6
+    assert library.LOOPS.load().add(2, 4) == 6
     assert len(builds) == 1
     assert [p.name for p in path.parent.iterdir() if p.name not in (path.name, "lock")] == []  # nothing half-made
     (small / "sources" / "add.c").write_text(ADD.replace("a + b", "a - b"))
-    assert library.load().add(2, 3) == -1  # another version is another file
+    assert library.LOOPS.load().add(2, 3) == -1  # another version is another file
     assert len(builds) == len(kept(small / "cache")) == 2
 
 
 @needs_compiler
 @pytest.mark.parametrize("damage", ["cut", "changed", "empty", "not ours", "a folder"])
 def test_a_damaged_file_in_the_cache_is_built_anew(small: Path, builds: list[str], damage: str) -> None:
-    library.load()
+    library.LOOPS.load()
     (path,) = kept(small / "cache")
     whole = path.read_bytes()
     path.unlink()  # the loaded one stays as it is
@@ -90,36 +93,36 @@ def test_a_damaged_file_in_the_cache_is_built_anew(small: Path, builds: list[str
         path.touch()
     else:
         path.mkdir()
-        with pytest.raises(library.BuildError, match=r"could not be built in .*spikegate"):
-            library.load()
+        with pytest.raises(building.BuildError, match=r"could not be built in .*spikegate"):
+            library.LOOPS.load()
         return
-    assert library.load().add(2, 3) == 5
+    assert library.LOOPS.load().add(2, 3) == 5
     assert len(builds) == 2
     assert path.stat().st_size == len(whole)
-    assert library.is_ours(path)
+    assert building.is_ours(path)
 
 
 @needs_compiler
 def test_a_folder_that_others_may_write_into_is_passed_over(small: Path, builds: list[str]) -> None:
-    library.load()
+    library.LOOPS.load()
     (path,) = kept(small / "cache")
     path.parent.chmod(0o777)
-    assert library.load().add(2, 3) == 5
+    assert library.LOOPS.load().add(2, 3) == 5
     assert len(kept(small / "temporary")) == 1
     (small / "temporary" / f"spikegate-{os.getuid()}").chmod(0o770)
-    assert library.cache_folder() is None  # then a build of this process's own, which leaves nothing behind
-    assert library.load().add(2, 3) == 5
+    assert building.cache_folder() is None  # then a build of this process's own, which leaves nothing behind
+    assert library.LOOPS.load().add(2, 3) == 5
     assert len(builds) == 3
     assert len(list((small / "temporary").iterdir())) == 1
 
 
 def test_a_folder_of_another_user_and_a_link_are_not_ours(tmp_path: Path, monkeypatch: Any) -> None:
-    assert library.is_ours(tmp_path)
+    assert building.is_ours(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path)
-    assert not library.is_ours(tmp_path / "link")
+    assert not building.is_ours(tmp_path / "link")
     other = os.geteuid() + 1
-    monkeypatch.setattr(library.os, "geteuid", lambda: other)
-    assert not library.is_ours(tmp_path)
+    monkeypatch.setattr(building.os, "geteuid", lambda: other)
+    assert not building.is_ours(tmp_path)
 
 
 @needs_compiler
@@ -129,17 +132,17 @@ def test_a_home_that_cannot_be_written_gives_way_to_the_folder_for_temporary_fil
     (home / ".cache").write_text("a file, below which nobody can make a folder")
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")  # which the specification has ignored
-    assert library.load().add(2, 3) == 5
+    assert library.LOOPS.load().add(2, 3) == 5
     assert len(kept(small / "temporary")) == 1
 
 
 @needs_compiler
 def test_two_processes_at_once_build_one_file(small: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from neuro.simulators.compiled import library;"
-        "library.SOURCES = Path(sys.argv[1]); made = []; whole = library._compile;"
-        "library._compile = lambda *given: (made.append(1), whole(*given));"
-        "print(library.load().add(2, 3), len(made))"
+        "import sys; from pathlib import Path; from hardware import building;"
+        "made = []; whole = building._compile;"
+        "building._compile = lambda *given: (made.append(1), whole(*given));"
+        "print(building.Library(Path(sys.argv[1]), 'x', 'loops').load().add(2, 3), len(made))"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", code, str(small / "sources")]

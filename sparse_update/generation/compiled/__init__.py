@@ -1,0 +1,1 @@
+"""Sampling in C: the same outputs for the same row, whatever else is computed; built on first use (`hardware.building`)."""
