@@ -153,8 +153,8 @@ class Sampler:
         model, device = self.model, self.model.embed.weight.device
         if what in ("row", "read") and engine.why_not(model) is None:
             size = min(size, model.cfg.context)
-            weights = engine.Packed(packed(model), self.shape)
-            return engine.probe(weights, self.cfg, uses.TIMED_ROWS if what == "row" else 0, size)
+            held = engine.Packed(packed(model), self.shape)
+            return engine.probe(held, self.cfg, uses.TIMED_ROWS if what == "row" else 0, size)
         if what == "row":
             rows, size = uses.TIMED_ROWS, min(size, model.cfg.context)
         if what in ("prompts", "read"):

@@ -197,5 +197,5 @@ def probe(packed: Packed, cfg: GenerateConfig, rows: int, size: int) -> Callable
     return call
 
 
-def _address(array: np.ndarray) -> int:
+def _address(array: Any) -> int:
     return int(array.ctypes.data)
