@@ -29,8 +29,6 @@ class GenerateConfig:
     top_p: float = 1.0
     """Draws among the likeliest tokens whose probabilities, after the temperature, first add up to so much."""
     seed: int = 0
-    engine: str = "auto"
-    """"c" (float32 on a CPU with a C compiler), "torch", or "auto": C where it can be had. Their last bits differ."""
     tile_rows: int = 128
     """Outputs that are computed at once, at most; a power of two from 8."""
     fixed: bool = False
@@ -38,6 +36,8 @@ class GenerateConfig:
     any batch on any processor. Otherwise tiles are as small as what is left allows."""
     compiled: bool = False
     """torch.compile of a step, which takes shapes that are `fixed`."""
+    engine: str = "auto"
+    """"c" (float32 on a CPU with a C compiler), "torch", or "auto": C where it can be had. Their last bits differ."""
 
     def __post_init__(self) -> None:
         if self.tile_rows < 8 or self.tile_rows & (self.tile_rows - 1):
