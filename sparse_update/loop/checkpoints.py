@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ import torch
 from sparse_update.gates.gate import Gate
 from sparse_update.loop.checkpoint import (
     Checkpoint,
-    CheckpointDamaged,
     CheckpointError,
     Snapshot,
     load_checkpoint,
@@ -22,10 +19,10 @@ from sparse_update.loop.checkpoint import (
     snapshot,
 )
 from sparse_update.loop.records import TrainerConfig
-from sparse_update.loop.saving.files import open_checkpoint, sync, untie
+from sparse_update.loop.saving.files import open_checkpoint
 from sparse_update.loop.saving.keeper import Keeper
-from sparse_update.loop.saving.places import commit, history, places, stage, whole_place
-from sparse_update.loop.saving.shards import write_shard
+from sparse_update.loop.saving.parts import Parts, SaidByAll, on_all, parts, write_parts
+from sparse_update.loop.saving.places import whole_place
 from sparse_update.loop.updates import Updates
 from sparse_update.nested import pack
 from sparse_update.parallel.mesh import Mesh
@@ -61,10 +58,12 @@ class Checkpoints:
         self.target, self.meta, self.cfg = folder / "checkpoint", dict(meta), cfg
         self.updates, self.gate, self.adapted, self.mesh = updates, gate, adapted, mesh
         self.written = written
+        write = {"write": self._write_parts} if mesh.splits_weights else {}
         self.keeper = Keeper(
-            folder, cfg.checkpoint_every_s, cfg.keep_checkpoints, cfg.checkpoint_beside, lambda: self._records
+            folder, cfg.checkpoint_every_s, cfg.keep_checkpoints, cfg.checkpoint_beside, lambda: self._records, **write
         )
         self._records: dict[str, int] = {}
+        self._said: SaidByAll | None = None
 
     def start_watch(self) -> None:
         """Wall seconds until the next checkpoint count from now."""
@@ -74,10 +73,10 @@ class Checkpoints:
         """Save where it is due; a state whose last step was skipped is not worth it."""
         due, best = self.mesh.any(self.mesh.first and self.keeper.due()), self._best()
         if (due or best) and not self.updates.tally.skipped_in_a_row:
-            if self.mesh.splits_weights:
-                with nullcontext() if self.mesh.first else suppress(CheckpointError):  # the first one warns
-                    self.keeper.save_here(lambda: self._write_parts(due, best))
-            elif self.mesh.first:
+            if self.mesh.splits_weights:  # each takes what it holds, and nobody waits for another
+                self.keeper.save(self._parts, newest=due, best=best)
+                return
+            if self.mesh.first:
                 self.keeper.save(self._taken, newest=due, best=best)
             self.mesh.wait()
 
@@ -111,7 +110,7 @@ class Checkpoints:
         """Write the checkpoint, atomically, and return when it is there. Raises CheckpointError where it cannot be."""
         best = self._best()
         if self.mesh.splits_weights:
-            self.keeper.save_here_now(lambda: self._write_parts(True, best))
+            self.keeper.save_now(self._parts, best=best)
         elif self.mesh.first:
             self.keeper.save_now(self._taken, best=best)
         self.mesh.wait()
@@ -121,51 +120,16 @@ class Checkpoints:
         """Return when what is being written is written."""
         self.keeper.close()
 
-    def _write_parts(self, newest: bool, best: bool) -> int:
-        """Every process writes the part that it holds; the bytes of this one's. Raises CheckpointError on all or none."""
+    def _parts(self, copied: bool) -> Parts:
+        if self._said is None:  # the processes make it together
+            self._said = self.mesh.beside()
         state, outline = pack(self.state_dict())
-        tied: dict[str, dict[str, str]] = {}
-        parts: dict[str, dict[str, tuple[tuple[int, ...], torch.Tensor]]] = {}
-        for part, tensors in (("model", self._weights()), ("state", state)):
-            held = self.mesh.pieces(tensors)
-            own, tied[part] = untie({name: piece for name, (_, piece) in held.items()})
-            parts[part] = {name: (held[name][0], piece) for name, piece in own.items()}
-        targets = [(self.target, self.cfg.keep_checkpoints)] * newest + [(history(self.target) / "best", 1)] * best
-        for target, keep in targets:
-            self._write_parts_to(target, keep, parts, outline, tied)
-        return sum(piece.nbytes for own in parts.values() for _, piece in own.values())
+        held = {"model": self.mesh.pieces(self._weights()), "state": self.mesh.pieces(state)}
+        return parts(held, outline, plain_meta(self._meta(), outline) if self.mesh.first else {}, copied=copied)
 
-    def _write_parts_to(self, target: Path, keep: int, parts: Any, outline: Any, tied: Any) -> None:
-        new, rank = places(target)[1], self.mesh.rank
-
-        def staged() -> dict[str, Any]:
-            return {"at": str(stage(target))} if rank == 0 else {}
-
-        def written() -> dict[str, Any]:
-            return {name: seal for part, own in parts.items() for name, seal in write_shard(new, part, own, rank).items()}
-
-        def committed() -> dict[str, Any]:
-            if rank == 0:
-                for part in parts:
-                    sync(new / part)
-                commit(target, plain_meta(self._meta(), outline), outline=outline, tied=tied, files=files, keep=keep)
-            return {}
-
-        self._on_all(staged)
-        files = {name: seal for one in self._on_all(written) for name, seal in one.items()}
-        self._on_all(committed)
-
-    def _on_all(self, work: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
-        """What `work` gives on every process. Raises CheckpointError on all of them where one could not do it."""
-        try:
-            said: dict[str, Any] = {"found": work()}
-        except (CheckpointError, OSError) as error:
-            said = {"error": str(error), "damaged": isinstance(error, CheckpointDamaged)}
-        every = [json.loads(text) for text in self.mesh.said_by_all(json.dumps(said))]
-        if errors := [f"process {rank}: {one['error']}" for rank, one in enumerate(every) if "error" in one]:
-            damaged = any(one.get("damaged") for one in every)
-            raise (CheckpointDamaged if damaged else CheckpointError)("; ".join(errors))
-        return [one["found"] for one in every]
+    def _write_parts(self, target: Path, moment: Parts, keep: int) -> None:
+        assert self._said is not None
+        write_parts(target, moment, keep, self.mesh.rank, self._said)
 
     def _taken(self, copied: bool) -> Snapshot:
         return snapshot(self._weights(), self.state_dict(), self._meta(), copied=copied)
@@ -201,7 +165,7 @@ class Checkpoints:
                 head.check(name)
             return {}
 
-        self._on_all(checked)
+        on_all(self.mesh.said_by_all, checked)
         return load_checkpoint(folder, lazily=True, checked=False)
 
     def resume(self, checkpoint: Path | Checkpoint) -> None:

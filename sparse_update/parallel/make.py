@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 
@@ -18,6 +20,12 @@ def make_mesh(cfg: MeshConfig, device: torch.device) -> Mesh:
     """
     if cfg.kind == "single":
         return ALONE
+    mesh = _ranks(cfg, device)
+    mesh.timeout = timedelta(seconds=cfg.timeout_s)
+    return mesh
+
+
+def _ranks(cfg: MeshConfig, device: torch.device) -> Ranks:
     if cfg.kind == "ddp":
         return Ranks(device)
     from torch.distributed.device_mesh import init_device_mesh  # a second to import, which other runs need not spend

@@ -84,6 +84,11 @@ class Mesh(ABC):
         """What each rank gives, in the order of the ranks, on every rank."""
         raise NotImplementedError(f"{type(self).__name__} cannot tell what its ranks say")
 
+    def beside(self) -> Callable[[str], list[str]]:
+        """`said_by_all` for a thread that writes while training goes on: messages of its own, which meet no others. Every
+        rank asks for it at the same place."""
+        raise NotImplementedError(f"{type(self).__name__} cannot tell what its ranks say beside training")
+
     def prepare(  # noqa: B027 - most meshes leave them as they are
         self, model: nn.Module, strip_dim: Callable[[str], int | None] = lambda name: None
     ) -> None:

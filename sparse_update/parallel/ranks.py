@@ -6,8 +6,9 @@ The backend is a setting: gloo on CPUs, NCCL on GPUs. Nothing here knows which o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ class Ranks(Mesh):
     """
 
     kind = "ddp"
+    timeout: timedelta | None = None
+    """of messages beside training; None: torch's own"""
 
     def __init__(self, device: torch.device) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -91,14 +94,23 @@ class Ranks(Mesh):
         return bytes(held.cpu().tolist()).decode()
 
     def said_by_all(self, text: str) -> list[str]:
+        return self._told(text, None, self.device)
+
+    def beside(self) -> Callable[[str], list[str]]:
+        group = dist.new_group(backend="gloo", timeout=self.timeout)
+        return lambda text: self._told(text, group, torch.device("cpu"))
+
+    def _told(self, text: str, group: Any, device: torch.device) -> list[str]:
         data = text.encode()
-        room = int(self.largest(len(data))) + 8
+        most = torch.tensor([len(data)], dtype=torch.int64, device=device)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+        room = int(most) + 8
         mine = torch.zeros(room, dtype=torch.uint8)
         mine[:8] = torch.tensor(list(len(data).to_bytes(8, "little")), dtype=torch.uint8)
         if data:
             mine[8 : 8 + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        all_of = [torch.zeros(room, dtype=torch.uint8, device=self.device) for _ in range(self.size)]
-        dist.all_gather(all_of, mine.to(self.device))
+        all_of = [torch.zeros(room, dtype=torch.uint8, device=device) for _ in range(self.size)]
+        dist.all_gather(all_of, mine.to(device), group=group)
         told = [bytes(one.cpu().tolist()) for one in all_of]
         return [one[8 : 8 + int.from_bytes(one[:8], "little")].decode() for one in told]
 

@@ -13,16 +13,28 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from sparse_update.loop.checkpoint import CheckpointError, Snapshot, write_snapshot
+from sparse_update.loop.checkpoint import CheckpointError, write_snapshot
 from sparse_update.loop.saving.files import sync
 from sparse_update.loop.saving.places import history
 
 STALL_SHARE = 0.05
 """The most that the snapshots may take of the time between two of them."""
-Take = Callable[[bool], Snapshot]
+
+
+class Moment(Protocol):
+    """What is written: a `Snapshot`, or the `Parts` that one process holds."""
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors."""
+
+
+Take = Callable[[bool], Moment]
 """Takes the snapshot; True: into memory of its own, since training goes on while it is written."""
+Write = Callable[[Path, Any, int], object]
+"""Writes a moment in place of what a folder holds; so many stay."""
 
 
 class Keeper:
@@ -34,6 +46,7 @@ class Keeper:
         keep: checkpoints that stay, the newest among them.
         beside: False writes where training stands still; for models of which memory holds no second copy.
         records: names of files in `folder` that a checkpoint counts on, made to outlive a power cut before it is written.
+        write: writes what was taken; `write_snapshot` where one process does.
     """
 
     def __init__(
@@ -43,7 +56,9 @@ class Keeper:
         keep: int,
         beside: bool = True,
         records: Callable[[], Iterable[str]] = tuple,
+        write: Write = write_snapshot,
     ) -> None:
+        self.write = write
         self.folder, self.target = folder, folder / "checkpoint"
         self.every_s, self.keep, self.beside, self.records = every_s, keep, beside, records
         self.written = self.failed = self.bytes = 0
@@ -82,15 +97,6 @@ class Keeper:
         self._write(take(False), newest=True, best=best)
         self.start_watch()
 
-    def save_here(self, write: Callable[[], int]) -> None:
-        """Call what writes a checkpoint and returns its bytes, while training stands still."""
-        self._timed(lambda: self._counted(write))
-
-    def save_here_now(self, write: Callable[[], int]) -> None:
-        """The same, at the end of a run. Raises CheckpointError where it cannot be written."""
-        self._counted(write)
-        self.start_watch()
-
     def close(self) -> None:
         """Return when what is being written is written. Raises what the writing raised, a CheckpointError apart."""
         if self._thread is not None:
@@ -123,7 +129,7 @@ class Keeper:
         self.largest_share = max(self.largest_share, self._last_stall_s / max(interval, self._last_stall_s))
         self._mark = now
 
-    def _guarded(self, moment: Snapshot, newest: bool, best: bool) -> None:
+    def _guarded(self, moment: Moment, newest: bool, best: bool) -> None:
         try:
             self._warned(lambda: self._write(moment, newest, best))
         except BaseException as error:
@@ -140,21 +146,15 @@ class Keeper:
                 stacklevel=2,
             )
 
-    def _write(self, moment: Snapshot, newest: bool, best: bool) -> None:
-        def write() -> int:
-            if newest:
-                write_snapshot(self.target, moment, self.keep)
-            if best:
-                write_snapshot(history(self.target) / "best", moment)
-            return moment.bytes
-
-        self._counted(write)
-
-    def _counted(self, write: Callable[[], int]) -> None:
+    def _write(self, moment: Moment, newest: bool, best: bool) -> None:
         start = time.perf_counter()
         for name in self.records():
             if (self.folder / name).exists():
                 sync(self.folder / name)
-        self.bytes += write()
+        if newest:
+            self.write(self.target, moment, self.keep)
+        if best:
+            self.write(history(self.target) / "best", moment, 1)
+        self.bytes += moment.bytes
         self.written += 1
         self.write_s += time.perf_counter() - start

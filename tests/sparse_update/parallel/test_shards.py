@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from unittest.mock import patch
 
 import pytest
@@ -10,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
 from sparse_update.loop.checkpoint import CheckpointDamaged, CheckpointError, load_checkpoint, newest
-from sparse_update.loop.saving.shards import Stored
+from sparse_update.loop.saving.shards import Stored, write_shard
 from sparse_update.parallel.split import box
 from tests.sparse_update.parallel import job
 from tests.sparse_update.parallel.test_ddp import GATES, SUBSETS, text  # noqa: F401
@@ -137,14 +139,15 @@ def test_a_flipped_bit_in_a_shard_is_named_and_the_checkpoint_before_used(two, t
     assert shard.name in found.damaged[0]
 
 
+def no_space(new, part, own, rank):
+    raise OSError(28, "No space left on device")
+
+
 def full_disk(text, folder):  # noqa: F811
     made, _ = job.trainer(text, folder, "fsdp", steps=6)
     made.resume(folder / "checkpoint")
 
-    def fails(new, part, own, rank):
-        raise OSError(28, "No space left on device")
-
-    with patch("sparse_update.loop.checkpoints.write_shard", fails if made.mesh.rank else lambda *a: {}):
+    with patch("sparse_update.loop.saving.parts.write_shard", no_space if made.mesh.rank else lambda *a: {}):
         try:
             made.checkpoints.save()
         except CheckpointError as error:
@@ -158,3 +161,59 @@ def test_a_full_disk_of_one_process_is_told_to_all_and_the_checkpoint_stays(two,
         assert message.startswith("process 1:")
         assert "No space left" in message
     assert load_checkpoint(tmp_path / "checkpoint").meta["step"] == 2
+
+
+def written_beside(text, folder, fails):  # noqa: F811
+    """A run that saves at steps 1 and 6, whose first shards are not written before step 5 (where it `fails`, one process
+    cannot write them): its losses, the weights at each moment that was taken, the account, and the warnings."""
+    made, reports = job.trainer(text, folder, "fsdp", steps=8, keep_checkpoints=9)
+    keeper, tally, go_on, held = made.checkpoints.keeper, made.updates.tally, threading.Event(), {}
+    taken, after_step = made.checkpoints._parts, made.checkpoints.after_step
+
+    def noted(copied):
+        weights = made.mesh.weights(made.updates.model)
+        held[tally.step] = {name: w.clone() for name, w in weights.items()}
+        return taken(copied)
+
+    def late(*arguments):
+        assert go_on.wait(30)
+        if fails and made.mesh.rank and tally.step < 8:
+            no_space(*arguments)
+        return write_shard(*arguments)
+
+    def after():
+        if tally.step == 5:
+            assert keeper._thread.is_alive()
+            go_on.set()
+            keeper._thread.join()
+        after_step()
+
+    keeper.due = lambda: tally.step in (1, 6)
+    made.checkpoints._parts, made.checkpoints.after_step = noted, after
+    with patch("sparse_update.loop.saving.parts.write_shard", late), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        losses = job.run(made, reports)["losses"]
+    return losses, held, keeper.account(), [str(w.message) for w in told if "not saved" in str(w.message)]
+
+
+def test_parts_are_written_while_training_goes_on(two, text, tmp_path):  # noqa: F811
+    """What is on disk is the moment that was taken, four steps before it was written, and the steps are what they were."""
+    plain = two.run(job.trained_small, text, tmp_path / "plain", "fsdp", {"steps": 8})[0]
+    (losses, held, account, told), second = two.run(written_beside, text, tmp_path / "run", False)
+    assert losses == second[0] == plain["losses"]
+    kept = {load_checkpoint(place).meta["step"]: place for place in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert sorted(kept) == [1, 6]
+    for step, place in kept.items():
+        found = load_checkpoint(place).model
+        assert all(torch.equal(found[name], weight) for name, weight in held[step].items())
+    assert load_checkpoint(tmp_path / "run" / "checkpoint").meta["step"] == 8
+    assert (account["written"], account["failed"], told) == (3, 0, [])
+
+
+def test_what_one_process_cannot_write_beside_training_all_warn_of(two, text, tmp_path):  # noqa: F811
+    for _, _, account, told in two.run(written_beside, text, tmp_path, True):
+        assert (account["written"], account["failed"]) == (1, 2)
+        assert len(told) == 2
+        assert "process 1:" in told[0]
+        assert "No space left" in told[0]
+    assert load_checkpoint(tmp_path / "checkpoint").meta["step"] == 8
