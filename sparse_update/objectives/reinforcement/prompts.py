@@ -63,8 +63,8 @@ class PromptGate(ABC):
         """A belief on the candidates' pass rates, where the gate has one."""
         return None
 
-    def observe(self, taken: Candidates, right_P: np.ndarray, outputs_P: np.ndarray) -> None:
-        """Learn from groups: sums of rewards in [0, 1], and numbers of outputs."""
+    def observe(self, taken: Candidates, right_P: np.ndarray, outputs_P: np.ndarray, remember: bool = True) -> None:
+        """Learn from groups: sums of rewards in [0, 1], and numbers of outputs. `remember`: prompts may come again."""
         return
 
     def notes(self) -> Mapping[str, float]:
@@ -122,9 +122,9 @@ class PredictedPrompts(PromptGate):
         rest = order[prompts - explored :]
         return np.sort(np.concatenate((best, generator.permutation(rest)[:explored])))
 
-    def observe(self, taken: Candidates, right_P: np.ndarray, outputs_P: np.ndarray) -> None:
+    def observe(self, taken: Candidates, right_P: np.ndarray, outputs_P: np.ndarray, remember: bool = True) -> None:
         surprise = taken.surprise_C if self.looks else None
-        self.rates.observe(taken.cells, taken.ids, right_P, outputs_P, surprise)
+        self.rates.observe(taken.cells, taken.ids, right_P, outputs_P, surprise, remember)
 
     def state_dict(self) -> dict[str, Any]:
         return {"rates": self.rates.state_dict()}
@@ -167,7 +167,7 @@ class Greso(PromptGate):
                 keep_C[place] = self.explore[kind] ** count
         return np.flatnonzero(uniform_C < keep_C)[:prompts]
 
-    def observe(self, taken: Candidates, right_P: np.ndarray, outputs_P: np.ndarray) -> None:
+    def observe(self, taken: Candidates, right_P: np.ndarray, outputs_P: np.ndarray, remember: bool = True) -> None:
         for number, right, outputs in zip(taken.ids, right_P, outputs_P, strict=True):
             self.seen["all"] += 1
             kind = "hard" if right <= 0 else "easy" if right >= outputs else ""
@@ -175,7 +175,8 @@ class Greso(PromptGate):
                 self.runs.pop(number, None)
                 continue
             self.seen[kind] += 1
-            self.runs[number] = kind, self.runs.get(number, ("", 0))[1] + 1
+            if remember:
+                self.runs[number] = kind, self.runs.get(number, ("", 0))[1] + 1
         for kind, target in (("easy", self.cfg.greso_target_easy), ("hard", self.cfg.greso_target_hard)):
             down = self.seen[kind] >= target * self.seen["all"]
             moved = self.explore[kind] + (-self.cfg.greso_step if down else self.cfg.greso_step)

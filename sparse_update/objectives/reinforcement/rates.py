@@ -114,12 +114,16 @@ class PassRates:
         right_P: np.ndarray,
         outputs_P: np.ndarray,
         surprise_P: np.ndarray | None = None,
+        remember: bool = True,
     ) -> None:
-        """Learn from groups: the sum of each one's rewards in [0, 1] and its number of outputs."""
+        """Learn from groups: the sum of each one's rewards in [0, 1] and its number of outputs. `remember`: prompts may
+        come again, so that what was observed of each is kept."""
         terms = None if surprise_P is None else surprise_logit(surprise_P)
         for place, (cell, number) in enumerate(zip(cells, ids, strict=True)):
             right, outputs = float(right_P[place]), float(outputs_P[place])
             self._learn(cell, right, outputs, None if terms is None else float(terms[place]))
+            if not remember:
+                continue
             old_right, old = self.own.get(number, (0.0, 0.0))
             fade = self.own_decay**outputs
             self.own[number] = (old_right * fade + right, old * fade + outputs)

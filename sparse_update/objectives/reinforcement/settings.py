@@ -15,6 +15,7 @@ RATIOS = ("token", "sequence")
 OVERLONG = ("keep", "mask", "punish")
 PROMPT_GATES = ("none", "random", "predicted", "surprise", "greso")
 ALLOCATIONS = ("fixed", "uncertain", "random")
+KEPT = ("all", "distinct", "best")
 TOKEN_GATES = ("none", "entropy", "advantage_surprise", "random")
 UNBOUNDED = 1e9
 """A bound on a ratio that is never reached: no clipping."""
@@ -102,7 +103,7 @@ class PromptGateConfig:
     by a model of pass rates that learns along | "surprise": the same, where the prediction also sees how surprising the
     reference answer is to the model | "greso": Zheng et al. 2025, arXiv 2506.02177."""
     keep_fraction: float = 0.25
-    """Share of the prompts looked at that are sampled from, for "random", "predicted" and "surprise"."""
+    """Share of the prompts looked at, `trainer.batch_windows`, that a phase is made of; all with "none" and no filter."""
     explore: float = 0.1
     """Share of the sampled prompts that are drawn evenly from all that were looked at, whatever is predicted of them."""
     half_life: float = 400.0
@@ -154,27 +155,32 @@ class RlConfig:
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
     prompts: PromptGateConfig = field(default_factory=PromptGateConfig)
     tokens: TokenGateConfig = field(default_factory=TokenGateConfig)
-    n: int = 8
-    """Outputs of a prompt, in the mean."""
     allocate: str = "fixed"
-    """"fixed": each prompt has n | "uncertain": prompts of uncertain outcome have more, the total is the same | "random":
-    the same numbers of outputs, dealt to the prompts by chance."""
-    n_least: int = 2
-    """Outputs that a prompt has at least, with "uncertain" and "random"."""
+    """"fixed": each prompt has objective.sample.n outputs | "uncertain": prompts of uncertain outcome have more, the total
+    is the same | "random": the same numbers of outputs, dealt to the prompts by chance."""
+    n_least: int = 4
+    """Outputs that a prompt has at least, with "uncertain" and "random"; all numbers are multiples of it."""
     n_most: int = 32
     """Outputs that a prompt has at most, with "uncertain" and "random"."""
 
     def __post_init__(self) -> None:
         _known("rl.allocate", self.allocate, ALLOCATIONS)
-        if self.n < 1 or (self.n == 1 and self.estimator.advantage != "reinforce"):
-            raise ReinforcementError(
-                f"rl.n = {self.n} with rl.estimator.advantage = {self.estimator.advantage}: outputs of a prompt are "
-                "compared with each other, so at least 2 are needed"
-            )
-        if self.allocate != "fixed" and not 2 <= self.n_least <= self.n <= self.n_most:
-            raise ReinforcementError(
-                f"rl.n_least = {self.n_least}, rl.n = {self.n}, rl.n_most = {self.n_most}: must ascend from 2 on"
-            )
+        if self.allocate != "fixed" and not 2 <= self.n_least <= self.n_most:
+            raise ReinforcementError(f"rl.n_least = {self.n_least}, rl.n_most = {self.n_most}: must ascend from 2 on")
+
+
+@dataclass
+class RejectionConfig:
+    """Rejection sampling with fine-tuning. Raises ReinforcementError at construction for an unknown rule."""
+
+    keep: str = "all"
+    """Outputs that are trained on: "all" that reach the threshold | "distinct": of equal ones of a prompt the first |
+    "best": one a prompt at most."""
+    threshold: float = 1.0
+    """The reward that an output needs."""
+
+    def __post_init__(self) -> None:
+        _known("objective.rejection.keep", self.keep, KEPT)
 
 
 def _known(name: str, value: str, known: tuple[str, ...]) -> None:
