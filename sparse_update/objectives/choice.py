@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from sparse_update.objectives.examples.examples import Examples
-from sparse_update.objectives.examples.rows import RowStream
+from sparse_update.objectives.examples.rows import PromptStream, RowStream
 from sparse_update.objectives.instruction.instruct import Instruct
 from sparse_update.objectives.likelihood import Likelihood
 from sparse_update.objectives.objective import Given, Objective
+from sparse_update.objectives.reinforcement.reinforce import Reinforce
+from sparse_update.objectives.reinforcement.rejection import Rejection
+from sparse_update.objectives.sampled import Sampled
 from sparse_update.objectives.settings import ObjectiveConfig
 
 
@@ -22,10 +25,20 @@ class Kind:
     """what the gate is offered"""
 
 
+def _prompts(examples: Examples, cfg: ObjectiveConfig) -> PromptStream:
+    return examples.prompts(cfg.sample.new_tokens)
+
+
+def _sampled(kind: Callable[..., Sampled], given: Given, examples: Examples, cfg: ObjectiveConfig, own: object) -> Sampled:
+    return kind(given, examples, cfg.sample, _prompts(examples, cfg), own)
+
+
 KINDS: Mapping[str, Kind] = {
     "instruct": Kind(
         lambda given, examples, cfg: Instruct(given, examples, cfg.instruct), lambda examples, cfg: examples.examples()
     ),
+    "rl": Kind(lambda given, examples, cfg: _sampled(Reinforce, given, examples, cfg, cfg.rl), _prompts),
+    "rejection": Kind(lambda given, examples, cfg: _sampled(Rejection, given, examples, cfg, cfg.rejection), _prompts),
 }
 """Every kind of `settings.TASK_KINDS`."""
 

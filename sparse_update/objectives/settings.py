@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 from hardware.text import quoted
 from sparse_update.objectives.instruction.settings import InstructConfig
+from sparse_update.objectives.reinforcement.settings import RejectionConfig, RlConfig
 
 TEXT_KINDS = ("likelihood",)
-TASK_KINDS = ("instruct",)
+TASK_KINDS = ("instruct", "rl", "rejection")
 """Kinds that train on tasks (`TaskConfig`) in the place of text; see `choice.KINDS`."""
 
 
@@ -65,8 +66,11 @@ class ObjectiveConfig:
     name: str = ""
     """Name in tables; empty: the kind."""
     kind: str = "likelihood"
-    """likelihood (text), instruct (answers to questions of tasks), ..."""
+    """likelihood (text), instruct (answers to questions of tasks), rl (outputs that are better than others of their prompt
+    are pushed up), rejection (right outputs are trained on), ..."""
     instruct: InstructConfig = field(default_factory=InstructConfig)
+    rl: RlConfig = field(default_factory=RlConfig)
+    rejection: RejectionConfig = field(default_factory=RejectionConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from sparse_update.clock.component import Component
 from sparse_update.generation.counting import prompt_flops, prompt_work
-from sparse_update.generation.sampler import KINDS
+from sparse_update.generation.uses import KINDS
 from sparse_update.transformer import Transformer, token_loss
 
 NAME = "score_rows"

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sparse_update.objectives.settings import SampleConfig
-from tests.sparse_update.objectives.house import build, examples_of
 
 from sparse_update.objectives.reinforcement.reinforce import Reinforce
 from sparse_update.objectives.reinforcement.rejection import Rejection
@@ -19,6 +17,8 @@ from sparse_update.objectives.reinforcement.settings import (
     TokenGateConfig,
     preset,
 )
+from sparse_update.objectives.settings import SampleConfig
+from tests.sparse_update.objectives.house import build, examples_of
 
 SMALL = {"n": 4, "new_tokens": 4, "micro_rows": 8}
 
@@ -84,7 +84,7 @@ def check_gradient(trainer, loss_of):
         total = total + loss_of(phase, row, loss_T)
     total.backward()
     for name, p in model.named_parameters():
-        torch.testing.assert_close(ours[name], p.grad, rtol=1e-3, atol=1e-7, msg=name)
+        torch.testing.assert_close(ours[name], p.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
 def group_of(phase, row):
