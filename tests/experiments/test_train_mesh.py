@@ -49,10 +49,10 @@ def test_a_mesh_that_cannot_be_is_refused(words, message, text, tmp_path):
 
 @pytest.mark.slow
 def test_what_every_process_finds_wrong_is_told_once(text, tmp_path):
-    words = [*SHORT, f"data.path={text}", "mesh=ddp", "mesh.processes=2", "gate=sequences_after"]
+    words = [*SHORT, f"data.path={text}", "mesh=ddp", "mesh.processes=2", "subset=blocks", "subset.inactive=sign8"]
     done = spikegate("train", *words, cwd=tmp_path, check=False, process=True)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count("Use gate.unit = sequence with the same signal") == 1
+    assert done.stderr.count("Use sign or frozen") == 1
     assert "Traceback" not in done.stderr
 
 
