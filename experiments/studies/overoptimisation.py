@@ -1,0 +1,146 @@
+"""`spikegate study overoptimisation`: what happens to the true reward when a learned, flawed one is followed.
+
+Annotators who like long answers judge pairs; a reward model learns from them; best-of-n and reinforcement follow it. For
+each seed: true reward and proxy over sqrt(KL), the published forms of over-optimisation fitted, where they turn, the flag,
+and four remedies in the same picture (`experiments.studies.rewards.seed`). The folder holds `result.json`, `picture.svg`,
+`page.html`, a TensorBoard run for each arm, and the reward models; the page is written anew as arms end.
+
+The last line is JSON. Exit codes: 0 both fits explain 0.95 of the variance and the flag went up before a tenth of the gain
+was lost, in every seed; 1 one does not, or nothing could be measured; 2 the command is wrong or the folder is taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from experiments.runs.folder import git_state
+from experiments.runs.output import add_json_argument, entry, finish
+from experiments.runs.plain_json import write_json, write_text
+from experiments.studies.rewards.picture import draw
+from experiments.studies.rewards.seed import ARMS, StudyConfig, run_seed, say
+from experiments.studies.rewards.summary import summarise, tables, verdicts
+from experiments.views.page import picture, shell, table
+from hardware.markdown import row
+from sparse_update.objectives.preference.errors import PreferenceError
+
+CAPTION = (
+    "True reward (share of right answers) and proxy (learned reward) over the distance from the reference, d = sqrt(KL). "
+    "Dots are seeds, lines their means. The dashed line is the published form fitted to the mean, which turns at the grey "
+    "line."
+)
+
+
+def write(folder: Path, cfg: StudyConfig, seeds: Sequence[Mapping[str, Any]], command: str) -> dict[str, Any]:
+    """Result, picture and page of what there is so far; returns the summary."""
+    found = summarise(seeds)
+    said, _ = verdicts(found)
+    document = {"command": command, "git": git_state(), "config": asdict(cfg), "verdicts": said, **found, "seeds": seeds}
+    write_json(folder / "result.json", document)
+    figure = draw(seeds)
+    figure.savefig(folder / "picture.svg", metadata={"Date": None})
+    flags = [
+        f"<li>seed {seed['seed']}, {html.escape(arm)}: flagged at step {run['flag']['step']}</li>"
+        for seed in seeds
+        for arm, run in seed["reinforcement"].items()
+        if run["flag"]
+    ]
+    parts = [
+        "<h1>Over-optimisation of a learned reward</h1>",
+        f"<p><code>{html.escape(command)}</code></p>",
+        '<section class="card"><h2>Verdicts</h2><ul>'
+        + "".join(f"<li>{html.escape(s)}</li>" for s in said)
+        + "</ul></section>",
+        '<section class="card" id="flags"><h2>Runs whose true reward falls while the proxy rises</h2><ul>'
+        + ("".join(flags) or "<li>none so far</li>")
+        + "</ul></section>",
+        picture(figure, CAPTION, 0),
+        *map(table, tables(found, seeds)),
+    ]
+    write_text(folder / "page.html", shell("Over-optimisation", parts))
+    return found
+
+
+def config(args: argparse.Namespace) -> StudyConfig:
+    """The settings that the words of a command mean. Raises ValueError for ones that cannot be."""
+    base = StudyConfig()
+    if (
+        min(args.steps, args.every, args.watched, args.members, args.pair_prompts, args.tuning_steps) < 1
+        or args.outputs < 8
+    ):
+        raise ValueError("numbers of steps, prompts and models are at least 1, --outputs at least 8")
+    arms = tuple(word for word in args.arms.split(",") if word)
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        raise ValueError(f"--arms {unknown[0]}: known are {', '.join(ARMS)}")
+    training = replace(base.training, steps=args.steps, every=args.every, watched_prompts=args.watched, lr=args.lr)
+    setting = replace(base.setting, pair_prompts=args.pair_prompts, tuning_steps=args.tuning_steps)
+    return replace(
+        base, training=training, setting=setting, members=args.members, best_outputs=args.outputs, kl=args.kl, arms=arms
+    )
+
+
+@entry
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; see the module for exit codes."""
+    base = StudyConfig()
+    parser = argparse.ArgumentParser(prog="spikegate study overoptimisation", description="follow a flawed learned reward")
+    parser.add_argument("--out", type=Path, default=Path("runs/overoptimisation"), help="a folder that holds no study yet")
+    parser.add_argument("--seeds", default="0,1,2", help="(default: 0,1,2)")
+    parser.add_argument("--arms", default=",".join(ARMS), help="rewards that are followed (default: all four)")
+    numbers = (
+        ("--steps", base.training.steps, "updates of reinforcement"),
+        ("--every", base.training.every, "updates between two evaluations"),
+        ("--watched", base.training.watched_prompts, "development questions that policies are watched on"),
+        ("--outputs", base.best_outputs, "outputs of each of them that best-of-n is estimated from"),
+        ("--members", base.members, "reward models"),
+        ("--pair-prompts", base.setting.pair_prompts, "questions that pairs are made of"),
+        ("--tuning-steps", base.setting.tuning_steps, "steps on demonstrations"),
+    )
+    for name, default, meaning in numbers:
+        parser.add_argument(name, type=int, default=default, help=f"{meaning} (default: {default})")
+    for name, value, meaning in (
+        ("--lr", base.training.lr, "of reinforcement"),
+        ("--kl", base.kl, "weight of the KL term"),
+    ):
+        parser.add_argument(name, type=float, default=value, help=f"{meaning} (default: {value:g})")
+    add_json_argument(parser)
+    args = parser.parse_args(argv)
+    try:
+        cfg, numbers_of = config(args), [int(word) for word in args.seeds.split(",")]
+        if (args.out / "result.json").exists():
+            raise ValueError(f"--out {args.out} holds a study already: choose another folder")
+    except ValueError as error:
+        print(f"overoptimisation: {error}", file=sys.stderr)
+        return 2
+    command = " ".join(["spikegate study overoptimisation", *(argv or sys.argv[1:])])
+    done: list[dict[str, Any]] = []
+    found: dict[str, Any] = {}
+    try:
+        for seed in numbers_of:
+
+            def after(so_far: dict[str, Any]) -> None:
+                write(args.out, cfg, [*done, so_far], command)
+
+            done.append(run_seed(cfg, seed, args.out, after))
+            found = write(args.out, cfg, done, command)
+    except (PreferenceError, OSError) as error:
+        print(f"overoptimisation: {error}", file=sys.stderr)
+        return 1
+    said, met = verdicts(found)
+    for block in tables(found, done):
+        print(f"\n{block.title}\n")
+        print(row(block.header), row("---" for _ in block.header), *map(row, block.rows), sep="\n")
+    print(*said, sep="\n")
+    document = {"holds": met, "verdicts": said, "fits": found["fits"], "flags": found["flags"], "ends": found["ends"]}
+    finish(document, "overoptimisation", file=args.out / "result.json", headline=("holds", "verdicts"))
+    say(f"page: {args.out / 'page.html'}")
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
