@@ -18,6 +18,7 @@ NEUROBENCH_VENV := .venv-neurobench
 ENERGY_VENV := .venv-energy
 XYLO_VENV := .venv-xylo
 AKIDA_VENV := .venv-akida
+TRL_VENV := .venv-trl
 PY := $(VENV)/bin/python
 ARGS ?=
 JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
@@ -37,8 +38,9 @@ INSTALLED_NEUROBENCH := $(NEUROBENCH_VENV)/.spikegate-$(call key,constraints-neu
 INSTALLED_ENERGY := $(ENERGY_VENV)/.spikegate-$(call key,constraints-energy.txt)
 INSTALLED_XYLO := $(XYLO_VENV)/.spikegate-$(call key,constraints-xylo.txt)
 INSTALLED_AKIDA := $(AKIDA_VENV)/.spikegate-$(call key,constraints-akida.txt)
+INSTALLED_TRL := $(TRL_VENV)/.spikegate-$(call key,constraints-trl.txt)
 
-.PHONY: help demo test soak coverage lint docs loops notebooks findings lava lava-if-possible readers neurobench energy-check xylo akida locks audit install clean distclean
+.PHONY: help demo test soak coverage lint docs loops notebooks findings lava lava-if-possible readers neurobench energy-check xylo akida trl locks audit install clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -110,6 +112,9 @@ energy-check: $(INSTALLED_ENERGY) ## SANA-FE and Zeus in an environment of their
 xylo: $(INSTALLED_XYLO) ## xylosim, the simulator of Xylo's makers, in an environment of its own; built with a C++ compiler
 	@echo "xylosim: $(XYLO_VENV)/bin/python"
 
+trl: $(INSTALLED_TRL) ## TRL in an environment of its own: how fast is a GRPO step of ours beside its trainer's?
+	@echo "TRL: $(TRL_VENV)/bin/python"
+
 # Proprietary software: whoever makes this environment accepts its licence, which forbids, among other things, to publish
 # results of tests. Read it first (PyPI's page of akida 2.19.3, or LICENSE in the wheel). No other target makes or needs it.
 akida: $(INSTALLED_AKIDA) ## BrainChip's akida package, PROPRIETARY, for those who accept its licence; Python 3.10 to 3.12
@@ -168,9 +173,14 @@ $(INSTALLED_AKIDA):
 	$(AKIDA_VENV)/bin/python $(PIP_INSTALL) --no-deps -r constraints-akida.txt
 	@rm $(AKIDA_VENV)/.installing && touch $@
 
+$(INSTALLED_TRL):
+	@env -u PYTHON .ci/make_venv $(TRL_VENV) 3.11 3.14
+	$(TRL_VENV)/bin/python $(PIP_INSTALL) --no-deps -r constraints-trl.txt
+	@rm $(TRL_VENV)/.installing && touch $@
+
 clean: ## caches and build leftovers; environments and runs stay
 	rm -rf build dist site *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## the environments too
-	rm -rf $(VENV) $(LAVA_VENV) $(READERS_VENV) $(NEUROBENCH_VENV) $(ENERGY_VENV) $(XYLO_VENV) $(AKIDA_VENV)
+	rm -rf $(VENV) $(LAVA_VENV) $(READERS_VENV) $(NEUROBENCH_VENV) $(ENERGY_VENV) $(XYLO_VENV) $(AKIDA_VENV) $(TRL_VENV)

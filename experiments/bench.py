@@ -13,6 +13,7 @@ BENCHES = {
     "attach": "time and memory of a gate on a model of one's own, ours and Hugging Face's, against the plain model",
     "clean": "clean text: time to the dense end loss, and nats against the best dense model of any size at that time",
     "generation": "tokens per second of our sampler beside Hugging Face's generate on the same weights",
+    "reinforcement": "a GRPO step of ours beside one of TRL's GRPOTrainer from the same weights (make trl)",
     "simulator": "spikes per second of the fixed-point simulator",
     "conversion": "loss, operations and speed of a trained model on the simulated chip; with --families a table of them",
     "clock": "CPU seconds of every kind of step and of scoring, for a shipped table of component times",
@@ -24,7 +25,7 @@ BENCHES = {
 }
 """Name -> what it measures; each lives in `experiments.benches.NAME`, with `main(arguments) -> exit code`."""
 
-MODULES = {"generation": "generating", "scale": "scaling"}
+MODULES = {"generation": "generating", "reinforcement": "reinforcing", "scale": "scaling"}
 """Name -> module, where they differ."""
 
 

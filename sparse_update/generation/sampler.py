@@ -67,13 +67,16 @@ class Sampler:
             raise GenerationError(f"generate.engine = c cannot sample from this model: {why}; take auto or torch")
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[np.ndarray | Sequence[int]], ids: Sequence[int] | None = None) -> Outputs:
+    def sample(
+        self, prompts: Sequence[np.ndarray | Sequence[int]], ids: Sequence[int] | None = None, first: int = 0
+    ) -> Outputs:
         """`cfg.n` outputs of each prompt.
 
         Args:
             prompts: token numbers, at least one each.
             ids: the prompts' numbers, modulo 2^64, such as `Instance.id`. Without them a prompt's number is a hash of its
                 tokens, so that a prompt that comes twice has the same outputs twice.
+            first: number of the first sample: with 4, those that would come behind four others.
 
         Raises:
             PromptTooLong: a prompt with `cfg.new_tokens` behind it does not fit the model's context.
@@ -86,7 +89,7 @@ class Sampler:
             raise GenerationError(f"{len(ids)} ids for {len(prompts)} prompts: one each is needed")
         numbers = [_number(row) for row in rows] if ids is None else [int(number) % 2**64 for number in ids]
         prompt_R = np.repeat(np.array(numbers, dtype=np.uint64), cfg.n)
-        sample_R = np.tile(np.arange(cfg.n), len(prompts))
+        sample_R = np.tile(first + np.arange(cfg.n), len(prompts))
         uniform_RN = np.full((count, cfg.new_tokens), 0.5)
         if cfg.temperature:
             uniform_RN = uniforms(cfg.seed, prompt_R, sample_R, cfg.new_tokens)
