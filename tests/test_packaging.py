@@ -307,6 +307,7 @@ def test_a_dry_run_changes_nothing(shop):
         "neurobench",
         "energy-check",
         "xylo",
+        "trl",
         "akida",
         "install",
         "clean",
@@ -343,7 +344,7 @@ def test_ci_asks_for_every_environment_and_a_browser_where_it_can(shop, browser,
         if name and lines:
             (shop.folder.parent / "bin" / name).write_text(f"#!/usr/bin/env bash\n{lines}\n")
             (shop.folder.parent / "bin" / name).chmod(0o755)
-    words = "readers neurobench energy-check xylo"
+    words = "readers neurobench energy-check xylo trl"
     (shop.folder / "Makefile").write_text(f"{words} docs:\n\t@: ; echo $@\ntest:\n\t@echo $$SPIKEGATE_REQUIRE\n")
     done = run(script, cwd=shop.folder.parent, env=shop.env)
     assert done.returncode == 0, done.stderr
