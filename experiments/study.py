@@ -14,6 +14,7 @@ STUDIES = {
     "digits": "a spiking classifier, trained on snnTorch, converted, run on three simulators",
     "pictures": "a residual network for pictures by each route, beside dense matrices in place of its convolutions",
     "overoptimisation": "a learned, flawed reward is followed: true reward and proxy, published form, flag, remedies",
+    "rates": "whether the best learning rate stays put over width and depth",
     "sanafe_check": "counts, energy and time beside SANA-FE's (make energy-check)",
 }
 """Name -> what it asks; each lives in `experiments.studies.NAME`, with `main(argv) -> exit code`."""

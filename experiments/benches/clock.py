@@ -100,7 +100,7 @@ def steps(cfg: ModelConfig, batch: int, which: str, attention: str, compiled: bo
     plain = Step(PLAIN, None, batch, length)
     yield Timed("plain", plain, muon, f"autograd{tail}")
     if which in ("all", CHANGES):
-        yield from changes(batch, length, f"autograd{tail}")
+        yield from changes(batch, length, cfg.vocab_size, f"autograd{tail}")
     if which == CHANGES:
         return
     for name, plan in plans.items():
@@ -114,11 +114,14 @@ def steps(cfg: ModelConfig, batch: int, which: str, attention: str, compiled: bo
             yield Timed(f"plain_{name}", plain, OptimConfig(name=name), f"autograd{tail}")
 
 
-def changes(batch: int, length: int, variant: str) -> Iterator[Timed]:
-    """Steps on bags of tokens, and steps whose updates are masked; by autograd."""
+def changes(batch: int, length: int, vocabulary: int, variant: str) -> Iterator[Timed]:
+    """Steps on bags of tokens, for a part of the vocabulary, and steps whose updates are masked; by autograd."""
     muon = OptimConfig(name="muon")
     for bag in (2, 4):
         yield Timed(f"bag_{bag}", Step(StepPlan(bag=bag), None, bag * batch, length // bag), muon, variant)
+    for part in (8, 2):
+        plan = StepPlan(vocabulary=vocabulary // part)
+        yield Timed(f"vocabulary_1/{part}", Step(plan, None, batch, length), muon, variant)
     for kind in ("random", "agreement", "surprise"):
         masked = OptimConfig(name="muon", mask=MaskConfig(kind=kind))
         yield Timed(f"mask_{kind}", Step(PLAIN, None, batch, length), masked, variant)

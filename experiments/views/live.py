@@ -27,7 +27,7 @@ class Savings:
     choosing included. Negative where the gate costs more than it drops."""
 
     def __init__(self, trainer: Trainer) -> None:
-        windows = trainer.budget.windows
+        windows = trainer.budget.cfg.batch_windows
         self._trainer = trainer
         self._window_flops = plan_flops(trainer.updates.growth.full, windows, PLAIN).total / windows
         self._window_s = trainer.budget.clock.times.dense_ms / 1000 / windows

@@ -96,11 +96,14 @@ class RunClock:
             self.require([step], {})
         return self.times.ms_of(key) / 1000 + self.times.seconds(self.beside(step))
 
-    def over_plain(self, step: Step) -> float:
-        """What one such step costs, over a plain one of the table's own batch and length on the model as it is now."""
-        if step.layers is None:
+    def over_plain(self, step: Step, windows: int | None = None) -> float:
+        """What one such step costs, over a plain one of the table's own batch and length on the model as it is now; or of
+        so many `windows`, where a run's own batches differ."""
+        scheduled = windows is not None and windows != self.batch_windows
+        if step.layers is None and not scheduled:
             return self.seconds(step) / (self.times.dense_ms / 1000)
-        plain = Step(PLAIN, None, self.times.batch, int(self.times.model["context"]), step.optimizer, step.layers)
+        batch = windows if scheduled and windows is not None else self.times.batch
+        plain = Step(PLAIN, None, batch, int(self.times.model["context"]), step.optimizer, step.layers)
         return self.seconds(step) / self.seconds(plain)
 
     def charge(self, key: str) -> None:

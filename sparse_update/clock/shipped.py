@@ -73,6 +73,7 @@ class ShippedTable:
         autograd = step.plain and not engine
         factors = self.factors[mode]
         product = factors["plain"] if autograd else 1.0 if found else factors["engine"]
+        factors = {**added_factors(self.name), **factors}
         for kind in found:
             if kind not in factors:
                 raise ComponentTimesError(
@@ -143,7 +144,7 @@ class ShippedTable:
         mode = "compiled" if times.compiled else "eager"
         found: dict[str, float] = {}
         for step in steps:
-            if set(kinds(cfg, step)) <= set(self.factors[mode]):
+            if set(kinds(cfg, step)) <= {*self.factors[mode], *added_factors(self.name)}:
                 found[times.key(step)] = 1000 * sum(self.step_s(cfg, optim, step, mode).values())
         for key, component in components.items():
             name, layers = depth_of(key)
@@ -194,7 +195,7 @@ def shipped_table(name: str = DEFAULT) -> ShippedTable:
 
 @functools.cache
 def added_factors(name: str = DEFAULT) -> Mapping[str, float]:
-    """Factors on a table's prices for components that came after it, by kind; none for a table of one's own.
+    """Factors on a table's prices for components and kinds of steps that came after it; none for a table of one's own.
 
     They are in a file of their own, so that the table and its hash stay, and with them every run on its clock. A factor is
     never changed: another one gets another name.

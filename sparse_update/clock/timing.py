@@ -17,6 +17,7 @@ from sparse_update.clock.component import Component
 from sparse_update.clock.cost import DENSE_KEY, ComponentTimes, Step, identity, tagged_optimizer
 from sparse_update.gates.policies import band
 from sparse_update.growth.superposition import bag_loss, bags_of
+from sparse_update.growth.vocabulary import NOTHING, partial_logits, partial_loss
 from sparse_update.step.backward import Stepper
 from sparse_update.step.plan import Chosen, StepPlan, View
 from sparse_update.transformer import ModelConfig, Transformer, token_loss
@@ -158,10 +159,30 @@ def extend(
     return times.extended(ms, dense)
 
 
+def _partial(setting: Setting, step: Step, key: str) -> Probe:
+    """Times one step that predicts a part of the vocabulary."""
+    model, x_BT, y_BT = _setup(setting, step.batch, step.length)
+    optimizer, device = Optimizer(model, Active.everything(model), setting.optim), setting.device
+    predicted_K = torch.arange(step.plan.vocabulary, device=device)
+    compiled = setting.compiled or setting.variant == "autograd_compiled"
+    run = torch.compile(partial_logits, dynamic=False) if compiled else partial_logits
+    places_BT = y_BT.where(y_BT < step.plan.vocabulary, torch.tensor(NOTHING, device=device))
+
+    def use() -> dict[str, float]:
+        start = clock(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=setting.precision == "bf16"):
+            loss = partial_loss(run(model, x_BT, predicted_K), places_BT, 1.0).mean()
+        loss.backward()
+        optimizer.step(0.5)
+        return {key: clock(device) - start + _decomposition(optimizer, device)}
+
+    return use
+
+
 def step_probe(setting: Setting, step: Step, key: str) -> Probe:
     """Times one whole step, its choice of rows and its optimizer included."""
     setting = replace(setting, cfg=step.of(setting.cfg))
-    bag = step.plan.bag
+    bag, predicted = step.plan.bag, step.plan.vocabulary
     model, x_BT, y_BT = _setup(setting, step.batch, step.length * bag)
     active = step.active or Active.everything(model)
     rank = rank_of(active)
@@ -169,6 +190,8 @@ def step_probe(setting: Setting, step: Step, key: str) -> Probe:
         add_lora(model, rank)
     optimizer = Optimizer(model, active, setting.optim)
     device = setting.device
+    if predicted:
+        return _partial(setting, step, key)
     if rank or bag > 1 or (step.plain and setting.variant.startswith("autograd")):
         run = torch.compile(model) if setting.compiled or setting.variant == "autograd_compiled" else model
 

@@ -73,8 +73,11 @@ def work_of(cfg: ModelConfig, step: Step, optim: OptimConfig) -> dict[str, float
     count = Count(cfg, batch, plan, None if rank_of(step.active) else step.active, length, None)
     found = dict.fromkeys(ALL, 0.0)
     found |= {"forward_flops": flops.forward, "dx_flops": flops.backward_dx, "dw_flops": flops.backward_dw}
-    found |= {"step": 1, "layers": cfg.layers, "forward_logits": batch * length * cfg.vocab_size}
-    found["backward_logits"] = count.head_rows() * cfg.vocab_size
+    found |= {"step": 1, "layers": cfg.layers, "forward_logits": batch * length * count.vocabulary}
+    found["backward_logits"] = count.head_rows() * count.vocabulary
+    if plan.vocabulary:  # rows of the head are gathered, and their gradient is put into one of the whole head
+        found["forward_gathered"] += plan.vocabulary * d
+        found["backward_gathered"] += (cfg.vocab_size + plan.vocabulary) * d
     for layer in range(cfg.layers):
         passed = layer in count.middle
         queries = plan.bypass if passed else length

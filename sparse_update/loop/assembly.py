@@ -25,6 +25,7 @@ from sparse_update.loop.checkpoint import checkpoint_of
 from sparse_update.loop.checkpoints import Checkpoints
 from sparse_update.loop.recorder import Listeners, Recorder
 from sparse_update.loop.records import TrainerConfig
+from sparse_update.loop.schedules import check_batches, check_partial, check_shapes, vocabulary_of
 from sparse_update.loop.tally import Tally
 from sparse_update.loop.trainer import Trainer
 from sparse_update.loop.updates import Updates
@@ -122,14 +123,19 @@ def make_trainer(
     if adapted:
         check_adapter(arm.gate)
         adapt(model, arm.subset, seed)
-    check_pieces(mesh, arm.gate, cfg.batch_windows, cfg.accumulate)
-    check_mesh(mesh, arm.gate, arm.subset, arm.optim, arm.growth, cfg.batch_windows, cfg.measure_bias)
+    for windows in cfg.batch_sizes:
+        check_pieces(mesh, arm.gate, windows, cfg.accumulate)
+        check_mesh(mesh, arm.gate, arm.subset, arm.optim, arm.growth, windows, cfg.measure_bias)
     check_variant(mesh, times.variant)
     if cfg.recompute:
         check_recompute(arm.gate, arm.subset, arm.growth, times)
     model.recompute = cfg.recompute
     if cfg.bags:
         check_bags(arm.gate, arm.subset, cfg.bags)
+    if cfg.batch_schedule:
+        check_batches(arm.gate, cfg.batch_schedule)
+    if cfg.vocabulary:
+        check_partial(arm.gate, arm.subset, cfg, model.cfg.vocab_size, mesh)
     subset = Subset(model, arm.subset, seed)
     mesh.prepare(model, partial(_strip_dim, subset, arm.optim))
     stepper = Stepper(model, torch.bfloat16 if times.precision == "bf16" else None, times.compiled, mesh.hold())
@@ -161,15 +167,24 @@ def make_trainer(
     gate = make_gate(arm.gate, text.stream, context)
     budget = Budget(cfg, model.cfg.context, clock, gate, text.stream, growth)
     shared = SharedGate(gate, mesh) if mesh.shards > 1 else None
-    given = Given(model, shared or gate, subset, clock, stepper, seed, adapted, cfg.measure_bias, growth.grows, mesh)  # type: ignore[arg-type]
+    order = vocabulary_of(cfg, model.cfg.vocab_size, text.stream, seed)
+    given = Given(model, shared or gate, subset, clock, stepper, seed, adapted, cfg.measure_bias, growth.grows, mesh, order)  # type: ignore[arg-type]
     minimised = objective(given)
+    if order is not None and not minimised.predicts_parts:
+        raise ValueError(
+            f"trainer.vocabulary = {cfg.vocabulary} with {type(minimised).__name__}: it knows no steps that predict a part "
+            "of the vocabulary; leave trainer.vocabulary empty"
+        )
     if cfg.recompute:
         clock.recomputes = True
         clock.add(lambda: {SCORING_FORWARD: Component(cfg.batch_windows, lambda: _forward(model.cfg, device, cfg))})
     clock.add(gate.components, gate)
     clock.add(lambda: _looking(text.stream, cfg.batch_windows), text.stream)
     clock.add(minimised.components, minimised)
-    clock.require(budget.planned(), clock.components())
+    planned = budget.planned()
+    if minimised.compiles:
+        check_shapes(planned)
+    clock.require(planned, clock.components())
     budget.check_text()
     tally = Tally()
     updates = Updates(
@@ -186,6 +201,7 @@ def make_trainer(
         gate.before_growth,
         shared,
         cfg.accumulate,
+        cfg.rate_at,
     )
     records = Recorder(cfg, text.held_out, tally, budget, updates, listeners or Listeners(), mesh)
     checkpoints = Checkpoints(place.folder, place.meta, cfg, updates, gate, adapted, mesh, place.written)

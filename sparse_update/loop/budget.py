@@ -38,7 +38,6 @@ class Budget:
         cfg.check_context(context)
         self.cfg, self.context = cfg, context
         self.clock, self.gate, self.stream, self.growth = clock, gate, stream, growth
-        self.windows = cfg.batch_windows
         self.by_time = not cfg.budget_offered_tokens
         self.progress = self.reference_s = 0.0
         self.offered_tokens = self.scoring_flops = 0
@@ -60,29 +59,36 @@ class Budget:
 
     def windows_at(self, progress: float) -> int:
         """Windows that the step at `progress` reads: a step on bags of tokens takes as many times more."""
-        return self.windows * self.cfg.bag_at(progress)
+        return self.cfg.batch_at(progress) * self.cfg.bag_at(progress)
 
     def shape(self, progress: float) -> tuple[int, int]:
         """(sequences, their positions) of the step at `progress`."""
-        return self._shape(self.cfg.length_at(progress, self.context), self.cfg.bag_at(progress))
+        cfg = self.cfg
+        return self._shape(cfg.batch_at(progress), cfg.length_at(progress, self.context), cfg.bag_at(progress))
 
-    def _shape(self, length: int, bag: int) -> tuple[int, int]:
-        return self.windows * bag * (self.context // length), length // bag
+    def _shape(self, windows: int, length: int, bag: int) -> tuple[int, int]:
+        return windows * bag * (self.context // length), length // bag
+
+    def over_plain(self, step: Step, progress: float) -> float:
+        """What the step at `progress` costs, over a plain one of as many windows on the model as it is now."""
+        return self.clock.over_plain(step, self.cfg.batch_at(progress))
 
     def step(self, progress: float) -> Step:
         """The step that the gate plans at `progress`."""
-        shape = self.shape(progress)
-        return self.clock.step(_bagged(self.gate.plan(progress, *shape), self.cfg.bag_at(progress)), *shape)
+        shape, cfg = self.shape(progress), self.cfg
+        plan = _staged(self.gate.plan(progress, *shape), cfg.bag_at(progress), cfg.vocabulary_at(progress))
+        return self.clock.step(plan, *shape)
 
     def planned(self) -> list[Step]:
         """Every step that the run may take, so that each is priced beforehand. Where some weights rest, those of a model
         that will have grown are not known yet: they are priced when it has."""
-        shapes = {(bag, self._shape(length, bag)): None for _, length, bag in self.cfg.stages(self.context)}
+        stages = self.cfg.stages(self.context)
+        shapes = {(at.bag, at.vocabulary, self._shape(at.windows, at.length, at.bag)): None for at in stages}
         depths = self.growth.depths()
         return [
-            self.clock.step(_bagged(plan, bag), batch, length, depth)
+            self.clock.step(_staged(plan, bag, vocabulary), batch, length, depth)
             for depth in (depths if self.clock.active() is None else depths[:1])
-            for bag, (batch, length) in shapes
+            for bag, vocabulary, (batch, length) in shapes
             for plan in self.gate.plans(batch, length)
         ]
 
@@ -94,11 +100,12 @@ class Budget:
         if self.by_time:
             moments = [(i + 0.5) / MOMENTS for i in range(MOMENTS)]
             shapes = Counter(
-                (self.cfg.length_at(p, self.context), self.cfg.bag_at(p), self.growth.depth_at(p)) for p in moments
+                (self.cfg.batch_at(p), self.cfg.length_at(p, self.context), self.cfg.bag_at(p), self.growth.depth_at(p))
+                for p in moments
             )
             wanted = sum(
-                count / MOMENTS * self.cfg.budget_reference_s / self._seconds(length, bag, depth) * self.windows * bag
-                for (length, bag, depth), count in shapes.items()
+                count / MOMENTS * self.cfg.budget_reference_s / self._seconds(windows, length, bag, depth) * windows * bag
+                for (windows, length, bag, depth), count in shapes.items()
             )
             wanted /= self.gate.cfg.keep_fraction
         windows = int(getattr(self.stream, "windows", 0))
@@ -109,8 +116,8 @@ class Budget:
                 "shorter share or a lower budget"
             )
 
-    def _seconds(self, length: int, bag: int, depth: int) -> float:
-        return self.clock.seconds(self.clock.step(_bagged(PLAIN, bag), *self._shape(length, bag), depth))
+    def _seconds(self, windows: int, length: int, bag: int, depth: int) -> float:
+        return self.clock.seconds(self.clock.step(_staged(PLAIN, bag), *self._shape(windows, length, bag), depth))
 
     def check_first_step(self) -> None:
         """Raise ComponentTimesError for a budget that buys no step at all."""
@@ -132,6 +139,6 @@ class Budget:
         return not self.by_time or self.reference_s + cost_s <= self.cfg.budget_reference_s
 
 
-def _bagged(plan: StepPlan, bag: int) -> StepPlan:
-    """The plan on bags of so many tokens."""
-    return plan if bag == 1 else replace(plan, bag=bag)
+def _staged(plan: StepPlan, bag: int, vocabulary: int = 0) -> StepPlan:
+    """The plan on bags of so many tokens, or for a part of the vocabulary."""
+    return plan if bag == 1 and not vocabulary else replace(plan, bag=bag, vocabulary=vocabulary)

@@ -87,6 +87,10 @@ def _blocked(arm: Arm, cfg: TrainerConfig) -> str:
         return f"optim.mask.kind = {arm.optim.mask.kind}: measured without masks"
     if cfg.bags:
         return "trainer.bags is set: measured without bags"
+    if cfg.vocabulary:
+        return "trainer.vocabulary is set: measured while all tokens are predicted"
+    if cfg.batch_schedule:
+        return "trainer.batch_schedule is set: measured with batches of one size"
     return ""
 
 

@@ -120,7 +120,7 @@ class Recorder:
             reference_s=budget.reference_s,
             wall_s=tally.wall_s,
             loss_nats=loss,
-            learning_rate_factor=schedule(min(1.0, budget.progress), self.updates.optimizer.cfg),
+            learning_rate_factor=self._rate(min(1.0, budget.progress)),
             gradient_norm=tally.gradient_norm,
             keep_fraction=gate.keep_fraction(),
             active_fraction=self.updates.subset.active.fraction(self.updates.model),
@@ -130,6 +130,9 @@ class Recorder:
             kept_share=gate.kept_share(),
             notes={**gate.notes(), **self._depth(), **(notes or {})},
         )
+
+    def _rate(self, progress: float) -> float:
+        return schedule(progress, self.updates.optimizer.cfg) * self.updates.rate_at(progress)
 
     def _depth(self) -> dict[str, float]:
         updates = self.updates

@@ -7,14 +7,31 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+from sparse_update.growth.vocabulary import ORDERS
 
 PRECISIONS = ("auto", "fp32", "bf16")
 COMPILES = ("auto", "on", "off")
 COMPILE_REPAID_S = 30.0
 """About what the first compilation takes on two CPU cores; later ones come from torch's cache in a few seconds."""
+
+
+class Stage(NamedTuple):
+    """A stretch of a run whose steps have one shape."""
+
+    share: float
+    """of the budget, from which it holds"""
+    windows: int
+    """of a step on single tokens"""
+    length: int
+    """tokens of a sequence"""
+    bag: int
+    """tokens of a position"""
+    vocabulary: int
+    """tokens that are predicted; 0 for all"""
 
 
 @dataclass
@@ -37,9 +54,20 @@ class TrainerConfig:
     length_schedule: str = ""
     """Sequence-length warm-up, "32@0.2,64@0.5": length 32 until 0.2 of the budget, 64 until 0.5, then the model's
     context. A window is cut into shorter ones, so a step keeps its number of tokens."""
+    batch_schedule: str = ""
+    """Batch-size warm-up, "4@0.1,8@0.3": steps of 4 windows until 0.1 of the budget, of 8 until 0.3, then `batch_windows`.
+    The windows and their order stay those of every other run."""
+    batch_rate_power: float = 0.5
+    """Of a step of b windows the learning rate is multiplied by (b / batch_windows) to this power: 0.5 is the square-root
+    rule of adaptive optimizers (Malladi et al. 2022, arXiv 2205.10287), 0 leaves the rate alone."""
     bags: str = ""
     """Token superposition, "2@0.3" or "4@0.2,2@0.4": positions are bags of 4 neighbouring tokens until 0.2 of the budget,
     of 2 until 0.4, then single tokens. A step keeps its number of positions, so it reads 4 times as many windows."""
+    vocabulary: str = ""
+    """Vocabulary order, "256@0.3,1024@0.6": 256 tokens are predicted until 0.3 of the budget, 1024 until 0.6, then all;
+    other targets have no loss until then. All tokens are read from the first step on."""
+    vocabulary_order: str = "frequent"
+    """Which tokens come first: "frequent", the commonest of the training text | "random", drawn by the seed."""
     fast: bool = False
     """Let the run choose growth, short sequences at first and the gate, where they are left at their defaults (`fast.py`);
     what it chose and why is in its record."""
@@ -104,7 +132,18 @@ class TrainerConfig:
                 f"trainer.prequential_windows = {self.prequential_windows}: must lie in 1..trainer.prequential_every = "
                 f"{self.prequential_every}"
             )
-        self.lengths(), self.bag_sizes()
+        if not 0 <= self.batch_rate_power <= 1:
+            raise ValueError(
+                f"trainer.batch_rate_power = {self.batch_rate_power}: must lie in [0, 1] (0.5: the square-root rule)"
+            )
+        if self.vocabulary_order not in ORDERS:
+            raise ValueError(f"trainer.vocabulary_order = {self.vocabulary_order!r}: one of {', '.join(ORDERS)}")
+        self.lengths(), self.bag_sizes(), self.batches()
+        if self.predicted() and self.bags:
+            raise ValueError(
+                f"trainer.vocabulary = {self.vocabulary} with trainer.bags = {self.bags}: the loss of a bag is over all "
+                "tokens; set one of them"
+            )
 
     def lengths(self) -> list[tuple[int, float]]:
         """(length, share of the budget until which it holds), rising. Raises ValueError for a schedule that is none."""
@@ -112,6 +151,33 @@ class TrainerConfig:
 
     def length_at(self, progress: float, context: int) -> int:
         return next((length for length, share in self.lengths() if progress < share), context)
+
+    def batches(self) -> list[tuple[int, float]]:
+        """(windows of a step, share of the budget until which it takes so many), rising. Raises ValueError for a schedule
+        that is none."""
+        return _stages("batch_schedule", self.batch_schedule, "WINDOWS@SHARE, for instance 4@0.1,8@0.3", "numbers")
+
+    def batch_at(self, progress: float) -> int:
+        """Windows of the step at `progress`; on bags of tokens it takes as many times more."""
+        return next((windows for windows, share in self.batches() if progress < share), self.batch_windows)
+
+    def rate_at(self, progress: float) -> float:
+        """Factor on the learning rate for the size of the batch at `progress`; 1.0 for `batch_windows`."""
+        return float((self.batch_at(progress) / self.batch_windows) ** self.batch_rate_power)
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Every number of windows that a step may take, rising."""
+        return sorted({self.batch_windows, *(windows for windows, _ in self.batches())})
+
+    def predicted(self) -> list[tuple[int, float]]:
+        """(tokens that are predicted, share of the budget until which they are), rising. Raises ValueError for a schedule
+        that is none."""
+        return _stages("vocabulary", self.vocabulary, "TOKENS@SHARE, for instance 256@0.3", "numbers")
+
+    def vocabulary_at(self, progress: float) -> int:
+        """Tokens that the step at `progress` predicts; 0 for all of them."""
+        return next((tokens for tokens, share in self.predicted() if progress < share), 0)
 
     def bag_sizes(self) -> list[tuple[int, float]]:
         """(tokens of a bag, share of the budget until which it holds), rising. Raises ValueError for a schedule that is
@@ -121,10 +187,14 @@ class TrainerConfig:
     def bag_at(self, progress: float) -> int:
         return next((size for size, share in self.bag_sizes() if progress < share), 1)
 
-    def stages(self, context: int) -> list[tuple[float, int, int]]:
-        """(share of the budget from which it holds, length, tokens of a bag), rising: the shapes of a run's steps."""
-        starts = sorted({0.0, *(share for _, share in (*self.lengths(), *self.bag_sizes()) if share < 1)})
-        return [(share, self.length_at(share, context), self.bag_at(share)) for share in starts]
+    def stages(self, context: int) -> list[Stage]:
+        """The shapes of a run's steps, by the share of the budget from which each holds, rising."""
+        schedules = (*self.lengths(), *self.bag_sizes(), *self.batches(), *self.predicted())
+        starts = sorted({0.0, *(share for _, share in schedules if share < 1)})
+        return [self._stage(share, context) for share in starts]
+
+    def _stage(self, at: float, context: int) -> Stage:
+        return Stage(at, self.batch_at(at), self.length_at(at, context), self.bag_at(at), self.vocabulary_at(at))
 
     def check_context(self, context: int) -> None:
         """Raise ValueError for lengths that do not divide the context, and bags that do not tile a length."""
@@ -134,11 +204,11 @@ class TrainerConfig:
                     f"trainer.length_schedule: {length} does not divide the model's context {context}: windows are "
                     "cut into equal parts"
                 )
-        for share, length, size in self.stages(context):
-            if length % size:
+        for at in self.stages(context):
+            if at.length % at.bag:
                 raise ValueError(
-                    f"trainer.bags: from {share:g} of the budget on, bags of {size} tokens do not tile sequences of "
-                    f"{length}: take a size that divides their length"
+                    f"trainer.bags: from {at.share:g} of the budget on, bags of {at.bag} tokens do not tile sequences of "
+                    f"{at.length}: take a size that divides their length"
                 )
 
 

@@ -69,7 +69,7 @@ class Trainer:
                     break
                 batch = updates.objective.held() or gate.next(budget.windows_at(progress), progress)
                 step = budget.step(progress)
-                over_plain = budget.clock.over_plain(step)
+                over_plain = budget.over_plain(step, progress)
                 budget.settle()
                 if not budget.affords(step, updates.objective.expected_s(step)):
                     break

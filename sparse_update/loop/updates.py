@@ -40,6 +40,7 @@ class Updates:
         kept: where the last good state would be found; for the message.
         growth: what the model becomes over the run.
         before_growth: told before it gets other blocks.
+        rate_at: share of the budget -> factor on the learning rate, beside its schedule.
     """
 
     def __init__(
@@ -57,12 +58,13 @@ class Updates:
         before_growth: Callable[[], None] = lambda: None,
         shared: SharedGate | None = None,
         pieces: int = 1,
+        rate_at: Callable[[float], float] = lambda progress: 1.0,
     ) -> None:
         self.model, self.objective, self.optimizer, self.subset = model, objective, optimizer, subset
         self.clock, self.tally, self.mesh = clock, tally, mesh
         self.stop_after_skipped, self.kept = stop_after_skipped, kept
         self.growth, self.before_growth = growth, before_growth
-        self.shared, self.pieces = shared, pieces
+        self.shared, self.pieces, self.rate_at = shared, pieces, rate_at
 
     def take(self, batch: GatedBatch, step: Step, progress: float) -> SparseStep:
         """Take and charge one step at `progress` of the budget; what comes back has the losses by window.
@@ -146,7 +148,7 @@ class Updates:
             tally.note_bytes(self.optimizer.gradient_bytes(), self.optimizer.state_bytes())
             split = self.mesh.split
             self.subset.observe(found.gradients, loss, None if split is None else split.totals)
-            norm = self.optimizer.step(progress)
+            norm = self.optimizer.step(progress, self.rate_at(progress))
             if math.isfinite(norm):
                 tally.gradient_norm = norm
                 tally.losses.append(loss)

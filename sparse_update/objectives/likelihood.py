@@ -25,6 +25,7 @@ from sparse_update.clock.timing import Setting, step_probe
 from sparse_update.gates.bias import cosines
 from sparse_update.gates.gate import GatedBatch
 from sparse_update.growth.superposition import bag_loss, bags_of
+from sparse_update.growth.vocabulary import partial_logits, partial_loss
 from sparse_update.loop.evaluation import evaluate
 from sparse_update.objectives.objective import Given, Objective, by_autograd
 from sparse_update.parallel.compiled import compile_blocks
@@ -37,6 +38,8 @@ from sparse_update.weights.subset import Active
 
 class Likelihood(Objective):
     """Mean cross-entropy of the next token, over the tokens that the gate lets through and weighed as it says."""
+
+    predicts_parts = True
 
     def __init__(self, given: Given) -> None:
         self.given, self.model, self.gate = given, given.model, given.gate
@@ -51,13 +54,19 @@ class Likelihood(Objective):
         by_block = given.mesh.splits_weights  # a whole graph would hold what gathers and scatters the parts
         if compiled and by_block:
             compile_blocks(self.model)
-        self.forward: Callable[[Tensor], Tensor] = torch.compile(self.module) if compiled and not by_block else self.module
+        whole = compiled and not by_block
+        # static shapes, one compilation for each: a resumed run compiles what the whole one had
+        self.forward: Callable[[Tensor], Tensor] = torch.compile(self.module, dynamic=False) if whole else self.module
         self._by_block = compiled and by_block
-        # static shapes, one compilation for each size of a bag
         bags_compiled = (compiled or times.compiled) and not by_block
         self._on_bags: Callable[[Tensor], Tensor] = (
             torch.compile(self.module, dynamic=False) if bags_compiled else self.module
         )
+        self.vocabulary = None if given.vocabulary is None else given.vocabulary.to(given.device)
+        self._partial: Callable[..., Tensor] = (
+            torch.compile(partial_logits, dynamic=False) if bags_compiled else partial_logits
+        )
+        self._part: dict[int, tuple[Tensor, Tensor, float]] = {}
         self.generator = torch.Generator(device=given.device).manual_seed(given.seed + 3)
         self._last: tuple[Tensor, Tensor, Step, Tensor | None] | None = None
 
@@ -76,6 +85,9 @@ class Likelihood(Objective):
         if size > 1:
             self._last = None
             return self._autograd(*bags_of(x_BT, y_BT, size), weight_B, self._on_bags, bag_loss)
+        if step.plan.vocabulary:
+            self._last = None
+            return self._on_a_part(x_BT, y_BT, weight_B, step.plan.vocabulary)
         if self._by_autograd(step):
             self._let_flow(step)
             self._last = (x_BT, y_BT, step, None)
@@ -97,6 +109,16 @@ class Likelihood(Objective):
             generator=self._draws(),
             watched=self.gate.watched if self.gate.observing else frozenset(),
         )
+
+    def _on_a_part(self, x_BT: Tensor, y_BT: Tensor, weight_B: Tensor | None, count: int) -> SparseStep:
+        """A step that predicts the first `count` tokens of the vocabulary's order."""
+        assert self.vocabulary is not None
+        if count not in self._part:
+            chosen = self.vocabulary
+            self._part[count] = chosen.first(count), chosen.places(count), chosen.share(count)
+        predicted_K, places_V, share = self._part[count]
+        run = partial(self._partial, self.model, predicted_K=predicted_K)
+        return self._autograd(x_BT, places_V[y_BT], weight_B, run, partial(partial_loss, share=share))
 
     def _by_autograd(self, step: Step) -> bool:
         """Whether autograd takes the step. A gate that observes needs hooks, which compiled autograd has not: there the
@@ -185,9 +207,17 @@ class Likelihood(Objective):
         return {f"bias/{name}": value for name, value in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"generator": self.generator.get_state()}
+        order = {} if self.vocabulary is None else {"vocabulary": self.vocabulary.state_dict()}
+        return {"generator": self.generator.get_state(), **order}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if (self.vocabulary is not None) != ("vocabulary" in state):
+            raise ValueError(
+                f"the checkpoint is of a run {'with' if 'vocabulary' in state else 'without'} trainer.vocabulary: resume "
+                "with the settings of that run"
+            )
+        if self.vocabulary is not None:
+            self.vocabulary.check(state["vocabulary"])
         self.generator.set_state(state["generator"])
 
 

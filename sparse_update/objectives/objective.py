@@ -21,6 +21,7 @@ from sparse_update.clock.component import Component
 from sparse_update.clock.cost import Step
 from sparse_update.clock.running import RunClock
 from sparse_update.gates.gate import Gate, GatedBatch
+from sparse_update.growth.vocabulary import Vocabulary
 from sparse_update.parallel.mesh import Mesh
 from sparse_update.parallel.single import ALONE
 from sparse_update.step.backward import Stepper
@@ -48,6 +49,8 @@ class Given:
     """blocks are added to the model over the run"""
     mesh: Mesh = ALONE
     """the processes that train together; an objective is given the windows of its own shard"""
+    vocabulary: Vocabulary | None = None
+    """order in which tokens come to be predicted, where not all are from the first step on"""
 
     @property
     def device(self) -> torch.device:
@@ -62,6 +65,8 @@ class Given:
 class Objective(ABC):
     """What a run minimises. A subclass gives `gradients`, `held_out` and `flops`; the other methods have defaults."""
 
+    predicts_parts = False
+    """Whether it takes steps that predict a part of the vocabulary (`trainer.vocabulary`)."""
     compiles = False
     """Whether the first step compiles, so that its wall time is reported apart."""
 

@@ -23,8 +23,8 @@ def check_mesh(
         return
     if batch_windows % mesh.shards:
         raise MeshError(
-            f"trainer.batch_windows = {batch_windows} windows cannot be shared alike by {mesh.shards} processes: choose a "
-            f"multiple of {mesh.shards}"
+            f"trainer.batch_windows or batch_schedule: {batch_windows} windows cannot be shared alike by {mesh.shards} "
+            f"processes: choose a multiple of {mesh.shards}"
         )
     if subset.inactive == "sign8":
         raise MeshError(
@@ -85,7 +85,7 @@ def check_pieces(mesh: Mesh, gate: GateConfig, batch_windows: int, pieces: int) 
         return
     if batch_windows % (mesh.shards * pieces):
         raise MeshError(
-            f"trainer.accumulate = {pieces}: trainer.batch_windows = {batch_windows} windows of {mesh.shards} processes "
+            f"trainer.accumulate = {pieces}: the {batch_windows} windows of a batch of {mesh.shards} processes "
             f"are not cut into as many equal pieces each: choose a multiple of {mesh.shards * pieces}"
         )
     if gate.unit not in ("none", "sequence", "repeats") or gate.policy == "importance":

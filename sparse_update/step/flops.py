@@ -60,7 +60,7 @@ def plan_flops(
         return _lora(cfg, batch, length or cfg.context, rank)
     count = Count(cfg, batch, plan, active, length or cfg.context, skip)
     rows = batch * (length or cfg.context)
-    recomputed = count.forward() - 2 * rows * cfg.width * (cfg.vocab_size + cfg.layers * cfg.hidden_ratio * cfg.width)
+    recomputed = count.forward() - 2 * rows * cfg.width * (count.vocabulary + cfg.layers * cfg.hidden_ratio * cfg.width)
     return Flops(count.forward(), *count.backward(), recomputed)
 
 
@@ -108,6 +108,7 @@ class Count:
         self.cfg, self.batch, self.plan, self.active, self.length, self.skip = cfg, batch, plan, active, length, skip
         self.width, self.hidden = cfg.width, cfg.hidden_ratio * cfg.width
         self.middle = plan.middle(cfg.layers)
+        self.vocabulary = plan.vocabulary or cfg.vocab_size
 
     def forward(self) -> int:
         b, t, d, total = self.batch, self.length, self.width, 0
@@ -116,7 +117,7 @@ class Count:
             keys = t if layer in self.middle and self.plan.bypass_keys else queries
             total += 2 * b * (queries * d * d + keys * 2 * d * d + queries * (d * d + 2 * d * self.hidden))
             total += 2 * 2 * b * queries * keys * d
-        return total + 2 * b * t * d * self.cfg.vocab_size
+        return total + 2 * b * t * d * self.vocabulary
 
     def backward_layers(self) -> Iterator[BackwardLayer]:
         """The blocks that a gradient reaches, from above."""
@@ -143,9 +144,9 @@ class Count:
 
     def backward(self) -> tuple[int, int]:
         plan, cfg, d = self.plan, self.cfg, self.width
-        dx: float = 2 * self.head_rows() * d * cfg.vocab_size
+        dx: float = 2 * self.head_rows() * d * self.vocabulary
         owner = "embed.weight" if cfg.tie_embeddings else "head.weight"
-        dw: float = 2 * self.head_rows() * self._size(owner, (cfg.vocab_size, d))
+        dw: float = 2 * self.head_rows() * self._size(owner, (self.vocabulary, d))
         for at in self.backward_layers():
             s, queries, keys, updated = at.sequences, at.queries, at.keys, at.updated
             dx += at.mlp * 2 * s * queries * 2 * d * self.hidden

@@ -50,11 +50,13 @@ class StepPlan:
     """Expected share of sub-blocks whose backward is skipped (DropBP); which ones is the step's `skip` argument."""
     bag: int = 1
     """Neighbouring tokens that make one position (growth/superposition.py); such a step leaves nothing out."""
+    vocabulary: int = 0
+    """Tokens that are predicted (growth/vocabulary.py), 0 for all; such a step leaves nothing else out."""
     want: frozenset[str] = field(default_factory=frozenset)
     """Extra signals to compute: any of `SIGNALS`."""
 
     def __post_init__(self) -> None:
-        for name in ("sequences", "rows", "bypass", "bypass_first"):
+        for name in ("sequences", "rows", "bypass", "bypass_first", "vocabulary"):
             if getattr(self, name) < 0:
                 raise ValueError(f"plan.{name} = {getattr(self, name)}: must not be negative (0 keeps all)")
         if self.bypass_stop > 0:
@@ -69,6 +71,8 @@ class StepPlan:
             )
         if self.bag < 1 or (self.bag > 1 and replace(self, bag=1) != PLAIN):
             raise ValueError(f"plan.bag = {self.bag}: at least 1, and with bags of tokens a step leaves nothing out")
+        if self.vocabulary and replace(self, vocabulary=0) != PLAIN:
+            raise ValueError(f"plan.vocabulary = {self.vocabulary}: a step that predicts a part leaves nothing else out")
         if not 0 <= self.skip_rate < 1:
             raise ValueError(f"plan.skip_rate = {self.skip_rate}: must lie in [0, 1)")
         if unknown := self.want - set(SIGNALS):
@@ -112,6 +116,11 @@ class StepPlan:
         """Raise ValueError where the plan does not fit (B, T) tokens and L layers."""
         if self.bag > 1:
             raise ValueError(f"plan.bag = {self.bag}: steps on bags of tokens go by autograd, not by the sparse step")
+        if self.vocabulary:
+            raise ValueError(
+                f"plan.vocabulary = {self.vocabulary}: steps that predict a part of the vocabulary go by autograd, not by "
+                "the sparse step"
+            )
         for name, limit, of in (
             ("sequences", batch, "sequences in the batch"),
             ("rows", length, "tokens in a sequence"),

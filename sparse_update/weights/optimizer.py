@@ -152,8 +152,9 @@ class Optimizer:
                 elif g is not None:
                     self.look.append(g)
 
-    def step(self, progress: float) -> float:
-        """Clip, update, clear. Returns the gradient's norm before clipping (0.0 where clipping is off).
+    def step(self, progress: float, scale: float = 1.0) -> float:
+        """Clip, update by `scale` times the schedule's rate at `progress`, clear. Returns the gradient's norm before
+        clipping (0.0 where clipping is off).
 
         A norm that is not finite is returned without an update: nothing moves and no moment changes.
         """
@@ -164,7 +165,7 @@ class Optimizer:
             if not math.isfinite(norm):
                 self.clear()
                 return norm
-        factor = schedule(progress, self.cfg)
+        factor = scale * schedule(progress, self.cfg)
         if self.mask is not None:
             self.mask.before(self._masked())
         for part, peaks in zip(self.parts, self.peaks, strict=True):

@@ -89,7 +89,7 @@ def advance(made: Trainer, steps: int) -> int:
         batch = made.gate.next(made.budget.windows_at(progress), progress)
         step = made.budget.step(progress)
         found = made.updates.take(batch, step, progress)
-        made.gate.observe(batch, found, progress, made.budget.clock.over_plain(step))
+        made.gate.observe(batch, found, progress, made.budget.over_plain(step, progress))
         made.budget.settle()
         made.updates.turn(made.budget.progress)
     return made.updates.tally.tokens - before

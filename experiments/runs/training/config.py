@@ -18,6 +18,7 @@ from sparse_update.gates.config import GateConfig
 from sparse_update.growth.settings import GrowthConfig, check_growth
 from sparse_update.loop.assembly import check_bags
 from sparse_update.loop.records import TrainerConfig
+from sparse_update.loop.schedules import check_batches, check_partial
 from sparse_update.parallel.settings import MeshConfig
 from sparse_update.transformer import ModelConfig
 from sparse_update.weights.settings import OptimConfig
@@ -90,6 +91,9 @@ class TrainConfig:
         more += [mask.kind if mask.name == "none" else mask.name] * (mask.kind != "none") + ["bags"] * bool(
             self.trainer.bags
         )
+        more += ["batches"] * bool(self.trainer.batch_schedule)
+        if self.trainer.vocabulary:
+            more += ["vocabulary" if self.trainer.vocabulary_order == "frequent" else "random_vocabulary"]
         return "+".join([self.gate.name, *more])
 
     @property
@@ -129,12 +133,18 @@ def check_size(cfg: TrainConfig, corpus: Corpus) -> None:
         cfg.trainer.check_context(cfg.model.context)
         if cfg.trainer.bags:
             check_bags(cfg.gate, cfg.subset, cfg.trainer.bags)
+        if cfg.trainer.vocabulary:
+            check_partial(cfg.gate, cfg.subset, cfg.trainer, check_vocabulary(cfg, corpus))
+        if cfg.trainer.batch_schedule:
+            check_batches(cfg.gate, cfg.trainer.batch_schedule)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     windows = (len(corpus.train_tokens) - 1) // cfg.model.context
-    if windows < cfg.trainer.batch_windows:
+    largest = max(cfg.trainer.batch_sizes)
+    if windows < largest:
+        named = "trainer.batch_windows" if largest == cfg.trainer.batch_windows else "trainer.batch_schedule"
         raise ConfigError(
             f"corpus {corpus.name} has {len(corpus.train_tokens)} training tokens, {windows} windows of model.context = "
-            f"{cfg.model.context}, fewer than one batch (trainer.batch_windows = {cfg.trainer.batch_windows}): "
+            f"{cfg.model.context}, fewer than one batch ({named}: {largest} windows): "
             "lower one of them, or give more text"
         )
