@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.studies import rates
@@ -15,6 +15,7 @@ from experiments.studies.rates import best_octave, main, summary
 GRID = [0.005, 0.01, 0.02, 0.04, 0.08]
 
 
+@settings(deadline=None)
 @given(st.floats(math.log2(0.0075), math.log2(0.053)), st.floats(0.01, 2), st.floats(-3, 3))
 def test_the_best_rate_of_a_parabola_is_its_lowest_point(at, curve, low):
     losses = {rate: low + curve * (math.log2(rate) - at) ** 2 for rate in GRID}

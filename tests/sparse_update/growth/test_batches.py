@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -144,6 +144,7 @@ def test_each_size_is_compiled_once_with_static_shapes(corpus, tmp_path, monkeyp
     assert [r.loss_nats for r in reports] == pytest.approx([r.loss_nats for r in eager_reports], abs=1e-6)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 64), st.integers(1, 64), st.floats(0, 1))
 def test_the_rate_follows_the_size_of_the_batch(small, full, power):
     cfg = TrainerConfig(batch_windows=full, batch_schedule=f"{small}@0.5", batch_rate_power=power)
