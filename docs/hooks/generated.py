@@ -155,7 +155,8 @@ class Choices(Written):
     """Argument: a configuration group."""
 
     def markdown(self) -> str:
-        files = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name == self.arguments[0])
+        group = self.arguments[0]
+        files = sorted(path for path in CONFIGS.rglob("*.yaml") if group in (path.parent.name, path.parent.parent.name))
         if not files:
             raise self.error(f"no files of the group {self.arguments[0]!r} under {CONFIGS.name}/")
         rows = ["| choice | what it is |", "|---|---|"]

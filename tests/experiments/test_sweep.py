@@ -113,7 +113,7 @@ def test_files_that_cannot_be_run_are_refused(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/sweep").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/sweep").glob("**/*.yaml")), ids=lambda path: path.stem)
 def test_shipped_files_are_read_and_open_with_their_command(path: Path) -> None:
     plan = read_sweep(path)
     assert find_sweep(path.stem).read_text() == find_sweep(str(path)).read_text() == path.read_text()
@@ -123,6 +123,8 @@ def test_shipped_files_are_read_and_open_with_their_command(path: Path) -> None:
     controls = {  # setting -> what it has to stand beside
         "gate=": "random",
         "mask=": "random",
+        "trainer.batch_schedule=": "dense",
+        "trainer.vocabulary": "random",
         "growth=": "dense_",  # is it growth, or would a dense model of another size have done?
         "subset=": "dense_small_lr",  # where only weights are chosen: does a small rate forget less?
     }

@@ -10,10 +10,16 @@ SUFFIXES = (".yaml", ".yml")
 
 def shipped() -> list[str]:
     """Names of the shipped sweeps, sorted."""
-    folder = files("configs").joinpath("sweep")
-    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    return sorted(_files())
 
 
 def shipped_file(name: str) -> Traversable:
     """The file of the shipped sweep `name`, whether or not it is there."""
-    return files("configs").joinpath("sweep", f"{name}.yaml")
+    return _files().get(name) or files("configs").joinpath("sweep", f"{name}.yaml")
+
+
+def _files() -> dict[str, Traversable]:
+    """Name -> file, of the sweeps' folder and the folders in it."""
+    folder = files("configs").joinpath("sweep")
+    entries = [entry for at in (folder, *(at for at in folder.iterdir() if at.is_dir())) for entry in at.iterdir()]
+    return {entry.name.removesuffix(".yaml"): entry for entry in entries if entry.name.endswith(".yaml")}
