@@ -28,6 +28,7 @@ from experiments.studies.rewards.summary import summarise, tables, verdicts
 from experiments.views.page import picture, shell, table
 from hardware.markdown import row
 from sparse_update.objectives.preference.errors import PreferenceError
+from sparse_update.objectives.preference.pairs import Annotator
 
 CAPTION = (
     "True reward (share of right answers) and proxy (learned reward) over the distance from the reference, d = sqrt(KL). "
@@ -78,7 +79,8 @@ def config(args: argparse.Namespace) -> StudyConfig:
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise ValueError(f"--arms {unknown[0]}: known are {', '.join(ARMS)}")
     training = replace(base.training, steps=args.steps, every=args.every, watched_prompts=args.watched, lr=args.lr)
-    setting = replace(base.setting, pair_prompts=args.pair_prompts, tuning_steps=args.tuning_steps)
+    annotator = Annotator(quality_weight=base.setting.annotator.quality_weight, length_weight=args.likes_length)
+    setting = replace(base.setting, pair_prompts=args.pair_prompts, tuning_steps=args.tuning_steps, annotator=annotator)
     return replace(
         base, training=training, setting=setting, members=args.members, best_outputs=args.outputs, kl=args.kl, arms=arms
     )
@@ -103,10 +105,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for name, default, meaning in numbers:
         parser.add_argument(name, type=int, default=default, help=f"{meaning} (default: {default})")
-    for name, value, meaning in (
+    weights = (
         ("--lr", base.training.lr, "of reinforcement"),
         ("--kl", base.kl, "weight of the KL term"),
-    ):
+        ("--likes-length", base.setting.annotator.length_weight, "annotators' log-odds for each token more"),
+    )
+    for name, value, meaning in weights:
         parser.add_argument(name, type=float, default=value, help=f"{meaning} (default: {value:g})")
     add_json_argument(parser)
     args = parser.parse_args(argv)

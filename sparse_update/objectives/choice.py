@@ -10,6 +10,7 @@ from sparse_update.objectives.examples.rows import PromptStream, RowStream
 from sparse_update.objectives.instruction.instruct import Instruct
 from sparse_update.objectives.likelihood import Likelihood
 from sparse_update.objectives.objective import Given, Objective
+from sparse_update.objectives.preference.learned import ByReward
 from sparse_update.objectives.reinforcement.reinforce import Reinforce
 from sparse_update.objectives.reinforcement.rejection import Rejection
 from sparse_update.objectives.sampled import Sampled
@@ -29,8 +30,8 @@ def _prompts(examples: Examples, cfg: ObjectiveConfig) -> PromptStream:
     return examples.prompts(cfg.sample.new_tokens)
 
 
-def _sampled(kind: Callable[..., Sampled], given: Given, examples: Examples, cfg: ObjectiveConfig, own: object) -> Sampled:
-    return kind(given, examples, cfg.sample, _prompts(examples, cfg), own)
+def _sampled(kind: Callable[..., Sampled], given: Given, examples: Examples, cfg: ObjectiveConfig, *own: object) -> Sampled:
+    return kind(given, examples, cfg.sample, _prompts(examples, cfg), *own)
 
 
 KINDS: Mapping[str, Kind] = {
@@ -38,6 +39,7 @@ KINDS: Mapping[str, Kind] = {
         lambda given, examples, cfg: Instruct(given, examples, cfg.instruct), lambda examples, cfg: examples.examples()
     ),
     "rl": Kind(lambda given, examples, cfg: _sampled(Reinforce, given, examples, cfg, cfg.rl), _prompts),
+    "reward": Kind(lambda given, examples, cfg: _sampled(ByReward, given, examples, cfg, cfg.rl, cfg.reward), _prompts),
     "rejection": Kind(lambda given, examples, cfg: _sampled(Rejection, given, examples, cfg, cfg.rejection), _prompts),
 }
 """Every kind of `settings.TASK_KINDS`."""

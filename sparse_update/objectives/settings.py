@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 from hardware.text import quoted
 from sparse_update.objectives.instruction.settings import InstructConfig
+from sparse_update.objectives.preference.settings import RewardConfig
 from sparse_update.objectives.reinforcement.settings import RejectionConfig, RlConfig
 
 TEXT_KINDS = ("likelihood",)
-TASK_KINDS = ("instruct", "rl", "rejection")
+TASK_KINDS = ("instruct", "rl", "rejection", "reward")
 """Kinds that train on tasks (`TaskConfig`) in the place of text; see `choice.KINDS`."""
 
 
@@ -67,10 +68,11 @@ class ObjectiveConfig:
     """Name in tables; empty: the kind."""
     kind: str = "likelihood"
     """likelihood (text), instruct (answers to questions of tasks), rl (outputs that are better than others of their prompt
-    are pushed up), rejection (right outputs are trained on), ..."""
+    are pushed up), rejection (right outputs are trained on), reward (rl by a learned reward, watched by the verifier)"""
     instruct: InstructConfig = field(default_factory=InstructConfig)
     rl: RlConfig = field(default_factory=RlConfig)
     rejection: RejectionConfig = field(default_factory=RejectionConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self) -> None:

@@ -47,7 +47,7 @@ class Setting:
     tuning_steps: int = 350
     tuning_rows: int = 64
     tuning_lr: float = 3e-3
-    annotator: Annotator = field(default_factory=lambda: Annotator(quality_weight=4.0, length_weight=0.2))
+    annotator: Annotator = field(default_factory=lambda: Annotator(quality_weight=4.0, length_weight=0.1))
     pair_prompts: int = 1500
     pair_outputs: int = 8
 
@@ -134,6 +134,11 @@ class Answers:
     logp_R: np.ndarray
     """float64 nats, of whole answers"""
     n: int
+
+    def first(self, n: int) -> Answers:
+        """The first n of each question."""
+        rows = [row for row in range(len(self.rows)) if row % self.n < n]
+        return Answers(self.instances, [self.prompts[i] for i in rows], [self.rows[i] for i in rows], self.logp_R[rows], n)
 
     def of(self, instance_of_row: int) -> Instance:
         return self.instances[instance_of_row // self.n]

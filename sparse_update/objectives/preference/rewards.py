@@ -13,9 +13,9 @@ import numpy as np
 
 from sparse_update.objectives.preference.errors import PreferenceError, VocabularyMismatch
 from sparse_update.objectives.preference.reward import RewardModel
+from sparse_update.objectives.preference.settings import RULES
 
 Rows = Sequence[np.ndarray]
-RULES = ("mean", "least")
 
 
 class Reward(Protocol):
