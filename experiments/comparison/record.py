@@ -20,6 +20,7 @@ SCHEMA = 1
 EQUAL_BUDGET = 0.02  # arms whose reference seconds differ by more than this share were not given the same budget
 MOST_SETTINGS = 5  # named in a note
 ARM_ORDER = ("dense", "random", "surprise")
+OVEROPTIMISED = "flagged: its true reward fell while its learned reward rose, so the learned one was followed too far"
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,12 @@ class Run:
 
     @property
     def remarks(self) -> list[str]:
-        """What the run itself says a reader must know (`notes` of its result: one text, or a list of them)."""
+        """What the run itself says a reader must know (`notes` of its result: one text, or a list of them), and that it was
+        flagged where it was."""
         notes = self.result.get("notes") or ()
-        return [notes] if isinstance(notes, str) else [str(note) for note in notes]
+        found = [notes] if isinstance(notes, str) else [str(note) for note in notes]
+        task = self.result.get("task")
+        return [*found, OVEROPTIMISED] if isinstance(task, Mapping) and task.get("reward/flagged") == 1 else found
 
     @property
     def held_out(self) -> dict[str, float]:

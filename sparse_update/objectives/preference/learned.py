@@ -3,6 +3,7 @@ reward model's, and at every evaluation both rewards are compared on development
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -108,7 +109,10 @@ class ByReward(Reinforce):
         if not self.reward_cfg.watch_prompts:
             return found
         proxy_P, true_P = self._both()
-        self.watch.add(self.watch.seen, proxy_P, true_P)
+        raised = self.watch.add(self.watch.seen, proxy_P, true_P)
+        if raised is not None:
+            held = "; nothing is learnt any more (at_flag = hold)" if self.holds else ""
+            warnings.warn(f"{raised.text()} (step: number of the evaluation){held}", stacklevel=2)
         self._watched = {
             "reward/proxy": float(proxy_P.mean()),
             "reward/true": float(true_P.mean()),

@@ -15,6 +15,7 @@ from experiments.comparison.document import to_json
 from experiments.comparison.overview import rows
 from experiments.comparison.verdicts import verdicts
 from experiments.views.energy_figure import Point, pareto, points
+from experiments.views.page import page
 from experiments.views.tables import markdown, summary, table
 from tests.experiments.comparison.records import arm_record, deployed_record
 
@@ -250,3 +251,13 @@ def test_what_a_run_says_of_itself_stands_under_its_table(tmp_path: Path, make_r
     assert to_json(comparison)["notes"]["clean"] == notes
     for text in (summary(comparison), table(comparison), markdown(comparison)):
         assert all(f"Note: {note}." in text for note in notes)
+
+
+def test_a_run_whose_true_reward_fell_is_named_in_every_view(tmp_path: Path, make_run: RunMaker) -> None:
+    make_run("dense", 1.75, result={"task": {"reward/flagged": 0.0}})
+    make_run("surprise", 1.70, result={"task": {"reward/flagged": 1.0, "reward/true": 0.2}})
+    comparison = collect([tmp_path])
+    (note,) = comparison.streams["clean"].notes
+    assert note.startswith("surprise seed 0: flagged: its true reward fell while its learned reward rose")
+    for text in (summary(comparison), table(comparison), markdown(comparison), page(comparison, to_json(comparison), {})):
+        assert note in text
