@@ -65,7 +65,7 @@ THIRD_PARTIES = {
     "spikingjelly": ("experiments/benches/peers/float_peers.py",),
     "norse": ("experiments/benches/peers/float_peers.py",),
     "nir": ("neuro/exchange/nir/",),
-    "h5py": ("neuro/exchange/hdf5.py",),
+    "h5py": ("neuro/exchange/hdf5_worker.py",),
     "transformers": (
         "sparse_update/library/callbacks.py",
         "experiments/benches/attach_arms.py",

@@ -1,115 +1,135 @@
-"""HDF5 files of strangers: h5py when it is needed, and what a file claims held against its length before it is read."""
+"""HDF5 files of strangers, read by a process of its own (`hdf5_worker.py`): what the library does there ends there.
+
+The HDF5 library is written in C. A file that makes it crash, read for ever or ask for all memory ends a process that has
+limits and nothing else to lose; here it is one error in words.
+"""
 
 from __future__ import annotations
 
-import mmap
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
-from hardware.text import quoted
+import numpy as np
+
+from hardware.documents import json_of
+from hardware.text import quoted, short
+from neuro.exchange.hdf5_worker import NO_LIBRARY, NO_MEMORY
 from neuro.graph.archive import DEFLATE_RATIO, MOST_BYTES
+
+WORKER = Path(__file__).with_name("hdf5_worker.py")
+LIMIT_S = 900.0
+"""Wall-clock seconds; the worker's own limit on CPU time is lower."""
+REMEDY = "copy or export the file again"
 
 
 class Hdf5Unavailable(RuntimeError):
     """h5py is not installed."""
 
 
-def hdf5_library() -> ModuleType:
-    """The h5py package; Hdf5Unavailable where it is not installed."""
-    try:
-        import h5py
-    except ImportError as error:
-        raise Hdf5Unavailable(f"h5py is not installed ({error}); pip install 'spikegate[netx]'") from error
-    return h5py
+def tree(path: Path, refused: type[Exception]) -> dict[str, Any]:
+    """Groups of an HDF5 file as dicts, datasets as numpy values, one text as str, several as an array of bytes.
 
-
-def check_claims(path: Path, refused: type[Exception]) -> None:
-    """Hold an HDF5 file against its length before anything of it is read.
+    Values that are nothing (a dataset without a shape) are left out.
 
     Raises:
         refused: values that take more than `MOST_BYTES` or than deflate can hold in the file, parts that lie in other
-            files, a damaged heap of texts, or values that are neither numbers nor texts.
-        OSError: no HDF5 file.
+            files, a damaged heap of texts, values that are neither numbers nor texts, more than 50,000 items or 100
+            groups within one another.
+        OSError: no HDF5 file, a damaged one, or one that ended the process which read it: by a crash, or by asking for more
+            memory (twice the file and its largest dataset, plus 64 MiB) or CPU time (30 s, and 1 s for each 10 MB) than it
+            may have.
         Hdf5Unavailable: no h5py.
     """
-    h5py = hdf5_library()
-    length = path.stat().st_size
-    claimed = 0
-
-    def look(name: str, item: Any) -> None:
-        nonlocal claimed
-        if isinstance(item, h5py.Group):
-            for key in item:
-                if isinstance(item.get(key, getlink=True), h5py.ExternalLink):
-                    raise refused(f"{path}: {quoted(f'{name}/{key}')} points to another file; write the graph as one file")
-        elif isinstance(item, h5py.Dataset):
-            if item.external or item.is_virtual:
-                raise refused(f"{path}: the values of {quoted(name)} lie in another file; write the graph as one file")
-            if item.dtype.kind == "O" and h5py.check_string_dtype(item.dtype) is None:
-                raise refused(f"{path}: {quoted(name)} holds neither numbers nor texts; copy or export the file again")
-            claimed += item.size * item.dtype.itemsize if item.size else 0
-            most = min(MOST_BYTES, length * DEFLATE_RATIO)
-            if claimed > most:
-                raise refused(
-                    f"{path}: with {quoted(name)} its values take {claimed:,} bytes; {most:,} are the limit for a file of"
-                    f" {length:,} bytes"
-                )
-
-    with h5py.File(path, "r") as file:
-        if not _heaps_end(path):
-            raise refused(f"{path}: its heap of texts is damaged; copy or export it again")
-        look("", file)
-        file.visititems(look)
+    if importlib.util.find_spec("h5py") is None:
+        raise Hdf5Unavailable("h5py is not installed; pip install 'spikegate[netx]'")
+    words = [sys.executable, "-P", str(WORKER), os.fspath(path), str(MOST_BYTES), str(DEFLATE_RATIO)]
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "HDF5_PLUGIN_PRELOAD": "::"}
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+        try:
+            done = subprocess.run(
+                words, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, env=environment, timeout=LIMIT_S, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise OSError(f"reading it took longer than {LIMIT_S:.0f} s and was ended; {REMEDY}") from None
+        if done.returncode:
+            errors.seek(0)
+            raise _death(done.returncode, errors.read(10_000).decode("utf8", "replace"))
+        out.seek(0)
+        return _Told(out, path, refused).tree()
 
 
-def _heaps_end(path: Path) -> bool:
-    """Whether every global heap of the file, where texts of any length lie, can be walked to its end."""
-    with path.open("rb") as file:
-        if path.stat().st_size < 16:
-            return True
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return heaps_end(data)
+def _death(code: int, said: str) -> Exception:
+    last = short((said.strip().splitlines() or ["it said nothing"])[-1])
+    if code == NO_LIBRARY:
+        return Hdf5Unavailable(f"h5py cannot be loaded ({last}); pip install 'spikegate[netx]'")
+    if code == NO_MEMORY:
+        return OSError(f"reading it takes more memory than a file of its length may ask for; {REMEDY}")
+    if -code == signal.SIGXCPU:
+        return OSError(f"reading it takes more time than a file of its length may ask for; {REMEDY}")
+    if code < 0:
+        return OSError(f"the HDF5 library ended with {signal.Signals(-code).name} while it read it; {REMEDY}")
+    return OSError(f"the process that reads it ended with exit code {code}: {last}")
 
 
-def heaps_end(data: bytes | mmap.mmap) -> bool:
-    """Whether every global heap among these bytes can be walked to its end.
+class _Told:
+    """What the worker wrote, believed no more than a file is."""
 
-    Form: section III.E of the HDF5 file format, version 3.0: GCOL, version, three zeros, size; then objects of 16 bytes
-    (index, references, four zeros, size) and their data, filled up to 8 bytes. Object 0 is what is free.
-    """
-    at = data.find(b"GCOL")
-    while at >= 0:
-        version, size = int.from_bytes(data[at + 4 : at + 5], "little"), int.from_bytes(data[at + 8 : at + 16], "little")
-        end = at + size
-        if at % 8 == 0 and version == 1 and not any(data[at + 5 : at + 8]):  # else it is a value by chance
-            if end > len(data):
-                return False
-            place = at + 16
-            while end - place >= 16:
-                index = int.from_bytes(data[place : place + 2], "little")
-                taken = int.from_bytes(data[place + 8 : place + 16], "little")
-                step = taken if index == 0 else 16 + (taken + 7) // 8 * 8
-                if step < 16 or step > end - place:
-                    return False
-                place += step
-        at = data.find(b"GCOL", at + 4)
-    return True
+    def __init__(self, out: IO[bytes], path: Path, refused: type[Exception]) -> None:
+        self._out, self._path, self._refused = out, path, refused
+        self._left = os.fstat(out.fileno()).st_size
 
-
-def tree(path: Path) -> dict[str, Any]:
-    """Groups of an HDF5 file as dicts, datasets as numpy values, byte strings as text. `check_claims` comes first."""
-    h5py = hdf5_library()
-
-    def taken(group: Any) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, item in group.items():
-            if isinstance(item, h5py.Group):
-                found[key] = taken(item)
+    def tree(self) -> dict[str, Any]:
+        header = self._bytes(int.from_bytes(self._bytes(8), "little"))
+        said = json_of(header, f"{self._path}: the list of what it holds", self._refused)
+        del header
+        if "refused" in said:
+            raise self._refused(f"{self._path}: {said['refused']}")
+        if "unreadable" in said:
+            raise OSError(said["unreadable"])
+        top: dict[str, Any] = {}
+        groups = {"": top}
+        for where, kind, dtype, shape, size in said["items"]:
+            above, _, name = where.rpartition("/")
+            if above not in groups or name in groups[above]:
+                raise self._refused(f"{self._path}: {quoted(where)} stands in no group, or twice; {REMEDY}")
+            if kind == "group":
+                groups[where] = groups[above][name] = {}
             else:
-                value = item[()]
-                found[key] = value.decode("utf8") if isinstance(value, bytes) else value
-        return found
+                groups[above][name] = getattr(self, f"_{kind}")(where, dtype, shape, size)
+        return top
 
-    with h5py.File(path, "r") as file:
-        return taken(file)
+    def _bytes(self, size: int) -> bytes:
+        if size > self._left:
+            raise OSError(f"the process that reads it told less than it said; {REMEDY}")
+        self._left -= size
+        return self._out.read(size)
+
+    def _numbers(self, where: str, dtype: str, shape: list[int], size: int) -> Any:
+        if not re.fullmatch(r"[<>|=][biufc]\d{1,2}", dtype) or size > self._left:
+            raise OSError(f"the process that reads it told less than it said of {quoted(where)}; {REMEDY}")
+        found = np.empty(shape, np.dtype(dtype))
+        if found.nbytes != size:
+            raise OSError(f"the process that reads it told less than it said of {quoted(where)}; {REMEDY}")
+        if size:
+            self._left -= size
+            self._out.readinto(memoryview(found.reshape(-1).view(np.uint8)))  # type: ignore[attr-defined]
+        return found if shape else found[()]
+
+    def _text(self, where: str, dtype: str, shape: list[int], size: int) -> str:
+        try:
+            return self._bytes(size).decode("utf8")
+        except UnicodeDecodeError as error:
+            raise self._refused(f"{self._path}: {quoted(where)} is no text in UTF-8 ({error.reason}); {REMEDY}") from error
+
+    def _texts(self, where: str, dtype: str, shape: list[int], size: int) -> np.ndarray:
+        found = np.empty(shape, dtype=object)
+        lengths = np.frombuffer(self._bytes(8 * found.size), "<i8")
+        found.reshape(-1)[:] = [self._bytes(int(length)) for length in lengths]
+        return found

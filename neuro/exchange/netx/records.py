@@ -146,21 +146,19 @@ def read_layers(path: Path) -> tuple[Layer, ...]:
         Hdf5Unavailable: no h5py.
     """
     existing_file(path)
-    h5py = hdf5.hdf5_library()
     try:
-        hdf5.check_claims(path, NetxFileError)
-        with h5py.File(path, "r") as file:
-            layers = file.get("layer")
-            if not isinstance(layers, h5py.Group):
-                held = listed(list(file)) or "nothing"
-                raise NetxFileError(f"{path} has no group 'layer', which a .net file of lava-dl has; it holds: {held}")
-            names = list(layers)
-            for number in range(len(names)):
-                if str(number) not in names:
-                    raise NetxFileError(f"{path}: layer {number} of {len(names)} is missing; there are: {listed(names)}")
-            if not names:
-                raise NetxFileError(f"{path}: its group 'layer' is empty; export the network again")
-            return tuple(_layer(layers[str(number)], number, h5py) for number in range(len(names)))
+        tree = hdf5.tree(path, NetxFileError)
+        layers = tree.get("layer")
+        if not isinstance(layers, dict):
+            held = listed(list(tree)) or "nothing"
+            raise NetxFileError(f"{path} has no group 'layer', which a .net file of lava-dl has; it holds: {held}")
+        names = list(layers)
+        for number in range(len(names)):
+            if str(number) not in names:
+                raise NetxFileError(f"{path}: layer {number} of {len(names)} is missing; there are: {listed(names)}")
+        if not names:
+            raise NetxFileError(f"{path}: its group 'layer' is empty; export the network again")
+        return tuple(_layer(layers[str(number)], number) for number in range(len(names)))
     except (NetxFileError, NotInNetx) as error:
         text = str(error)
         raise type(error)(text if text.startswith(str(path)) else f"{path}: {text}") from error
@@ -170,23 +168,25 @@ def read_layers(path: Path) -> tuple[Layer, ...]:
         ) from error
 
 
-def _layer(group: Any, index: int, h5py: Any) -> Layer:
-    if not isinstance(group, h5py.Group):
+def _layer(group: Any, index: int) -> Layer:
+    if not isinstance(group, dict):
         raise NetxFileError(f"layer {index} is no group of values; export the network again")
     numbers: dict[str, np.ndarray] = {}
     texts: dict[str, str] = {}
 
-    def take(name: str, item: Any) -> None:
-        if not isinstance(item, h5py.Dataset) or item.shape is None:
-            return
-        value = np.asarray(item[()])
-        if value.dtype.kind in "biuf":
-            numbers[name] = value
-        elif value.dtype.kind in "SOU" and value.size:
-            first = value.reshape(-1)[0]
-            texts[name] = first.decode("ascii", "replace") if isinstance(first, bytes) else str(first)
+    def take(group: Mapping[str, Any], above: str) -> None:
+        for name, item in group.items():
+            if isinstance(item, dict):
+                take(item, f"{above}{name}/")
+                continue
+            value = np.asarray(item)
+            if value.dtype.kind in "biuf":
+                numbers[above + name] = value
+            elif value.dtype.kind in "SOU" and value.size:
+                first = value.reshape(-1)[0]
+                texts[above + name] = first.decode("ascii", "replace") if isinstance(first, bytes) else str(first)
 
-    group.visititems(take)
+    take(group, "")
     kind = texts.get("type", "")
     kind = ALIASES.get(kind, kind)
     if kind in REFUSED:

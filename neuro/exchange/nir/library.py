@@ -36,14 +36,9 @@ def nir_library() -> ModuleType:
     return nir
 
 
-def check_claims(path: Path) -> None:
-    """Hold a NIR file against its length before anything of it is read; raises NirFileError or OSError."""
-    hdf5.check_claims(path, NirFileError)
-
-
 def hdf5_tree(path: Path) -> dict[str, Any]:
-    """Groups of a NIR file as dicts, datasets as numpy values, byte strings as text. `check_claims` comes first."""
-    return hdf5.tree(path)
+    """Groups of a NIR file as dicts, datasets as numpy values, one text as str; raises NirFileError or OSError."""
+    return hdf5.tree(path, NirFileError)
 
 
 def values(node: Any, name: str, key: str) -> np.ndarray:

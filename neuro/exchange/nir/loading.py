@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from hardware.text import listed, quoted, short
-from neuro.exchange.nir.library import NirFileError, check_claims, hdf5_tree, nir_library
+from neuro.exchange.nir.library import NirFileError, hdf5_tree, nir_library
 from neuro.exchange.paths import existing_file
 
 MOST_DEEP = 64
@@ -74,7 +74,6 @@ def load_with_notes(path: str | os.PathLike[str]) -> Loaded:
     """As `load_nir`, with notes on what the file leaves out."""
     library, path = nir_library(), existing_file(path)
     try:
-        check_claims(path)
         tree = hdf5_tree(path)
         node = tree.get("node")
         if not isinstance(node, dict) or "type" not in node:

@@ -1,7 +1,7 @@
 """Graphs, results, inputs, plans and exported programs from any bytes: a value, or one typed error within bounded memory.
 
-HDF5 (NIR, .net) is read by a library in C, so files of it are not changed at random here: what our own checks refuse before
-that library looks is in `test_hdf5.py`, and lawful files with strange values are below.
+HDF5 (NIR, .net) is read by a library in C, in a process of its own for each file (`test_hdf5.py`), which costs a tenth of a
+second: fewer changed files are tried of it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ import neuro
 from neuro.conversion.plan import PlanFileError, load_plan, save_plan
 from neuro.conversion.spiking.description import NotConvertible
 from neuro.exchange.exported import ExportedError, read_exported
+from neuro.exchange.netx.errors import NetxFileError, NotInNetx
+from neuro.exchange.netx.records import read_layers
 from neuro.exchange.nir.describing import describe
 from neuro.exchange.nir.library import DT_S, NirFileError, NotInNir
 from neuro.exchange.nir.loading import load_nir
@@ -142,6 +144,45 @@ def test_a_changed_file_is_read_or_refused(kind: str, whole: Path, tmp_path: Pat
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_changed_files(kind: str, whole: Path, tmp_path: Path) -> None:
     assert hold_all(kind, whole, tmp_path, 4000) > 1000
+
+
+HDF5 = {"nir": (load_nir, NirFileError), "net": (read_layers, NetxFileError)}
+
+
+def hdf5_file(kind: str, path: Path) -> bytes:
+    """A lawful file of the kind."""
+    if kind == "net":
+        h5py = pytest.importorskip("h5py")
+        with h5py.File(path, "w") as file:
+            for name, value in {"0/type": "input", "0/shape": [4], "1/type": "dense", "1/weight": np.ones((6, 4)),
+                                "1/shape": [6], "1/neuron/type": "CUBA", "1/neuron/vThMant": 64}.items():  # fmt: skip
+                file[f"layer/{name}"] = value
+    else:
+        nir, rng = pytest.importorskip("nir"), np.random.default_rng(1)
+        edges, nodes = nir_made.chain(("fc", nir.Linear(np.ones((6, 4)))), ("n", nir_made.neurons("LIF", rng, (6,))))
+        nir.write(path, nir_made.graph(edges, (4,), **nodes))
+    return path.read_bytes()
+
+
+def hold_hdf5(kind: str, folder: Path, examples: int) -> int:
+    read, error = HDF5[kind]
+    path = folder / f"x.{kind}"
+    whole = hdf5_file(kind, path)
+    read(path)
+    return mutations.refusals(mutations.bytes_of(whole), read, path, (error, NotInNetx), examples)
+
+
+@pytest.mark.parametrize("kind", HDF5)
+def test_changed_hdf5_is_read_or_refused(kind: str, tmp_path: Path) -> None:
+    assert hold_hdf5(kind, tmp_path, 12) > 3
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", HDF5)
+def test_much_changed_hdf5(kind: str, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    refused = hold_hdf5(kind, tmp_path, 1000)
+    record_property("soak", {"what": f"changed .{kind} files, {refused} refused", "tried": 1000})
+    assert refused > 300
 
 
 VALUES = (
