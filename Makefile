@@ -23,9 +23,10 @@ PY := $(VENV)/bin/python
 ARGS ?=
 JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 PIP_INSTALL := -m pip install --disable-pip-version-check
-# HASHES=1: every file that is installed into .venv is held against the sha256 in locks/, and nothing else is fetched.
+# HASHES=1: every file that is installed is held against the sha256 in locks/, and nothing else is fetched.
 HASHES ?=
 HASHED = $(if $(HASHES),--no-index --no-build-isolation)
+worker = $(if $(HASHES),.ci/install_hashed $(1) locks/$(2).txt,$(1)/bin/python $(PIP_INSTALL) --no-deps -r constraints-$(2).txt)
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # A stamp is named after what it vouches for: the pins, the dependencies, the folder. Same name: nothing to install.
@@ -51,8 +52,8 @@ demo: $(INSTALLED) ## train dense, random-gated and surprise-gated, deploy, comp
 test: lint lava-if-possible ## lint and all tests; Lava's are skipped where no Python 3.10 can be had
 	$(PYTEST) --durations 15 $(ARGS)
 
-soak: lint lava-if-possible ## only what `make test` leaves out: long generated sweeps, whole demonstrations
-	$(PYTEST) -m soak $(ARGS)
+soak: lint lava-if-possible ## only what `make test` leaves out: faults, strange files, generated sweeps, whole demonstrations
+	$(PYTEST) -m soak --timeout 3600 $(ARGS)
 
 coverage: $(INSTALLED_DEV) lava-if-possible ## the tests with line coverage, in twice the time: the total and the ten least covered files
 	$(PYTEST) --cov --cov-report= $(ARGS)
@@ -145,32 +146,32 @@ $(INSTALLED_DEV): | $(INSTALLED)
 
 $(INSTALLED_LAVA):
 	@env -u PYTHON .ci/make_venv $(LAVA_VENV) 3.10 3.10
-	$(LAVA_VENV)/bin/python $(PIP_INSTALL) --no-deps -r constraints-lava.txt
+	$(call worker,$(LAVA_VENV),lava)
 	@rm $(LAVA_VENV)/.installing && touch $@
 
 $(INSTALLED_READERS):
 	@env -u PYTHON .ci/make_venv $(READERS_VENV) 3.11 3.14
-	$(READERS_VENV)/bin/python $(PIP_INSTALL) --no-deps -r constraints-readers.txt
+	$(call worker,$(READERS_VENV),readers)
 	@rm $(READERS_VENV)/.installing && touch $@
 
 $(INSTALLED_NEUROBENCH):
 	@env -u PYTHON .ci/make_venv $(NEUROBENCH_VENV) 3.11 3.14
-	$(NEUROBENCH_VENV)/bin/python $(PIP_INSTALL) --no-deps -r constraints-neurobench.txt
+	$(call worker,$(NEUROBENCH_VENV),neurobench)
 	@rm $(NEUROBENCH_VENV)/.installing && touch $@
 
 $(INSTALLED_ENERGY):
 	@env -u PYTHON .ci/make_venv $(ENERGY_VENV) 3.11 3.14
-	$(ENERGY_VENV)/bin/python $(PIP_INSTALL) --no-deps -r constraints-energy.txt
+	$(call worker,$(ENERGY_VENV),energy)
 	@rm $(ENERGY_VENV)/.installing && touch $@
 
 $(INSTALLED_XYLO):
 	@env -u PYTHON .ci/make_venv $(XYLO_VENV) 3.11 3.14
-	$(XYLO_VENV)/bin/python $(PIP_INSTALL) --no-deps -r constraints-xylo.txt
+	$(call worker,$(XYLO_VENV),xylo)
 	@rm $(XYLO_VENV)/.installing && touch $@
 
 $(INSTALLED_AKIDA):
 	@env -u PYTHON .ci/make_venv $(AKIDA_VENV) 3.10 3.12
-	$(AKIDA_VENV)/bin/python $(PIP_INSTALL) --no-deps -r constraints-akida.txt
+	$(call worker,$(AKIDA_VENV),akida)
 	@rm $(AKIDA_VENV)/.installing && touch $@
 
 $(INSTALLED_TRL):
