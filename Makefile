@@ -92,7 +92,7 @@ findings: ## what libraries of this field do that one would guess wrong, in envi
 	printf '    skipped: %s\n' "$${skipped[@]:-none}"; printf '    changed: %s\n' "$${changed[@]:-none}"; \
 	(( $${#changed[@]} == 0 ))
 
-locks: ## write locks/ anew from constraints.txt: the sha256 of every file of every pinned release; needs uv
+locks: ## write locks/ anew: the sha256 of every file of every pinned release, when it came out; needs uv
 	@.ci/lock
 
 audit: $(INSTALLED) ## are the pins known to be vulnerable, under which licence, how old? needs pip-audit; exit code 3 where its database cannot be reached

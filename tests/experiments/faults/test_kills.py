@@ -33,15 +33,35 @@ def killed(process: Process, after_s: float, number: int = signal.SIGKILL) -> bo
     return came
 
 
-def survived(zygote: Zygote, words: list[str], folder: Path, kills: int, draw: random.Random) -> dict[str, Any]:
-    """Kill a run again and again, let it end, and say what was seen."""
+AIMED = """
+import os, signal
+real, left = os.fsync, [{number}]
+def fsync(handle):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(handle)
+os.fsync = fsync
+"""
+"""The process ends when it has asked so many times for something to reach the disk, which it does inside a checkpoint."""
+
+
+def survived(
+    zygote: Zygote, words: list[str], folder: Path, kills: int, draw: random.Random, aimed: int = 0
+) -> dict[str, Any]:
+    """Kill a run again and again, `aimed` times inside a checkpoint, let it end, and say what was seen."""
     seen = {"kills": 0, "starts": 0, "most steps lost": 0, "inside a checkpoint": 0, "before the first checkpoint": 0}
     run = folder / "run"
     longest_s = 1.0
     while seen["kills"] < kills:
-        process = zygote.start(words, folder)
+        inside = seen["kills"] < aimed
+        process = zygote.start(words, folder, AIMED.format(number=draw.randint(1, 12)) if inside else "")
         seen["starts"] += 1
-        if not killed(process, draw.uniform(0, longest_s)):
+        if inside:
+            if process.wait() != -signal.SIGKILL:
+                assert process.code == 0, process.said
+                break
+        elif not killed(process, draw.uniform(0, longest_s)):
             assert process.code == 0, process.said
             break
         longest_s = min(4.0, longest_s * 1.3)
@@ -193,13 +213,14 @@ def test_fifty_kills(
     draw, runs, lost = random.Random(5), 0, 0
     while seen["kills"] < 50:
         folder = tmp_path / str(runs)
-        found = survived(zygote, words, folder, 5, draw)
+        found = survived(zygote, words, folder, 5, draw, aimed=2)
         lost = max(lost, found.pop("most steps lost"))
         seen.update(found)
         assert trace(folder / "run") == whole, found
         assert leftovers(folder / "run") == []
         runs += 1
     assert seen["inside a checkpoint"]
-    told = f"SIGKILL of a training at random moments, {seen['inside a checkpoint']} inside a checkpoint, {runs} runs"
+    told = f"SIGKILL of a training at random moments, {seen['inside a checkpoint']} inside a checkpoint,"
+    told += f" {seen['before the first checkpoint']} before the first, {runs} runs"
     faults = seen["kills"]
     record_property("soak", {"what": told, "faults": faults, "survived": faults, "lost": f"at most {lost} steps"})
