@@ -119,7 +119,7 @@ class _Told:
             raise OSError(f"the process that reads it told less than it said of {quoted(where)}; {REMEDY}")
         if size:
             self._left -= size
-            self._out.readinto(memoryview(found.reshape(-1).view(np.uint8)))  # type: ignore[attr-defined]
+            self._out.readinto(found.reshape(-1).view(np.uint8).data)  # type: ignore[attr-defined]
         return found if shape else found[()]
 
     def _text(self, where: str, dtype: str, shape: list[int], size: int) -> str:
