@@ -260,7 +260,7 @@ def test_test_lints_sets_up_lava_and_runs_pytest(shop):
 
 def test_soak_and_coverage_are_runs_of_pytest(shop):
     begun = "-m pytest -n 2 --dist loadfile --no-loadscope-reorder"
-    assert shop.make("soak", "JOBS=2", "ARGS=-x")[0][-1] == f"{begun} -m soak -x"
+    assert shop.make("soak", "JOBS=2", "ARGS=-x")[0][-1] == f"{begun} -m soak --timeout 3600 -x"
     notes, done = shop.make("coverage", "JOBS=2")
     assert done.returncode == 0, done.stderr
     assert notes == [f"{begun} --cov --cov-report=", "-m coverage report --sort=cover"]
