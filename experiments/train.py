@@ -31,19 +31,23 @@ from experiments.runs.training.component_times import component_times
 from experiments.runs.training.config import MAY_DIFFER, TrainConfig, check_size, check_vocabulary, pick_device
 from experiments.runs.training.launch import launched, starts_processes
 from experiments.runs.training.ranks import is_first, joined, mesh_record, rank_device
+from experiments.runs.training.source import corpus_of
 from sparse_update.clock.cost import ComponentTimes, ComponentTimesError
-from sparse_update.data.corpus import load_corpus
 from sparse_update.data.records import CorpusError
 from sparse_update.loop.checkpoint import CheckpointError
 from sparse_update.loop.records import TrainingDiverged
+from sparse_update.objectives.sampled import RewardError
 from sparse_update.parallel.mesh import Mesh, MeshError
 from sparse_update.signals import SignalError
+from sparse_update.tasks.base import TaskError, VerifierError
+from sparse_update.tasks.encoding import PromptTooLong
 from sparse_update.weights.lowrank import PeersError
 
 __all__ = ["EXPECTED", "TrainConfig", "main", "train"]
 
 EXPECTED = (
     RunError, CorpusError, CheckpointError, ComponentTimesError, TrainingDiverged, SignalError, PeersError, MeshError,
+    RewardError, VerifierError,
 )  # fmt: skip
 
 
@@ -60,7 +64,7 @@ HEADLINE += [
     "peak_bytes",
     "keep_fraction",
 ]
-HEADLINE += ["source_keep", "skipped_steps", "params", "corpus"]
+HEADLINE += ["objective", "task", "empty_steps", "source_keep", "skipped_steps", "params", "corpus"]
 
 
 def train(cfg: TrainConfig) -> dict[str, Any]:
@@ -77,7 +81,7 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
     with joined(cfg.mesh, device) as mesh, disk_errors(cfg.folder):
         try:
             return _on_rank(cfg, cfg.folder, device, mesh)
-        except MeshError as error:  # settings that do not go together
+        except (MeshError, TaskError, PromptTooLong) as error:  # settings that do not go together
             raise ConfigError(str(error)) from None
 
 
@@ -101,7 +105,7 @@ def _train(cfg: TrainConfig, folder: Path, device: torch.device, goes_on: bool, 
             record["started"] = read_json(folder / "run.json").get("started", record["started"])
     if not mesh.first:  # what the first one fetches, tokenises and keeps, the others find
         mesh.wait()
-    corpus = load_corpus(cfg.data)
+    corpus = corpus_of(cfg)
     if mesh.first:
         mesh.wait()
     check_size(cfg, corpus)
@@ -139,9 +143,12 @@ def _tell(document: Mapping[str, Any]) -> None:
     file = Path(document["folder"]) / "result.json" if document["status"] == "finished" else None
     if file is not None:
         loss, reference_s, wall_s = (float(document[key]) for key in ("loss_nats", "reference_s", "wall_s"))
-        bits = document["bits_per_byte"]
+        bits, task = document["bits_per_byte"], document.get("task") or {}
         said = "" if bits is None else f" ({float(bits):.4f} bits per byte)"
         print(f"{document['stream']} {document['arm']}, seed {document['seed']}: {loss:.4f} nats{said}")
+        if "task/accuracy" in task:
+            more = f", {task['task/accuracy_unseen']:.1%} of unseen tasks" if "task/accuracy_unseen" in task else ""
+            print(f"{task['task/accuracy']:.1%} of the held-out questions solved{more}")
         print(f"{document['tokens']:,} tokens, {document['steps']:,} steps, {reference_s:.1f} reference s, {wall_s:.0f} s")
         print(f"all of it: {file}")
     finish(document, "train", file=file, headline=HEADLINE)

@@ -37,8 +37,11 @@ def rows(stream: Stream) -> list[Row]:
 
 
 def columns(found: Sequence[Row]) -> list[Column]:
-    """Those that apply: what a deployment adds is left out where nothing is deployed."""
-    return [column for column in COLUMNS if not column.deployed or any(row["kind"] == "deployed" for row in found)]
+    """Those that apply: what a deployment adds is left out where nothing is deployed, solved questions where none are
+    asked."""
+    deployed = any(row["kind"] == "deployed" for row in found)
+    asked = any(row["solved"] is not None for row in found)
+    return [column for column in COLUMNS if (not column.deployed or deployed) and (column.key != "solved" or asked)]
 
 
 def _arm(stream: Stream, arm: Arm, dense: Arm | None) -> Row:
@@ -54,6 +57,7 @@ def _arm(stream: Stream, arm: Arm, dense: Arm | None) -> Row:
         "loss_low": loss.low,
         "loss_high": loss.high,
         "against_dense_nats": _arm_against_dense(arm, dense),
+        **_solved([run.result for run in arm.runs]),
         **{key: record.get(key) for key in ("bits_per_byte", "keep_fraction", "tokens", "flops", "reference_s", "wall_s")},
         "peak_bytes": record.get("peak_bytes"),
         "energy_j": record.get("energy_j"),
@@ -62,6 +66,19 @@ def _arm(stream: Stream, arm: Arm, dense: Arm | None) -> Row:
         "energy_reason": record.get("energy_reason"),
     } | dict.fromkeys(_DEPLOYED_KEYS)
 
+
+def _solved(results: Sequence[Mapping[str, Any]]) -> Row:
+    """Share of the held-out questions that were solved, over seeds; None where no run was asked any."""
+    shares = [(result.get("task") or {}).get(SOLVED) for result in results]
+    known = [float(share) for share in shares if share is not None]
+    if not shares or len(known) < len(shares):
+        return dict.fromkeys(("solved", "solved_low", "solved_high"))
+    found = interval(known)
+    return {"solved": found.mean, "solved_low": found.low, "solved_high": found.high}
+
+
+SOLVED = "task/accuracy"
+"""What a run on tasks is judged by beside its loss."""
 
 _DEPLOYED_KEYS = (
     "mapped_mac_share", "events_per_token", "synops_per_token", "cores", "cores_available", "utilisation", "token_us",
@@ -91,6 +108,7 @@ def _deployed(stream: Stream, group: DeployedGroup) -> Row:
         "loss_low": loss.low,
         "loss_high": loss.high,
         "against_dense_nats": _against_dense(stream, group),
+        **_solved([]),
         "energy_reason": None,
         **{key: _mean(records, key) for key in ("mapped_mac_share", "events_per_token", "synops_per_token")},
     }
@@ -202,6 +220,13 @@ def _token_us(row: Row) -> str:
     return DASH if row["token_us"] is None else (">= " if row["token_us_lower_bound"] else "") + f"{row['token_us']:.3g}"
 
 
+def _solved_text(row: Row) -> str:
+    if row["solved"] is None:
+        return DASH
+    bounds = "" if row["solved_low"] is None else f" [{row['solved_low']:.1%}, {row['solved_high']:.1%}]"
+    return f"{row['solved']:.1%}{bounds}"
+
+
 COLUMNS = (
     Column("arm", "name", lambda row: str(row["name"])),
     Column("n", "n", _n, meaning="seeds"),
@@ -209,6 +234,12 @@ COLUMNS = (
         "loss nats", "loss_nats", _loss, meaning="held-out, per token, lower is better; mean over seeds [95 % t-interval]"
     ),
     Column("vs dense", "against_dense_nats", _number("against_dense_nats", "{:+.4f}"), meaning="difference in nats"),
+    Column(
+        "solved",
+        "solved",
+        _solved_text,
+        meaning="held-out questions of the trained tasks, mean over seeds [95 % t-interval]",
+    ),
     Column("bits/byte", "bits_per_byte", _number("bits_per_byte", "{:.4f}")),
     Column(
         "kept", "keep_fraction", _number("keep_fraction", "{:.0%}"), meaning="share of what was offered that was trained on"
@@ -229,7 +260,19 @@ COLUMNS = (
 
 
 # Columns that are needed first where there is not room for all.
-HEADLINE = ("arm", "loss nats", "vs dense", "n", "kept", "reference s", "energy/token", "mapped", "Mtokens", "bits/byte")
+HEADLINE = (
+    "arm",
+    "solved",
+    "loss nats",
+    "vs dense",
+    "n",
+    "kept",
+    "reference s",
+    "energy/token",
+    "mapped",
+    "Mtokens",
+    "bits/byte",
+)
 
 
 def notes(found: Sequence[Row]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -19,6 +18,7 @@ from experiments.runs.progress import Bar
 from experiments.runs.training.component_times import clock_record, extended, say
 from experiments.runs.training.config import TrainConfig
 from experiments.runs.training.record import document, scalars, split
+from experiments.runs.training.source import source_of
 from experiments.views.hparam_rows import run_row
 from experiments.views.live import BlockUpdates, Savings
 from experiments.views.rasters import surprise_figure
@@ -29,9 +29,7 @@ from hardware.meters.zeus import ZeusCheck, compare_all
 from sparse_update.clock.component import Component
 from sparse_update.clock.cost import ComponentTimes, Step
 from sparse_update.data.records import Corpus
-from sparse_update.data.regimes import held_out, judging, make_stream
-from sparse_update.gates.again import AgainConfig
-from sparse_update.loop.assembly import Arm, Place, Prices, Text, make_trainer
+from sparse_update.loop.assembly import Arm, Place, Prices, make_trainer
 from sparse_update.loop.checkpoint import Found, load_checkpoint, newest
 from sparse_update.loop.evaluation import start_from
 from sparse_update.loop.fast import Choice, choose
@@ -63,18 +61,13 @@ def run_arm(
     model = Transformer(cfg.model).to(device)
     if cfg.trainer.init_from and not goes_on:
         start_from(model, cfg.trainer.init_from)
-    context = cfg.model.context
-    judges = judging(corpus, cfg.data, context, AgainConfig().judges) if cfg.gate.unit == "auto" else None
-    stream = make_stream(corpus, cfg.data, context, cfg.seed, judges.window if judges else None)
-    windows = held_out(corpus, cfg.data, cfg.model.context, cfg.trainer.eval_tokens or None)
+    source = source_of(cfg, corpus)
+    windows = source.text.held_out
     meta = {
         "config": resolved,
         "model": asdict(cfg.model),
         "tokenizer": corpus.tokenizer.record(),
         "corpus_sha256": corpus.sha256,
-    }
-    bits_per_nat = {
-        name: part[:, 1:].numel() / corpus.count_bytes(part[:, 1:]) / math.log(2) for name, part in windows.items()
     }
     kept = _kept(folder, mesh) if goes_on else None
     resumed = kept.checkpoint if kept else None
@@ -99,7 +92,7 @@ def run_arm(
         def on_evaluation(report: StepReport, losses: dict[str, float]) -> None:
             assert tracker is not None
             line = scalars(report, cfg) | savings.scalars()
-            line |= {"val_loss_nats": losses["val"], "val_bits_per_byte": losses["val"] * bits_per_nat["val"]}
+            line |= {"val_loss_nats": losses["val"], "val_bits_per_byte": source.bits("val", losses["val"])}
             line |= {f"held_out/{name}": loss for name, loss in losses.items() if name != "val"}
             tracker.log(report.step, line)
             if trainer.gate.last_score_N is not None:
@@ -113,11 +106,12 @@ def run_arm(
             model,
             Arm(cfg.gate, cfg.subset, cfg.optim, cfg.growth),
             cfg.trainer,
-            Text(stream, windows, corpus.known_tokens, judges.tokens if judges else None),
+            source.text,
             Prices(times, measured_once),
             Place(folder, meta, tracker.written if tracker is not None else dict),
             cfg.seed,
             Listeners(on_report, on_evaluation),
+            objective=source.objective,
             mesh=mesh,
         )
         savings, updates = Savings(trainer), BlockUpdates(model)
@@ -128,7 +122,7 @@ def run_arm(
         idle = measure_idle(cfg.idle_s) if cfg.idle_s else ()
         with Meter(idle=idle) as meter, ZeusCheck() if cfg.zeus else nullcontext() as check:
             result = trainer.run()
-        found = document(cfg, corpus, model, result, meter.readings, device, windows, bits_per_nat, goes_on)
+        found = document(cfg, corpus, model, result, meter.readings, device, source, goes_on)
         found["fast"] = [choice.record() for choice in choices]
         found |= {"checkpoints": {**result.checkpoints, "resumed_at_step": resumed.meta["step"] if resumed else None}}
         found["checkpoints"]["damaged"] = list(kept.damaged) if kept else []
@@ -136,7 +130,8 @@ def run_arm(
         found["energy_check"] = [] if check is None else compare_all(meter.readings, check.readings)
         if result.finished:
             shown.to(shown.total)
-            found["val_split"] = split(cfg, corpus, model, windows["val"])
+            if not cfg.objective.on_tasks:
+                found["val_split"] = split(cfg, corpus, model, windows["val"])
         if result.finished and tracker is not None:
             tracker.text("energy", training_energy_markdown(found))
             row = run_row(cfg.stream_name, cfg.arm_name, cfg.seed, str(cfg.folder), experiment_settings(resolved))

@@ -19,6 +19,8 @@ from sparse_update.growth.settings import GrowthConfig, check_growth
 from sparse_update.loop.assembly import check_bags
 from sparse_update.loop.records import TrainerConfig
 from sparse_update.loop.schedules import check_batches, check_partial
+from sparse_update.objectives.examples.settings import TaskConfig
+from sparse_update.objectives.settings import ObjectiveConfig
 from sparse_update.parallel.settings import MeshConfig
 from sparse_update.transformer import ModelConfig
 from sparse_update.weights.settings import OptimConfig
@@ -32,9 +34,10 @@ class TrainConfig:
     run: str = ""
     """Folder of the run; empty: runs/train/STREAM-ARM-MODEL-sSEED."""
     arm: str = ""
-    """Name of the arm in tables; empty: the gate's, with the subset's after a plus where there is one."""
+    """Name of the arm in tables; empty: the gate's, with the subset's after a plus where there is one; on tasks the
+    objective's before it."""
     stream: str = ""
-    """Name of the data stream in tables; empty: "clean", or "noisy" with garbage in it."""
+    """Name of the data stream in tables; empty: "clean", or "noisy" with garbage in it; on tasks, theirs."""
     seed: int = 0
     """Weights, order of the data and random choices."""
     resume: bool | str = True
@@ -56,6 +59,8 @@ class TrainConfig:
     growth: GrowthConfig = field(default_factory=GrowthConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
 
     def __post_init__(self) -> None:
         if self.resume not in RESUME:
@@ -71,9 +76,43 @@ class TrainConfig:
                 "blocks already; leave one of them out"
             )
         check_growth(self.growth, self.model.layers, self.gate, self.subset)
+        self._check_tasks()
+
+    def _check_tasks(self) -> None:
+        if not self.objective.on_tasks:
+            if self.task.tasks:
+                raise ValueError(
+                    f"task.tasks = {short(str(self.task.tasks))} with objective.kind = {self.objective.kind}, which "
+                    "trains on "
+                    "text: objective=instruct or objective=rl trains on tasks"
+                )
+            return
+        if not self.task.tasks:
+            raise ValueError(
+                f"objective.kind = {self.objective.kind} trains on tasks: task=sums, or task.tasks=[sums:1-2,sorting]"
+            )
+        refused = {
+            "gate.unit = auto": self.gate.unit == "auto",
+            "gate.replay = forgotten": self.gate.replay == "forgotten",
+            "trainer.length_schedule": bool(self.trainer.length_schedule),
+            "trainer.bags": bool(self.trainer.bags),
+            "trainer.batch_schedule": bool(self.trainer.batch_schedule),
+            "trainer.vocabulary": bool(self.trainer.vocabulary),
+            "trainer.fast": self.trainer.fast,
+            "trainer.prequential_every": bool(self.trainer.prequential_every),
+            "trainer.measure_bias": self.trainer.measure_bias,
+        }
+        if found := [name for name, given in refused.items() if given]:
+            raise ValueError(
+                f"{', '.join(found)} with objective.kind = {self.objective.kind}: its rows are questions, not "
+                "running text; "
+                "leave it out"
+            )
 
     @property
     def stream_name(self) -> str:
+        if self.objective.on_tasks:
+            return self.stream or self.task.label
         return self.stream or ("noisy" if self.data.garbage_fraction > 0 else "clean")
 
     @property
@@ -94,6 +133,8 @@ class TrainConfig:
         more += ["batches"] * bool(self.trainer.batch_schedule)
         if self.trainer.vocabulary:
             more += ["vocabulary" if self.trainer.vocabulary_order == "frequent" else "random_vocabulary"]
+        if self.objective.on_tasks:  # the objective comes first, and a gate where there is one
+            return "+".join([self.objective.label, *([self.gate.name] if self.gate.unit != "none" else []), *more])
         return "+".join([self.gate.name, *more])
 
     @property
@@ -129,6 +170,8 @@ def check_vocabulary(cfg: TrainConfig, corpus: Corpus) -> int:
 
 
 def check_size(cfg: TrainConfig, corpus: Corpus) -> None:
+    if cfg.objective.on_tasks:
+        return
     try:
         cfg.trainer.check_context(cfg.model.context)
         if cfg.trainer.bags:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 
 from experiments.comparison.accounts import measured_energy
 from experiments.runs.training.config import TrainConfig
+from experiments.runs.training.source import Source
 from hardware.meters.meter import Reading
 from sparse_update.data.records import Corpus
 from sparse_update.data.regimes import held_out_starts
@@ -38,6 +39,7 @@ def scalars(report: StepReport, cfg: TrainConfig) -> dict[str, float | int | Non
         "train/gradient_norm": report.gradient_norm,
         "gate/active_weight_fraction": report.active_fraction,
         "health/skipped_steps": report.skipped,
+        **({"health/empty_steps": report.empty} if cfg.objective.on_tasks else {}),
         **{f"source/{name}": share for name, share in report.kept_share.items()},
         **report.notes,
     }
@@ -50,8 +52,7 @@ def document(
     result: RunResult,
     readings: Sequence[Reading],
     device: torch.device,
-    windows: Mapping[str, torch.Tensor],
-    bits_per_nat: Mapping[str, float],
+    source: Source,
     goes_on: bool,
 ) -> dict[str, Any]:
     """What `result.json` holds of a run, apart from the split of its held-out loss. `goes_on`: it went on from a
@@ -65,9 +66,11 @@ def document(
         "arm": cfg.arm_name,
         "seed": cfg.seed,
         "loss_nats": result.val_loss_nats,
-        "bits_per_byte": result.val_loss_nats * bits_per_nat["val"],
+        "bits_per_byte": source.bits("val", result.val_loss_nats),
+        "objective": cfg.objective.label,
+        "task": dict(result.scores),
         "held_out": {
-            name: {"loss_nats": loss, "bits_per_byte": loss * bits_per_nat[name], "tokens": windows[name][:, 1:].numel()}
+            name: {"loss_nats": loss, "bits_per_byte": source.bits(name, loss), "tokens": source.counted[name]}
             for name, loss in result.held_out.items()
         },
         "prequential": _prequential(result),
@@ -91,8 +94,9 @@ def document(
         "keep_fraction": result.keep_fraction,
         "source_keep": result.kept_share,
         "skipped_steps": result.skipped,
+        "empty_steps": result.empty,
         "params": sum(p.numel() for name, p in model.named_parameters() if FACTOR not in name),  # of the merged model
-        "val_tokens": windows["val"][:, 1:].numel(),
+        "val_tokens": source.counted["val"],
         "corpus": corpus.name,
     }
 

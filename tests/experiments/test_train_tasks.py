@@ -1,0 +1,68 @@
+"""`spikegate train objective=instruct task=...` as a user starts it: what is recorded, what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.experiments.console import spikegate
+
+SMALL = [
+    "model.width=16", "model.layers=1", "model.heads=2", "model.context=32", "model.attention=explicit",
+    "trainer.batch_windows=4", "trainer.evaluations=2", "trainer.budget_reference_s=0.1", "task.form=short",
+    "task.judged=8", "task.new_tokens=4",
+]  # fmt: skip
+"""Fits sums:1-2 in its short form."""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    spikegate("train", "objective=instruct", "task=sums", "task.unseen=[modular:1]", *SMALL, "run=tuned", cwd=folder)
+    return folder
+
+
+def test_the_share_of_questions_solved_stands_beside_the_loss(runs):
+    result = json.loads((runs / "tuned" / "result.json").read_text())
+    assert result["objective"] == "instruct"
+    assert set(result["task"]) == {f"task/accuracy{end}" for end in ("", "_unseen", "/sums", "/modular")}
+    assert all(0 <= value <= 1 for value in result["task"].values())
+    assert set(result["held_out"]) == {"val", "sums", "modular"}
+    assert result["val_tokens"] < 8 * 32  # the answers' tokens alone are counted
+    assert result["bits_per_byte"] is None
+    lines = [json.loads(line) for line in (runs / "tuned" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["task/accuracy"] == result["task"]["task/accuracy"]
+    assert lines[-1]["health/empty_steps"] == 0
+
+
+def test_a_run_starts_from_another_and_is_compared_with_it(runs):
+    spikegate("train", "objective=instruct", "task=sums", *SMALL, "gate=random", "init=tuned", "run=more", cwd=runs)
+    found = json.loads((runs / "more" / "result.json").read_text())
+    assert (found["stream"], found["arm"]) == ("sums", "instruct+random")
+    done = spikegate("compare", "folder=.", cwd=runs)
+    assert "solved" in done.stdout
+    again = spikegate("train", "objective=instruct", "task=sums", *SMALL, "gate=random", "init=tuned", "run=more", cwd=runs)
+    assert json.loads(again.stdout.strip().splitlines()[-1])["steps"] == found["steps"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["objective=instruct"], "trains on tasks: task=sums"),
+        (["task=sums"], "which trains on text"),
+        (["objective=instruct", "task=sums", "task.tasks=[sums:40]"], "sums has levels 1 to 12"),
+        (["objective=instruct", "task=sums", "task.tasks=[nothing]"], "there is no task"),
+        (["objective=instruct", "task=sums", "task.levels=2"], "unknown configuration key 'task.levels'"),
+        (["objective=instruct", "task=sums", "gate=auto"], "gate.unit = auto with objective.kind = instruct"),
+        (["objective=instruct", "task=sums", "model.context=8"], "the model reads 8 in a row"),
+        (["objective=other"], "no such choice"),
+        (["objective.kind=other"], "objective.kind"),
+        (["objective=instruct", "task=sums", "objective.sample.temperature=0"], "likeliest tokens are the same"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(words, said, tmp_path):
+    small = [word for word in SMALL if word.split("=")[0] not in {w.split("=")[0] for w in words}]
+    done = spikegate("train", *small, *words, "run=bad", cwd=tmp_path, check=False)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
