@@ -36,6 +36,8 @@ from sparse_update.clock.cost import ComponentTimes, ComponentTimesError
 from sparse_update.data.records import CorpusError
 from sparse_update.loop.checkpoint import CheckpointError
 from sparse_update.loop.records import TrainingDiverged
+from sparse_update.objectives.objective import ObjectiveError
+from sparse_update.objectives.reinforcement.settings import ReinforcementError
 from sparse_update.objectives.sampled import RewardError
 from sparse_update.parallel.mesh import Mesh, MeshError
 from sparse_update.signals import SignalError
@@ -81,7 +83,13 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
     with joined(cfg.mesh, device) as mesh, disk_errors(cfg.folder):
         try:
             return _on_rank(cfg, cfg.folder, device, mesh)
-        except (MeshError, TaskError, PromptTooLong) as error:  # settings that do not go together
+        except (
+            MeshError,
+            TaskError,
+            PromptTooLong,
+            ObjectiveError,
+            ReinforcementError,
+        ) as error:  # settings that do not go together
             raise ConfigError(str(error)) from None
 
 

@@ -30,6 +30,10 @@ from sparse_update.transformer import Transformer
 from sparse_update.weights.subset import Subset
 
 
+class ObjectiveError(ValueError):
+    """Settings that an objective cannot train by; the message names what to use in their place."""
+
+
 @dataclass(frozen=True, eq=False)
 class Given:
     """What an objective may work with; made by the loop's assembly before the objective is."""

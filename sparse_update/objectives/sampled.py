@@ -29,7 +29,7 @@ from sparse_update.generation.sampler import Sampler
 from sparse_update.generation.settings import GenerateConfig, Outputs
 from sparse_update.objectives.examples.examples import Examples
 from sparse_update.objectives.examples.rows import PromptStream
-from sparse_update.objectives.objective import Given
+from sparse_update.objectives.objective import Given, ObjectiveError
 from sparse_update.objectives.phase import Phase, cut, outputs_as_rows
 from sparse_update.objectives.questions import TaskObjective
 from sparse_update.objectives.settings import SampleConfig
@@ -127,7 +127,7 @@ class Sampled(TaskObjective):
         assert self.phase is not None
         each, rest = divmod(len(self.phase), self.sample.batches)
         if rest:
-            raise ValueError(
+            raise ObjectiveError(
                 f"trainer.batch_windows = {len(self.phase)} prompts are not cut into objective.sample.batches = "
                 f"{self.sample.batches} equal parts: choose a multiple of it"
             )
@@ -140,7 +140,7 @@ class Sampled(TaskObjective):
 
     def prepare(self, batch: GatedBatch, step: Step, progress: float) -> GatedBatch:
         if step.plan != PLAIN:
-            raise ValueError(
+            raise ObjectiveError(
                 f"a gate that plans {step.plan.key} with an objective that samples: its windows are prompts, and no "
                 "rows of "
                 "them are trained on. Use gate=dense or a gate that chooses prompts (gate.unit=sequence)"
@@ -164,7 +164,9 @@ class Sampled(TaskObjective):
         whole_R = phase.of_prompts(prompts)
         mine = mesh.mine(prompts.stop - prompts.start)
         if len(batch.tokens) != mine.stop - mine.start:
-            raise ValueError("trainer.accumulate with an objective that samples: objective.sample.micro_rows in its place")
+            raise ObjectiveError(
+                "trainer.accumulate with an objective that samples: objective.sample.micro_rows in its place"
+            )
         here = slice(prompts.start + mine.start, prompts.start + mine.stop)
         which_R = phase.of_prompts(here)
         advantage_R = phase.more["advantage_R"]

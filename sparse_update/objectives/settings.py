@@ -53,8 +53,7 @@ class SampleConfig:
         if self.temperature == 0 and self.n > 1:
             raise ValueError(
                 f"objective.sample.temperature = 0 with n = {self.n}: the likeliest tokens are the same every time, "
-                "so that "
-                "there is nothing to compare; set a temperature above 0, for instance 1"
+                "so that there is nothing to compare; set a temperature above 0, for instance 1"
             )
         if self.tile_rows < 8 or self.tile_rows & (self.tile_rows - 1):
             raise ValueError(f"objective.sample.tile_rows = {self.tile_rows}: a power of two, 8 at least")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparse_update.clock.cost import Step
 from sparse_update.gates.gate import GatedBatch
-from sparse_update.objectives.objective import Given, Objective
+from sparse_update.objectives.objective import Given, Objective, ObjectiveError
 from sparse_update.step.flops import plan_flops
 from sparse_update.step.plan import PLAIN, Chosen, SparseStep, StepPlan, View
 from sparse_update.transformer import Packing, token_loss
@@ -76,12 +76,12 @@ class TokenObjective(Objective):
             a step with losses (R, T), and in `view.signals` what the plan wants.
 
         Raises:
-            ValueError: for packed rows in a step that leaves something out.
+            ObjectiveError: for packed rows in a step that leaves something out.
         """
         at_once = micro_rows or len(x_RT)
         sparse = not self._by_autograd(plan)
         if sparse and packing is not None:
-            raise ValueError(
+            raise ObjectiveError(
                 f"packed rows with a step that leaves something out (plan {plan.key}, or a part of the weights): "
                 "the sparse step "
                 "knows no texts that do not see each other; set task.packed=false"
