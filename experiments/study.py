@@ -12,6 +12,7 @@ STUDIES = {
     "activity": "fewer synaptic operations of a trained model against its loss, with controls",
     "spiking_lm": "a language model wholly on the chip beside a Transformer",
     "digits": "a spiking classifier, trained on snnTorch, converted, run on three simulators",
+    "inference": "can a small model that answers often replace a larger one? accuracy against counted inference FLOPs",
     "pictures": "a residual network for pictures by each route, beside dense matrices in place of its convolutions",
     "overoptimisation": "a learned, flawed reward is followed: true reward and proxy, published form, flag, remedies",
     "rates": "whether the best learning rate stays put over width and depth",
