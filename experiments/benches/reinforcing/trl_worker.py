@@ -6,7 +6,7 @@ It imports nothing of ours. REQUEST is a JSON file:
 "prompts", "answers": text of every question in the order of training, and its right answer;
 "per_step", "n", "new_tokens", "temperature", "lr", "stop": prompts of a step, outputs of each, tokens at most, the
 character that ends an output;
-"threads"; "facts": a file that gets one line of JSON for each step: mean reward, and tokens that were sampled;
+"threads", "seed"; "facts": a file that gets one line of JSON for each step: mean reward, and tokens that were sampled;
 "work": a folder for what the trainer writes.
 
 Every line at stdin is answered by a line `SECONDS x`, the CPU seconds of this process for each token that one whole step
@@ -78,7 +78,7 @@ def main(request: dict[str, Any]) -> None:
         weight_decay=0.0, max_grad_norm=1.0, max_steps=len(request["prompts"]) // request["per_step"],
         shuffle_dataset=False, use_cpu=True,
         bf16=False, fp16=False, gradient_checkpointing=False, save_strategy="no", logging_strategy="no", report_to="none",
-        disable_tqdm=True, seed=0, dataloader_num_workers=0,
+        disable_tqdm=True, seed=request["seed"], dataloader_num_workers=0,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(request["model"], dtype=torch.float32)
     trainer = GRPOTrainer(
