@@ -22,6 +22,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from experiments.runs import solving
 from experiments.runs.claim import clear
 from experiments.runs.deploy_config import DeployConfig
 from experiments.runs.deployment import (
@@ -45,12 +46,13 @@ from experiments.runs.folder import new_record, read_json
 from experiments.runs.hydra_app import ConfigError, run_app
 from experiments.runs.lock import exclusive
 from experiments.runs.output import finish
-from experiments.runs.placed import extrapolated, host_energy, price, put_on_cores, thresholds, with_time_steps
+from experiments.runs.placed import Placed, extrapolated, host_energy, price, put_on_cores, thresholds, with_time_steps
 from experiments.runs.plain_json import write_json
 from experiments.runs.progress import Bar
 from experiments.runs.samples.deployment import EXPECTED as EXPECTED_OF_MODULE
 from experiments.runs.samples.deployment import deploy_module
 from experiments.runs.samples.settings import DeployModuleConfig
+from experiments.runs.solving import Questions, questions_of
 from experiments.runs.trained import EXPECTED, calibration_windows, converted, load_run
 from experiments.views.chip_figure import chip_figure
 from experiments.views.rasters import raster_figure
@@ -58,7 +60,7 @@ from experiments.views.samples.tables import lines
 from experiments.views.samples.written import PAGE
 from experiments.views.terminal import compatibility_text, in_lines, terminal_width
 from experiments.views.tracking import Tracker
-from hardware.energy.account import load_profile
+from hardware.energy.account import Profile, load_profile
 from hardware.markdown import fenced
 from hardware.meters.meter import Meter, total
 from neuro.analysis.compatibility import CompatibilityReport
@@ -71,6 +73,7 @@ from sparse_update.transformer import Transformer
 __all__ = ["EXPECTED", "DeployConfig", "calibration_windows", "converted", "deploy", "layer_record", "load_run", "main"]
 
 PLACING_TOKENS = 256  # held-out tokens whose messages are measured neuron by neuron
+MODELS = ("float", "quantised", "simulated")
 HEADLINE = ["folder", "run", "stream", "arm", "seed", "chip", "route", "ran_on", "loss_float_nats", "loss_quantised_nats"]
 HEADLINE += ["loss_simulated_nats", "delta_simulated", "val_tokens", "mapped_mac_share", "macs_per_token"]
 HEADLINE += ["mapped_macs_per_token", "events_per_token", "synops_per_token", "synops_fraction", "max_payload_bits"]
@@ -98,13 +101,17 @@ def deploy(cfg: DeployConfig) -> dict[str, Any]:
     _refuse(out)
     model, corpus, data, trained = load_run(run)
     say(f"calibrating on {cfg.calibration_tokens:,} training tokens; {cfg.route} route")
-    training = calibration_windows(cfg, corpus, data, model.cfg.context, trained["seed"])
+    asked = questions_of(run, model.cfg.context, cfg.questions)
+    if asked is None:
+        training = calibration_windows(cfg, corpus, data, model.cfg.context, trained["seed"])
+        held_out = held_out_sets(corpus, data, model.cfg.context, cfg.eval_tokens)["val"]  # what the run was judged by
+    else:
+        training, held_out = asked.training(cfg.calibration_tokens), asked.held_out(cfg.eval_tokens)
     report, plan = converted(cfg, model, training)
-    held_out = held_out_sets(corpus, data, model.cfg.context, cfg.eval_tokens)["val"]  # the set that the run was judged by
     with exclusive(out, "deploying"):
         _refuse(out)
         clear(out)
-        return _deploy(cfg, run, out, model, corpus, trained, report, plan, held_out)
+        return _deploy(cfg, run, out, model, corpus, trained, report, plan, held_out, asked)
 
 
 def _refuse(out: Path) -> None:
@@ -125,6 +132,7 @@ def _deploy(
     report: CompatibilityReport,
     plan: Plan,
     held_out: Tensor,
+    asked: Questions | None,
 ) -> dict[str, Any]:
     """Measure the converted model in `out`, which is held for it. `held_out`: int64 (N, T + 1)."""
     record = new_record("deploy", stream=trained["stream"], arm=trained["arm"], seed=trained["seed"], run=str(run))
@@ -196,7 +204,10 @@ def _deploy(
         "layer_errors": [],
         "sensitivity": [],
         "samples": None,
+        "solved": None,
     }
+    if asked is not None:
+        document["solved"] = solved(cfg, model, plan, asked, profiles, placed)
     if cfg.mode_chip_tokens:
         with bar(cfg, "mode chip", min(tokens, cfg.mode_chip_tokens)) as shown:
             parts = (held_out, cfg.mode_chip_tokens, plain, chip)
@@ -210,6 +221,8 @@ def _deploy(
         "placement": fenced(str(placed.placement or placed.placement_reason)),
         "config": fenced((out / "config.yaml").read_text(), "yaml"),
     }
+    if asked is not None:
+        texts["solved"] = solving.markdown(document["solved"])
     write_json(out / "deploy.json", document)  # already here: what follows may take long
     if cfg.layer_tokens:
         say("error of every layer")
@@ -228,6 +241,8 @@ def _deploy(
     scalars = ("loss_float_nats", "loss_quantised_nats", "loss_simulated_nats", "events_per_token", "synops_per_token")
     with Tracker(out) as tracker:
         tracker.log(1, {f"deploy/{name}": document[name] for name in (*scalars, "synops_fraction")})
+        if asked is not None:
+            tracker.log(1, {f"deploy/accuracy_{name}": document["solved"][name]["accuracy"] for name in MODELS})
         for name, text in texts.items():
             tracker.text(name, text)
         if placed.placement is not None:
@@ -238,11 +253,34 @@ def _deploy(
     print(compatibility_text(report, width))
     print(in_lines(losses_text(document), width))
     print(in_lines("\n".join(pair["sentence"] for pair in document["break_even"]), width))
-    if "sensitivity" in texts:
-        print(texts["sensitivity"])
+    for name in ("sensitivity", "solved"):
+        if name in texts:
+            print(texts[name])
     if cfg.generate:
         print(texts["samples"])
     return document
+
+
+def solved(
+    cfg: DeployConfig, model: Transformer, plan: Plan, asked: Questions, profiles: Sequence[Profile], placed: Placed
+) -> dict[str, Any]:
+    """What the three models solve, and what answering takes on the chip."""
+    modules = {
+        "float": model,
+        "quantised": deployed_model(model, plan, backend="quantised"),
+        "simulated": deployed_model(model, plan, backend="fixed_point"),
+    }
+    found = {}
+    for name, module in modules.items():
+        with Bar(f"answers, {name}", len(asked.asked), "questions", cfg.progress) as shown:
+            found[name] = solving.answers(module, asked, shown.advance)
+    reader = deployed_model(model, plan, backend="fixed_point")
+    tokens = solving.read_once(reader, found["simulated"])
+    mapped = [c for c in with_time_steps(reader.counts(), plan) if not c.host]
+    energy = [price(mapped, profile, placed) for profile in profiles]
+    if plan.chip == "loihi2":
+        energy.append(extrapolated(mapped, placed))
+    return solving.record(asked, found, energy, tokens)
 
 
 def measured(cfg: DeployConfig, name: str, model: nn.Module, windows_NT1: Tensor) -> HeldOut:

@@ -75,6 +75,8 @@ class DeployConfig(RouteConfig):
     sensitivity: bool = False
     """Also the loss with one layer at a time converted."""
     sensitivity_tokens: int = 8192
+    questions: int = 256
+    """Of a run on tasks: held-out questions of each family that the float, the quantised and the simulated model answer."""
     generate: str = ""
     """A prompt: the float and the deployed model continue it."""
     generate_tokens: int = 100
@@ -83,7 +85,7 @@ class DeployConfig(RouteConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, 1, "calibration_tokens", "eval_tokens", "sensitivity_tokens", "generate_tokens")
+        check_least(self, 1, "calibration_tokens", "eval_tokens", "sensitivity_tokens", "generate_tokens", "questions")
         check_least(self, 0, "layer_tokens", "mode_chip_tokens", "temperature")
 
 

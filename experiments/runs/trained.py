@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from experiments.runs.deploy_config import DeployConfig
@@ -19,6 +21,7 @@ from neuro.conversion.routes import convert
 from sparse_update.data.corpus import DataConfig, load_corpus
 from sparse_update.data.records import Corpus, CorpusError
 from sparse_update.data.regimes import clean_stream
+from sparse_update.data.tokens import tokenizer_from_record
 from sparse_update.loop.checkpoint import CheckpointError, load_checkpoint
 from sparse_update.transformer import ModelConfig, Transformer
 
@@ -48,7 +51,8 @@ def load_run(folder: Path) -> tuple[Transformer, Corpus, DataConfig, dict[str, A
             "training reads the package's own Transformer only"
         )
     data = DataConfig(**checkpoint.meta["config"]["data"])
-    corpus = load_corpus(data)
+    on_tasks = bool((checkpoint.meta["config"].get("task") or {}).get("tasks"))
+    corpus = _no_text(checkpoint.meta) if on_tasks else load_corpus(data)
     if corpus.sha256 != checkpoint.meta["corpus_sha256"]:
         raise RunError(
             f"{folder}: its corpus had sha256 {checkpoint.meta['corpus_sha256']}, the one read now has {corpus.sha256}: "
@@ -57,6 +61,14 @@ def load_run(folder: Path) -> tuple[Transformer, Corpus, DataConfig, dict[str, A
     model = Transformer(ModelConfig(**checkpoint.meta["model"]))
     model.load_state_dict(checkpoint.model)
     return model.eval(), corpus, data, record
+
+
+def _no_text(meta: Mapping[str, Any]) -> Corpus:
+    """What a run on tasks has in the place of a corpus: its tokenizer, and no text."""
+    none, start = np.zeros(0, dtype=np.uint16), np.zeros(1, dtype=np.int64)
+    tokenizer = tokenizer_from_record(meta["tokenizer"])
+    sha256 = str(meta["corpus_sha256"])
+    return Corpus("tasks", none, start, (), none, start, (), tokenizer.vocab_size, 0, 0, sha256, tokenizer)
 
 
 def load_point(folder: Path) -> tuple[Transformer, Corpus, DataConfig, dict[str, Any]]:

@@ -72,7 +72,7 @@ def verdicts(small: tuple[Table, Table], large: tuple[Table, Table], names: tupl
     """
     base = {point.family: point for point in points(large[1])}["greedy"]
     limit = {point.family: point for point in points(large[0])}["greedy"].flops
-    found = []
+    found: list[dict[str, Any]] = []
     for family in small[0]:
         setting = chosen(small[0], family, limit)
         if setting is None:
