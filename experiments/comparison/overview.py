@@ -40,8 +40,8 @@ def columns(found: Sequence[Row]) -> list[Column]:
     """Those that apply: what a deployment adds is left out where nothing is deployed, solved questions where none are
     asked."""
     deployed = any(row["kind"] == "deployed" for row in found)
-    asked = any(row["solved"] is not None for row in found)
-    return [column for column in COLUMNS if (not column.deployed or deployed) and (column.key != "solved" or asked)]
+    absent = {key for key in ("solved", "solved_j") if all(row[key] is None for row in found)}
+    return [column for column in COLUMNS if (not column.deployed or deployed) and column.key not in absent]
 
 
 def _arm(stream: Stream, arm: Arm, dense: Arm | None) -> Row:
@@ -83,7 +83,7 @@ SOLVED = "task/accuracy"
 _DEPLOYED_KEYS = (
     "mapped_mac_share", "events_per_token", "synops_per_token", "cores", "cores_available", "utilisation", "token_us",
     "token_us_rates", "token_us_lower_bound", "token_j", "token_j_low", "token_j_high", "token_j_profile", "token_j_kind",
-    "token_j_lower_bound", "token_j_hypothetical",
+    "token_j_lower_bound", "token_j_hypothetical", "solved_j",
 )  # fmt: skip
 
 
@@ -108,11 +108,26 @@ def _deployed(stream: Stream, group: DeployedGroup) -> Row:
         "loss_low": loss.low,
         "loss_high": loss.high,
         "against_dense_nats": _against_dense(stream, group),
-        **_solved([]),
+        **_solved([_answered(record) for record in records]),
         "energy_reason": None,
         **{key: _mean(records, key) for key in ("mapped_mac_share", "events_per_token", "synops_per_token")},
     }
-    return row | _cores(records) | _time(records) | _token_joules(group)
+    priced = _token_joules(group)
+    return row | _cores(records) | _time(records) | priced | _solved_joules(records, priced["token_j_profile"])
+
+
+def _answered(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the simulated chip solved, in the form of a training run's."""
+    solved = record.get("solved")
+    return {"task": {SOLVED: solved["simulated"]["accuracy"]}} if solved else {}
+
+
+def _solved_joules(records: Sequence[Mapping[str, Any]], profile: str | None) -> Row:
+    """Middle joules of a solved question under a profile; None where a record has none."""
+    energies = [(record.get("solved") or {}).get("energy") or () for record in records]
+    found = [next((e["mid_j_per_solved"] for e in each if e["profile"] == profile), None) for each in energies]
+    known = [float(value) for value in found if value is not None]
+    return {"solved_j": _average(known) if known and len(known) == len(found) else None}
 
 
 def _cores(records: Sequence[Mapping[str, Any]]) -> Row:
@@ -227,6 +242,10 @@ def _solved_text(row: Row) -> str:
     return f"{row['solved']:.1%}{bounds}"
 
 
+def _solved_joules_text(row: Row) -> str:
+    return DASH if row["solved_j"] is None else f">= {joules(row['solved_j'])}"
+
+
 COLUMNS = (
     Column("arm", "name", lambda row: str(row["name"])),
     Column("n", "n", _n, meaning="seeds"),
@@ -256,6 +275,7 @@ COLUMNS = (
     Column("filled", "utilisation", _number("utilisation", "{:.0%}"), True, "mean over used cores, scarcest resource"),
     Column("us/token", "token_us", _token_us, True, "modelled, first step to last result"),
     Column("energy/token", "token_j", _token, True, "modelled, middle value of the profile named under the table"),
+    Column("energy/solved", "solved_j", _solved_joules_text, True, "of a solved question, by the same profile"),
 )
 
 

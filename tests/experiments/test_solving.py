@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.comparison import overview
 from experiments.runs import solving
 from experiments.runs.solving import Answers, Questions
 from sparse_update.data.tokens import ByteTokenizer
@@ -92,3 +93,13 @@ def test_joules_of_a_solved_question(questions):
     found = solving.record(questions, {"float": none, "quantised": none, "simulated": none}, [report], 180)
     assert found["energy"][0]["mid_j_per_solved"] is None
     assert "none solved" in solving.markdown(found)
+
+
+def test_a_deployed_row_tells_what_it_solves():
+    record = {"solved": {"simulated": {"accuracy": 0.8}, "energy": [{"profile": "p", "mid_j_per_solved": 3e-6}]}}
+    assert overview._solved([overview._answered(record)])["solved"] == 0.8
+    assert overview._solved_joules([record], "p") == {"solved_j": 3e-6}
+    assert overview._solved_joules([record], "q") == {"solved_j": None}
+    assert overview._solved([overview._answered({"solved": None})])["solved"] is None
+    column = next(column for column in overview.COLUMNS if column.key == "solved_j")
+    assert column.text({"solved_j": 3e-6}).startswith(">= 3")
