@@ -7,9 +7,11 @@ machine's mood meets all alike. Text is made up (a Markov chain over bytes): not
     speedup      tokens per wall second of two processes over those of one, gate off and on; medians over rounds
     bytes_ratio  bytes of weights, gradients and optimizer state on the fuller of two processes over those of one
     gate_share   seconds of the gate's own collectives over those of a gated step: each timed apart behind a barrier
-    resume       seconds to go on from a checkpoint that two processes wrote in parts, over those of torch's own load of it
+    resume       seconds to go on from a checkpoint that two processes wrote in parts, over those of torch's own load of it,
+                 and what training waits for where parts are written beside it, over where it stands still: by processor
+                 time, until the interval of the ratio is narrower than 5 %, and by the wall
 
-Wall times need two idle processors; `load` says how busy they were.
+Wall times need two idle processors; `load` says how busy they were. Ratios of processor time do not.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-FAST = {"size": "tiny", "windows": 8, "steps": 1, "rounds": 2}
+FAST = {"size": "tiny", "windows": 8, "steps": 1, "rounds": 2, "load_rounds": 2}
 """A quick look that everything runs; its figures mean nothing."""
 
 
@@ -32,7 +34,8 @@ def figures(words: Sequence[str] = ()) -> dict[str, Any]:
     """{"ddp": {"speedup", ...}, "fsdp": {"bytes_ratio", ...}, "tp": {"bytes_ratio", ...}, "gate_share",
     "resume": {"ratio", ...}}.
 
-    `words`: --size, --windows, --steps, --rounds, --optim, or --fast. Raises RuntimeError where a process failed.
+    `words`: --size, --windows, --steps, --rounds, --optim, --load-s, --load-rounds, --only-resume, or --fast.
+    Raises RuntimeError where a process failed.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -61,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--windows", type=int, default=16, help="windows of a batch, of both processes together (16)")
     parser.add_argument("--steps", type=int, default=3, help="steps of an arm in a round (3)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds (7)")
+    parser.add_argument("--load-s", type=float, default=240.0, help="seconds for each ratio of loading and saving (240)")
+    parser.add_argument("--load-rounds", type=int, default=200, help="rounds of loading and saving, at most (200)")
+    parser.add_argument("--only-resume", action="store_true", help="measure nothing but loading and saving")
     parser.add_argument("--optim", default="muon", choices=["muon", "adamw"], help="the optimizer (muon)")
     parser.add_argument("--fast", action="store_true", help="a quick look that everything runs")
     return parser

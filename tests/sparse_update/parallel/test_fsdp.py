@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from sparse_update.transformer import ModelConfig, Transformer
 from sparse_update.weights.masking import MaskConfig
 from sparse_update.weights.settings import OptimConfig
+from sparse_update.weights.subset import SubsetConfig, choose
 from tests.sparse_update.parallel import job
 from tests.sparse_update.parallel.test_ddp import GATES, SUBSETS, same, text  # noqa: F401
 
@@ -47,6 +49,25 @@ def test_sparse_state_lives_with_the_part(two, text, tmp_path, name):  # noqa: F
     for rank in found:
         for kind in ("weights", "state"):
             assert rank["bytes"][kind] <= 0.55 * alone["bytes"][kind]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_process_holds_half_of_the_weights_and_of_what_is_active(two, text, tmp_path, name):  # noqa: F811
+    """Counted from the shapes: one gradient, and one moment with Muon or two with AdamW, for each active weight."""
+    subset = {**ROTATING["blocks"], "embedding_strips": True, "active_fraction": 0.25}
+    model = Transformer(ModelConfig(**job.MODEL))
+    active = choose(model, SubsetConfig(**subset), 0, 0)
+    weights = gradients = state = 0
+    for key, p in model.named_parameters():
+        moved = sum((part.stop - part.start) * p.numel() // p.shape[part.dim] for part in active.parts[key])
+        weights += p.numel()
+        gradients += moved
+        state += moved if name == "muon" and p.dim() == 2 and key.startswith("blocks.") else 2 * moved
+    settings = {"subset": subset, "optim": OptimConfig(name=name), "steps": 4}
+    for rank in two.run(job.trained_small, text, tmp_path / "two", "fsdp", settings):
+        steps = rank["bytes"].pop("state") - 8 * state // 2
+        assert rank["bytes"] == {"weights": 8 * weights // 2, "gradients": 8 * gradients // 2}
+        assert steps in range(0, 4 * len(active.parts) + 1, 4)  # AdamW counts its steps for each tensor
 
 
 @pytest.mark.parametrize("name", SCORED)
