@@ -69,4 +69,4 @@ assert found["rest compiled, x.clone() before it"] == found["both compiled toget
 dist.barrier()
 dist.destroy_process_group()
 END
-OMP_NUM_THREADS=1 "$venv" -W ignore -m torch.distributed.run --standalone --nproc-per-node 2 two.py
+OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore "$venv" -m torch.distributed.run --standalone --nproc-per-node 2 two.py

@@ -12,7 +12,7 @@
 #     these placements are right.
 # Output:
 #     0.weight: placements say shard [False, True], replica [False, False], partial [False, False]
-#     norm of its gradient: 8.94, by copies: 6.32, by torch: 8.94
+#     norm of its gradient: 22.63, by copies: 16.00, by torch: 22.63
 #     ranks whose rows are those of [Shard(0), Shard(0)]: [0, 3]
 set -euo pipefail
 folder=$(mktemp -d)
@@ -22,6 +22,8 @@ venv=$folder/venv/bin/python
 "$venv" -m pip install --quiet --no-compile --disable-pip-version-check torch==2.13.0 numpy==2.4.6
 cd "$folder"
 cat > four.py <<'END'
+import logging
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -30,6 +32,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+logging.disable(logging.WARNING)  # that it gathers in two steps
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
@@ -65,4 +68,4 @@ assert alike == [True, False, False, True], f"behaviour changed: {alike}"
 dist.barrier()
 dist.destroy_process_group()
 END
-OMP_NUM_THREADS=1 "$venv" -W ignore -m torch.distributed.run --standalone --nproc-per-node 4 four.py
+OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore "$venv" -m torch.distributed.run --standalone --nproc-per-node 4 four.py

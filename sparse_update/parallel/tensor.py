@@ -7,6 +7,7 @@ beside it, `fully_shard` divides what is left.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.distributed.tensor.parallel import (
 from sparse_update.parallel.mesh import MeshError
 from sparse_update.parallel.sharded import Sharded, StripDim
 from sparse_update.parallel.split import Split
+from sparse_update.transformer import Attention
 
 
 class Tensors(Sharded):
@@ -96,10 +98,9 @@ def tensor_plan(model: nn.Module) -> dict[str, Any]:
     }
     for index in range(len(model.blocks)):  # type: ignore[arg-type]
         # q, k and v read one DTensor, so that their three gradients are added up before they are sent
-        shared = PrepareModuleInput(
-            input_layouts=(Replicate(), None, None, None, None),
-            desired_input_layouts=(Replicate(), None, None, None, None),
-        )
+        others = len(inspect.signature(Attention.forward).parameters) - 2
+        layouts = (Replicate(), *[None] * others)
+        shared = PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)
         plan |= {f"blocks.{index}.attn": shared}
         plan |= {f"blocks.{index}.attn.{name}": ColwiseParallel() for name in "qkv"}
         plan |= {

@@ -164,7 +164,12 @@ def memory(asked: dict[str, Any], text: Corpus) -> dict[str, Any]:
     asked = {**asked, "windows": 4}
     alone = held(trainer(asked, "single", {}, {}, text))
     whole = alone["weights"] + alone["updates"]
-    arms = (("fsdp", "fsdp", {}), ("fsdp_blocks", "fsdp", BLOCKS), ("fsdp_tenth", "fsdp", TENTH), ("tp", "tp", {}))
+    arms: tuple[tuple[str, str, dict[str, Any]], ...] = (
+        ("fsdp", "fsdp", {}),
+        ("fsdp_blocks", "fsdp", BLOCKS),
+        ("fsdp_tenth", "fsdp", TENTH),
+        ("tp", "tp", {}),
+    )
     for name, mesh, subset in arms:
         made = trainer(asked, mesh, {}, subset, text)
         mine = held(made)
