@@ -56,6 +56,7 @@ class Point:
     batch_windows: int
     context: int
     eval_tokens: int
+    base_width: int = 0
 
     def __post_init__(self) -> None:
         layers, width = sizes(self.shape)
@@ -66,7 +67,8 @@ class Point:
 
     @property
     def name(self) -> str:
-        return f"{self.optimizer}-{self.shape}-r{self.rate:g}-s{self.seed}"
+        based = f"-b{self.base_width}" if self.base_width else ""
+        return f"{self.optimizer}-{self.shape}-r{self.rate:g}-s{self.seed}{based}"
 
     @property
     def model(self) -> ModelConfig:
@@ -85,7 +87,7 @@ def sizes(shape: str) -> tuple[int, int]:
 def train(point: Point, corpus: Corpus) -> dict[str, Any]:
     """Train one point on one pass of the text: its held-out loss in nats per token, and what it took."""
     cfg = point.model
-    optim = OptimConfig(name=point.optimizer, schedule="wsd")
+    optim = OptimConfig(name=point.optimizer, schedule="wsd", base_width=point.base_width)
     setattr(optim, SETTING[point.optimizer], point.rate)
     table, device = shipped_table(), torch.device("cpu")
     times = table.times(cfg, optim, point.batch_windows, device, "fp32", False)
@@ -198,6 +200,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch-windows", type=int, default=8)
     made.add_argument("--context", type=int, default=128)
     made.add_argument("--eval-tokens", type=int, default=32768)
+    made.add_argument("--base-width", type=int, default=0, help="optim.base_width: AdamW by base over width")
     made.add_argument("--out", type=Path, default=Path("runs/rates"))
     add_json_argument(made)
     return made
@@ -211,7 +214,7 @@ def main(argv: Sequence[str]) -> int:
         shapes = list(filter(None, args.shapes.split(",")))
         rates = [float(r) for r in args.rates.split(",") if r] or list(RATES[args.optimizer])
         seeds = [int(s) for s in args.seeds.split(",") if s]
-        common = (args.tokens, args.batch_windows, args.context, args.eval_tokens)
+        common = (args.tokens, args.batch_windows, args.context, args.eval_tokens, args.base_width)
         wanted = [Point(args.optimizer, shape, r, seed, *common) for seed in seeds for shape in shapes for r in rates]
         if not wanted:
             raise ValueError("--shapes, --seeds: give at least one of each")
@@ -240,7 +243,7 @@ def found(point: Point, corpus: Corpus, out: Path) -> dict[str, Any]:
     path = out / f"{point.name}.json"
     if path.exists():
         record = read_json(path)
-        if {key: record.get(key) for key in asdict(point)} != asdict(point):
+        if {key: record.get(key, 0) for key in asdict(point)} != asdict(point):
             raise RunError(f"{path} was made with other settings; choose another folder with --out")
         return record
     record = train(point, corpus)

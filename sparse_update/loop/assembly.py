@@ -132,6 +132,11 @@ def make_trainer(
     model.recompute = cfg.recompute
     if cfg.bags:
         check_bags(arm.gate, arm.subset, cfg.bags)
+    if arm.optim.base_width and arm.subset.kind != "all":
+        raise ValueError(
+            f"optim.base_width = {arm.optim.base_width} with subset.kind = {arm.subset.kind}: the rule is for matrices "
+            "that are trained whole; use subset=all, or optim.base_width=0"
+        )
     if cfg.batch_schedule:
         check_batches(arm.gate, cfg.batch_schedule)
     if cfg.vocabulary:

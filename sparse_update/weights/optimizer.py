@@ -14,6 +14,9 @@ from sparse_update.weights.masking import Mask
 from sparse_update.weights.settings import OptimConfig, schedule
 from sparse_update.weights.subset import SIGNS, Active, Part
 
+WIDENS = ("blocks.", "head.")
+"""Starts of the names of matrices whose inputs widen with the model; a tied head is the embedding, whose do not."""
+
 
 class Optimizer:
     """torch's own optimizers on the active strips of a module's parameters.
@@ -108,13 +111,17 @@ class Optimizer:
         vectors = [p for p in self.leaves.values() if p.dim() != 2]
         apart = cfg.name in ("muon", "galore")
         inner = {n: p for n, p in matrices.items() if n.startswith("blocks.")} if apart else {}
-        decayed = [p for n, p in matrices.items() if n not in inner]
+        decayed = {n: p for n, p in matrices.items() if n not in inner}
+        wide = [p for n, p in decayed.items() if cfg.base_width and n.startswith(WIDENS)]
+        alike = [p for p in decayed.values() if not any(p is w for w in wide)]
         # torch's fused AdamW ignores strides on a CPU (2.13): on a view of columns it writes into frozen weights
         parts: list[torch.optim.Optimizer] = []
         for dense in (True, False):
-            some = [p for p in decayed if p.is_contiguous() == dense]
-            rest = [p for p in vectors if p.is_contiguous() == dense]
+            some, scaled, rest = ([p for p in of if p.is_contiguous() == dense] for of in (alike, wide, vectors))
             groups = [{"params": some, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+            if scaled:
+                lr = cfg.lr * cfg.base_width / self.module.cfg.width  # type: ignore[union-attr]
+                groups.append({"params": scaled, "weight_decay": cfg.weight_decay, "lr": lr})
             groups = [g for g in groups if g["params"]]
             if groups:
                 parts.append(torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=dense))

@@ -21,6 +21,11 @@ class OptimConfig:
     gradient's sign, no state | "galore": AdamW in a low-rank space for the matrices of the blocks (lowrank.py)."""
     lr: float = 4e-3
     muon_lr: float = 0.02
+    base_width: int = 0
+    """If set, the model.width at which `lr` was tuned: AdamW's rate of every matrix whose inputs widen with the model
+    (those of the blocks, a head of its own) is `lr` times base_width / model.width, as muP has it for Adam (Yang et al.
+    2022, arXiv 2203.03466; its initialisation and multipliers are not taken over). Muon's part keeps `muon_lr`. With adamw
+    and muon."""
     beta1: float = 0.9
     beta2: float = 0.98
     weight_decay: float = 0.1
@@ -62,6 +67,11 @@ class OptimConfig:
         if self.sign_scale <= 0 or self.galore_scale <= 0 or self.galore_rank < 1 or self.galore_every_steps < 1:
             raise ValueError(
                 "optim.sign_scale, galore_scale must be positive, optim.galore_rank, galore_every_steps at least 1"
+            )
+        if self.base_width < 0 or (self.base_width and self.name not in ("adamw", "muon")):
+            raise ValueError(
+                f"optim.base_width = {self.base_width} with optim.name = {self.name}: a width from 1 on with adamw or "
+                "muon, or 0, which leaves the rates alone"
             )
         if self.lr <= 0 or self.muon_lr <= 0:
             raise ValueError(f"optim.lr = {self.lr}, optim.muon_lr = {self.muon_lr}: learning rates must be positive")
