@@ -120,7 +120,7 @@ class Optimizer:
             some, scaled, rest = ([p for p in of if p.is_contiguous() == dense] for of in (alike, wide, vectors))
             groups = [{"params": some, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
             if scaled:
-                lr = cfg.lr * cfg.base_width / self.module.cfg.width  # type: ignore[union-attr]
+                lr = cfg.lr * cfg.base_width / self.module.cfg.width  # type: ignore[union-attr, operator]
                 groups.append({"params": scaled, "weight_decay": cfg.weight_decay, "lr": lr})
             groups = [g for g in groups if g["params"]]
             if groups:
