@@ -3,7 +3,8 @@
 Annotators who like long answers judge pairs; a reward model learns from them; best-of-n and reinforcement follow it. For
 each seed: true reward and proxy over sqrt(KL), the published forms of over-optimisation fitted, where they turn, the flag,
 and four remedies in the same picture (`experiments.studies.rewards.seed`). The folder holds `result.json`, `picture.svg`,
-`page.html`, a TensorBoard run for each arm, and the reward models; the page is written anew as arms end.
+`page.html`, a TensorBoard run for each
+arm, and the models; the page is written anew as arms end. What is finished is not made again.
 
 The last line is JSON. Exit codes: 0 both fits explain 0.95 of the variance and the flag went up before a tenth of the gain
 was lost, in every seed; 1 one does not, or nothing could be measured; 2 the command is wrong or the folder is taken.
@@ -14,19 +15,21 @@ from __future__ import annotations
 import argparse
 import html
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.runs.folder import git_state
+from experiments.runs.folder import RunError, git_state, read_json
 from experiments.runs.output import add_json_argument, entry, finish
-from experiments.runs.plain_json import write_json, write_text
+from experiments.runs.plain_json import plain, write_json, write_text
 from experiments.studies.rewards.picture import draw
-from experiments.studies.rewards.seed import ARMS, StudyConfig, run_seed, say
+from experiments.studies.rewards.seed import ARMS, SeedRun, StudyConfig, say
 from experiments.studies.rewards.summary import summarise, tables, verdicts
 from experiments.views.page import picture, shell, table
 from hardware.markdown import row
+from sparse_update.loop.checkpoint import CheckpointError
 from sparse_update.objectives.preference.errors import PreferenceError
 from sparse_update.objectives.preference.pairs import Annotator
 
@@ -67,6 +70,19 @@ def write(folder: Path, cfg: StudyConfig, seeds: Sequence[Mapping[str, Any]], co
     return found
 
 
+def _arm(name: str, one: SeedRun) -> None:
+    one.arm(name)
+
+
+def _claim(folder: Path, cfg: StudyConfig) -> None:
+    """Take a folder for these settings, whichever seeds and arms. Raises RunError where it holds others."""
+    same = {key: value for key, value in plain(asdict(cfg)).items() if key not in ("arms", "members", "dpo_betas")}
+    path = folder / "config.json"
+    if path.exists() and read_json(path) != same:
+        raise RunError(f"{folder} was made with other settings: choose another folder with --out")
+    write_json(path, same)
+
+
 def config(args: argparse.Namespace) -> StudyConfig:
     """The settings that the words of a command mean. Raises ValueError for ones that cannot be."""
     base = StudyConfig()
@@ -91,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; see the module for exit codes."""
     base = StudyConfig()
     parser = argparse.ArgumentParser(prog="spikegate study overoptimisation", description="follow a flawed learned reward")
-    parser.add_argument("--out", type=Path, default=Path("runs/overoptimisation"), help="a folder that holds no study yet")
+    parser.add_argument("--out", type=Path, default=Path("runs/overoptimisation"), help="(default: runs/overoptimisation)")
     parser.add_argument("--seeds", default="0,1,2", help="(default: 0,1,2)")
     parser.add_argument("--arms", default=",".join(ARMS), help="rewards that are followed (default: all four)")
     numbers = (
@@ -116,27 +132,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         cfg, numbers_of = config(args), [int(word) for word in args.seeds.split(",")]
-        if (args.out / "result.json").exists():
-            raise ValueError(f"--out {args.out} holds a study already: choose another folder")
     except ValueError as error:
         print(f"overoptimisation: {error}", file=sys.stderr)
         return 2
     command = " ".join(["spikegate study overoptimisation", *(argv or sys.argv[1:])])
-    done: list[dict[str, Any]] = []
+    runs = [SeedRun(cfg, seed, args.out) for seed in numbers_of]
+    pieces: list[tuple[str, Callable[[SeedRun], None]]] = [("setting", SeedRun.prepare)]
+    for arm in cfg.arms:
+        pieces.append((arm, partial(_arm, arm)))
+        if arm == cfg.arms[0]:
+            pieces.append(("DPO", SeedRun.controls))
     found: dict[str, Any] = {}
     try:
-        for seed in numbers_of:
-
-            def after(so_far: dict[str, Any]) -> None:
-                write(args.out, cfg, [*done, so_far], command)
-
-            done.append(run_seed(cfg, seed, args.out, after))
-            found = write(args.out, cfg, done, command)
-    except (PreferenceError, OSError) as error:
+        _claim(args.out, cfg)
+        for what, piece in pieces:  # of all seeds first what matters most
+            for one in runs:
+                piece(one)
+            say(f"{what}: all seeds done")
+            found = write(args.out, cfg, [one.found for one in runs], command)
+    except (PreferenceError, OSError, CheckpointError) as error:
         print(f"overoptimisation: {error}", file=sys.stderr)
         return 1
+    except RunError as error:
+        print(f"overoptimisation: {error}", file=sys.stderr)
+        return 2
     said, met = verdicts(found)
-    for block in tables(found, done):
+    for block in tables(found, [one.found for one in runs]):
         print(f"\n{block.title}\n")
         print(row(block.header), row("---" for _ in block.header), *map(row, block.rows), sep="\n")
     print(*said, sep="\n")

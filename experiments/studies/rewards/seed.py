@@ -8,18 +8,33 @@ learns no reward.
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from experiments.studies.rewards.setting import TOKENIZER, Answers, Setting, annotated, answers, reference, trainable
+from experiments.runs.folder import read_json
+from experiments.runs.plain_json import write_json
+from experiments.studies.rewards.setting import (
+    TOKENIZER,
+    Answers,
+    Setting,
+    annotated,
+    answers,
+    reference,
+    shape,
+    trainable,
+)
 from experiments.studies.rewards.training import Point, TrainingConfig, evaluate, reinforce, watched_questions
 from experiments.views.tracking import Tracker
+from sparse_update.loop.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from sparse_update.objectives.preference.calibration import calibration, log_odds
 from sparse_update.objectives.preference.dpo import fit_dpo
 from sparse_update.objectives.preference.overoptimisation import best_of_n, best_of_n_kl
@@ -30,6 +45,7 @@ from sparse_update.objectives.preference.training import FitConfig, fit_reward
 from sparse_update.objectives.preference.watch import Watch, WatchConfig
 from sparse_update.transformer import Transformer
 
+T = TypeVar("T")
 ARMS = ("learned", "kl", "no_length", "ensemble")
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
@@ -48,52 +64,110 @@ class StudyConfig:
     """Outputs of each prompt that best-of-n is estimated from"""
     best_prompts: int = 64
     """Of the watched questions, those that best-of-n is estimated on"""
-    kl: float = 0.1
+    kl: float = 0.5
     """Weight of the KL term of the arm "kl", in deviations of the reward over the reference's answers"""
     dpo_betas: tuple[float, ...] = (1.0, 0.3, 0.1)
     arms: tuple[str, ...] = ARMS
 
 
-def run_seed(cfg: StudyConfig, seed: int, folder: Path, after: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Everything of one seed as plain values; `after` is told of what there is each time an arm ends."""
-    say(f"seed {seed}: reference policy")
-    start = reference(cfg.setting, seed)
-    pairs, judged_by, source = annotated(start, cfg.setting, seed)
-    models = [reward_model(start, pairs, source, cfg, 10 * seed + member) for member in range(cfg.members)]
-    models[0].save(folder / f"reward-s{seed}", {"seed": seed})
-    proxy = Learned(models[0])
-    found: dict[str, Any] = {
-        "seed": seed,
-        "reference": {"true": float(source.true_PN.mean()), "complete": float(source.seen_PN.mean())},
-        "pairs": len(pairs),
-        "reward_models": [vars(calibration(log_odds(model, judged_by))) for model in models],
-        "best_of_n": {},
-        "reinforcement": {},
-        "dpo": [],
-    }
-    score = found["reward_models"][0]
-    say(f"seed {seed}: {len(pairs)} pairs, reward model's accuracy {score['accuracy']:.3f}")
-    followed: dict[str, Reward] = {
-        "learned": proxy,
-        "kl": proxy,
-        "no_length": WithoutLength.of(proxy, source.prompts, source.rows, source.n),
-        "ensemble": Ensemble(models),
-    }
-    found["liking_of_length"] = followed["no_length"].slope  # type: ignore[attr-defined]
-    instances = watched_questions(cfg.setting, cfg.training)[: cfg.best_prompts]
-    sample = answers(start, instances, cfg.best_outputs, 7 + seed, cfg.setting)
-    for name in cfg.arms:
+class SeedRun:
+    """What one seed needs and gives, in a folder of its own; what is there is read back and not made again."""
+
+    def __init__(self, cfg: StudyConfig, seed: int, folder: Path) -> None:
+        self.cfg, self.seed, self.folder = cfg, seed, folder / f"seed-{seed}"
+        self.found: dict[str, Any] = {"seed": seed, "best_of_n": {}, "reinforcement": {}, "dpo": []}
+
+    def kept(self, name: str, make: Callable[[], T]) -> T:
+        """The value that `make` gives, kept as JSON."""
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            write_json(path, make())
+        found: T = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+    @cached_property
+    def start(self) -> Transformer:
+        """The reference policy."""
+        place = self.folder / "reference"
+        if has_checkpoint(place):
+            model = Transformer(shape(self.cfg.setting))
+            model.load_state_dict(load_checkpoint(place).model)
+            return model.requires_grad_(False).eval()
+        say(f"seed {self.seed}: reference policy")
+        model = reference(self.cfg.setting, self.seed)
+        save_checkpoint(place, model.state_dict(), {}, {"seed": self.seed})
+        return model
+
+    @cached_property
+    def annotated(self) -> tuple[list[Pair], list[Pair], Answers]:
+        return annotated(self.start, self.cfg.setting, self.seed)
+
+    @cached_property
+    def models(self) -> list[RewardModel]:
+        """The reward models."""
+        return [self.model(member) for member in range(self.cfg.members)]
+
+    def model(self, member: int) -> RewardModel:
+        place = self.folder / f"reward-{member}"
+        if not has_checkpoint(place):
+            pairs, _, source = self.annotated
+            model = reward_model(self.start, pairs, source, self.cfg, 10 * self.seed + member)
+            model.save(place, {"seed": self.seed, "member": member})
+        return RewardModel.load(place, TOKENIZER).requires_grad_(False)
+
+    @cached_property
+    def proxy(self) -> Reward:
+        return Learned(self.model(0))
+
+    def followed(self, arm: str) -> Reward:
+        """The reward that an arm follows."""
+        source = self.annotated[2]
+        if arm == "no_length":
+            return WithoutLength.of(self.proxy, source.prompts, source.rows, source.n)
+        return Ensemble(self.models) if arm == "ensemble" else self.proxy
+
+    def prepare(self) -> None:
+        """The reference, its pairs and the first reward model, and how good both are."""
+
+        def about() -> dict[str, Any]:
+            pairs, judged_by, source = self.annotated
+            return {
+                "reference": {"true": float(source.true_PN.mean()), "complete": float(source.seen_PN.mean())},
+                "pairs": len(pairs),
+                "reward_models": [asdict(calibration(log_odds(self.model(0), judged_by)))],
+                "liking_of_length": WithoutLength.of(self.proxy, source.prompts, source.rows, source.n).slope,
+            }
+
+        self.found |= self.kept("about", about)
+        score = self.found["reward_models"][0]
+        say(f"seed {self.seed}: {self.found['pairs']} pairs, reward model's accuracy {score['accuracy']:.3f}")
+
+    @cached_property
+    def sample(self) -> Answers:
+        """What best-of-n chooses from."""
+        cfg = self.cfg
+        instances = watched_questions(cfg.setting, cfg.training)[: cfg.best_prompts]
+        return answers(self.start, instances, cfg.best_outputs, 7 + self.seed, cfg.setting)
+
+    def arm(self, name: str) -> None:
+        """Best-of-n and reinforcement by an arm's reward."""
+        cfg = self.cfg
         if name != "kl":
-            found["best_of_n"][name] = best_of(sample, followed[name], proxy)
-    after(found)
-    for name in cfg.arms:
+            make = partial(best_of, self.sample, self.followed(name), self.proxy)
+            self.found["best_of_n"][name] = self.kept(f"best-of-n-{name}", make)
         training = replace(cfg.training, kl=cfg.kl if name == "kl" else 0.0)
-        found["reinforcement"][name] = follow(name, start, followed[name], proxy, cfg, training, seed, folder)
-        after(found)
-    for beta in cfg.dpo_betas:
-        found["dpo"].append(control(start, pairs, beta, proxy, cfg, seed))
-    after(found)
-    return found
+        place = self.folder / f"reinforcement-{name}.json"
+        if not place.exists():
+            shutil.rmtree(self.folder / name, ignore_errors=True)  # of a run that was interrupted
+            found = follow(name, self.start, self.followed(name), self.proxy, cfg, training, self.seed, self.folder / name)
+            write_json(place, found)
+        self.found["reinforcement"][name] = read_json(place)
+
+    def controls(self) -> None:
+        """DPO on the same pairs."""
+        for beta in self.cfg.dpo_betas:
+            make = partial(control, self.start, self.annotated[0], beta, self.proxy, self.cfg, self.seed)
+            self.found["dpo"].append(self.kept(f"dpo-{beta:g}", make))
 
 
 def reward_model(start: Transformer, pairs: Sequence[Pair], source: Answers, cfg: StudyConfig, seed: int) -> RewardModel:
@@ -133,7 +207,7 @@ def follow(
 ) -> dict[str, Any]:
     """Reinforcement by one reward, watched; scalars go to TensorBoard as they come."""
     watch, points = Watch(cfg.watch), []
-    with Tracker(folder / f"{name}-s{seed}", layout=LAYOUT) as tracker:
+    with Tracker(folder, layout=LAYOUT) as tracker:
         for point, _ in reinforce(start, followed, proxy, cfg.setting, training, seed):
             raised = watch.add(point.step, point.proxy_P, point.true_P)
             points.append(row(point))

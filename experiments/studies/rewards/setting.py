@@ -71,13 +71,17 @@ def complete(instance: Instance, text: str) -> float:
     return float(bool(text) and balanced(instance.facts["beginning"] + text))
 
 
+def shape(cfg: Setting) -> ModelConfig:
+    """The policy's."""
+    return ModelConfig(
+        width=cfg.width, layers=cfg.layers, context=cfg.context, vocab_size=TOKENIZER.vocab_size, attention="explicit"
+    )
+
+
 def reference(cfg: Setting, seed: int) -> Transformer:
     """A model tuned on demonstrations, by likelihood; its weights take no gradient."""
     torch.manual_seed(seed)
-    shape = ModelConfig(
-        width=cfg.width, layers=cfg.layers, context=cfg.context, vocab_size=TOKENIZER.vocab_size, attention="explicit"
-    )
-    model = Transformer(shape)
+    model = Transformer(shape(cfg))
     stream, draw = questions(cfg, "train", seed), Draw("demonstrations", seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.tuning_lr, betas=(0.9, 0.98))
     for step in range(cfg.tuning_steps):

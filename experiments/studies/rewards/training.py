@@ -35,7 +35,7 @@ class TrainingConfig:
     grad_clip: float = 1.0
     kl: float = 0.0
     """Weight of the log-ratio to the reference, taken off the reward"""
-    every: int = 4
+    every: int = 3
     """Steps between two evaluations"""
     watched_prompts: int = 128
     watched_outputs: int = 32

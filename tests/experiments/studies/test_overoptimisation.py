@@ -134,11 +134,14 @@ def test_the_study_in_small_writes_all_that_it_promises(tmp_path, capsys):
     assert document["seeds"][0]["reinforcement"]["learned"]["points"][0]["d"] == pytest.approx(0, abs=1e-3)
     assert "<svg" in (out / "page.html").read_text()
     assert (out / "picture.svg").read_text().startswith("<?xml")
-    lines = [json.loads(line) for line in (out / "learned-s0" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "seed-0" / "learned" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert lines[0]["reward/flagged"] == 0
+    before = {path: path.stat().st_mtime_ns for path in (out / "seed-0").rglob("*")}
+    assert overoptimisation.main([*words.split(), "--arms", "learned", "--out", str(out)]) == 1  # nothing is made again
+    assert {path: path.stat().st_mtime_ns for path in (out / "seed-0").rglob("*")} == before
     assert overoptimisation.main(["--out", str(out)]) == 2
-    assert "holds a study already" in capsys.readouterr().err
+    assert "made with other settings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--arms", "cheating"], ["--steps", "0"], ["--outputs", "4"], ["--seeds", "one"]])
