@@ -37,6 +37,7 @@ from sparse_update.data.records import CorpusError
 from sparse_update.loop.checkpoint import CheckpointError
 from sparse_update.loop.records import TrainingDiverged
 from sparse_update.objectives.objective import ObjectiveError
+from sparse_update.objectives.preference.errors import PreferenceError
 from sparse_update.objectives.reinforcement.settings import ReinforcementError
 from sparse_update.objectives.sampled import RewardError
 from sparse_update.parallel.mesh import Mesh, MeshError
@@ -86,6 +87,7 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         except (
             MeshError,
             TaskError,
+            PreferenceError,
             PromptTooLong,
             ObjectiveError,
             ReinforcementError,

@@ -56,6 +56,7 @@ def test_a_run_starts_from_another_and_is_compared_with_it(runs):
         (["objective=instruct", "task=sums", "task.levels=2"], "unknown configuration key 'task.levels'"),
         (["objective=instruct", "task=sums", "gate=auto"], "gate.unit = auto with objective.kind = instruct"),
         (["objective=instruct", "task=sums", "model.context=8"], "the model reads 8 in a row"),
+        (["objective=reward", "task=sums"], "objective.reward.models is empty"),
         (["objective=other"], "no such choice"),
         (["objective.kind=other"], "objective.kind"),
         (["objective=instruct", "task=sums", "objective.sample.temperature=0"], "likeliest tokens are the same"),
