@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_update.clock.component import SCORING_FORWARD, Component, at_depth
+from sparse_update.data.records import Batch
 from sparse_update.gates.again import AgainConfig
 from sparse_update.gates.config import GateConfig
 from sparse_update.gates.controller import AutoConfig, Controller, kept_by
@@ -105,6 +106,18 @@ class AutoGate(Gate):
         self.uses[at_depth(SCORING_FORWARD, self.context.depth)] += windows
         self.scoring_flops += flops
 
+    def _seen(self, tokens_MT1: Tensor) -> Tensor:
+        """Which windows that are not of the stream were seen in it, bool (M,); nothing is learnt from them, and the look is
+        charged."""
+        count, state = len(tokens_MT1), self.containment.state_dict()
+        kept = {name: value.clone() for name, value in state.items()}
+        self.uses[self.containment.cost_key] += count
+        self.scoring_flops += self.containment.flops(count)
+        none = torch.full((count,), -1)
+        score_M = self.containment.score(Batch(tokens_MT1, none.to(torch.int8), none)).cpu()
+        self.containment.load_state_dict(kept)
+        return score_M >= self.trials.again.cfg.contained
+
     @property
     def decisions(self) -> list[dict[str, Any]]:
         """What was decided, when, why, with its numbers."""
@@ -118,8 +131,11 @@ class AutoGate(Gate):
         self.progress = progress
         self.controller.advance(progress, self.steps)
         if length := self.trials.wanted(progress, self.steps, windows):
-            reserved = self.context.judges is not None
-            self.trials.begin(length, None if reserved else self._new(self.trials.again.cfg.judges, windows))
+            held_back = self.context.judges
+            if held_back is None:
+                self.trials.begin(length, self._new(self.trials.again.cfg.judges, windows))
+            elif self.trials.again.look_at_judges(progress, self._seen(held_back)):
+                self.trials.begin(length, None)
         state, branch = self.controller.state, self.trials.branch
         self.observing = state == "look" and branch != "again" and self.controller.observes(self.steps)
         if branch == "again":

@@ -92,7 +92,10 @@ def build(folder, steps=60.0, until=0.5, report=lambda report: None, phases=(0.1
             strata=4, least=6, apart=0.25, phases=(0.03, 0.3, 0.6, 0.8), quotas=(0.1, 0.2, 0.4, 0.6), probe_share=1 / 8
         )
     )
-    again = AgainConfig(least_share=0.1, judges=8, least_steps=3, steps_share=0.05, phases=phases, remember=64, latest=0.9)
+    again = AgainConfig(
+        least_share=0.1, judges=8, least_steps=3, steps_share=0.05, phases=phases, remember=64, latest=0.9, alike=1e9,
+        sigma=1e9, doubt=-1e9,  # no trial settles it, so that there are as many as phases; what judges repeats too
+    )  # fmt: skip
     trainer.gate.trials.again = Again(again)
     return trainer
 
@@ -129,7 +132,7 @@ def test_what_is_observed_and_judged_is_charged_at_the_depth_that_runs(whole):
     assert (len(layers[1]), len(layers[3])) == (7, 19)
     observing = 2 * T * (small[at_depth(OBSERVE, 1)] * sum(layers[1][-4:]) + after[OBSERVE] * sum(layers[3][-5:]))
     judging = 6 * plan_flops(ONE, 8, PLAIN, None, T).forward
-    scoring = gate.signal.flops(gate.windows_scored) + gate.containment.flops(gate.windows_offered)
+    scoring = gate.signal.flops(gate.windows_scored) + gate.containment.flops(gate.windows_offered + 2 * 8)
     assert gate.flops == observing + judging + scoring
     steps = Transformer(ONE).cfg, trainer.updates.model.cfg
     counts = (depths.count(1) + 1, depths.count(3) - 1)  # a report is made after growing
