@@ -59,6 +59,12 @@ def lead_is_safe(first: int, second: int) -> float:
     return sum(math.comb(tosses, heads) for heads in range(first + 1)) / 2**tosses
 
 
+def is_sure(answers: Sequence[str], sure: float) -> bool:
+    """Whether the leading answer is likelier than the next one with that probability (`lead_is_safe`); never at 1."""
+    counts = sorted(Counter(answers).values(), reverse=True)
+    return lead_is_safe(counts[0], counts[1] if len(counts) > 1 else 0) >= sure
+
+
 def vote(answers: Sequence[str], sure: float = 1.0, least: int = 1) -> Chosen:
     """The majority of the first outputs, as many as it takes.
 
@@ -70,8 +76,7 @@ def vote(answers: Sequence[str], sure: float = 1.0, least: int = 1) -> Chosen:
     Raises GenerationError for no answer.
     """
     for used in range(least, len(answers)):
-        counts = sorted(Counter(answers[:used]).values(), reverse=True)
-        if lead_is_safe(counts[0], counts[1] if len(counts) > 1 else 0) >= sure:
+        if is_sure(answers[:used], sure):
             return Chosen(majority(answers[:used]), used)
     return Chosen(majority(answers), len(answers))
 

@@ -3,7 +3,8 @@
 Each RUN is a finished run on tasks (`spikegate train objective=instruct task=... model=SIZE seed=S`); runs of one size are
 its seeds, and all have the same tasks. Every run answers each question once by its likeliest tokens and `--n` times by
 sampling. Rules choose among these outputs: majority votes, votes that stop once they are sure, more outputs for the
-questions whose likeliest answer surprises the model, and the first output that the verifier accepts. What a rule costs is
+questions whose likeliest answer surprises the model, the sample that the model itself finds likeliest, and the first output
+that the verifier accepts. What a rule costs is
 counted: the prompt read once, each token of each output that it looked at. Settings are chosen on development questions
 and read on held-out ones.
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from experiments.studies.inference.compared import Point
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
-MARKS = {"greedy": "o", "majority": "v", "vote that stops": "^", "by surprise": "s", "verifier": "*"}
+MARKS = {"greedy": "o", "majority": "v", "vote that stops": "^", "by surprise": "s", "likeliest": "x", "verifier": "*"}
 
 
 def save(path: Path, found: Mapping[str, Mapping[str, Sequence[Point]]]) -> Path:

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from experiments.studies.inference.answers import Answered
-from sparse_update.generation.choosing import flops, majority, search, vote
+from sparse_update.generation.choosing import best, flops, majority, search, vote
 from sparse_update.transformer import ModelConfig
 
 SURE = (0.75, 0.9, 0.97)
@@ -49,6 +49,15 @@ def voted(n: int, sure: float, cfg: ModelConfig, asked: Answered) -> Outcome:
         cost.append(flops(cfg, int(asked.prompt_Q[q]), asked.length_QN[q].tolist(), found.used))
         used.append(found.used)
     return Outcome(np.array(score), np.array(cost), np.array(used))
+
+
+def likeliest(n: int, cfg: ModelConfig, asked: Answered) -> Outcome:
+    """Of n samples the one that the model itself gives most probability: a score that needs no judge."""
+    taken = [best(asked.logp_QN[q, :n].tolist()) for q in range(len(asked))]
+    score = [asked.score_QN[q, number] for q, number in enumerate(taken)]
+    lengths = asked.length_QN.tolist()
+    cost = [flops(cfg, int(asked.prompt_Q[q]), lengths[q], n) for q in range(len(asked))]
+    return Outcome(np.array(score), np.array(cost), np.full(len(asked), n))
 
 
 def verified(n: int, cfg: ModelConfig, asked: Answered) -> Outcome:
@@ -89,5 +98,6 @@ def rules(most: int, development: Answered) -> Mapping[str, Mapping[str, Rule]]:
             for n in counts
             for share, limit in limits.items()
         },
+        "likeliest": {f"n={n}": partial(likeliest, n) for n in counts},
         "verifier": {f"n<={n}": partial(verified, n) for n in [1, *counts]},
     }

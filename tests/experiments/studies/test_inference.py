@@ -13,7 +13,7 @@ from experiments.runs.plain_json import write_json
 from experiments.studies.inference.answers import Answered
 from experiments.studies.inference.compared import chosen, difference, points, verdicts
 from experiments.studies.inference.figure import frontier
-from experiments.studies.inference.rules import Outcome, greedy, rules, surprised, verified, voted
+from experiments.studies.inference.rules import Outcome, greedy, likeliest, rules, surprised, verified, voted
 from sparse_update.data.tokens import ByteTokenizer
 from sparse_update.generation.counting import needed_flops
 from sparse_update.loop.checkpoint import save_checkpoint
@@ -22,7 +22,8 @@ from sparse_update.transformer import ModelConfig, Transformer
 CFG = ModelConfig(width=32, layers=1, heads=2, context=48, vocab_size=256)
 ASKED = Answered(
     np.array([5, 7]), np.array([0.0, 1.0]), np.array([3, 2]), ["9", "4"], np.array([2.0, 0.1]),
-    np.array([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0]]), np.array([[2, 3, 4], [2, 2, 5]]), np.zeros((2, 3)),
+    np.array([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0]]), np.array([[2, 3, 4], [2, 2, 5]]),
+    np.array([[-3.0, -1.0, -2.0], [-2.0, -2.5, -1.0]]),
     [["8", "9", "8"], ["4", "4", "7"]],
 )  # fmt: skip
 
@@ -42,11 +43,14 @@ def test_what_rules_take_and_cost():
     found = verified(3, CFG, ASKED)  # greedy is wrong, the first sample is right; greedy is right
     assert found.score_Q.tolist() == [1.0, 1.0]
     assert found.flops_Q.tolist() == [cost(5, [3, 2]), cost(7, [2])]
+    found = likeliest(3, CFG, ASKED)
+    assert found.score_Q.tolist() == [0.0, 0.0]
+    assert found.flops_Q.tolist() == [cost(5, [2, 3, 4]), cost(7, [2, 2, 5])]
     found = surprised(2, 1.0, CFG, ASKED)  # the first is surprising: 9, 8, 9
     assert found.score_Q.tolist() == [0.0, 1.0]
     assert found.flops_Q.tolist() == [cost(5, [3, 2, 3]), cost(7, [2])]
     assert found.outputs_Q.tolist() == [3, 1]
-    assert set(rules(3, ASKED)) == {"greedy", "majority", "vote that stops", "by surprise", "verifier"}
+    assert set(rules(3, ASKED)) == {"greedy", "majority", "vote that stops", "by surprise", "likeliest", "verifier"}
 
 
 def outcome(score, flops):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sparse_update.generation import GenerateConfig, GenerationError, Sampler
 from sparse_update.generation.choosing import best, flops, lead_is_safe, majority, search, vote
+from sparse_update.generation.rounds import vote_in_rounds
 from sparse_update.transformer import ModelConfig, Transformer
 
 ANSWERS = st.lists(st.sampled_from("abc"), min_size=1, max_size=14)
@@ -71,3 +72,31 @@ def test_later_samples_are_those_behind_the_first_ones_and_their_flops_add_up():
     both = flops(model.cfg, 3, lengths[0].tolist(), 2, greedy=int(one.lengths_R[0]))
     alone = flops(model.cfg, 3, lengths[0].tolist(), 2)
     assert both - alone == one.flops - flops(model.cfg, 3, [1], 1)  # the prompt is read once for all of them
+
+
+def test_rounds_give_more_outputs_where_they_disagree_and_the_samples_of_one_call():
+    torch.manual_seed(1)
+    model = Transformer(ModelConfig(width=32, layers=1, heads=2, context=48, vocab_size=20))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    prompts = [np.array([1 + i, 2, 3 * i]) for i in range(6)]
+    sampler = Sampler(model, GenerateConfig(new_tokens=1, temperature=0.3, seed=2))
+    found = vote_in_rounds(sampler, prompts, lambda row: str(row[0]), ids=range(6), first=2, most=16, sure=0.85)
+    whole = Sampler(model, GenerateConfig(new_tokens=1, temperature=0.3, seed=2, n=16)).sample(prompts, range(6))
+    assert set(found.outputs_P) <= {2, 4, 8, 16}
+    assert len(set(found.outputs_P)) > 1
+    for number, used in enumerate(found.outputs_P):
+        answers = [str(row[0]) for row in whole.tokens_RN[number * 16 : number * 16 + used]]
+        assert found.answers[number] == answers[majority(answers)]
+        assert found.shares[number] == answers.count(found.answers[number]) / used
+        counts = sorted((answers.count(a) for a in set(answers)), reverse=True)
+        assert used == 16 or lead_is_safe(counts[0], counts[1] if len(counts) > 1 else 0) >= 0.85
+    assert sampler.cfg.n == 1
+    everyone = vote_in_rounds(sampler, prompts, str, first=2, most=8, sure=1.0)
+    assert everyone.outputs_P.tolist() == [8] * 6
+    for settings, message in (({"first": 1}, "at least 2 first"), ({"first": 9, "most": 4}, "no more than most")):
+        with pytest.raises(GenerationError, match=message):
+            vote_in_rounds(sampler, prompts, str, **settings)
+    with pytest.raises(GenerationError, match="temperature 0"):
+        vote_in_rounds(Sampler(model, GenerateConfig(temperature=0.0)), prompts, str)
