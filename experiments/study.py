@@ -16,6 +16,7 @@ STUDIES = {
     "pictures": "a residual network for pictures by each route, beside dense matrices in place of its convolutions",
     "learned_objective": "likelihood of one reference, a verifier's reward and a learned one at equal reference seconds",
     "overoptimisation": "a learned, flawed reward is followed: true reward and proxy, published form, flag, remedies",
+    "transfer": "what more instruction tasks teach about tasks never trained on",
     "rates": "whether the best learning rate stays put over width and depth",
     "sanafe_check": "counts, energy and time beside SANA-FE's (make energy-check)",
 }
