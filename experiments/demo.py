@@ -16,10 +16,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.demos import reinforcement as demos
 from experiments.runs.folder import RunError, read_json
 from experiments.runs.hydra_app import EXIT_REQUEUE, ConfigError, exit_of, setting, terminating
 from experiments.runs.lock import exclusive
-from experiments.runs.output import FLAG, add_json_argument, asked, entry
+from experiments.runs.output import FLAG, add_json_argument, asked, entry, finish
 from experiments.runs.plain_json import write_json
 
 HELP = "the main job: train, deploy and compare on two streams"
@@ -31,7 +32,11 @@ CHECKPOINT_WAIT_S = 60.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where the runs go (default: runs/demo)")
+    parser.add_argument(
+        "name", nargs="?", choices=("main", "reinforcement"), default="main",
+        help="main, or reinforcement: a tuned model goes on with and without sampling and a gate (under five minutes)",
+    )  # fmt: skip
+    parser.add_argument("--folder", type=Path, default=None, help="where the runs go (default: runs/demo, runs/demo-NAME)")
     parser.add_argument("--seeds", type=int, default=1, help="seeds per arm (default: 1)")
     parser.add_argument(
         "--budget-reference-s",
@@ -43,8 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command: see `demo`."""
-    return demo(args.folder, seeds=args.seeds, budget_reference_s=args.budget_reference_s)
+    """The command: see `demo` and `demos.reinforcement`."""
+    if args.name == "reinforcement":
+        return reinforcement(args.folder or Path("runs/demo-reinforcement"), args.seeds, args.budget_reference_s)
+    return demo(args.folder or Path("runs/demo"), seeds=args.seeds, budget_reference_s=args.budget_reference_s)
 
 
 @entry
@@ -76,6 +83,41 @@ def demo(folder: Path, seeds: int = 1, budget_reference_s: float | None = None) 
         return 2
 
 
+def reinforcement(folder: Path, seeds: int = 1, budget_reference_s: float | None = None) -> int:
+    """The demonstration of reinforcement. Exit codes as `demo`."""
+    budget = demos.BUDGET_S if budget_reference_s is None else budget_reference_s
+    if seeds != 1 or not 0 < budget < math.inf:
+        print("demo reinforcement: it has one seed, and takes a budget above 0; spikegate sweep has more", file=sys.stderr)
+        return 2
+    start = time.perf_counter()
+    try:
+        with terminating(), exclusive(folder, "demo"):
+            _settle(folder, {"demo": "reinforcement", "budget_reference_s": budget})
+            found = demos.demo(folder, _call, budget)
+    except ConfigError as error:
+        _say(str(error))
+        return 2
+    except subprocess.CalledProcessError as failed:
+        return _failed(failed)
+    except KeyboardInterrupt as interruption:
+        _say("interrupted; the same command goes on from here")
+        return exit_of(interruption)
+    except RunError as error:
+        _say(str(error))
+        return 1
+    for name, arm in found["arms"].items():
+        print(f"{name}: {found['start']['solved']:.1%} to {arm['solved']:.1%} in {arm['reference_s']:.1f} reference s")
+    print(f"{time.perf_counter() - start:.0f} s wall; open {folder}/reinforcement.html")
+    finish(found, "demo reinforcement", file=folder / "reinforcement.json", headline=["start", "arms"])
+    return 0
+
+
+def _failed(failed: subprocess.CalledProcessError) -> int:
+    stopped = failed.returncode in (130, EXIT_REQUEUE, -2)
+    _say("stopped; the same command goes on from here" if stopped else f"{failed.cmd[2]} failed")
+    return abs(failed.returncode) if failed.returncode != -2 else 130
+
+
 def _demo(folder: Path, seeds: int, budget: float) -> int:
     start = time.perf_counter()
     try:
@@ -93,9 +135,7 @@ def _demo(folder: Path, seeds: int, budget: float) -> int:
                 _deploy(folder, stream, seed)
         _call(["experiments.compare", setting("folder", folder), *([FLAG] if asked() else [])], show=True)
     except subprocess.CalledProcessError as failed:
-        stopped = failed.returncode in (130, EXIT_REQUEUE, -2)
-        _say("stopped; the same command goes on from here" if stopped else f"{failed.cmd[2]} failed")
-        return abs(failed.returncode) if failed.returncode != -2 else 130
+        return _failed(failed)
     except KeyboardInterrupt as interruption:
         _say("interrupted; the same command goes on from here")
         return exit_of(interruption)

@@ -1,0 +1,1 @@
+"""Demonstrations beside the main one: `spikegate demo NAME`."""
