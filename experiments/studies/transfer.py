@@ -38,7 +38,7 @@ from sparse_update.transformer import ModelConfig, Transformer
 from sparse_update.weights.settings import OptimConfig
 
 POOL = (
-    "brackets:1-3", "sorting:1-2", "modular:1", "edits:1-2", "gym:chain_sum:1", "gym:basic_arithmetic:1", "gym:gcd:1",
+    "brackets:1-3", "sorting:1-2", "modular:1", "edits:1", "gym:chain_sum:1", "gym:basic_arithmetic:1", "gym:gcd:1",
     "gym:count_bits:1", "gym:complex_arithmetic:1", "gym:decimal_chain_sum:1", "gym:number_sequence:1",
     "gym:simple_equations:1",
 )  # fmt: skip
