@@ -26,6 +26,7 @@ HANDED_ON = {
     "sweep": "arms x seeds x budgets of one regime, resumable",
     "bench": "measurements beside a named baseline: bench gate, bench simulator, ...",
     "study": "experiments of their own: study activity, study spiking_lm, ...",
+    "scale": "a scaling law from finished runs, its predictions, and how a gain moves with scale",
 }
 """Commands that read their words themselves, in the same place."""
 
