@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.comparison.record import Deployment, Stream
 from experiments.comparison.statistics import interval
-from experiments.views.labels import EdgeLabel, edge_labels
+from experiments.views.labels import LONGEST, EdgeLabel, edge_labels
+from hardware.text import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,7 +101,12 @@ def energy_panel(ax: Axes, stream: Stream, colours: Mapping[str, str], shapes: M
     `labels.settle`)."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-    plain_axes(ax, f"{stream.name}: energy against accuracy", "inference energy per token", "held-out loss, nats per token")
+    plain_axes(
+        ax,
+        f"{short(stream.name, LONGEST)}: energy against accuracy",
+        "inference energy per token",
+        "held-out loss, nats per token",
+    )
     found = seed_points(stream)
     if not found:
         ax.text(0.5, 0.5, "no deployed model", transform=ax.transAxes, ha="center", color=MUTED)
@@ -194,7 +200,9 @@ def energy_legend(
         handles.append(Line2D([], [], linestyle="none", marker=shape, color=colour, markerfacecolor=face, markersize=8))
         handles[-1].set_label(f"{profile} ({', '.join(words)})")
     for arm in dict.fromkeys(point.arm for point in everything):
-        handles.append(Line2D([], [], color=colours[arm], linewidth=1.6, label=f"{arm}, deployed: low to high"))
+        handles.append(
+            Line2D([], [], color=colours[arm], linewidth=1.6, label=f"{short(arm, LONGEST)}, deployed: low to high")
+        )
     if any(point.lower_bound for point in everything):
         handles.append(Line2D([], [], linestyle="none", marker=">", color=MUTED, markersize=5))
         handles[-1].set_label("lower bound: at least this")

@@ -19,7 +19,8 @@ from experiments.views.energy_figure import (
     plain_axes,
     seed_points,
 )
-from experiments.views.labels import EdgeLabel, edge_labels, settle
+from experiments.views.labels import LONGEST, EdgeLabel, edge_labels, settle
+from hardware.text import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,7 +105,7 @@ def budget_ends(stream: Stream, arm: str) -> list[tuple[float, float]]:
 
 
 def _prequential_panel(ax: Axes, stream: Stream, colours: Mapping[str, str]) -> list[Annotation]:
-    title = f"{stream.name}: prequential loss against FLOPs"
+    title = f"{short(stream.name, LONGEST)}: prequential loss against FLOPs"
     plain_axes(ax, title, "counted TFLOP, scoring included", "prequential loss, nats per token")
     found = frontier(stream)
     if not found:
@@ -124,7 +125,12 @@ def _prequential_panel(ax: Axes, stream: Stream, colours: Mapping[str, str]) -> 
 
 
 def _training_panel(ax: Axes, stream: Stream, colours: Mapping[str, str], dashes: Mapping[str, Any]) -> list[Annotation]:
-    plain_axes(ax, f"{stream.name}: training ({_seeds(stream)})", "reference seconds", "held-out loss, nats per token")
+    plain_axes(
+        ax,
+        f"{short(stream.name, LONGEST)}: training ({_seeds(stream)})",
+        "reference seconds",
+        "held-out loss, nats per token",
+    )
     ends: list[tuple[float, float, str]] = []
     seen: list[tuple[float, float]] = []
     for arm in stream.arms.values():

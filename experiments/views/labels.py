@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SPACING = 1.04  # of the height of a name's box
 NEAR = 0.25  # a name moved by less than this share of its height needs no line
-LONGEST = 48  # characters of a name beside a panel
+LONGEST = 36  # characters of a name beside a panel
 ROUNDS = 2  # names moved change the layout, which moves them again
 
 

@@ -134,10 +134,13 @@ class Browser:
         line, _, self._rest = self._rest.partition(b"\0")
         return dict(json.loads(line))
 
-    def open(self, address: str) -> Tab:
-        """A new tab at an address."""
-        target = self.call("Target.createTarget", url=address)["targetId"]
+    def open(self, address: str, *, heed_policy: bool = True) -> Tab:
+        """A new tab at an address; without `heed_policy` as if the page had no content security policy."""
+        target = self.call("Target.createTarget", url=address if heed_policy else "about:blank")["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        if not heed_policy:
+            self.call("Page.setBypassCSP", session, enabled=True)
+            self.call("Page.navigate", session, url=address)
         size = {"width": self.width, "height": self.height, "deviceScaleFactor": 1, "mobile": False}
         self.call("Emulation.setDeviceMetricsOverride", session, **size)
         return Tab(self, session)
