@@ -30,43 +30,31 @@ from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_modul
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (2,))
-
-
-def trained(rest_of, whole_of=lambda f: f):
-    """Loss, and the squared norm of the embedding's gradient or what its backward raised."""
+tokens = torch.arange(8)
+found = {}
+for mode in ("eager", "rest compiled", "rest compiled, x.clone() before it", "both compiled together"):
     torch.manual_seed(0)
-    embed, rest = nn.Embedding(8, 4), nn.Linear(4, 4)
-    parallelize_module(embed, mesh, RowwiseParallel(input_layouts=Replicate()))
-    run = rest_of(rest)
-    loss = whole_of(lambda tokens: run(embed(tokens)))(torch.arange(8)).square().sum()
+    model = nn.ModuleDict({"embed": nn.Embedding(8, 4), "rest": nn.Linear(4, 4)})
+    parallelize_module(model, mesh, {"embed": RowwiseParallel(input_layouts=Replicate())})
+    rest = torch.compile(model["rest"], backend="aot_eager") if mode.startswith("rest") else model["rest"]
+
+    def forward(t):
+        x = model["embed"](t)
+        return rest(x.clone() if "clone" in mode else x)
+
+    run = torch.compile(forward, backend="aot_eager") if mode.startswith("both") else forward
+    loss = run(tokens).square().sum()
     try:
         loss.backward()
     except AttributeError:
-        return f"loss {loss.item():.3f}, backward AttributeError"
-    return f"loss {loss.item():.3f}, gradient {embed.weight.grad.full_tensor().square().sum().item():.3f}"
-
-
-def compiled(f):
-    return torch.compile(f, backend="aot_eager")
-
-
-def cloned(rest):
-    run = compiled(rest)
-    return lambda x: run(x.clone())
-
-
-found = {
-    "eager": trained(lambda rest: rest),
-    "rest compiled": trained(compiled),
-    "rest compiled, x.clone() before it": trained(cloned),
-    "both compiled together": trained(lambda rest: rest, compiled),
-}
+        found[mode] = f"loss {loss.item():.3f}, backward AttributeError"
+        continue
+    gradient = model["embed"].weight.grad.full_tensor().square().sum()
+    found[mode] = f"loss {loss.item():.3f}, gradient {gradient.item():.3f}"
 if dist.get_rank() == 0:
-    print("\n".join(f"{name}: {text}" for name, text in found.items()))
+    print("\n".join(f"{mode}: {text}" for mode, text in found.items()), flush=True)
 right = found["eager"]
 assert found["rest compiled"].endswith("AttributeError"), "behaviour changed: the backward runs"
 assert found["rest compiled, x.clone() before it"] == found["both compiled together"] == right
-dist.barrier()
-dist.destroy_process_group()
 END
 OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore "$venv" -m torch.distributed.run --standalone --nproc-per-node 2 two.py
