@@ -114,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--more", type=float, default=15.0, help="reference seconds of each way after it (default: 15)")
     parser.add_argument("--questions", type=int, default=1000, help="that pairs are made of (default: 1000)")
     parser.add_argument("--judged", type=int, default=200, help="held-out questions that are asked often (default: 200)")
+    parser.add_argument("--no-tuning", action="store_true", help="take the first rate of each way untried")
     add_json_argument(parser)
     args = parser.parse_args(argv)
     try:
@@ -125,7 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     study = Study(args.out.resolve(), args.start, args.more, args.questions)
     try:
-        rates = {name: study.rate(name, RATES[name]) for name in ARMS}
+        tried = {name: RATES[name][: 1 if args.no_tuning else None] for name in ARMS}
+        rates = {name: study.rate(name, tried[name]) for name in ARMS}
         runs = {name: [study.arm(name, rates[name], seed, "held_out") for seed in seeds] for name in ARMS}
         often = {name: [asdict(knows(folder, study.asked, args.judged, 16)) for folder in runs[name]] for name in ARMS}
         starts = [accuracy(study.start(seed)) for seed in seeds]
@@ -145,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     document = {
         "verdicts": said,
         "rates": rates,
+        "tuned": not args.no_tuning,
         "start": starts,
         "solved": solved,
         "often": often,
