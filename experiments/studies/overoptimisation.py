@@ -137,7 +137,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     command = " ".join(["spikegate study overoptimisation", *(argv or sys.argv[1:])])
     runs = [SeedRun(cfg, seed, args.out) for seed in numbers_of]
-    pieces: list[tuple[str, Callable[[SeedRun], None]]] = [("setting", SeedRun.prepare)]
+    pieces: list[tuple[str, Callable[[SeedRun], None]]] = [
+        ("setting", SeedRun.prepare),
+        ("best-of-n", SeedRun.best_of_n),
+    ]
     for arm in cfg.arms:
         pieces.append((arm, partial(_arm, arm)))
         if arm == cfg.arms[0]:

@@ -149,12 +149,19 @@ class SeedRun:
         instances = watched_questions(cfg.setting, cfg.training)[: cfg.best_prompts]
         return answers(self.start, instances, cfg.best_outputs, 7 + self.seed, cfg.setting)
 
+    def best_of_n(self) -> None:
+        """Best-of-n by the reward of each arm; a KL term is none of it."""
+        for name in self.cfg.arms:
+            if name != "kl":
+
+                def make(arm: str = name) -> list[dict[str, float]]:
+                    return best_of(self.sample, self.followed(arm), self.proxy)
+
+                self.found["best_of_n"][name] = self.kept(f"best-of-n-{name}", make)
+
     def arm(self, name: str) -> None:
-        """Best-of-n and reinforcement by an arm's reward."""
+        """Reinforcement by an arm's reward."""
         cfg = self.cfg
-        if name != "kl":
-            make = partial(best_of, self.sample, self.followed(name), self.proxy)
-            self.found["best_of_n"][name] = self.kept(f"best-of-n-{name}", make)
         training = replace(cfg.training, kl=cfg.kl if name == "kl" else 0.0)
         place = self.folder / f"reinforcement-{name}.json"
         if not place.exists():
