@@ -24,7 +24,7 @@ def save(path: Path, found: Mapping[str, Mapping[str, Sequence[Point]]]) -> Path
                 x, y = [point.flops / 1e6 for point in front], [point.accuracy for point in front]
                 panel.plot(x, y, color=colour, marker=mark, lw=1, ms=5, label=f"{size}, {family}")
         panel.set(
-            title=task, xscale="log", xlabel="counted inference MFLOP of a question", ylabel="share solved", ylim=(0, 1)
+            title=task, xscale="log", xlabel="counted inference MFLOP of a question", ylabel="share solved", ylim=(0, 1.03)
         )
     panels[-1].legend(fontsize=6, loc="lower right")
     figure.savefig(path, dpi=110)
