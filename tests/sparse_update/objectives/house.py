@@ -1,4 +1,5 @@
-"""A trainer on tasks whose prices are made up: a step costs 10 reference milliseconds, a piece of generation 1."""
+"""A trainer on tasks whose prices are made up, in reference milliseconds: a step costs 10, the reading of prompts or a tile
+1, a token of a row 0.02."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ SUMS = {"tasks": ["sums:1-2"], "form": "short", "judged": 12, "new_tokens": 4}
 
 
 def priced(times, steps, components):
-    found = {**{times.key(step): 10.0 for step in steps}, **dict.fromkeys(components, 1.0)}
+    generated = {key: 0.02 if key.startswith("generate[row") else 1.0 for key in components}
+    found = {**{times.key(step): 10.0 for step in steps}, **generated}
     return times.extended({key: value for key, value in found.items() if not times.has(key)}, 10.0)
 
 

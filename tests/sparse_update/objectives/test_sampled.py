@@ -20,7 +20,7 @@ def stepped(trainer, count):
     """The loop's own steps, one after the other."""
     for _ in range(count):
         progress = trainer.budget.progress
-        batch = trainer.updates.objective.held() or trainer.gate.next(trainer.budget.windows, progress)
+        batch = trainer.updates.objective.held() or trainer.gate.next(trainer.budget.windows_at(progress), progress)
         step = trainer.budget.step(progress)
         batch = trainer.updates.objective.prepare(batch, step, progress)
         found = trainer.updates.take(batch, step, progress)
@@ -114,7 +114,7 @@ def test_shares_change_nothing_but_what_is_sampled_together(tmp_path):
     assert torch.equal(a.tokens_RT1, b.tokens_RT1)
     assert torch.equal(a.logp_RT, b.logp_RT)
     same(weights(one), weights(two))
-    assert one.updates.objective.uses != two.updates.objective.uses  # smaller tiles: the clock says so
+    assert one.updates.objective.uses == two.updates.objective.uses  # charged by rows and prompts
 
 
 def test_bad_input_is_told(tmp_path):
