@@ -65,13 +65,14 @@ def test_the_gradient_is_that_of_the_outputs_weighed_by_their_advantage(tmp_path
 
 
 def test_reinforcement_raises_the_reward_and_generation_is_on_the_clock(tmp_path):
-    trainer, reports = reinforced(tmp_path, sample={"n": 16}, steps=60)
+    trainer, reports = reinforced(tmp_path, sample={"n": 16}, steps=90)
     stepped(trainer, 1)
     before = trainer.updates.objective.notes()["rl/reward"]
     result = trainer.run()
     objective = trainer.updates.objective
     assert objective.notes()["rl/reward"] > before + 0.3
-    assert result.gate_reference_s == pytest.approx(0.001 * sum(objective.uses.values()))
+    charged = sum(uses * (2e-5 if key.startswith("generate[row") else 1e-3) for key, uses in objective.uses.items())
+    assert result.gate_reference_s == pytest.approx(charged)
     assert result.reference_s <= trainer.budget.limit + 0.05
     assert result.empty + len([report for report in reports if report.loss_nats == report.loss_nats]) >= 1
 
