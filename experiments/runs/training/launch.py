@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -20,7 +21,7 @@ from experiments.runs.folder import RunError
 from experiments.runs.hydra_app import ConfigError, to_dataclass
 from experiments.runs.plain_json import plain
 from experiments.runs.training.config import TrainConfig
-from experiments.runs.training.ranks import started_ranks
+from experiments.runs.training.ranks import LOST_RANK, started_ranks
 
 SETTINGS, OUTCOME = "settings.json", "outcome-{rank}.json"
 
@@ -49,7 +50,7 @@ def launched(cfg: TrainConfig, expected: tuple[type[Exception], ...]) -> dict[st
             run_id=place.name,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
-            max_restarts=0,
+            max_restarts=cfg.mesh.restarts,
             monitor_interval=0.1,
         )
         try:
@@ -60,7 +61,21 @@ def launched(cfg: TrainConfig, expected: tuple[type[Exception], ...]) -> dict[st
 
 
 def _told(place: Path, failure: Any, expected: tuple[type[Exception], ...]) -> Exception:
-    """The error that a process left behind; of several the one that failed first, as torchrun saw it."""
+    """A process that a signal ended is named; else the error that one left, of several the first by torchrun's clock.
+
+    A rank that hangs is named by those that waited for it; torchrun's launcher kills it in the end, as it does all others.
+    """
+    left = {rank: _read(path) for rank in failure.failures if (path := place / OUTCOME.format(rank=rank)).exists()}
+    for found in left.values():
+        if LOST_RANK in found.get("error", ""):
+            return RunError(found["error"])
+    for rank, each in sorted(failure.failures.items()):
+        if each.exitcode < 0 and each.exitcode != -signal.SIGTERM and not (place / OUTCOME.format(rank=rank)).exists():
+            return RunError(
+                f"rank {rank} was ended by {signal.Signals(-each.exitcode).name}: "
+                + ("by hand, or the machine ran out of memory. " if each.exitcode == -signal.SIGKILL else "a crash. ")
+                + "What was saved is in the run's folder: the same command goes on"
+            )
     first, _ = failure.get_first_failure()
     kinds = {kind.__name__: kind for kind in (*expected, ConfigError)}
     for rank in [first, *sorted(failure.failures)]:
@@ -84,6 +99,7 @@ def work(place: Path, train: Callable[[TrainConfig], Mapping[str, Any]]) -> int:
     given = _read(place / SETTINGS)
     sys.argv = given["argv"]
     outcome = place / OUTCOME.format(rank=os.environ["RANK"])
+    outcome.unlink(missing_ok=True)  # of a start before this one
     try:
         document = train(to_dataclass(OmegaConf.create(given["settings"]), TrainConfig))
     except Exception as error:  # told by the parent
