@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sparse_update.objectives.reinforcement.rates import PassRates, Predicted
+from sparse_update.objectives.reinforcement.rates import REMEMBERED, PassRates, Predicted
 from sparse_update.objectives.reinforcement.settings import PromptGateConfig, ReinforcementError
 
 
@@ -63,8 +63,8 @@ class PromptGate(ABC):
         """A belief on the candidates' pass rates, where the gate has one."""
         return None
 
-    def observe(self, taken: Candidates, right_P: np.ndarray, outputs_P: np.ndarray, remember: bool = True) -> None:
-        """Learn from groups: sums of rewards in [0, 1], and numbers of outputs. `remember`: prompts may come again."""
+    def observe(self, taken: Candidates, right_P: np.ndarray, outputs_P: np.ndarray) -> None:
+        """Learn from groups: sums of rewards in [0, 1], and numbers of outputs."""
         return
 
     def notes(self) -> Mapping[str, float]:
@@ -122,9 +122,9 @@ class PredictedPrompts(PromptGate):
         rest = order[prompts - explored :]
         return np.sort(np.concatenate((best, generator.permutation(rest)[:explored])))
 
-    def observe(self, taken: Candidates, right_P: np.ndarray, outputs_P: np.ndarray, remember: bool = True) -> None:
+    def observe(self, taken: Candidates, right_P: np.ndarray, outputs_P: np.ndarray) -> None:
         surprise = taken.surprise_C if self.looks else None
-        self.rates.observe(taken.cells, taken.ids, right_P, outputs_P, surprise, remember)
+        self.rates.observe(taken.cells, taken.ids, right_P, outputs_P, surprise)
 
     def state_dict(self) -> dict[str, Any]:
         return {"rates": self.rates.state_dict()}
@@ -167,7 +167,7 @@ class Greso(PromptGate):
                 keep_C[place] = self.explore[kind] ** count
         return np.flatnonzero(uniform_C < keep_C)[:prompts]
 
-    def observe(self, taken: Candidates, right_P: np.ndarray, outputs_P: np.ndarray, remember: bool = True) -> None:
+    def observe(self, taken: Candidates, right_P: np.ndarray, outputs_P: np.ndarray) -> None:
         for number, right, outputs in zip(taken.ids, right_P, outputs_P, strict=True):
             self.seen["all"] += 1
             kind = "hard" if right <= 0 else "easy" if right >= outputs else ""
@@ -175,8 +175,9 @@ class Greso(PromptGate):
                 self.runs.pop(number, None)
                 continue
             self.seen[kind] += 1
-            if remember:
-                self.runs[number] = kind, self.runs.get(number, ("", 0))[1] + 1
+            self.runs[number] = kind, self.runs.pop(number, ("", 0))[1] + 1
+            if len(self.runs) > REMEMBERED:
+                del self.runs[next(iter(self.runs))]
         for kind, target in (("easy", self.cfg.greso_target_easy), ("hard", self.cfg.greso_target_hard)):
             down = self.seen[kind] >= target * self.seen["all"]
             moved = self.explore[kind] + (-self.cfg.greso_step if down else self.cfg.greso_step)

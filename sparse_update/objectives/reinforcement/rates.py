@@ -29,6 +29,8 @@ LEVEL_DEVIATION = 3.0
 SLOPE_DEVIATION = 0.5
 CLIP = 12.0
 """Largest absolute logit."""
+REMEMBERED = 1 << 15
+"""Prompts whose own outcomes are kept, the last ones."""
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(15)
 
 
@@ -114,19 +116,19 @@ class PassRates:
         right_P: np.ndarray,
         outputs_P: np.ndarray,
         surprise_P: np.ndarray | None = None,
-        remember: bool = True,
     ) -> None:
-        """Learn from groups: the sum of each one's rewards in [0, 1] and its number of outputs. `remember`: prompts may
-        come again, so that what was observed of each is kept."""
+        """Learn from groups: the sum of each one's rewards in [0, 1] and its number of outputs. Of the last `REMEMBERED`
+        prompts their own outcomes are kept."""
         terms = None if surprise_P is None else surprise_logit(surprise_P)
         for place, (cell, number) in enumerate(zip(cells, ids, strict=True)):
             right, outputs = float(right_P[place]), float(outputs_P[place])
             self._learn(cell, right, outputs, None if terms is None else float(terms[place]))
-            if not remember:
-                continue
             old_right, old = self.own.get(number, (0.0, 0.0))
             fade = self.own_decay**outputs
+            self.own.pop(number, None)
             self.own[number] = (old_right * fade + right, old * fade + outputs)
+            if len(self.own) > REMEMBERED:
+                del self.own[next(iter(self.own))]
 
     def _prior(self, term: float | None) -> tuple[float, float]:
         return (0.0, LEVEL_DEVIATION**2) if term is None else (0.0, 1.0)

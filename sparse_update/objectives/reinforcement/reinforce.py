@@ -24,7 +24,7 @@ from sparse_update.clock.component import Component
 from sparse_update.clock.cost import Step
 from sparse_update.gates.gate import GatedBatch
 from sparse_update.objectives.examples.examples import Examples
-from sparse_update.objectives.examples.rows import ENDLESS, PromptStream
+from sparse_update.objectives.examples.rows import PromptStream
 from sparse_update.objectives.objective import Given
 from sparse_update.objectives.phase import LENGTH_STEP, Phase
 from sparse_update.objectives.reinforcement.advantages import advantages, all_equal, overlong_penalty
@@ -72,10 +72,11 @@ class Reinforce(Sampled):
             if given.grows or given.adapted:
                 raise ReinforcementError("rl.estimator.kl with a model that grows or holds LoRA's factors: set it to 0")
             self.reference = copy.deepcopy(given.model).requires_grad_(False)
-        self._remember = stream.windows < ENDLESS
         self._unit = math.lcm(self.shares, sample.batches)
         """what a number of prompts must be a multiple of"""
         self._taken: Candidates | None = None
+        self._place: dict[int, int] = {}
+        """row number -> its place in `_taken`"""
         self._components: dict[str, Component] = {}
         self.seen: Counter[str] = Counter()
         """Groups so far: all, right (all outputs), wrong (all outputs), sampled and filtered out, candidates."""
@@ -114,6 +115,7 @@ class Reinforce(Sampled):
             index = self._generator("prompts").permutation(len(shown))[:1]
         index = index[: len(index) // self._unit * self._unit or len(index)]
         self._taken = shown.of(index)
+        self._place = {int(batch.window[at]): place for place, at in enumerate(index)}
         return picked(batch, torch.from_numpy(index))
 
     def _wanted(self, offered: int, filtering: bool) -> int:
@@ -127,7 +129,7 @@ class Reinforce(Sampled):
     def _candidates(self, batch: GatedBatch) -> Candidates:
         instances = [self.stream.row(int(number)).instances[0] for number in batch.window]
         surprise_C = self._surprise(instances) if self.prompts.looks else None
-        return Candidates(batch.window.tolist(), [f"{i.task}:{i.level}" for i in instances], surprise_C)
+        return Candidates([i.id for i in instances], [f"{i.task}:{i.level}" for i in instances], surprise_C)
 
     def _surprise(self, instances: Sequence[Any]) -> np.ndarray:
         """Negative log-likelihood of each reference answer, nats (C,); on the clock."""
@@ -163,8 +165,7 @@ class Reinforce(Sampled):
         prompts, n, cfg = len(batch.tokens), self.sample.n, self.cfg
         if cfg.allocate == "fixed" or self._taken is None:
             return [n] * prompts
-        places = {number: place for place, number in enumerate(self._taken.ids)}
-        shown = self._taken.of(np.array([places[int(number)] for number in batch.window]))
+        shown = self._taken.of(np.array([self._place[int(number)] for number in batch.window]))
         predicted = self.prompts.predict(shown)
         assert predicted is not None  # _check_allocation
         portion = cfg.n_least
@@ -216,9 +217,8 @@ class Reinforce(Sampled):
         self.seen["right"] += int((alike_P & (right_P >= count_P)).sum())
         self.seen["wrong"] += int((alike_P & (right_P < count_P)).sum())
         if self._taken is not None:
-            places = {number: place for place, number in enumerate(self._taken.ids)}
-            index = np.array([places[int(number)] for number in phase.batch.window])
-            self.prompts.observe(self._taken.of(index), right_P, count_P, self._remember)
+            index = np.array([self._place[int(number)] for number in phase.batch.window])
+            self.prompts.observe(self._taken.of(index), right_P, count_P)
 
     # the gradient
 
