@@ -18,6 +18,7 @@ STUDIES = {
     "overoptimisation": "a learned, flawed reward is followed: true reward and proxy, published form, flag, remedies",
     "transfer": "what more instruction tasks teach about tasks never trained on",
     "rates": "whether the best learning rate stays put over width and depth",
+    "reinforcement": "reinforcement from a tuned model, with and without a gate before generation, beside its controls",
     "sanafe_check": "counts, energy and time beside SANA-FE's (make energy-check)",
 }
 """Name -> what it asks; each lives in `experiments.studies.NAME`, with `main(argv) -> exit code`."""

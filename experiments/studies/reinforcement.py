@@ -218,13 +218,18 @@ def compared(found: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
     return pairs
 
 
+def numbers(text: str) -> list[int]:
+    """ "0,1,2" as numbers, for argparse."""
+    return [int(part) for part in text.split(",")]
+
+
 @entry
 def main(argv: Sequence[str] | None = None) -> int:
     """Make what is missing of the study and print what is there."""
     parser = argparse.ArgumentParser(prog="spikegate study reinforcement", description=__doc__)
     parser.add_argument("family", choices=sorted(FAMILIES))
     parser.add_argument("--arms", default=",".join(ARMS), help="of %(default)s")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seeds", default="0,1,2", type=numbers)
     parser.add_argument("--out", default="runs/reinforcement")
     parser.add_argument("--split", default="held_out", choices=("held_out", "development"))
     parser.add_argument("--judged", type=int, default=400, help="questions that a model is judged by")
@@ -232,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{setting.replace('_', '-')}", type=kind, help="in place of the family's own")
     add_json_argument(parser)
     asked = parser.parse_args(argv)
-    arms, seeds = asked.arms.split(","), [int(seed) for seed in asked.seeds.split(",")]
+    arms, seeds = asked.arms.split(","), asked.seeds
     if unknown := sorted(set(arms) - set(ARMS)):
         parser.error(f"--arms {','.join(unknown)}: of {', '.join(ARMS)}")
     changes = {key: getattr(asked, key) for key in ("lr", "n", "pool", "tune_s", "budget_s") if getattr(asked, key)}
