@@ -53,7 +53,7 @@ def stepped(trainer, count):
     """The loop's own steps, one after the other."""
     for _ in range(count):
         progress = trainer.budget.progress
-        batch = trainer.updates.objective.held() or trainer.gate.next(trainer.budget.windows, progress)
+        batch = trainer.updates.objective.held() or trainer.gate.next(trainer.budget.windows_at(progress), progress)
         step = trainer.budget.step(progress)
         batch = trainer.updates.objective.prepare(batch, step, progress)
         found = trainer.updates.take(batch, step, progress)
@@ -65,7 +65,7 @@ def stepped(trainer, count):
 def gradient_of(trainer):
     objective, model = trainer.updates.objective, trainer.updates.model
     step = trainer.budget.step(0.0)
-    batch = objective.prepare(trainer.gate.next(trainer.budget.windows), step, 0.0)
+    batch = objective.prepare(trainer.gate.next(trainer.budget.windows_at(0.0)), step, 0.0)
     objective.gradients(batch, step)
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
