@@ -142,8 +142,7 @@ def trained(
 
 
 def shape_of(family: Family) -> ModelConfig:
-    sizes = {"width": 64, "layers": 2, "heads": 4}
-    return ModelConfig("study", context=family.context, vocab_size=256, attention="explicit", **sizes)
+    return ModelConfig("study", 64, 2, 4, family.context, vocab_size=256, attention="explicit")
 
 
 def tuned(family: Family, examples: Examples, seed: int, out: Path) -> tuple[Transformer, dict[str, Any]]:
