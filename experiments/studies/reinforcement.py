@@ -29,6 +29,7 @@ from experiments.runs.output import add_json_argument, entry, finish
 from sparse_update.clock.shipped import shipped_table
 from sparse_update.data.tokens import ByteTokenizer
 from sparse_update.loop.assembly import Arm, Place, Prices, Text, make_trainer
+from sparse_update.loop.checkpoint import load_checkpoint, save_checkpoint
 from sparse_update.loop.recorder import Listeners
 from sparse_update.loop.records import TrainerConfig
 from sparse_update.objectives.choice import make_objective, task_stream
@@ -148,13 +149,13 @@ def shape_of(family: Family) -> ModelConfig:
 def tuned(family: Family, examples: Examples, seed: int, out: Path) -> tuple[Transformer, dict[str, Any]]:
     """The model that the arms of a seed begin with; from its file where it was made before."""
     torch.manual_seed(seed)
-    model, file, record = Transformer(shape_of(family)), out / f"tuned-{seed}.pt", out / f"tuned-{seed}.json"
-    if file.is_file() and record.is_file():
-        model.load_state_dict(torch.load(file, weights_only=True))
+    model, file, record = Transformer(shape_of(family)), out / f"tuned-{seed}", out / f"tuned-{seed}.json"
+    if record.is_file():
+        model.load_state_dict(load_checkpoint(file).model)
         return model, json.loads(record.read_text())
     optim = OptimConfig(lr=family.tune_lr, weight_decay=0.0)
     found = trained(model, ObjectiveConfig(kind="instruct"), examples, optim, family.tune_s, 16, seed, out / "run", 4)
-    torch.save(model.state_dict(), file)
+    save_checkpoint(file, model.state_dict(), {}, {"seed": seed})
     record.write_text(json.dumps(found))
     return model, found
 
