@@ -176,7 +176,7 @@ $(INSTALLED_AKIDA):
 
 $(INSTALLED_TRL):
 	@env -u PYTHON .ci/make_venv $(TRL_VENV) 3.11 3.14
-	$(TRL_VENV)/bin/python $(PIP_INSTALL) --no-deps -r constraints-trl.txt
+	$(call worker,$(TRL_VENV),trl)
 	@rm $(TRL_VENV)/.installing && touch $@
 
 clean: ## caches and build leftovers; environments and runs stay

