@@ -25,6 +25,9 @@ class MeshConfig:
     """"gloo" (CPU) | "nccl" (NVIDIA GPUs) | "auto": nccl where the run is on a GPU."""
     timeout_s: float = 600.0
     """A collective that lasts longer ends the run: a rank has died or hangs."""
+    restarts: int = 0
+    """How often `spikegate train` starts its processes again after one has failed; they go on from the last checkpoint.
+    torchrun's own is --max-restarts."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -35,6 +38,10 @@ class MeshConfig:
             raise ValueError(f"mesh.processes = {self.processes}, mesh.tensor = {self.tensor}: must not be negative")
         if not 0 < self.timeout_s < 1e6:
             raise ValueError(f"mesh.timeout_s = {self.timeout_s}: must be positive and below 1e6")
+        if self.restarts < 0 or (self.restarts and not self.processes):
+            raise ValueError(
+                f"mesh.restarts = {self.restarts}: not negative, and with mesh.processes; torchrun's own is --max-restarts"
+            )
         if self.kind == "single" and self.processes > 1:
             raise ValueError(
                 f"mesh.processes = {self.processes} with mesh=single: several processes need mesh=ddp, fsdp, tp or fsdp_tp"

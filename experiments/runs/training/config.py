@@ -145,7 +145,7 @@ class TrainConfig:
 
 MAY_DIFFER = {"run", "resume", "progress", "idle_s", "zeus", "model.vocab_size", "trainer.component_times"}
 MAY_DIFFER |= {f"trainer.{name}" for name in ("checkpoint_every_s", "keep_checkpoints", "keep_best", "checkpoint_beside")}
-MAY_DIFFER |= {f"mesh.{name}" for name in ("name", "kind", "processes", "tensor", "backend", "timeout_s")}
+MAY_DIFFER |= {f"mesh.{name}" for name in ("name", "kind", "processes", "tensor", "backend", "timeout_s", "restarts")}
 """Settings that do not make another run: a resumed one may have others."""
 
 

@@ -21,7 +21,7 @@ from experiments.runs.folder import RunError
 from experiments.runs.hydra_app import ConfigError, to_dataclass
 from experiments.runs.plain_json import plain
 from experiments.runs.training.config import TrainConfig
-from experiments.runs.training.ranks import started_ranks
+from experiments.runs.training.ranks import LOST_RANK, started_ranks
 
 SETTINGS, OUTCOME = "settings.json", "outcome-{rank}.json"
 
@@ -50,7 +50,7 @@ def launched(cfg: TrainConfig, expected: tuple[type[Exception], ...]) -> dict[st
             run_id=place.name,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
-            max_restarts=0,
+            max_restarts=cfg.mesh.restarts,
             monitor_interval=0.1,
         )
         try:
@@ -63,17 +63,17 @@ def launched(cfg: TrainConfig, expected: tuple[type[Exception], ...]) -> dict[st
 def _told(place: Path, failure: Any, expected: tuple[type[Exception], ...]) -> Exception:
     """A process that a signal ended is named; else the error that one left, of several the first by torchrun's clock.
 
-    A rank that hangs does not heed SIGTERM when the others have given it up, so the launcher ends it by SIGKILL.
+    A rank that hangs is named by those that waited for it; torchrun's launcher kills it in the end, as it does all others.
     """
+    left = {rank: _read(path) for rank in failure.failures if (path := place / OUTCOME.format(rank=rank)).exists()}
+    for found in left.values():
+        if LOST_RANK in found.get("error", ""):
+            return RunError(found["error"])
     for rank, each in sorted(failure.failures.items()):
         if each.exitcode < 0 and each.exitcode != -signal.SIGTERM and not (place / OUTCOME.format(rank=rank)).exists():
             return RunError(
                 f"rank {rank} was ended by {signal.Signals(-each.exitcode).name}: "
-                + (
-                    "by hand, by the machine for want of memory, or as it hung and the others gave it up (mesh.timeout_s). "
-                    if each.exitcode == -signal.SIGKILL
-                    else "a crash. "
-                )
+                + ("by hand, or the machine ran out of memory. " if each.exitcode == -signal.SIGKILL else "a crash. ")
                 + "What was saved is in the run's folder: the same command goes on"
             )
     first, _ = failure.get_first_failure()
