@@ -66,7 +66,7 @@ def _of_one_length(tokens_NT1: Tensor, lengths_N: Tensor) -> Tensor:
 def questions_of(run: Path, context: int, judged: int) -> Questions | None:
     """The questions of a run on tasks, `judged` of each family; None for a run on text."""
     meta = open_checkpoint(whole_place(run / "checkpoint")).meta
-    settings = meta["config"].get("task") or {}
+    settings = (meta.get("config") or {}).get("task") or {}
     if not settings.get("tasks"):
         return None
     tokenizer: Tokenizer = tokenizer_from_record(meta["tokenizer"])

@@ -19,6 +19,7 @@ from typing import IO, Any
 import numpy as np
 
 from hardware.documents import json_of
+from hardware.interpreters import clean_environment
 from hardware.text import quoted, short
 from neuro.exchange.hdf5_worker import NO_LIBRARY, NO_MEMORY
 from neuro.graph.archive import DEFLATE_RATIO, MOST_BYTES
@@ -50,7 +51,7 @@ def tree(path: Path, refused: type[Exception]) -> dict[str, Any]:
     if importlib.util.find_spec("h5py") is None:
         raise Hdf5Unavailable("h5py is not installed; pip install 'spikegate[netx]'")
     words = [sys.executable, "-P", str(WORKER), os.fspath(path), str(MOST_BYTES), str(DEFLATE_RATIO)]
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "HDF5_PLUGIN_PRELOAD": "::"}
+    environment = {**clean_environment(), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "HDF5_PLUGIN_PRELOAD": "::"}
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         try:
             done = subprocess.run(

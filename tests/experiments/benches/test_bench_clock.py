@@ -12,6 +12,7 @@ from sparse_update.transformer import ModelConfig
 
 CFG = ModelConfig(vocab_size=256, width=32, heads=2, layers=2, context=32)
 SECONDS = {"plain": 1.0, "bag_2": 0.8, "bag_4": 0.75, "mask_random": 1.1, "mask_agreement": 1.2, "mask_surprise": 1.3}
+SECONDS |= {f"vocabulary_1/{share}": 0.9 for share in (8, 2)}
 
 
 @pytest.fixture

@@ -157,7 +157,7 @@ def test_settings_name_tasks_and_levels():
 
 
 def test_unseen_tasks_are_judged_and_not_trained_on(tmp_path):
-    examples = examples_of(tasks=["sums:1"], unseen=["modular:1"])
+    examples = examples_of(tasks=["sums:2"], unseen=["modular:1"])
     assert {instance.task for row in examples.examples().rows(torch.arange(9)).instances for instance in row} == {"sums"}
     found = examples.accuracy(model_of())
     assert set(found) == {"accuracy", "accuracy_unseen", "accuracy/sums", "accuracy/modular"}
