@@ -38,15 +38,18 @@ from sparse_update.transformer import ModelConfig, Transformer
 from sparse_update.weights.settings import OptimConfig
 
 POOL = (
-    "brackets:1-3", "sorting:1-2", "modular:1", "edits:1", "gym:chain_sum:1", "gym:basic_arithmetic:1", "gym:gcd:1",
-    "gym:count_bits:1", "gym:complex_arithmetic:1", "gym:decimal_chain_sum:1", "gym:number_sequence:1",
-    "gym:simple_equations:1",
+    "brackets:1-3", "sorting:1-2", "modular:1", "edits:1", "countdown:1", "gym:basic_arithmetic:1", "gym:number_sequence:1",
+    "gym:chain_sum:1", "gym:lcm:1", "gym:simple_equations:1", "gym:complex_arithmetic:1", "gym:count_bits:1",
+    "gym:count_primes:1", "gym:decimal_chain_sum:1", "gym:aiw:1", "gym:gcd:1", "gym:letter_counting:1",
+    "gym:fraction_simplification:1", "gym:decimal_arithmetic:1", "gym:leg_counting:1", "gym:prime_factorization:1",
+    "gym:family_relationships:1", "gym:time_intervals:1", "gym:syllogism:1", "gym:base_conversion:1",
+    "gym:power_function:1",
 )  # fmt: skip
 """Tasks to tune on: a seed shuffles them and takes the first K."""
 UNSEEN = ("sums:1-2", "gym:products:1", "gym:calendar_arithmetic:1")
 """Tasks to be judged by."""
-COUNTS = (0, 1, 2, 4, 8, 12)
-MODEL = ModelConfig(name="study", width=64, layers=2, heads=4, context=128, vocab_size=256)
+COUNTS = (0, 1, 2, 4, 8, 16, 26)
+MODEL = ModelConfig(name="study", width=64, layers=2, heads=4, context=256, vocab_size=256)
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tuning-s", type=float, default=24.0, help="reference seconds on the first K tasks")
     parser.add_argument("--after-s", type=float, default=4.0, help="reference seconds on the unseen tasks")
-    parser.add_argument("--batch-windows", type=int, default=8)
+    parser.add_argument("--batch-windows", type=int, default=4)
     parser.add_argument("--judged", type=int, default=128, help="questions of each task that a model is judged by")
     parser.add_argument("--out", type=Path, default=Path("runs/transfer"))
     add_json_argument(parser)

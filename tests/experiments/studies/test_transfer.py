@@ -34,5 +34,5 @@ def test_gains_are_taken_within_seeds_and_intervals_over_them():
 
 
 def test_numbers_of_tasks_that_there_are_not_are_refused(capsys, tmp_path):
-    assert main(["--counts", "13", "--out", str(tmp_path)]) == 2
-    assert "from 0 to 12 tasks" in capsys.readouterr().err
+    assert main(["--counts", "27", "--out", str(tmp_path)]) == 2
+    assert "from 0 to 26 tasks" in capsys.readouterr().err
