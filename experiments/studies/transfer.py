@@ -12,10 +12,12 @@ Every point is a file under --out; the same command goes on where it stopped. La
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import linear_regression
 from typing import Any
 
 import torch
@@ -148,6 +150,37 @@ def summary(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def diminishing(points: Sequence[Mapping[str, Any]], when: str) -> dict[str, Any]:
+    """Whether a task more takes less off the loss where there are many already, within seeds: nats a task from the first
+    number of tasks to the middle one, from there to the last, and the difference of the two; nats for each doubling, by
+    least squares. Empty for fewer than three numbers of tasks above 0.
+
+    Args:
+        when: "at_once" or "after".
+    """
+    by_seed = {(int(p["count"]), int(p["seed"])): float(p[when]["loss_nats"]) for p in points if when in p}
+    counts = sorted({count for count, _ in by_seed if count})
+    if len(counts) < 3:
+        return {}
+    first, middle, last = counts[0], counts[len(counts) // 2], counts[-1]
+    seeds = [seed for seed in sorted({seed for _, seed in by_seed}) if all((count, seed) in by_seed for count in counts)]
+
+    def each(seed: int, few: int, many: int) -> float:
+        return (by_seed[few, seed] - by_seed[many, seed]) / (many - few)
+
+    early, late = ([each(seed, *ends) for seed in seeds] for ends in ((first, middle), (middle, last)))
+    log2 = [math.log2(count) for count in counts]
+    slopes = [linear_regression(log2, [by_seed[count, seed] for count in counts]).slope for seed in seeds]
+    return {
+        "counts": [first, middle, last],
+        "seeds": seeds,
+        "early_nats_per_task": _interval(early),
+        "late_nats_per_task": _interval(late),
+        "early_less_late": _interval([a - b for a, b in zip(early, late, strict=True)]),
+        "nats_per_doubling": _interval([-slope for slope in slopes]),
+    }
+
+
 def _interval(values: Sequence[float]) -> dict[str, float | None]:
     if not values:
         return dict.fromkeys(("mean", "low", "high"))
@@ -205,11 +238,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     rows = summary(points)
     print(table(rows))
-    document = {"rows": rows, "pool": list(POOL), "unseen": list(UNSEEN), "settings": {
+    returns = {when: diminishing(points, when) for when in ("at_once", "after")}
+    for when, found in returns.items():
+        if found:
+            few, middle, many = found["counts"]
+            early, late = (found[f"{which}_nats_per_task"]["mean"] for which in ("early", "late"))
+            print(
+                f"{when.replace('_', ' ')}: one more task takes {early:.3f} off from {few} to {middle} tasks, {late:.3f} "
+                f"from {middle} to {many}; each doubling {found['nats_per_doubling']['mean']:.3f}"
+            )
+    document = {"rows": rows, "returns": returns, "pool": list(POOL), "unseen": list(UNSEEN), "settings": {
         "tuning_s": args.tuning_s, "after_s": args.after_s, "batch_windows": args.batch_windows, "judged": args.judged,
     }}  # fmt: skip
     write_json(args.out / "transfer.json", document)
-    finish(document, "study transfer", file=args.out / "transfer.json", headline=["rows"])
+    finish(document, "study transfer", file=args.out / "transfer.json", headline=["rows", "returns"])
     return 0
 
 

@@ -62,7 +62,7 @@ class Sampled(TaskObjective):
                 f"{given.mesh.shards}"
             )
         self.sampler = Sampler(
-            given.model,
+            self._reader,
             GenerateConfig(sample.new_tokens, sample.n, sample.temperature, sample.top_p, given.seed, sample.tile_rows),
             examples.stop,
         )
@@ -180,16 +180,19 @@ class Sampled(TaskObjective):
             nothing = torch.zeros(len(batch.tokens), 1)
             return SparseStep(nothing, {}, Chosen(), View(nothing, {"reward": reward_PN}), empty=True)
         kept_R = which_R[advantage_R[which_R] != 0]
-        idle = not len(kept_R)
-        if idle:  # others learn: this process takes part with a gradient of 0
-            kept_R = which_R[:1]
-        factor = self.share(batch) / self.normaliser(phase, whole_R) * (not idle)
+        count = len(kept_R)
+        rows = int(mesh.largest(max(1, count))) if mesh.splits_weights else max(1, count)
+        # others learn from more outputs, and wait for this process's part of the matrices: it takes part with weights of 0
+        kept_R = torch.cat((kept_R, which_R[:1].expand(rows - count)))
+        factor_R = torch.full((rows, 1), self.share(batch) / self.normaliser(phase, whole_R), dtype=torch.float64)
+        factor_R[count:] = 0
         device = self.given.device
         tokens_RT1 = phase.tokens_RT1[kept_R].to(device)
         total_M: list[Tensor] = []
 
         def weigh(view: View, rows: slice) -> Tensor:
-            weight_MT = self.token_weights(phase, kept_R[rows], view).to(device) * factor
+            weight_MT = self.token_weights(phase, kept_R[rows], view)
+            weight_MT = (weight_MT * factor_R[rows].to(weight_MT)).to(device)
             total_M.append((weight_MT * view.loss_BT).sum(1).cpu())
             return weight_MT
 
@@ -224,6 +227,7 @@ class Sampled(TaskObjective):
 
     def _sample(self, batch: GatedBatch, progress: float) -> Phase:
         mesh, context = self.given.mesh, self.model.cfg.context
+        self.read()
         rows = self.stream.rows(batch.window)
         counts = list(self.outputs_of(batch, progress))
         each, rest = divmod(len(batch.tokens), self.shares)
@@ -243,8 +247,10 @@ class Sampled(TaskObjective):
             return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
         found = {name: gather_rows(mesh, value) for name, value in together_or_none(mesh, mine).items()}
-        for told in mesh.said_by_all(json.dumps(used)) if mesh.size > 1 else [json.dumps(used)]:
-            self.uses.update(json.loads(told))
+        told = json.dumps([mesh.shard, used])
+        of_shards = dict(json.loads(one) for one in (mesh.said_by_all(told) if mesh.size > 1 else [told]))
+        for share in of_shards.values():  # processes of one shard sample the same, and count once
+            self.uses.update(share)
         self.sampler.uses = Counter(self.uses)
         tensors: dict[str, Any] = cut(found, context)
         return Phase(batch=batch, **tensors)

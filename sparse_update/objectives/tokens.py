@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparse_update.clock.cost import Step
 from sparse_update.gates.gate import GatedBatch
-from sparse_update.objectives.objective import Given, Objective, ObjectiveError
+from sparse_update.objectives.objective import Given, Objective
 from sparse_update.step.flops import plan_flops
 from sparse_update.step.plan import PLAIN, Chosen, SparseStep, StepPlan, View
 from sparse_update.transformer import Packing, token_loss
@@ -66,7 +66,7 @@ class TokenObjective(Objective):
             x_RT, y_RT: int64 inputs and targets.
             weigh: called after each forward, with its losses (and the signals that `plan` wants).
             plan: what the step leaves out. What is not kept counts as 0: the weights of what is kept stay.
-            packing: texts in a row that do not see each other, for a step that leaves nothing out.
+            packing: texts in a row that do not see each other.
             choose: called after the forward where the plan keeps rows; the gate's own choice without it, made on losses
                 that are 0 where nothing counts.
             bypass_BR: positions that go through the middle layers, where the plan says that others pass by.
@@ -74,28 +74,19 @@ class TokenObjective(Objective):
 
         Returns:
             a step with losses (R, T), and in `view.signals` what the plan wants.
-
-        Raises:
-            ObjectiveError: for packed rows in a step that leaves something out.
         """
         at_once = micro_rows or len(x_RT)
         sparse = not self._by_autograd(plan)
-        if sparse and packing is not None:
-            raise ObjectiveError(
-                f"packed rows with a step that leaves something out (plan {plan.key}, or a part of the weights): "
-                "the sparse step "
-                "knows no texts that do not see each other; set task.packed=false"
-            )
         found: list[SparseStep] = []
         for start in range(0, len(x_RT), at_once):
             rows = slice(start, min(len(x_RT), start + at_once))
+            part = packing and Packing(packing.segment_BT[rows], packing.position_BT[rows])
             if sparse:
                 places_BR = None if bypass_BR is None else bypass_BR[..., rows, :]
-                found.append(self._sparse(x_RT[rows], y_RT[rows], weigh, plan, rows, choose, places_BR))
+                found.append(self._sparse(x_RT[rows], y_RT[rows], weigh, plan, rows, part, choose, places_BR))
                 if len(found) > 1:
                     _add(found[-1], found[-2])
             else:
-                part = packing and Packing(packing.segment_BT[rows], packing.position_BT[rows])
                 with self.given.mesh.silent(rows.stop < len(x_RT)):
                     found.append(self._autograd(x_RT[rows], y_RT[rows], weigh, plan, rows, part))
         if len(found) == 1:
@@ -136,6 +127,7 @@ class TokenObjective(Objective):
         weigh: Weigh,
         plan: StepPlan,
         rows: slice,
+        packing: Packing | None,
         choose: ChooseRows | None,
         places_BR: Tensor | None,
     ) -> SparseStep:
@@ -165,6 +157,7 @@ class TokenObjective(Objective):
             skip=self.gate.skip(plan),
             generator=self._draws(),
             watched=self.gate.watched if self.gate.observing else frozenset(),
+            packing=packing,
         )
 
     def _draws(self) -> torch.Generator:

@@ -6,14 +6,14 @@ Shape letters: B batch, T token, S kept sequence, R kept row, P token that goes 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_update.step import blocks as b
 from sparse_update.step.draw import draw
-from sparse_update.step.forward import Forward, Kept, Saved, Weights, positions
+from sparse_update.step.forward import Forward, Kept, Saved, Weights, fused, positions
 from sparse_update.step.gradients import Gradients
 from sparse_update.step.plan import Chosen, StepPlan
+from sparse_update.transformer import Packing
 
 
 class Backward:
@@ -32,6 +32,7 @@ class Backward:
         skip: frozenset[tuple[int, str]],
         weight_B: Tensor | None,
         generator: torch.Generator | None,
+        packing: Packing | None = None,
     ) -> None:
         self.model, self.run, self.forward = forward.model, forward.run, forward
         self.kept, self.plan, self.gradients = kept, plan, gradients
@@ -39,7 +40,10 @@ class Backward:
         self.skip, self.weight_B, self.generator, self.weight = skip, weight_B, generator, chosen.weight
         self.sequences_S, self.rows_SR = chosen.sequences_S, chosen.rows_SR
         self.heads, self.eps, self.square = forward.shape
-        self.cos, self.sin = forward.tables(tokens_BT.shape[1])
+        self.cos, self.sin = forward.tables(tokens_BT.shape[1], packing)
+        self.packing = packing
+        self.segment_BT: Tensor | None = None
+        """Of the positions that went through the block at hand: which text they are of; None for one text each."""
         self.norms_LS: Tensor | None = None
         """Filled on the way down, see `SparseStep`."""
         self.others: tuple[Tensor, Tensor] | None = None
@@ -62,6 +66,9 @@ class Backward:
             if hold is not None:
                 self.kept.weights[index] = self.forward.gathered(model.blocks[index])  # type: ignore[arg-type]
             at = positions(self.bypass_BR, middle, index)
+            if self.packing is not None:
+                whole = self.packing.segment_BT
+                self.segment_BT = whole if at is None or self.plan.bypass_keys else whole.gather(1, at)
             if at is not None and self.sequences_S is not None:
                 at = at[self.sequences_S]
             if at is not None:
@@ -138,11 +145,8 @@ class Backward:
         g = self._mlp(index, g, s, rows_SR)
         if (index, "attn") in self.skip:
             return g
-        cos, sin = self.cos, self.sin
-        if at is not None:
-            cos, sin = cos[at][:, None], sin[at][:, None]
-        elif rows_SR is not None:
-            cos, sin = cos[rows_SR][:, None], sin[rows_SR][:, None]
+        place = rows_SR if at is None else at
+        cos, sin = (b.table_at(table, self.sequences_S, place) for table in (self.cos, self.sin))
         w, sequences, name = self._weights(index), self.sequences_S, f"blocks.{index}."
         matrices = [f"{name}attn.{m}.weight" for m in "qkvo"]
         factors = self.gradients.wants(*matrices, name + "norm1.weight")
@@ -194,14 +198,14 @@ class Backward:
         dmixed = self.run(b.out_backward, g, w.o, self.heads)
         heads = (s.q_BHTK.detach(), s.k_BHTK.detach(), s.v_BHTK.detach())
         if rows_SR is None:
-            dq, dk, dv = _sdpa_backward(dmixed, heads, s, sequences)
+            dq, dk, dv = _sdpa_backward(dmixed, heads, s, sequences, self._segment())
         elif lse is not None and valid_SR is None:
             others = self._others(rows_SR, heads[1].shape[2])
             dq, dk, dv = self._rows(dmixed, heads, s.mixed_BTD, lse, rows_SR, others)
         else:
             q = b.take_heads(heads[0], sequences, rows_SR)
             k, v = (b.take_heads(t, sequences, None) for t in heads[1:])
-            weights = self.run(b.scores_to_weights, q, k, b.reach(rows_SR, k.shape[2]))
+            weights = self.run(b.scores_to_weights, q, k, b.reach(rows_SR, k.shape[2], self._segment()))
             dq, dk, dv = self.run(b.mix_backward, dmixed, q, k, v, weights, rows_SR)
         below = self.run(
             b.in_backward,
@@ -222,6 +226,10 @@ class Backward:
         )
         return below[0], b.take(s.mixed_BTD, sequences, rows_SR) if factors else None, *below[1:]
 
+    def _segment(self) -> Tensor | None:
+        """The same, of the sequences that are left."""
+        return self.segment_BT if self.segment_BT is None or self.sequences_S is None else self.segment_BT[self.sequences_S]
+
     def _rows(
         self,
         dmixed: Tensor,
@@ -241,8 +249,10 @@ class Backward:
             saved: tuple[Tensor, ...] = (*heads, mixed_BTD, lse_BHT)
             if sequences is None and size < count:
                 saved = tuple(t[here] for t in saved)
-            mine = None if sequences is None else sequences[here]
-            found.append(self.run(b.rows_backward, dmixed[here], *saved, mine, rows_SR[here], others_SP[here]))
+            mine, segment = (None, None) if sequences is None else (sequences[here], self.segment_BT)
+            if sequences is None and self.segment_BT is not None:
+                segment = self.segment_BT[here]
+            found.append(self.run(b.rows_backward, dmixed[here], *saved, mine, rows_SR[here], others_SP[here], segment))
         if len(found) == 1:
             return tuple(found[0])
         return tuple(torch.cat(parts) for parts in zip(*found, strict=True))  # type: ignore[return-value]
@@ -286,7 +296,7 @@ class Backward:
         if weights is None:
             q_rows = b.take_heads(q, self_rows, rows_SR)
             k = b.take_heads(s.k_BHTK.detach(), self_rows, None)
-            weights = self.run(b.scores_to_weights, q_rows, k, b.reach(rows_SR, k.shape[2]))
+            weights = self.run(b.scores_to_weights, q_rows, k, b.reach(rows_SR, k.shape[2], self._segment()))
         else:
             q_rows, weights = b.take_heads(q, self_rows, rows_SR), b.take_heads(weights, self_rows, rows_SR)
         mixed = b.take(s.mixed_BTD, self_rows, rows_SR)
@@ -316,7 +326,7 @@ class Backward:
         g_below, dq, n_rows, dkv, n, dgain = self.run(
             b.keys_backward, g, base, b.take(s.x_BTD, sequences, None), b.take(s.rstd1_BT1, sequences, None), q,
             b.take_heads(s.k_BHTK.detach(), sequences, None), b.take_heads(s.v_BHTK.detach(), sequences, None), weights,
-            w.gain1, w.qkv, w.o, self.cos, self.sin, at_SP,
+            w.gain1, w.qkv, w.o, *(b.table_at(table, sequences, None) for table in (self.cos, self.sin)), at_SP,
         )  # fmt: skip
         gradients = self.gradients
         sampled = gradients.sample(g) if gradients.wants(name + "q.weight", name + "o.weight") else None
@@ -339,20 +349,24 @@ def together(count: int, entries: int) -> int:
 
 
 def _sdpa_backward(
-    dmixed: Tensor, heads: tuple[Tensor, Tensor, Tensor], s: Saved, sequences_S: Tensor | None
+    dmixed: Tensor,
+    heads: tuple[Tensor, Tensor, Tensor],
+    s: Saved,
+    sequences_S: Tensor | None,
+    segment_ST: Tensor | None,
 ) -> tuple[Tensor, ...]:
     if sequences_S is None:
         assert s.graph is not None
         return torch.autograd.grad(s.graph, (s.q_BHTK, s.k_BHTK, s.v_BHTK), dmixed)
     q, k, v = (_sequences(t, sequences_S) for t in heads)
     lse, graph = s.lse_BHT, s.graph
-    if lse is not None and graph is not None:
+    if lse is not None and graph is not None and segment_ST is None:
         out = _sequences(graph.detach(), sequences_S)
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         return tuple(backward(dmixed, q, k, v, out, lse[sequences_S], 0.0, True))
     with torch.enable_grad():
         q, k, v = (t.requires_grad_() for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out = fused(q, k, v, segment_ST)
     return torch.autograd.grad(out, (q, k, v), dmixed)
 
 

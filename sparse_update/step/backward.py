@@ -25,7 +25,7 @@ from sparse_update.step.forward import Forward, Hold
 from sparse_update.step.gradients import Gradients
 from sparse_update.step.kernels import Kernels
 from sparse_update.step.plan import PLAIN, Choose, Chosen, SparseStep, StepPlan, View
-from sparse_update.transformer import Transformer
+from sparse_update.transformer import Packing, Transformer
 from sparse_update.weights.subset import Active
 
 RowChoice = Callable[[Tensor], Tensor | None]
@@ -115,6 +115,7 @@ class Stepper:
         weight_B: Tensor | None = None,
         generator: torch.Generator | None = None,
         watched: frozenset[str] = frozenset(),
+        packing: Packing | None = None,
     ) -> SparseStep:
         """Gradients of sum(weight x token loss over what is kept) / normaliser.
 
@@ -131,6 +132,7 @@ class Stepper:
             weight_B: of whole sequences, known before the forward; multiplies what `choose` gives.
             generator: for `dw_rows` and `sample`.
             watched: names of weights whose gradient's two factors are handed back too.
+            packing: texts in a sequence that do not see each other, int64 (B, T) each.
 
         Raises:
             ValueError: for a plan that does not fit the batch or the model, or choices of another size than the plan's.
@@ -141,7 +143,7 @@ class Stepper:
         batch, length = tokens_BT.shape
         sized.check(batch, length, len(model.blocks))
         _check_bypass(sized, bypass_BR, tokens_BT, len(model.blocks))
-        kept, loss_BT, signals = self.forward(tokens_BT, targets_BT, sized, active, bypass_BR)
+        kept, loss_BT, signals = self.forward(tokens_BT, targets_BT, sized, active, bypass_BR, packing)
         view = View(loss_BT, signals)
         chosen = choose(view) if choose is not None else Chosen()
         if plan is not None:
@@ -150,7 +152,18 @@ class Stepper:
         scatter = None if self.hold is None else self.hold.scatter
         gradients = Gradients(active, model.cfg.tie_embeddings, dtype, sized.dw_rows, generator, watched, scatter)
         backward = Backward(
-            self.forward, kept, sized, chosen, gradients, tokens_BT, targets_BT, bypass_BR, skip, weight_B, generator
+            self.forward,
+            kept,
+            sized,
+            chosen,
+            gradients,
+            tokens_BT,
+            targets_BT,
+            bypass_BR,
+            skip,
+            weight_B,
+            generator,
+            packing,
         )
         backward.go()
         return SparseStep(

@@ -95,10 +95,26 @@ def attention_in(
     return rstd, q, k, v
 
 
-def reach(queries: Tensor, keys: int) -> Tensor:
-    """What a query may not see: True where the key's position lies behind its own; positions (T,) or (S, R)."""
+def table_at(table: Tensor, sequences_S: Tensor | None, rows_SR: Tensor | None) -> Tensor:
+    """Entries of a table of rotations at sequences S and rows R, to be broadcast with (S, H, R, K). The table is (T, N) for
+    all sequences, or (B, 1, T, N)."""
+    if table.dim() == 2:
+        return table if rows_SR is None else table[rows_SR][:, None]
+    return take_heads(table, sequences_S, rows_SR)
+
+
+def reach(queries: Tensor, keys: int, segment_ST: Tensor | None = None) -> Tensor:
+    """What a query may not see: True where the key's position lies behind its own, or in another text; positions (T,) or
+    (S, R), `segment_ST`: number of the text of each position."""
     behind = torch.arange(keys, device=queries.device) > queries[..., None]
-    return behind if queries.dim() == 1 else behind[:, None]
+    if queries.dim() == 1:
+        return behind if segment_ST is None else behind | others(segment_ST, segment_ST)
+    return behind[:, None] if segment_ST is None else behind[:, None] | others(segment_ST.gather(1, queries), segment_ST)
+
+
+def others(of_queries_SR: Tensor, of_keys_ST: Tensor) -> Tensor:
+    """bool (S, 1, R, T): where a query and a key belong to different texts."""
+    return (of_queries_SR[:, :, None] != of_keys_ST[:, None, :])[:, None]
 
 
 def scores_to_weights(q_BHRK: Tensor, k_BHTK: Tensor, hidden: Tensor) -> Tensor:
@@ -107,10 +123,10 @@ def scores_to_weights(q_BHRK: Tensor, k_BHTK: Tensor, hidden: Tensor) -> Tensor:
     return torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
 
 
-def mix(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-    """Causal attention by explicit products -> weights (B, H, T, T) and mixed values (B, T, D)."""
+def mix(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, segment_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Causal attention by explicit products, inside each text -> weights (B, H, T, T) and mixed values (B, T, D)."""
     length = q_BHTK.shape[2]
-    weights = scores_to_weights(q_BHTK, k_BHTK, reach(torch.arange(length, device=q_BHTK.device), length))
+    weights = scores_to_weights(q_BHTK, k_BHTK, reach(torch.arange(length, device=q_BHTK.device), length, segment_BT))
     return weights, (weights @ v_BHTK).transpose(1, 2).flatten(2)
 
 
@@ -138,10 +154,11 @@ def block_forward(
     heads: int,
     eps: float,
     square: bool,
+    segment_BT: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """A whole block -> rstd1, q, k, v, weights, mixed, middle, rstd2, pre, out."""
     rstd1, q, k, v = attention_in(x_BTD, gain1_D, qkv, cos, sin, heads, eps)
-    weights, mixed = mix(q, k, v)
+    weights, mixed = mix(q, k, v, segment_BT)
     return rstd1, q, k, v, weights, mixed, *block_rest(x_BTD, mixed, o, gain2_D, fc1, fc2, eps, square)
 
 
@@ -202,6 +219,7 @@ def rows_backward(
     sequences_S: Tensor | None,
     rows_SR: Tensor,
     others_SP: Tensor,
+    segment_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dq, dk, dv at the rows R (S, H, R, K), from the logsumexp of the scores; `others_SP`: the positions not in R.
 
@@ -217,6 +235,9 @@ def rows_backward(
     dmixed = dmixed_SHRK.contiguous()
     moved = (dmixed.to(lse.dtype) * mixed).sum(-1, keepdim=True)  # the slope's mean under the weights
     hidden = order_ST[:, None, None, :] > rows_SR[:, None, :, None]
+    if segment_BT is not None:
+        segment_ST = segment_BT if sequences_S is None else segment_BT[sequences_S]
+        hidden = hidden | others(segment_ST.gather(1, rows_SR), segment_ST.gather(1, order_ST))
     scores = (q * scale) @ k.transpose(-2, -1)
     weights = torch.where(hidden, 0.0, torch.exp(scores.to(lse.dtype) - lse))
     slope = (weights * ((dmixed @ v.transpose(-2, -1)).to(lse.dtype) - moved) * scale).to(q.dtype)
@@ -300,15 +321,16 @@ def keys_forward(
     positions_BR: Tensor,
     heads: int,
     eps: float,
+    segment_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> rstd (B, T, 1), q (B, H, R, K), k and v (B, H, T, K), weights (B, H, R, T), mixed values (B, R, D)."""
     batch, length, width = x_BTD.shape
     n, rstd = normalise(x_BTD, gain_D, eps, qkv.dtype)
     q = F.linear(take(n, None, positions_BR), qkv[:width]).view(batch, -1, heads, width // heads).transpose(1, 2)
     k, v = F.linear(n, qkv[width:]).view(batch, length, 2, heads, width // heads).permute(2, 0, 3, 1, 4)
-    q = rotate(q, cos_TK[positions_BR][:, None], sin_TK[positions_BR][:, None])
+    q = rotate(q, table_at(cos_TK, None, positions_BR), table_at(sin_TK, None, positions_BR))
     k, v = rotate(k, cos_TK, sin_TK).contiguous(), v.contiguous()
-    weights = scores_to_weights(q, k, reach(positions_BR, length))
+    weights = scores_to_weights(q, k, reach(positions_BR, length, segment_BT))
     return rstd, q, k, v, weights, (weights @ v).transpose(1, 2).flatten(2)
 
 
@@ -332,7 +354,8 @@ def keys_backward(
     dgain."""
     width = x_STD.shape[-1]
     dq, dk, dv = mix_backward(out_backward(g_SRD, o, q_SHRK.shape[1]), q_SHRK, k_SHTK, v_SHTK, weights_SHRT, None)
-    dq = rotate(dq, cos_TK[positions_SR][:, None], -sin_TK[positions_SR][:, None]).transpose(1, 2).flatten(2)
+    cos_SRK, sin_SRK = table_at(cos_TK, None, positions_SR), table_at(sin_TK, None, positions_SR)
+    dq = rotate(dq, cos_SRK, -sin_SRK).transpose(1, 2).flatten(2)
     dkv = torch.stack([rotate(dk, cos_TK, -sin_TK), dv]).permute(1, 3, 0, 2, 4).flatten(2)
     dn = add_rows(dkv @ qkv[width:], positions_SR, dq @ qkv[:width])
     dx, dgain = normalise_backward(dn, x_STD, rstd_ST1, gain_D)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparse_update.step import blocks as b
 from sparse_update.step.kernels import Kernels
 from sparse_update.step.plan import StepPlan
-from sparse_update.transformer import Block, Transformer
+from sparse_update.transformer import Block, Packing, Transformer
 from sparse_update.weights.subset import Active
 
 
@@ -110,11 +110,18 @@ class Forward:
         return self.weights(block)
 
     def __call__(
-        self, tokens_BT: Tensor, targets_BT: Tensor, plan: StepPlan, active: Active, bypass_BR: Tensor | None
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        plan: StepPlan,
+        active: Active,
+        bypass_BR: Tensor | None,
+        packing: Packing | None = None,
     ) -> tuple[Kept, Tensor, dict[str, Tensor]]:
         """-> what is kept (nothing below the lowest active block), token losses (B, T), wanted signals."""
         model = self.model
-        cos, sin = self.tables(tokens_BT.shape[1])
+        cos, sin = self.tables(tokens_BT.shape[1], packing)
+        segment = None if packing is None else packing.segment_BT
         middle = plan.middle(len(model.blocks))
         if self.hold is not None:
             self.hold.take(model)
@@ -128,12 +135,13 @@ class Forward:
             w = weights[index] or self.gathered(block)  # type: ignore[arg-type]
             at = positions(bypass_BR, middle, index)
             if at is None:
-                out, kept = self._block(w, x, cos, sin)
+                out, kept = self._block(w, x, cos, sin, segment)
             elif plan.bypass_keys:
-                out, kept = self._keys_block(w, x, cos, sin, at)
+                out, kept = self._keys_block(w, x, cos, sin, at, segment)
                 out = b.put_rows(x, at, out)
             else:
-                out, kept = self._block(w, b.take(x, None, at), cos[at][:, None], sin[at][:, None])
+                there = b.table_at(cos, None, at), b.table_at(sin, None, at)
+                out, kept = self._block(w, b.take(x, None, at), *there, None if segment is None else segment.gather(1, at))
                 out = b.put_rows(x, at, out)
             if "update" in plan.want:
                 updates.append((out - x).norm(dim=-1) / x.norm(dim=-1))
@@ -149,8 +157,11 @@ class Forward:
             signals |= {n: s for n, s in zip(("entropy", "gradient_norm"), both, strict=True) if n in plan.want}
         return Kept(saved, weights, head, rstd, final, logits, lse, x), loss_BT, signals
 
-    def tables(self, length: int) -> tuple[Tensor, Tensor]:
+    def tables(self, length: int, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
+        """Of rotations, (T, N) each; (B, 1, T, N) where a token's place is that in its own text."""
         cos, sin = self.model.cos[:length], self.model.sin[:length]  # type: ignore[index]
+        if packing is not None:
+            cos, sin = cos[packing.position_BT][:, None], sin[packing.position_BT][:, None]
         return cos.to(self.dtype), sin.to(self.dtype)
 
     @property
@@ -158,28 +169,43 @@ class Forward:
         cfg = self.model.cfg
         return cfg.heads, cfg.norm_eps, cfg.activation == "relu2"
 
-    def _block(self, w: Weights, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Saved]:
+    def _block(self, w: Weights, x: Tensor, cos: Tensor, sin: Tensor, segment_BT: Tensor | None) -> tuple[Tensor, Saved]:
         heads, eps, square = self.shape
         if self.model.blocks[0].attn.attention != "sdpa":  # type: ignore[union-attr]
             rstd1, q, k, v, weights, mixed, middle, rstd2, pre, out = self.run(
-                b.block_forward, x, w.gain1, w.qkv, w.o, w.gain2, w.fc1, w.fc2, cos, sin, heads, eps, square
+                b.block_forward, x, w.gain1, w.qkv, w.o, w.gain2, w.fc1, w.fc2, cos, sin, heads, eps, square, segment_BT
             )
             return out, Saved(x, rstd1, q, k, v, weights, mixed, middle, rstd2, pre, None)
         rstd1, q, k, v = self.run(b.attention_in, x, w.gain1, w.qkv, cos, sin, heads, eps, True)
         with torch.enable_grad():
             q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
-            graph = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            graph = fused(q, k, v, segment_BT)
         mixed = graph.detach().transpose(1, 2).flatten(2)
         middle, rstd2, pre, out = self.run(b.block_rest, x, mixed, w.o, w.gain2, w.fc1, w.fc2, eps, square)
         return out, Saved(x, rstd1, q, k, v, None, mixed, middle, rstd2, pre, graph)
 
-    def _keys_block(self, w: Weights, x: Tensor, cos: Tensor, sin: Tensor, at: Tensor) -> tuple[Tensor, Saved]:
+    def _keys_block(
+        self, w: Weights, x: Tensor, cos: Tensor, sin: Tensor, at: Tensor, segment_BT: Tensor | None
+    ) -> tuple[Tensor, Saved]:
         heads, eps, square = self.shape
-        rstd1, q, k, v, weights, mixed = self.run(b.keys_forward, x, w.gain1, w.qkv, cos, sin, at, heads, eps)
+        rstd1, q, k, v, weights, mixed = self.run(b.keys_forward, x, w.gain1, w.qkv, cos, sin, at, heads, eps, segment_BT)
         middle, rstd2, pre, out = self.run(
             b.block_rest, b.take(x, None, at), mixed, w.o, w.gain2, w.fc1, w.fc2, eps, square
         )
         return out, Saved(x, rstd1, q, k, v, weights, mixed, middle, rstd2, pre, None)
+
+
+def fused(q_SHTK: Tensor, k_SHTK: Tensor, v_SHTK: Tensor, segment_ST: Tensor | None) -> Tensor:
+    """Causal attention by torch's fused kernel, inside each text where a sequence holds several."""
+    if segment_ST is None:
+        return F.scaled_dot_product_attention(q_SHTK, k_SHTK, v_SHTK, is_causal=True)
+    return F.scaled_dot_product_attention(q_SHTK, k_SHTK, v_SHTK, attn_mask=allowed(segment_ST))
+
+
+def allowed(segment_ST: Tensor) -> Tensor:
+    """bool (S, 1, T, T): whether a token (row) sees another one (column)."""
+    length = segment_ST.shape[1]
+    return ~b.reach(torch.arange(length, device=segment_ST.device), length, segment_ST)
 
 
 def positions(bypass_BR: Tensor | None, middle: range, layer: int) -> Tensor | None:

@@ -123,7 +123,7 @@ class ByReward(Reinforce):
     def _both(self) -> tuple[np.ndarray, np.ndarray]:
         """Learned and true reward of each question, means over its outputs; the same random numbers every time."""
         questions, n = self._questions, self.reward_cfg.watch_outputs
-        sampler = Sampler(self.model, replace(self.sampler.cfg, n=n, seed=JUDGING_SEED), self.examples.stop)
+        sampler = Sampler(self.read(), replace(self.sampler.cfg, n=n, seed=JUDGING_SEED), self.examples.stop)
         encode = self.examples.tokenizer.encode
         prompts = encode([prompt_text(question, self.examples.cfg.form).encode() for question in questions])
         outputs = sampler.sample([row.astype(np.int64) for row in prompts], [question.id for question in questions])

@@ -9,7 +9,6 @@ Shape letters: C candidates, P prompts, R outputs, M outputs at once, T predicte
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -71,7 +70,8 @@ class Reinforce(Sampled):
         if self.estimator.kl:
             if given.grows or given.adapted:
                 raise ReinforcementError("rl.estimator.kl with a model that grows or holds LoRA's factors: set it to 0")
-            self.reference = copy.deepcopy(given.model).requires_grad_(False)
+            self.reference = self.copy_of_shape()
+            self.reference.load_state_dict(given.mesh.weights(given.model))
         self._unit = math.lcm(self.shares, sample.batches)
         """what a number of prompts must be a multiple of"""
         self._taken: Candidates | None = None
@@ -142,13 +142,13 @@ class Reinforce(Sampled):
             tokens_CT1[place, : len(one.tokens)] = torch.from_numpy(one.tokens)
             mask_CT[place, : len(one.answer_mask)] = torch.from_numpy(one.answer_mask).float()
         self._charge(len(found), length)
-        parts = [loss.cpu() for _, loss in row_losses(self.model, tokens_CT1[:, :-1], tokens_CT1[:, 1:], len(found))]
+        parts = [loss.cpu() for _, loss in row_losses(self.read(), tokens_CT1[:, :-1], tokens_CT1[:, 1:], len(found))]
         return (torch.cat(parts) * mask_CT).sum(1).double().numpy() / self.sample.temperature
 
     def _charge(self, rows: int, length: int) -> None:
         """A forward that only scores, on the clock."""
         key = scoring_key(rows, length)
-        self._components[key] = scoring_component(self.model, rows, length)
+        self._components[key] = scoring_component(self._reader, rows, length)
         self.uses[key] += 1
 
     def components(self) -> Mapping[str, Component]:
@@ -301,4 +301,4 @@ class Reinforce(Sampled):
         self._clipped = float(own["clipped"])
         for key in self.uses:
             if shape := scoring_shape_of(key):
-                self._components[key] = scoring_component(self.model, *shape)
+                self._components[key] = scoring_component(self._reader, *shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.studies.transfer import POOL, UNSEEN, Point, main, summary, table
+from experiments.studies.transfer import POOL, UNSEEN, Point, diminishing, main, summary, table
 
 
 def point(count, seed, after, at_once=None):
@@ -31,6 +31,17 @@ def test_gains_are_taken_within_seeds_and_intervals_over_them():
     assert rows[0]["at_once_loss_nats"]["mean"] is None
     assert rows[0]["after_solved"]["mean"] == 0.5
     assert len(table(list(rows.values())).splitlines()) == 4
+
+
+def test_what_a_task_more_brings_is_told_for_few_and_for_many():
+    points = [point(count, seed, 1.0, 8.0 + seed - number) for seed in (0, 1) for number, count in enumerate((1, 2, 4, 8))]
+    found = diminishing([*points, point(0, 0, 2.0)], "at_once")  # a nat for each doubling
+    assert found["counts"] == [1, 4, 8]
+    assert found["early_nats_per_task"]["mean"] == pytest.approx(2 / 3)
+    assert found["late_nats_per_task"]["mean"] == pytest.approx(1 / 4)
+    assert found["early_less_late"]["low"] == pytest.approx(2 / 3 - 1 / 4)
+    assert found["nats_per_doubling"]["mean"] == pytest.approx(1.0)
+    assert diminishing(points[:2], "at_once") == {}
 
 
 def test_numbers_of_tasks_that_there_are_not_are_refused(capsys, tmp_path):

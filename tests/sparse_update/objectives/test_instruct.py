@@ -115,17 +115,17 @@ def test_the_gate_skips_windows_and_rows_and_weights_go_on_by_the_sparse_step(tm
     subset = SubsetConfig(kind="blocks", active_fraction=0.5, block_rows=4, change_every_steps=3)
     trainer, _ = trainer_of(examples, tmp_path / "b", steps=4, subset=subset)
     assert trainer.run().step > 0
-    trainer, _ = trainer_of(examples_of(**MIXED), tmp_path / "c", steps=4, subset=subset)
-    with pytest.raises(ValueError, match=r"task\.packed=false"):
-        trainer.run()
+    packed, _ = trainer_of(examples_of(**MIXED), tmp_path / "c", steps=4, gate=gate, subset=subset)
+    assert packed.run().step > 0
     choosing = GateConfig(unit="sequence", signal="random", policy="random", keep_fraction=0.5, pool_windows=8)
     trainer, _ = trainer_of(examples_of(**MIXED), tmp_path / "d", steps=4, gate=choosing)
     result = trainer.run()
     assert result.keep_fraction == pytest.approx(0.5)
 
 
-def test_the_sparse_step_takes_the_same_weighted_gradient_as_autograd(tmp_path):
-    examples = examples_of(**MIXED, packed=False)
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_sparse_step_takes_the_same_weighted_gradient_as_autograd(tmp_path, packed):
+    examples = examples_of(**MIXED, packed=packed)
     trainer, _ = trainer_of(examples, tmp_path)
     objective, batch = trainer.updates.objective, trainer.gate.next(4)
     rows = examples.examples().rows(batch.window)
@@ -134,10 +134,10 @@ def test_the_sparse_step_takes_the_same_weighted_gradient_as_autograd(tmp_path):
     def weigh(view, which):  # depends on the losses, as a policy gradient does
         return rows.weight_NT[which] * torch.exp(-view.loss_BT) / 7
 
-    objective.weighted_step(x_RT, y_RT, weigh, micro_rows=2)
+    objective.weighted_step(x_RT, y_RT, weigh, packing=rows.packing, micro_rows=2)
     by_autograd = {name: p.grad.clone() for name, p in trainer.updates.model.named_parameters()}
     objective._by_autograd = lambda plan: False
-    found = objective.weighted_step(x_RT, y_RT, weigh, micro_rows=2)
+    found = objective.weighted_step(x_RT, y_RT, weigh, packing=rows.packing, micro_rows=2)
     for name, gradient in by_autograd.items():
         torch.testing.assert_close(found.gradients[name][0], gradient, rtol=1e-4, atol=1e-6, msg=name)
 

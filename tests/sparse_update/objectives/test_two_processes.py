@@ -1,7 +1,8 @@
-"""Two real processes of a mesh: the prompts, the outputs and the updates of one."""
+"""Several real processes of a mesh: the prompts, the outputs and the updates of one."""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import torch
 
 from sparse_update.gates.config import GateConfig
 from sparse_update.objectives.instruction.instruct import Instruct
+from sparse_update.objectives.reinforcement.reinforce import Reinforce
+from sparse_update.objectives.reinforcement.settings import PromptGateConfig, RlConfig, preset
 from sparse_update.objectives.sampled import RewardError
+from sparse_update.objectives.settings import SampleConfig
 from sparse_update.parallel.make import make_mesh
 from sparse_update.parallel.settings import MeshConfig
 from tests.sparse_update.objectives.house import build, examples_of, model_of
-from tests.sparse_update.objectives.toy import Lengths, reinforced
+from tests.sparse_update.objectives.toy import SMALL, Lengths, reinforced
 
 RANDOM = {"unit": "sequence", "signal": "random", "policy": "random", "keep_fraction": 0.5, "pool_windows": 8}
 
@@ -28,13 +32,14 @@ def told(trainer: Any) -> dict[str, Any]:
     result = trainer.run()
     objective = trainer.updates.objective
     phase = getattr(objective, "phase", None)
+    weights = objective.given.mesh.weights(trainer.updates.model)
     return {
         "step": result.step,
         "flops": result.flops,
         "reference_s": result.reference_s,
         "accuracy": result.scores["task/accuracy"],
         "empty": result.empty,
-        "weights": {name: p.detach().numpy().copy() for name, p in trainer.updates.model.named_parameters()},
+        "weights": {name: p.detach().numpy().copy() for name, p in weights.items()},
         "tokens": None if phase is None else phase.tokens_RT1.tolist(),
         "windows": None if phase is None else phase.batch.window.tolist(),
     }
@@ -71,16 +76,46 @@ def failing(folder: Path, kind: str) -> str:
     return ""
 
 
-@pytest.mark.parametrize("job", [sampled, tuned])
-def test_two_processes_take_the_updates_of_one(job, two, tmp_path):
-    alone = job(tmp_path / "one", "single")
-    found = two.run(job, tmp_path / "two", "ddp")
+def pushed(folder: Path, kind: str) -> dict[str, Any]:
+    """`rl` with a reference to stay near, and a gate of prompts that reads the model."""
+    examples = examples_of()
+    cfg = RlConfig(preset("grpo", kl=0.1), PromptGateConfig("surprise", keep_fraction=0.5))
+    sample = SampleConfig(**SMALL, shares=2)
+    stream = examples.prompts(sample.new_tokens)
+
+    class Low(Reinforce):
+        rewards = Lengths.rewards
+
+    make = lambda given: Low(given, examples, sample, stream, cfg)  # noqa: E731
+    model = model_of().double()
+    trainer, _ = build(make, stream, examples, folder, steps=6, windows=8, mesh=mesh_of(kind), model=model)
+    return told(trainer)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process does, by job; each once."""
+    return cache(lambda job: job(tmp_path_factory.mktemp("one"), "single"))
+
+
+def check(found: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+    assert alone["step"] > alone["empty"]
     for rank in found:
         for name in ("step", "flops", "tokens", "windows", "empty", "accuracy"):
             assert rank[name] == alone[name], name
         assert rank["reference_s"] == pytest.approx(alone["reference_s"])
         for name, weight in alone["weights"].items():
             np.testing.assert_allclose(rank["weights"][name], weight, rtol=1e-6, atol=1e-8, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "tp"])
+@pytest.mark.parametrize("job", [sampled, tuned, pushed])
+def test_two_processes_take_the_updates_of_one(job, kind, two, alone, tmp_path):
+    check(two.run(job, tmp_path, kind), alone(job))
+
+
+def test_a_grid_of_four_processes_takes_the_updates_of_one(four, alone, tmp_path):
+    check(four.run(pushed, tmp_path, "fsdp_tp"), alone(pushed))
 
 
 def test_what_one_process_cannot_judge_ends_both(two, tmp_path):
