@@ -20,7 +20,8 @@ from sparse_update.data.dedup import METHODS, distinct_documents
 from sparse_update.data.domains import DOMAINS, domain
 from sparse_update.data.records import Batch, Corpus, CorpusError, Document, Span
 from sparse_update.data.shards.reading import ShardedTokens, load_shards
-from sparse_update.data.sources import known_sources, read_source, sha256_of
+from sparse_update.data.sources import known_sources, read_source
+from sparse_update.data.splitting import sha256_of
 from sparse_update.data.stream import MAX_GARBAGE, SOURCES, WindowStream
 from sparse_update.data.tokens import MAX_VOCAB, BpeTokenizer, ByteTokenizer, Tokenizer, TokenizerError
 from sparse_update.plugins import import_plugins
@@ -49,14 +50,14 @@ class DataConfig:
     """Which text, how it is cut, how the stream is mixed, and what is done to it on purpose. Checked on construction."""
 
     name: str = "shakespeare"
-    """shakespeare, stdlib, pydoc, files, shards, domains (those of `domains`), or a source registered by name (hf)"""
+    """shakespeare, stdlib, pydoc, files, shards, packages, domains (those of `domains`), or one registered by name (hf)"""
     path: str | None = None
-    """files: one file, a folder (read recursively) or a glob; shards: a folder of `spikegate tokens build`; hf: files that
-    Hugging Face `datasets` reads"""
+    """files: one file, a folder (read recursively) or a glob; shards, packages: a folder of `spikegate tokens build` or
+    `packages`; hf: files that Hugging Face `datasets` reads"""
     spelling: str = "modern"
     """shakespeare: modern, folio (First Folio) or both"""
     options: dict[str, Any] = field(default_factory=dict)
-    """settings of a registered source; hf: text_field, name_field, limit"""
+    """settings of a registered source; hf: text_field, name_field, limit; packages: keep"""
     tokenizer: str = "bytes"
     """bytes (256 tokens) or bpe (trained on the training documents)"""
     vocab_size: int = 256
@@ -104,6 +105,8 @@ class DataConfig:
             raise ValueError("data.name=files needs data.path: a file, a folder or a glob, e.g. data.path='notes/*.txt'")
         if self.name == "hf" and not self.path:
             raise ValueError("data.name=hf needs data.path: json, parquet, arrow or text files, e.g. data.path='c4/*.json'")
+        if self.name == "packages" and not self.path:
+            raise ValueError("data.name=packages needs data.path: a folder that `spikegate tokens packages` made")
         if self.name in ("shakespeare", "stdlib", "pydoc", "domains") and self.path:
             raise ValueError(f"data.path={self.path!r} is used only by data.name=files, but data.name={self.name!r}")
         if self.name != "shakespeare" and self.spelling != "modern":
@@ -204,6 +207,7 @@ def load_corpus(cfg: DataConfig) -> Corpus:
         sha256=sha256_of(document.text for document in (*train, *val)),
         tokenizer=tokenizer,
         spans=_spans(parts, train_offsets, val_offsets) if cfg.domains else {},
+        train_kinds=tuple(d.kind for d in train) if any(d.kind for d in train) else (),
         known=cfg.domains[0] if cfg.regime in ("familiar", "adapt") else "",
     )
 

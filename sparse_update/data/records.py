@@ -25,6 +25,8 @@ class Document:
 
     name: str
     text: bytes
+    kind: str = ""
+    """What kind of text it is, where its source says so; a run then tells what a gate kept of each."""
 
 
 Split = tuple[list[Document], list[Document]]
@@ -56,6 +58,7 @@ class Corpus:
     sha256: str  # of all documents' text, training then held out, each in order of its name
     tokenizer: Tokenizer
     spans: Mapping[str, Span] = field(default_factory=dict)  # by name of the domain, in order; empty for a single source
+    train_kinds: tuple[str, ...] = ()  # of each training document; empty where the source names none
     known: str = ""  # the domain that a model has learnt already; of familiar and adapt
 
     def count_bytes(self, tokens: torch.Tensor | np.ndarray) -> int:

@@ -22,7 +22,7 @@ from sparse_update.data.hashing import draw, key
 from sparse_update.data.mixture import MixtureStream, Part
 from sparse_update.data.records import Batch, Corpus, CorpusError
 from sparse_update.data.shards.stream import ShardStream
-from sparse_update.data.stream import Stream, WindowStream, count_windows
+from sparse_update.data.stream import KindStream, Stream, WindowStream, count_windows
 
 DOCUMENT_WINDOWS = 4
 """redundant: a repeated document is this many windows that follow each other."""
@@ -57,6 +57,8 @@ def clean_stream(corpus: Corpus, cfg: DataConfig, context: int, seed: int) -> St
 def _stream(corpus: Corpus, cfg: DataConfig, context: int, seed: int) -> Stream:
     if cfg.name == SHARDS:
         return ShardStream(corpus, context, seed)
+    if cfg.regime == "plain" and corpus.train_kinds and not cfg.garbage_fraction:
+        return KindStream(corpus, context, seed)
     if cfg.regime == "plain":
         return WindowStream(corpus, context, seed, cfg.garbage_fraction)
     if cfg.regime == "redundant":

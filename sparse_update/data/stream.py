@@ -188,6 +188,22 @@ class WindowStream(Stream):
         window[rows] = self._order.at(clean[first + draw.astype(np.int64)])
 
 
+class KindStream(WindowStream):
+    """`WindowStream` without garbage whose sources are the kinds of the documents that windows begin in."""
+
+    def __init__(self, corpus: Corpus, context: int, seed: int) -> None:
+        super().__init__(corpus, context, seed)
+        self.source_names = tuple(sorted(set(corpus.train_kinds)))
+        numbers = {kind: i for i, kind in enumerate(self.source_names)}
+        self._kind = np.array([numbers[kind] for kind in corpus.train_kinds], dtype=np.int8)
+
+    def read(self, start: int, n: int) -> Batch:
+        batch = super().read(start, n)
+        document = batch.document
+        assert document is not None  # a WindowStream numbers its documents
+        return Batch(batch.tokens, torch.from_numpy(self._kind[document.numpy()]), batch.window, document)
+
+
 class EpochOrder:
     """0..size - 1 in another order each epoch, sorted by a hash; the last few orders are kept."""
 

@@ -35,7 +35,8 @@ from sparse_update.data.shards.form import (
     tail_of,
     write_manifest,
 )
-from sparse_update.data.sources import held_out_names, text_files
+from sparse_update.data.sources import text_files
+from sparse_update.data.splitting import held_out_names
 from sparse_update.data.tokens import BpeTokenizer, ByteTokenizer, Tokenizer, TokenizerError, tokenizer_from_record
 
 PLAN = "plan.json"
