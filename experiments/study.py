@@ -16,6 +16,7 @@ STUDIES = {
     "pictures": "a residual network for pictures by each route, beside dense matrices in place of its convolutions",
     "learned_objective": "likelihood of one reference, a verifier's reward and a learned one at equal reference seconds",
     "overoptimisation": "a learned, flawed reward is followed: true reward and proxy, published form, flag, remedies",
+    "dropped": "what a gate leaves out of text that nobody prepared, by kind, with samples",
     "transfer": "what more instruction tasks teach about tasks never trained on",
     "rates": "whether the best learning rate stays put over width and depth",
     "reinforcement": "reinforcement from a tuned model, with and without a gate before generation, beside its controls",
