@@ -40,6 +40,7 @@ OWN = {
     "export": "experiments.commands.export",
     "import": "experiments.commands.importing",
     "tokens": "experiments.commands.tokens",
+    "reward": "experiments.commands.reward",
     "rerun": "experiments.rerun",
     "doctor": "experiments.commands.doctor",
     "completion": "experiments.commands.completion",

@@ -41,7 +41,7 @@ def begin(folder: Path, settings: Any, resume: bool | str, may_differ: Collectio
         settings: the run's own, the dataclass that `config.yaml` was written from.
         resume: True goes on from what was saved and begins where nothing was. "auto" does so too, and where an unfinished
             run had other settings it begins anew, with what that run had saved set aside in a folder beside it. False
-            refuses a folder that holds a run.
+            refuses a folder that holds a run. A run that was refused before it trained is begun anew with any settings.
         may_differ: dotted keys that do not make another run.
 
     Raises:
@@ -64,7 +64,7 @@ def begin(folder: Path, settings: Any, resume: bool | str, may_differ: Collectio
         raise ConfigError(f"{folder} already holds a run: {again}, run=FOLDER takes another folder")
     if record.get("kind") != "train":
         raise ConfigError(f"{folder} holds a {record.get('kind')}, not a training run: name another folder with run=FOLDER")
-    differ = differences(folder, settings, may_differ, required=saved)
+    differ = [] if _refused(folder, record, saved) else differences(folder, settings, may_differ, required=saved)
     if differ and (finished or resume != "auto"):
         aside = "" if finished else ", or set the old one aside with resume=auto"
         raise ConfigError(
@@ -82,6 +82,13 @@ def begin(folder: Path, settings: Any, resume: bool | str, may_differ: Collectio
     else:
         clear(folder)
     return Start.NEW
+
+
+def _refused(folder: Path, record: Mapping[str, Any], saved: bool) -> bool:
+    """Whether the run ended by an error before anything was trained, such as settings that do not go together: there is
+    nothing to go on with, and other settings are what it wants."""
+    metrics = folder / METRICS
+    return not saved and record.get("status") == "failed" and not (metrics.exists() and metrics.stat().st_size)
 
 
 def tidy(folder: Path) -> None:

@@ -11,6 +11,7 @@ from sparse_update.objectives.instruction.instruct import Instruct
 from sparse_update.objectives.likelihood import Likelihood
 from sparse_update.objectives.objective import Given, Objective
 from sparse_update.objectives.preference.learned import ByReward
+from sparse_update.objectives.preference.online import OnlineDpo
 from sparse_update.objectives.reinforcement.reinforce import Reinforce
 from sparse_update.objectives.reinforcement.rejection import Rejection
 from sparse_update.objectives.sampled import Sampled
@@ -41,6 +42,7 @@ KINDS: Mapping[str, Kind] = {
     "rl": Kind(lambda given, examples, cfg: _sampled(Reinforce, given, examples, cfg, cfg.rl), _prompts),
     "reward": Kind(lambda given, examples, cfg: _sampled(ByReward, given, examples, cfg, cfg.rl, cfg.reward), _prompts),
     "rejection": Kind(lambda given, examples, cfg: _sampled(Rejection, given, examples, cfg, cfg.rejection), _prompts),
+    "dpo": Kind(lambda given, examples, cfg: _sampled(OnlineDpo, given, examples, cfg, cfg.dpo), _prompts),
 }
 """Every kind of `settings.TASK_KINDS`."""
 

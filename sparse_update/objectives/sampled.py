@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sparse_update.clock.component import Component
 from sparse_update.clock.cost import Step
+from sparse_update.gates.config import GateConfig
 from sparse_update.gates.gate import GatedBatch
 from sparse_update.generation.sampler import Sampler
 from sparse_update.generation.settings import GenerateConfig, Outputs
@@ -39,6 +40,8 @@ from sparse_update.tasks.base import Instance
 from sparse_update.tasks.draw import number_of
 
 V = TypeVar("V")
+UNITS = ("none", "sequence", "repeats", "dw_rows", "subblock")
+"""Units of a gate that outputs can be trained with: of prompts, of gradients."""
 
 
 class RewardError(RuntimeError):
@@ -54,6 +57,7 @@ class Sampled(TaskObjective):
 
     def __init__(self, given: Given, examples: Examples, sample: SampleConfig, stream: PromptStream) -> None:
         super().__init__(given, examples)
+        check_gate(given.gate.cfg)
         self.sample, self.stream = sample, stream
         self.shares = sample.shares or given.mesh.shards
         if self.shares % given.mesh.shards:
@@ -139,12 +143,6 @@ class Sampled(TaskObjective):
         return self.phase.prompts(self._slice())
 
     def prepare(self, batch: GatedBatch, step: Step, progress: float) -> GatedBatch:
-        if step.plan != PLAIN:
-            raise ObjectiveError(
-                f"a gate that plans {step.plan.key} with an objective that samples: its windows are prompts, and no "
-                "rows of "
-                "them are trained on. Use gate=dense or a gate that chooses prompts (gate.unit=sequence)"
-            )
         if self._spent:
             before = self.given.clock.times.seconds(self._known(self.uses))
             self.phase = self.advise(self._sample(batch, progress))
@@ -172,7 +170,7 @@ class Sampled(TaskObjective):
         advantage_R = phase.more["advantage_R"]
         learnt = int((advantage_R[whole_R] != 0).sum())
         reward_PN = phase.by_prompt(phase.reward_R)[here].float()
-        plan = self.plan_of(phase)
+        plan = replace(self.plan_of(phase), dw_rows=step.plan.dw_rows, skip_rate=step.plan.skip_rate)
         length = phase.tokens_RT1.shape[1] - 1
         self._priced = self.given.clock.step(plan, max(1, learnt), length)
         if not learnt:
@@ -182,17 +180,19 @@ class Sampled(TaskObjective):
         kept_R = which_R[advantage_R[which_R] != 0]
         count = len(kept_R)
         rows = int(mesh.largest(max(1, count))) if mesh.splits_weights else max(1, count)
-        # others learn from more outputs, and wait for this process's part of the matrices: it takes part with weights of 0
+        # others may learn from more outputs, and wait for this process's part of the matrices: it goes on with weights of 0
         kept_R = torch.cat((kept_R, which_R[:1].expand(rows - count)))
-        factor_R = torch.full((rows, 1), self.share(batch) / self.normaliser(phase, whole_R), dtype=torch.float64)
-        factor_R[count:] = 0
+        factor = self.share(batch) / self.normaliser(phase, whole_R)
         device = self.given.device
         tokens_RT1 = phase.tokens_RT1[kept_R].to(device)
         total_M: list[Tensor] = []
 
         def weigh(view: View, rows: slice) -> Tensor:
-            weight_MT = self.token_weights(phase, kept_R[rows], view)
-            weight_MT = (weight_MT * factor_R[rows].to(weight_MT)).to(device)
+            weight_MT = torch.zeros_like(view.loss_BT)
+            if (real := min(rows.stop, count) - rows.start) > 0:
+                found_MT = self.token_weights(phase, kept_R[rows][:real], first_rows(view, real))
+                weight_MT = weight_MT.to(found_MT.dtype)
+                weight_MT[:real] = found_MT.to(device) * factor
             total_M.append((weight_MT * view.loss_BT).sum(1).cpu())
             return weight_MT
 
@@ -332,6 +332,23 @@ class Sampled(TaskObjective):
         self.sampler.uses = Counter(self.uses)
         self._sampling_s, self._update_s = float(own["sampling_s"]), float(own["update_s"])
         self.phase = Phase.of_state(own["phase"]) if own["phase"] else None
+
+
+def check_gate(cfg: GateConfig) -> None:
+    """Raise ObjectiveError for a gate that looks for rows of its windows: those are prompts here, and what is trained on is
+    sampled later."""
+    if cfg.unit not in UNITS or cfg.policy == "importance":
+        named = "gate.policy = importance" if cfg.unit in UNITS else f"gate.unit = {cfg.unit}"
+        raise ObjectiveError(
+            f"{named} with an objective that samples: its windows are prompts, and no rows of them are trained on. Use "
+            f"gate.unit = {', '.join(UNITS)}; objective.rl.tokens chooses among the tokens of outputs"
+        )
+
+
+def first_rows(view: View, count: int) -> View:
+    """The view of the first rows alone."""
+    signals = {name: value.narrow(value.dim() - 2, 0, count) for name, value in view.signals.items()}
+    return View(view.loss_BT[:count], signals)
 
 
 def gather_rows(mesh: Mesh, value: Tensor) -> Tensor:

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 from hardware.text import quoted
 from sparse_update.objectives.instruction.settings import InstructConfig
-from sparse_update.objectives.preference.settings import RewardConfig
+from sparse_update.objectives.preference.settings import DpoConfig, RewardConfig
 from sparse_update.objectives.reinforcement.settings import RejectionConfig, RlConfig
 
 TEXT_KINDS = ("likelihood",)
-TASK_KINDS = ("instruct", "rl", "rejection", "reward")
+TASK_KINDS = ("instruct", "rl", "rejection", "reward", "dpo")
 """Kinds that train on tasks (`TaskConfig`) in the place of text; see `choice.KINDS`."""
 
 
@@ -67,11 +67,13 @@ class ObjectiveConfig:
     """Name in tables; empty: the kind."""
     kind: str = "likelihood"
     """likelihood (text), instruct (answers to questions of tasks), rl (outputs that are better than others of their prompt
-    are pushed up), rejection (right outputs are trained on), reward (rl by a learned reward, watched by the verifier)"""
+    are pushed up), rejection (right outputs are trained on), reward (rl by a learned reward, watched by the verifier), dpo
+    (the best output of a prompt is preferred to the worst)"""
     instruct: InstructConfig = field(default_factory=InstructConfig)
     rl: RlConfig = field(default_factory=RlConfig)
     rejection: RejectionConfig = field(default_factory=RejectionConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self) -> None:

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_update.data.records import Batch, CorpusError
+from sparse_update.data.records import Batch
 from sparse_update.data.stream import EpochOrder, Stream
 from sparse_update.data.tokens import Tokenizer
-from sparse_update.tasks.base import Instance, Task
+from sparse_update.tasks.base import Instance, Task, TaskError
 from sparse_update.tasks.draw import number_of
 from sparse_update.tasks.encoding import PromptTooLong, encoded, prompt_text
 from sparse_update.tasks.splits import TaskStream
@@ -145,7 +145,7 @@ class RowStream(Stream):
 
     def _check_batch(self, n: int) -> None:
         if not 1 <= n <= self.windows:
-            raise CorpusError(
+            raise TaskError(
                 f"a batch of {n} rows: task.rows = {self.windows}, and no row may come twice in a batch; raise "
                 "task.rows, or "
                 "set it to 0"

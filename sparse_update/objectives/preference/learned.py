@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from sparse_update.generation.sampler import Sampler
+from sparse_update.loop.checkpoint import CheckpointError
 from sparse_update.objectives.examples.examples import JUDGING_SEED, Examples
 from sparse_update.objectives.examples.rows import PromptStream
 from sparse_update.objectives.objective import Given
@@ -36,9 +37,8 @@ class ByReward(Reinforce):
     Their forwards are on the clock, at the price of the policy's own. Evaluations are not.
 
     Raises:
-        PreferenceError: no reward model is named.
+        PreferenceError: no reward model is named, or a folder holds none.
         VocabularyMismatch: one reads other tokens than the policy writes.
-        CheckpointError: a folder holds none.
     """
 
     def __init__(
@@ -57,9 +57,13 @@ class ByReward(Reinforce):
                 "the verifier"
             )
         self.reward_cfg = reward
-        models = [
-            RewardModel.load(folder, examples.tokenizer).requires_grad_(False).to(given.device) for folder in reward.models
-        ]
+        try:
+            models = [
+                RewardModel.load(folder, examples.tokenizer).requires_grad_(False).to(given.device)
+                for folder in reward.models
+            ]
+        except CheckpointError as error:
+            raise PreferenceError(f"objective.reward.models: {error} (spikegate reward RUN FOLDER makes one)") from error
         self.reward: Reward = Learned(models[0]) if len(models) == 1 else Ensemble(models, reward.rule)
         self.limit = min(model.trunk.cfg.context for model in models)
         self.watch = Watch(WatchConfig(alpha=reward.alpha))
@@ -85,7 +89,7 @@ class ByReward(Reinforce):
     def advise(self, phase: Phase) -> Phase:
         found = super().advise(phase)
         for _ in self.reward_cfg.models:
-            self._charge(len(phase.tokens_RT1), phase.tokens_RT1.shape[1] - 1)
+            self.charge(len(phase.tokens_RT1), phase.tokens_RT1.shape[1] - 1)
         if self.holds:
             return found.with_more(advantage_R=torch.zeros_like(found.more["advantage_R"]))
         return found

@@ -1,4 +1,4 @@
-"""Settings of reinforcement by a learned reward."""
+"""Settings of reinforcement by a learned reward, and of direct preference optimisation."""
 
 from __future__ import annotations
 
@@ -42,3 +42,15 @@ class RewardConfig:
             raise PreferenceError(
                 f"objective.reward.watch_outputs = {self.watch_outputs}, alpha = {self.alpha}: at least 1, in (0, 1)"
             )
+
+
+@dataclass
+class DpoConfig:
+    """Direct preference optimisation. Raises PreferenceError for a beta that is not positive."""
+
+    beta: float = 0.1
+    """How much the log-ratio to the reference counts: the smaller, the farther the policy may go."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < float("inf"):
+            raise PreferenceError(f"objective.dpo.beta = {self.beta}: a positive number")

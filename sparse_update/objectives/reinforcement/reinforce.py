@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_update.clock.component import Component
 from sparse_update.clock.cost import Step
 from sparse_update.gates.gate import GatedBatch
 from sparse_update.objectives.examples.examples import Examples
@@ -30,12 +29,11 @@ from sparse_update.objectives.reinforcement.advantages import advantages, all_eq
 from sparse_update.objectives.reinforcement.joining import joined, picked, with_prompts
 from sparse_update.objectives.reinforcement.outputs import allocate
 from sparse_update.objectives.reinforcement.prompts import Candidates, make_prompt_gate
-from sparse_update.objectives.reinforcement.scoring import scoring_component, scoring_key, scoring_shape_of
 from sparse_update.objectives.reinforcement.settings import ReinforcementError, RlConfig
 from sparse_update.objectives.reinforcement.surrogate import Sampled as Known
 from sparse_update.objectives.reinforcement.surrogate import clipped_share, token_weights
 from sparse_update.objectives.reinforcement.tokens import kept_tokens
-from sparse_update.objectives.sampled import Sampled
+from sparse_update.objectives.scored import Scored
 from sparse_update.objectives.settings import SampleConfig
 from sparse_update.objectives.tokens import row_losses
 from sparse_update.step.plan import View
@@ -46,7 +44,7 @@ SPARE = 1.25
 """How many more prompts a filter asks for than it expects to need (GRESO, arXiv 2506.02177)."""
 
 
-class Reinforce(Sampled):
+class Reinforce(Scored):
     """Policy gradients by `RlConfig`.
 
     The estimators are exact for outputs that are sampled at temperature 1 with top_p 1; at other settings the outputs are
@@ -66,18 +64,13 @@ class Reinforce(Sampled):
         self.prompts = make_prompt_gate(cfg.prompts)
         if cfg.allocate != "fixed":
             self._check_allocation()
-        self.reference = None
         if self.estimator.kl:
-            if given.grows or given.adapted:
-                raise ReinforcementError("rl.estimator.kl with a model that grows or holds LoRA's factors: set it to 0")
-            self.reference = self.copy_of_shape()
-            self.reference.load_state_dict(given.mesh.weights(given.model))
+            self.refer(f"rl.estimator.kl = {self.estimator.kl}")
         self._unit = math.lcm(self.shares, sample.batches)
         """what a number of prompts must be a multiple of"""
         self._taken: Candidates | None = None
         self._place: dict[int, int] = {}
         """row number -> its place in `_taken`"""
-        self._components: dict[str, Component] = {}
         self.seen: Counter[str] = Counter()
         """Groups so far: all, right (all outputs), wrong (all outputs), sampled and filtered out, candidates."""
         self._clipped = 0.0
@@ -141,19 +134,9 @@ class Reinforce(Sampled):
         for place, one in enumerate(found):
             tokens_CT1[place, : len(one.tokens)] = torch.from_numpy(one.tokens)
             mask_CT[place, : len(one.answer_mask)] = torch.from_numpy(one.answer_mask).float()
-        self._charge(len(found), length)
+        self.charge(len(found), length)
         parts = [loss.cpu() for _, loss in row_losses(self.read(), tokens_CT1[:, :-1], tokens_CT1[:, 1:], len(found))]
         return (torch.cat(parts) * mask_CT).sum(1).double().numpy() / self.sample.temperature
-
-    def _charge(self, rows: int, length: int) -> None:
-        """A forward that only scores, on the clock."""
-        key = scoring_key(rows, length)
-        self._components[key] = scoring_component(self._reader, rows, length)
-        self.uses[key] += 1
-
-    def components(self) -> Mapping[str, Component]:
-        self.sampler.uses = Counter({key: n for key, n in self.uses.items() if scoring_shape_of(key) is None})
-        return {**super().components(), **self._components}
 
     def _generator(self, what: str) -> np.random.Generator:
         """Of this phase; the same on every process."""
@@ -244,10 +227,7 @@ class Reinforce(Sampled):
             "size_P": torch.bincount(phase.prompt_R, minlength=len(phase)),
         }
         if self.reference is not None:
-            x_RT, y_RT = phase.tokens_RT1[:, :-1], phase.tokens_RT1[:, 1:]
-            losses = [loss.cpu() for _, loss in row_losses(self.reference, x_RT, y_RT, len(x_RT))]
-            self._charge(*x_RT.shape)
-            more["reference_RT"] = -torch.cat(losses) * mask_RT
+            more["reference_RT"] = self.reference_logp(phase)
         return phase.with_more(**more)
 
     def normaliser(self, phase: Phase, which_R: Tensor) -> float:
@@ -299,6 +279,3 @@ class Reinforce(Sampled):
         self.prompts.load_state_dict(own["prompts"])
         self.seen = Counter({str(name): int(count) for name, count in own["seen"].items()})
         self._clipped = float(own["clipped"])
-        for key in self.uses:
-            if shape := scoring_shape_of(key):
-                self._components[key] = scoring_component(self._reader, *shape)

@@ -46,6 +46,63 @@ def test_a_run_starts_from_another_and_is_compared_with_it(runs):
     assert json.loads(again.stdout.strip().splitlines()[-1])["steps"] == found["steps"]
 
 
+def test_a_refused_run_leaves_its_folder_free(tmp_path):
+    words = ["objective=rl", "task=sums", *SMALL, "objective.sample.new_tokens=4", "run=again"]
+    refused = spikegate("train", *words, "objective.sample.n=1", cwd=tmp_path, check=False)
+    assert refused.returncode == 2
+    spikegate("train", *words, "objective.sample.n=2", cwd=tmp_path)
+    changed = spikegate("train", *words, "objective.sample.n=3", cwd=tmp_path, check=False)
+    assert changed.returncode == 2
+    assert "had other settings: objective.sample.n was 2, is 3" in changed.stderr
+
+
+PLUGIN = """
+from sparse_update.tasks.base import Made, Task, register_task
+
+
+class Base(Task):
+    wordings = ("{}",)
+    levels = range(1, 2)
+
+    def make(self, draw, level):
+        number = draw.between(0, 99999)
+        return Made(str(number), (str(number),), {})
+
+
+@register_task("raising")
+class Raising(Base):
+    def verify(self, instance, answer):
+        raise RuntimeError("boom")
+
+
+@register_task("not_a_number")
+class NotANumber(Base):
+    def verify(self, instance, answer):
+        return float("nan")
+
+
+@register_task("never")
+class Never(Base):
+    def verify(self, instance, answer):
+        return 0.0
+"""
+
+
+def test_verifiers_that_fail_are_named_and_equal_rewards_are_counted(tmp_path, monkeypatch):
+    (tmp_path / "verifiers_of_a_test.py").write_text(PLUGIN)
+    monkeypatch.syspath_prepend(tmp_path)
+    small = [*SMALL, "objective=rl", "objective.sample.new_tokens=4", "task.plugins=[verifiers_of_a_test]"]
+    for name, said in (("raising", "('boom')"), ("not_a_number", "score nan")):
+        done = spikegate("train", *small, f"task.tasks=[{name}]", f"run={name}", cwd=tmp_path, check=False)
+        assert done.returncode == 1
+        assert f"verifier of {name}, seed 0, index" in done.stderr
+        assert said in done.stderr
+        assert not (tmp_path / name / "checkpoint").exists()
+    spikegate("train", *small, "task.tasks=[never]", "run=never", cwd=tmp_path)
+    result = json.loads((tmp_path / "never" / "result.json").read_text())
+    assert result["empty_steps"] == result["steps"] > 0
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -57,6 +114,14 @@ def test_a_run_starts_from_another_and_is_compared_with_it(runs):
         (["objective=instruct", "task=sums", "gate=auto"], "gate.unit = auto with objective.kind = instruct"),
         (["objective=instruct", "task=sums", "model.context=8"], "the model reads 8 in a row"),
         (["objective=reward", "task=sums"], "objective.reward.models is empty"),
+        (["objective=reward", "task=sums", "objective.reward.models=[nowhere]"], "spikegate reward RUN FOLDER"),
+        (["objective=rl", "task=sums", "objective.sample.n=1"], "at least 2 are needed"),
+        (["objective=dpo", "task=sums", "objective.sample.micro_rows=3"], "an even number"),
+        (["objective=rl", "task=sums", "objective.rl.prompts.keep_fraction=0"], "above 0, and 1 at most"),
+        (["objective=rejection", "task=sums", "gate=surprise_tokens"], "its windows are prompts"),
+        (["objective=rl", "task=sums", "objective.sample.new_tokens=30"], "do not fit a context of 32"),
+        (["objective=instruct", "task=sums", "task.rows=2"], "no row may come twice"),
+        (["objective=instruct", "task=sums", "task.split=train"], "one of development, held_out"),
         (["objective=other"], "no such choice"),
         (["objective.kind=other"], "objective.kind"),
         (["objective=instruct", "task=sums", "objective.sample.temperature=0"], "likeliest tokens are the same"),
