@@ -30,8 +30,8 @@ from hardware.meters.ratios import InTurn, Until
 from sparse_update.clock.cost import Step
 from sparse_update.clock.timing import Setting, step_probe
 from sparse_update.data.dedup import METHODS, flops_per_token, is_new, keys_of
-from sparse_update.gates.auto import OBSERVE, AutoGate
 from sparse_update.gates.config import GateConfig
+from sparse_update.gates.deciding.auto import OBSERVE, AutoGate
 from sparse_update.gates.gate import GateContext
 from sparse_update.loop.checkpoint import save_checkpoint
 from sparse_update.signals import SignalContext, make_signal

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparse_update.gates.auto import AutoGate
 from sparse_update.gates.config import BEFORE, GateConfig
+from sparse_update.gates.deciding.auto import AutoGate
 from sparse_update.gates.gate import Gate, GateContext
 from sparse_update.gates.rows import BypassGate, RowGate
 from sparse_update.gates.sampling import GradientGate, SubblockGate, VcasGate

@@ -15,7 +15,7 @@ from sparse_update.data.corpus import load_corpus
 from sparse_update.data.records import Corpus
 from sparse_update.data.regimes import held_out, judging, make_stream
 from sparse_update.data.tokens import ByteTokenizer, Tokenizer, tokenizer_from_record
-from sparse_update.gates.again import AgainConfig
+from sparse_update.gates.deciding.again import AgainConfig
 from sparse_update.loop.assembly import Text
 from sparse_update.loop.checkpoint import checkpoint_of
 from sparse_update.loop.saving.files import open_checkpoint

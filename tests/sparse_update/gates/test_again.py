@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from sparse_update.clock.component import SCORING_FORWARD
 from sparse_update.data.records import Batch
-from sparse_update.gates.again import Again, AgainConfig
-from sparse_update.gates.auto import AutoGate
 from sparse_update.gates.config import GateConfig
 from sparse_update.gates.controller import AutoConfig
+from sparse_update.gates.deciding.again import Again, AgainConfig
+from sparse_update.gates.deciding.auto import AutoGate
 from sparse_update.gates.gate import GateContext
 from sparse_update.nested import pack, unpack
 from sparse_update.step.flops import plan_flops

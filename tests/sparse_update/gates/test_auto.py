@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparse_update.data.records import Batch
-from sparse_update.gates.auto import OBSERVE, AutoGate, agreement, observed_layers
 from sparse_update.gates.config import GateConfig
 from sparse_update.gates.controller import AutoConfig, Band, Controller, kept_by
+from sparse_update.gates.deciding.auto import OBSERVE, AutoGate, agreement, observed_layers
 from sparse_update.gates.gate import GateContext
 from sparse_update.nested import pack, unpack
 from sparse_update.signals.gradients import tapped

@@ -11,10 +11,10 @@ import torch
 from sparse_update.clock.component import SCORING_FORWARD, at_depth, depth_of
 from sparse_update.clock.shipped import shipped_table
 from sparse_update.data.records import Batch
-from sparse_update.gates.again import Again, AgainConfig
-from sparse_update.gates.auto import OBSERVE
 from sparse_update.gates.config import GateConfig
 from sparse_update.gates.controller import AutoConfig, Controller
+from sparse_update.gates.deciding.again import Again, AgainConfig
+from sparse_update.gates.deciding.auto import OBSERVE
 from sparse_update.growth.settings import GrowthConfig
 from sparse_update.loop.assembly import Arm, Place, Prices, Text, make_trainer
 from sparse_update.loop.recorder import Listeners

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from sparse_update.clock.cost import ComponentTimes, ComponentTimesError, identity
 from sparse_update.data.corpus import DataConfig, load_corpus, val_windows
 from sparse_update.data.stream import WindowStream
-from sparse_update.gates.auto import OBSERVE
 from sparse_update.gates.config import GateConfig
 from sparse_update.gates.controller import AutoConfig, Controller
+from sparse_update.gates.deciding.auto import OBSERVE
 from sparse_update.loop.assembly import Arm, Place, Prices, Text, make_trainer
 from sparse_update.loop.checkpoint import load_checkpoint
 from sparse_update.loop.evaluation import evaluate, start_from

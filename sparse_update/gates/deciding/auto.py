@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from sparse_update.clock.component import SCORING_FORWARD, Component, at_depth
 from sparse_update.data.records import Batch
-from sparse_update.gates.again import AgainConfig
 from sparse_update.gates.config import GateConfig
 from sparse_update.gates.controller import AutoConfig, Controller, kept_by
+from sparse_update.gates.deciding.again import AgainConfig
+from sparse_update.gates.deciding.trial import MarkedBatch, Trials, cut, fields_of, joined, marked
 from sparse_update.gates.gate import Gate, GateContext, GatedBatch
-from sparse_update.gates.trial import MarkedBatch, Trials, cut, fields_of, joined, marked
 from sparse_update.gates.windows import SCORING_WINDOWS, forward_view
 from sparse_update.signals import Signal, SignalContext, make_signal
 from sparse_update.signals.gradients import sample_gradients, tapped

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_update.data.records import Batch
-from sparse_update.gates.again import Again, AgainConfig
+from sparse_update.gates.deciding.again import Again, AgainConfig
 from sparse_update.gates.gate import GateContext, GatedBatch, join, part
 from sparse_update.gates.windows import SCORING_WINDOWS, forward_view
 from sparse_update.parallel.scoring import scored_together
