@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +55,16 @@ def test_a_refused_run_leaves_its_folder_free(tmp_path):
     changed = spikegate("train", *words, "objective.sample.n=3", cwd=tmp_path, check=False)
     assert changed.returncode == 2
     assert "had other settings: objective.sample.n was 2, is 3" in changed.stderr
+
+
+@pytest.mark.parametrize("name", ["instruct", "reinforce", "rejection", "dpo", "reward"])
+def test_an_experiment_file_says_its_command_time_and_result_and_composes(name, tmp_path):
+    head = (Path(__file__).parents[3] / "configs" / "experiment" / f"{name}.yaml").read_text().split("defaults:")[0]
+    assert f"# spikegate train experiment={name}" in head
+    assert "on one thread" in head
+    assert "Expect" in head or "expect" in head
+    kind = {"reinforce": "rl"}.get(name, name)
+    assert f"kind: {kind}" in spikegate("train", f"experiment={name}", "--cfg", "job", cwd=tmp_path).stdout
 
 
 PLUGIN = """
