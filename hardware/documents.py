@@ -155,6 +155,11 @@ def _loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
+        def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+            if self.flow_level > MOST_DEEP:  # PyYAML looks at every open bracket for each token: n brackets take n^2
+                raise _Wrong(f"its lists and mappings lie more than {MOST_DEEP} deep")
+            super().fetch_flow_collection_start(TokenClass)
+
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             merged = any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value)
             found = super().construct_mapping(node, deep)

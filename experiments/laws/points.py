@@ -88,6 +88,8 @@ def read_points(folders: Iterable[str | Path]) -> Found:
             points.append(_point(folder))
         except (_Unusable, RunError) as reason:
             left_out.append(LeftOut(str(folder), str(reason)))
+        except (TypeError, ValueError, OverflowError, AttributeError) as error:  # a seed of words, a list of settings
+            left_out.append(LeftOut(str(folder), f"a value is not of the kind that it should be: {short(str(error))}"))
     kept: dict[tuple[Any, ...], Point] = {}
     for point in sorted(points, key=lambda p: (p.started, p.folder)):
         place = (point.stream, point.arm, point.seed, point.parameters, point.budget)
@@ -138,9 +140,9 @@ class _Unusable(Exception):
 def _point(folder: Path) -> Point:
     info = read_json(folder / "run.json")
     if info.get("kind") != "train":
-        raise _Unusable(f"kind {info.get('kind')!r}, not a training run")
+        raise _Unusable(f"kind {short(info.get('kind'))}, not a training run")
     if info.get("status") != "finished":
-        raise _Unusable(f"not finished: status is {info.get('status')!r}")
+        raise _Unusable(f"not finished: status is {short(info.get('status'))}")
     result = read_json(folder / "result.json")
     loss = _number(result, "loss_nats", finite=False)
     if not math.isfinite(loss):

@@ -26,6 +26,7 @@ import torch
 
 from experiments.comparison.statistics import interval, paired_test
 from experiments.runs.output import add_json_argument, entry, finish
+from experiments.runs.plain_json import write_json
 from sparse_update.clock.shipped import shipped_table
 from sparse_update.data.tokens import ByteTokenizer
 from sparse_update.loop.assembly import Arm, Place, Prices, Text, make_trainer
@@ -156,7 +157,7 @@ def tuned(family: Family, examples: Examples, seed: int, out: Path) -> tuple[Tra
     optim = OptimConfig(lr=family.tune_lr, weight_decay=0.0)
     found = trained(model, ObjectiveConfig(kind="instruct"), examples, optim, family.tune_s, 16, seed, out / "run", 4)
     save_checkpoint(file, model.state_dict(), {}, {"seed": seed})
-    record.write_text(json.dumps(found))
+    write_json(record, found)
     return model, found
 
 
@@ -186,7 +187,7 @@ def run(name: str, family: Family, arm: str, seed: int, asked: argparse.Namespac
         copy.deepcopy(model), objective, examples, optim, way.share * family.budget_s, windows, seed, out / "run"
     )
     found |= {"start": before["accuracy"], "family": name, "arm": arm, "seed": seed, "lr": family.lr}
-    file.write_text(json.dumps(found))
+    write_json(file, found)
     print(f"{name} {arm} seed {seed}: {before['accuracy']:.3f} to {found['accuracy']:.3f}", flush=True)
     return found
 

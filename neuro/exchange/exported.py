@@ -147,7 +147,9 @@ def read_exported(path: str | os.PathLike[str]) -> tuple[ExportedModule, tuple[T
         with zipfile.ZipFile(path) as archive:
             return _read(_Archive(path, archive))
     except zipfile.BadZipFile as error:
-        raise ExportedError(f"{path}: no exported program, or one that is cut short ({error}); {AGAIN}") from error
+        raise ExportedError(
+            f"{path}: no exported program, or one that is cut short ({quoted(str(error))}); {AGAIN}"
+        ) from error
     except ExportedError:
         raise
     except Exception as error:  # zipfile and torch raise nearly anything on records of another form

@@ -34,6 +34,9 @@ RESETS = ("zero", "subtract")
 POOLING = ("fold", "own", "auto")
 PASSING = ("Output", "Flatten", "Identity")
 
+MOST_INPUTS = 2**22
+"""Values of one step's input, twice those of an event camera of 1280 x 720: shapes are found by running zeros through."""
+
 
 def describe(graph: Any, dt_s: float, *, reset: str = "zero", pools: str = "fold") -> Described:
     """A nir.NIRGraph in real numbers; graphs within it are taken apart (`nesting.flattened`).
@@ -174,6 +177,11 @@ class _Reader:
             raise NotInNir(
                 f"node {quoted(name)} (Input) has the shape {quoted(given)}; the sizes of the layers follow from it, so"
                 " give it whole numbers from 1"
+            )
+        if math.prod(shape) > MOST_INPUTS:
+            raise NotInNir(
+                f"node {quoted(name)} (Input) has the shape {quoted(shape)}, more than {MOST_INPUTS:,} values a step; give"
+                " it the sizes of the input"
             )
         return shape
 

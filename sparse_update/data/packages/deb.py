@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from hardware.text import short
 from sparse_update.data.records import CorpusError, Document
 
 MAGIC = b"!<arch>\n"
@@ -29,7 +30,7 @@ def documents_of(path: Path) -> Iterator[Document]:
     """
     total = 0
     try:
-        with tarfile.open(fileobj=io.BytesIO(_data(path)), mode="r:*") as archive:
+        with tarfile.open(fileobj=io.BytesIO(_unpacked(path)), mode="r:") as archive:
             for member in archive:
                 if not member.isfile() or not member.size:
                     continue
@@ -41,14 +42,27 @@ def documents_of(path: Path) -> Iterator[Document]:
                 name = member.name.removeprefix("./")
                 if name.endswith(".gz"):
                     text, name = _decompressed(text, f"{path}: {name}"), name.removesuffix(".gz")
+                    total += len(text)
                 if text:
                     yield Document(name, text)
-    except (tarfile.TarError, lzma.LZMAError, EOFError, zlib.error, OSError) as error:
-        raise CorpusError(f"{path} is damaged ({error}); fetch the package again") from error
+    except (tarfile.TarError, lzma.LZMAError, EOFError, zlib.error, OSError, ValueError) as error:
+        if isinstance(error, CorpusError):
+            raise
+        raise CorpusError(f"{path} is damaged ({short(str(error))}); fetch the package again") from error
 
 
-def _data(path: Path) -> bytes:
-    """The member data.tar.gz or data.tar.xz, as it lies in the archive."""
+def _unpacked(path: Path) -> bytes:
+    """The member data.tar, decompressed within the limit: tarfile itself would read a long name of any size."""
+    name, data = _data(path)
+    with (gzip.open if name.endswith("gz") else lzma.open)(io.BytesIO(data)) as file:
+        found = bytes(file.read(LARGEST_BYTES + 1))
+    if len(found) > LARGEST_BYTES:
+        raise CorpusError(f"{path} unpacks to more than {LARGEST_BYTES // 2**20} MiB; it is not read further")
+    return found
+
+
+def _data(path: Path) -> tuple[str, bytes]:
+    """Name and bytes of the member data.tar.gz or data.tar.xz, as it lies in the archive."""
     raw = path.read_bytes()
     if not raw.startswith(MAGIC):
         raise CorpusError(f"{path} is no Debian package: it does not begin as an ar archive does")
@@ -59,7 +73,7 @@ def _data(path: Path) -> bytes:
         if raw[at + 58 : at + 60] != b"`\n" or not size.isdigit() or at + HEADER + int(size) > len(raw):
             raise CorpusError(f"{path} is damaged: its member at byte {at} is cut short or has no header; fetch it again")
         if name in ("data.tar.gz", "data.tar.xz"):
-            return raw[at + HEADER : at + HEADER + int(size)]
+            return name, raw[at + HEADER : at + HEADER + int(size)]
         found.append(name)
         at += HEADER + int(size) + int(size) % 2
     raise CorpusError(f"{path} has no member data.tar.gz or data.tar.xz, but {', '.join(found) or 'none'}")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from hardware.documents import read_json
+from hardware.text import short
 from sparse_update.data.records import CorpusError
 
 SHIPPED = Path(__file__).with_name("debian_12.json")
 FETCH_S = 900
+FORMS = {"name": r"[a-z0-9][a-z0-9+.-]+", "version": r"[0-9][A-Za-z0-9.+:~-]*", "architecture": r"[a-z0-9][a-z0-9-]*"}
+"""What Debian's policy (5.6.1, 5.6.12) allows."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,19 @@ class Listing:
 def read_listing(path: Path = SHIPPED) -> Listing:
     """Raises `CorpusError` for a list that is no list of packages with exactly the fields of `Package`."""
     try:
-        read = json.loads(path.read_text())
+        read = read_json(path, CorpusError)
         packages = tuple(Package(**entry) for entry in read["packages"])
         listing = Listing(packages, str(read.get("text_sha256") or ""))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorpusError(f"{path} is no list of packages: {error}") from error
+        if isinstance(error, CorpusError):
+            raise
+        raise CorpusError(f"{path} is no list of packages: {short(str(error))}") from error
     if not packages or any(not isinstance(p.size_bytes, int) or len(str(p.sha256)) != 64 for p in packages):
         raise CorpusError(f"{path}: at least one package, each with size_bytes and a sha256 of 64 digits")
+    for package in packages:  # they become arguments of apt-get and names of files: no option, no other folder
+        for field, form in FORMS.items():
+            if not re.fullmatch(form, str(getattr(package, field))):
+                raise CorpusError(f"{path}: {field} {short(getattr(package, field))} is none of a Debian package")
     return listing
 
 

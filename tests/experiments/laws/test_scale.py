@@ -94,3 +94,28 @@ def test_embeddings_are_told_from_the_blocks(write_runs):
     runs = write_runs(np.array([50.0]), np.array([1e6]), np.array([2.0]), seed=1, model=model)
     with pytest.raises(LawError, match="cannot be told apart"):
         read_points([runs / "dense-1-0"]).points[0].size(embeddings=False)
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("run.json", {"seed": "x"}),
+        ("run.json", {"seed": [1]}),
+        ("run.json", {"seed": {"a": 1}}),
+        ("result.json", {"params": 10**400}),
+        ("result.json", {"tokens": "nan"}),
+        ("result.json", {"budget_reference_s": 10**400}),
+        ("config.yaml", {"data": [1]}),
+        ("config.yaml", {"data": "x"}),
+        ("config.yaml", {"model": [1]}),
+    ],
+)
+def test_a_run_with_an_odd_value_is_left_out_by_name(write_runs, file, change):
+    n, d = grid(2, 2)
+    folder = write_runs(n, d, LAW.loss(n, d))
+    odd = sorted(path.parent for path in folder.rglob("run.json"))[0]
+    whole = json.loads((odd / file).read_text()) if (odd / file).exists() else {}
+    (odd / file).write_text(json.dumps({**whole, **change}))  # JSON is YAML too
+    found = read_points([folder])
+    assert len(found.points) == 3
+    assert [one.folder for one in found.left_out] == [str(odd)]

@@ -90,6 +90,7 @@ def test_the_published_cnn_is_its_float_network_with_rounded_weights():
 
 
 @pytest.mark.soak
+@pytest.mark.filterwarnings("ignore:the conversion loses winners")
 def test_the_published_cnn_keeps_clear_winners_of_inputs_that_were_not_chosen():
     graph = load_nir(published(CNN))
     network = from_nir(graph, steps=300, calibration=torch.from_numpy(np.stack([events(s, 300) for s in (100, 101)])))
@@ -171,6 +172,7 @@ def test_the_recurrent_networks_keep_their_classes(name, reset):
 
 @pytest.mark.soak
 @pytest.mark.parametrize(("name", "reset"), [(ZERO, "zero"), (SUBTRACT, "subtract")])
+@pytest.mark.filterwarnings("ignore:the conversion loses winners")
 def test_the_recurrent_networks_keep_their_classes_on_fresh_input(name, reset):
     graph, x = load_nir(published(name)), torch.cat([touches(200, seed) for seed in range(100, 104)])
     expected = run_float(describe(graph, DT_S, reset=reset).description, x).spikes["lif2"].sum(1).argmax(1)

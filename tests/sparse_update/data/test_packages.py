@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import lzma
 import shutil
 import subprocess
 import tarfile
@@ -122,6 +123,43 @@ def test_what_unpacks_to_too_much_is_refused(tmp_path: Path, name: str, monkeypa
     path.write_bytes(archive({name: gzip.compress(b"a" * 5000) if name.endswith("gz") else b"a" * 5000}))
     with pytest.raises(CorpusError, match="more than"):
         list(deb.documents_of(path))
+
+
+def test_a_long_name_is_not_read_further_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GNU tar's header of a long name states any size, and zeros compress to nothing."""
+    monkeypatch.setattr(deb, "LARGEST_BYTES", 20_000)
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 8 * 2**20
+    packed = lzma.compress(header.tobuf(tarfile.GNU_FORMAT) + bytes(header.size))
+    member = b"data.tar.xz".ljust(48) + str(len(packed)).encode().ljust(10) + b"`\n"
+    path = tmp_path / "a.deb"
+    path.write_bytes(deb.MAGIC + member + packed)
+    with pytest.raises(CorpusError, match="unpacks to more than"):
+        list(deb.documents_of(path))
+
+
+@pytest.mark.parametrize("name", ["-oDir::Bin::Methods=x", "../a", "a b", "a/b", ""])
+def test_a_name_that_apt_would_take_for_an_option_or_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    entry = {"name": name, "version": "1", "architecture": "all", "size_bytes": 1, "sha256": "0" * 64}
+    (tmp_path / "list.json").write_text(json.dumps({"packages": [entry]}))
+    with pytest.raises(CorpusError, match="none of a Debian package"):
+        listing.read_listing(tmp_path / "list.json")
+
+
+@pytest.mark.parametrize("size", [-1, 10**400, 1.5, "x", None, float("inf")])
+def test_a_record_whose_sizes_are_not_the_texts_is_refused(folder: Path, size: object) -> None:
+    record = json.loads((folder / RECORD).read_text())
+    record["training"][0][1] = size
+    (folder / RECORD).write_text(json.dumps(record))
+    with pytest.raises(CorpusError):
+        read_packages(folder, {})
+
+
+def test_a_deep_or_odd_record_is_refused(folder: Path) -> None:
+    for text in ("[" * 100_000, "[]", "{}", "7", '{"form": 1}'):
+        (folder / RECORD).write_text(text)
+        with pytest.raises(CorpusError):
+            read_packages(folder, {})
 
 
 def test_rules_tell_prose_from_the_rest() -> None:
