@@ -21,6 +21,7 @@ from hardware.energy.breakeven import break_even, standings
 from hardware.energy.extrapolate import extrapolate
 from hardware.energy.measured_networks import Layer, Network, load_networks
 from hardware.energy.profile import load_profile
+from hardware.energy.static_power import static_of_cores
 from hardware.interval import Interval
 from hardware.latency.estimate import estimate
 from hardware.latency.rates import load_rates
@@ -99,6 +100,19 @@ def static_entry(network: Network) -> tuple[Entry, str] | None:
     return entry, f"static power {measured.mid}, {where}; {MIXTURE}: {model}"
 
 
+def static_cores_entry(network: Network) -> tuple[Entry, str] | None:
+    """Measured static power beside that of the cores in use, where their number is published for one chip; else None."""
+    measured = network.measured.get("static_power")
+    if measured is None or network.chip != "loihi1" or network.placed.get("chips") != 1 or "cores" not in network.placed:
+        return None
+    model = static_of_cores(network.placed["cores"])
+    entry = {"status": "calibration", **EMPTY} if "static_power" in network.calibrates else compare(model, measured, "mW")
+    return (
+        entry,
+        f"static power {measured.mid}, cores in use: {network.placed['cores']}; by cores: {model}, without x86 cores",
+    )
+
+
 def step_entries(network: Network) -> dict[str, tuple[Entry, str]]:
     """Rate file -> the entry of a network's time per step and a line for people; empty without activity or time."""
     if not network.layers or "step" not in network.measured:
@@ -165,6 +179,7 @@ def report(networks: Mapping[str, Network]) -> tuple[dict[str, Entry], list[str]
         rows = {name: energy_entry(network, anchor)}
         rows |= {f"{name}.step": pair for pair in step_entries(network).values()}
         others = {"bounds": bounds_entry(network), "static": static_entry(network)}
+        others["static_cores"] = static_cores_entry(network)
         rows |= {f"{name}.{key}": pair for key, pair in others.items() if pair is not None}
         for key, (found, text) in rows.items():
             document[key] = found

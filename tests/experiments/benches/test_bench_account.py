@@ -29,7 +29,7 @@ def test_the_last_line_is_the_document(capsys: pytest.CaptureFixture[str]) -> No
         assert (entry["relative_error"] is None) == (entry["status"] != "compared")
         assert (entry["inside_interval"] is None) == (entry["status"] not in ("compared", "bounded"))
     calibrating = [name for name, entry in document.items() if entry["status"] == "calibration"]
-    assert calibrating == ["braille_recurrent.static", "pilotnet_snn"]
+    assert calibrating == ["braille_recurrent.static", "braille_recurrent.static_cores", "pilotnet_snn"]
     for name in ("s4d", "delay_snn", "video_audio_2023", "region_masking", "ndns_sdnn"):  # ratios, no joules
         assert document[name]["status"] == "counts unpublished"
         (line,) = (line for line in printed if line.startswith(f"{name} "))
