@@ -18,7 +18,9 @@ from experiments.runs.output import add_json_argument, entry, finish
 from hardware.datafile import DataFileError
 from hardware.energy.account import Board, account
 from hardware.energy.breakeven import break_even, standings
+from hardware.energy.counts import Counts
 from hardware.energy.extrapolate import extrapolate
+from hardware.energy.factors import Split, take_apart
 from hardware.energy.measured_networks import Layer, Network, load_networks
 from hardware.energy.profile import load_profile
 from hardware.energy.static_power import static_of_cores
@@ -129,6 +131,21 @@ def step_entries(network: Network) -> dict[str, tuple[Entry, str]]:
     return found
 
 
+def against_fp32(counts: Sequence[Counts]) -> Split:
+    """Joules of a dense fp32 reference over those of the chip, the model the same: bits, work left out, and the rest.
+
+    Both references read weights from the same memory, so that their ratio is taken end by end.
+    """
+    chip = load_profile(MIXTURE)
+    wide, narrow = (break_even(counts, chip, load_profile(f"digital45_{kind}_sram")) for kind in ("fp32", "int8"))
+    ends = sorted(a / b for a, b in zip(wide.reference_j, narrow.reference_j, strict=True))
+    low, mid, high = wide.reference_j[0] / wide.chip_j[2], 1 / wide.factor, wide.reference_j[2] / wide.chip_j[0]
+    precision = (ends[0], wide.reference_j[1] / narrow.reference_j[1], ends[2])
+    known: dict[str, float | tuple[float, float, float]] = {"algorithm": 1.0, "precision": precision}
+    known["sparsity"] = 1 / wide.density
+    return take_apart((low, mid, high), known)
+
+
 def recount(network: Network, folder: Path) -> list[Layer]:
     """The anchor's activity counted again from the golden spikes of its own test suite.
 
@@ -209,6 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             counts = network.counts()
             for reference in REFERENCES:
                 print(f"  {break_even(counts, load_profile(MIXTURE), load_profile(reference)).sentence}")
+            print(f"  digital45_fp32_sram over {MIXTURE}: {against_fp32(counts).sentence}")
             for standing in standings(counts):
                 print(f"  {standing}")
             if args.golden is not None and network.calibration:

@@ -124,3 +124,14 @@ def test_the_recount_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_missing_folder_is_an_error_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_account.main(["--golden", str(tmp_path)]) == 2
     assert "bench account: " in capsys.readouterr().err
+
+
+def test_the_ratio_against_fp32_by_hand() -> None:
+    split = bench_account.against_fp32(ANCHOR.counts())
+    synops, macs = (sum(getattr(layer, name) for layer in ANCHOR.layers) for name in ("synops", "dense_macs"))
+    assert split.open == ("chip",)
+    assert split.known["sparsity"][1] == pytest.approx(macs / synops)
+    assert split.known["precision"][1] == pytest.approx((4.6 + 10) / (0.3 + 2.5))
+    low, mid, high = split.known["precision"]
+    assert low <= mid <= high
+    assert split.ratio[1] == pytest.approx(mid * macs / synops * split.rest[1])
