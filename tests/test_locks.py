@@ -140,6 +140,7 @@ def test_make_with_hashes_fetches_nothing_unseen() -> None:
     [
         ({"dependencies": [{"name": "a", "version": "1", "vulns": []}]}, 0, "0 of 1 pins"),
         ({"dependencies": [{"name": "a", "version": "1", "vulns": [{"id": "PYSEC-1"}]}]}, 1, "a 1: PYSEC-1"),
+        ({"dependencies": [{"name": "a", "skip_reason": "not found"}]}, 3, "the database knows none of the pins"),
         (None, 3, "the database of vulnerabilities cannot be reached, nothing is known: no route"),
     ],
 )
