@@ -87,7 +87,7 @@ def test_the_shells_code_is_read_by_the_shell(shell: str, capsys: pytest.Capture
         ("spikegate train gate=info", {"gate=infobatch"}),
         ("spikegate train subset=l", {"subset=layers", "subset=lisa", "subset=lora"}),
         ("spikegate sweep clean", {"clean", "clean_bpe"}),
-        ("spikegate study d", {"digits"}),
+        ("spikegate study d", {"digits", "dropped"}),
         ("spikegate place --enc", {"--encoding"}),
     ],
 )
