@@ -1,5 +1,6 @@
-"""`spikegate scale fit|predict|judge|gain RUNS`: a law of the loss over size and text, what it predicts, and how the gain
-of a gate moves with scale. The runs are those of any sweep, `spikegate sweep scaling` for one.
+"""`spikegate scale fit|predict|judge|gain|abilities RUNS`: a law of the loss over size and text, what it predicts, how the
+gain of a gate moves with scale, and whether an ability jumps or only its metric. The runs are those of any sweep,
+`spikegate sweep scaling` for one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from experiments.laws.abilities import abilities
 from experiments.laws.compressed import compressed_nats
 from experiments.laws.forecast import Forecast, judge, read, write
 from experiments.laws.gain import gain_law
@@ -23,7 +25,7 @@ from experiments.runs.output import add_json_argument, entry, finish
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="spikegate scale", description=__doc__)
-    actions = top.add_subparsers(dest="action", required=True, metavar="fit|predict|judge|gain")
+    actions = top.add_subparsers(dest="action", required=True, metavar="fit|predict|judge|gain|abilities")
     fit = actions.add_parser("fit", help="coefficients with intervals, and the best size for a budget in three ways")
     predict = actions.add_parser("predict", help="write down, before it starts, what a run will come to")
     for action in (fit, predict):
@@ -48,10 +50,14 @@ def parser() -> argparse.ArgumentParser:
     _runs(gain)
     gain.add_argument("--gated", default="surprise", help="the gated arm, a name or a pattern (default: surprise)")
     gain.add_argument("--dense", default="dense", help="the arm that it stands beside (default: dense)")
+    able = actions.add_parser("abilities", help="share solved and likelihood of the answers over size: which of them jumps")
+    _runs(able)
+    able.add_argument("--arm", default="dense*", help="a name or a pattern (default: dense*)")
+    able.add_argument("--stream", help="the stream, where the runs have several")
     for action in (fit, predict, gain):
         action.add_argument("--stream", help="the stream, where the runs have several")
         action.add_argument("--draws", type=int, default=DRAWS, help=f"of the bootstrap (default: {DRAWS})")
-    for action in (fit, predict, held, gain):
+    for action in (fit, predict, held, gain, able):
         add_json_argument(action)
     return top
 
@@ -65,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0; 1 where `judge` finds the prediction missed; 2 for runs or settings that do not allow it."""
     args = parser().parse_args(list(argv or ()))
     try:
-        return {"fit": _fit, "predict": _predict, "judge": _judge, "gain": _gain}[args.action](args)
+        return {"fit": _fit, "predict": _predict, "judge": _judge, "gain": _gain, "abilities": _abilities}[args.action](
+            args
+        )
     except (LawError, RunError, FileNotFoundError, ValueError) as error:
         print(f"scale {args.action}: {error}", file=sys.stderr)
         return EXIT_CONFIG
@@ -163,6 +171,24 @@ def _gain(args: argparse.Namespace) -> int:
         },
         "scale-gain",
     )  # fmt: skip
+    return 0
+
+
+def _abilities(args: argparse.Namespace) -> int:
+    found = read_points(args.runs)
+    able = abilities(of_arm(found.points, args.arm, args.stream))
+    print(f"{'parameters':>12}{'runs':>6}{'solved':>9}{'sd':>8}{'loss, nats':>12}{'sd':>8}")
+    for one in able.sizes:
+        print(
+            f"{one.parameters:>12,}{one.runs:>6}{one.solved:>9.3f}{one.solved_sd:>8.3f}{one.loss_nats:>12.4f}{one.loss_sd:>8.4f}"
+        )
+    for name, jump, at in (("solved", able.solved_jump, able.solved_jump_at), ("loss", able.loss_jump, able.loss_jump_at)):
+        print(f"  largest step of {name}: {jump:.0%} of the way, from {at[0]:,} to {at[1]:,} parameters")
+    print(f"  solved = exp(-T loss) with T = {able.tokens:.2f} tokens leaves {able.off:.3f} (root mean square)")
+    print(f"  {able.verdict}")
+    for out in found.left_out:
+        print(f"  left out: {out.folder}: {out.reason}")
+    finish({**vars(able), "sizes": [vars(one) for one in able.sizes], "verdict": able.verdict}, "scale-abilities")
     return 0
 
 
