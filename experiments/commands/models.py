@@ -136,7 +136,7 @@ def load_model(folder: Path) -> Transformer:
     Raises CheckpointError where there is none, or none that is whole.
     """
     from sparse_update.loop.checkpoint import CheckpointError, load_checkpoint
-    from sparse_update.transformer import ModelConfig, Transformer
+    from sparse_update.loop.stored_model import stored_model
 
     if not folder.is_dir():
         raise CheckpointError(
@@ -144,10 +144,4 @@ def load_model(folder: Path) -> Transformer:
         )
     inside = folder / "checkpoint"
     checkpoint = load_checkpoint(inside if inside.is_dir() else folder)
-    if "model" not in checkpoint.meta:
-        raise CheckpointError(
-            f"{folder}: the checkpoint does not say which model it holds; it was written by something else"
-        )
-    model = Transformer(ModelConfig(**checkpoint.meta["model"]))
-    model.load_state_dict(checkpoint.model)
-    return model.eval()
+    return stored_model(checkpoint).eval()

@@ -23,7 +23,8 @@ from sparse_update.data.records import Corpus, CorpusError
 from sparse_update.data.regimes import clean_stream
 from sparse_update.data.tokens import tokenizer_from_record
 from sparse_update.loop.checkpoint import CheckpointError, load_checkpoint
-from sparse_update.transformer import ModelConfig, Transformer
+from sparse_update.loop.stored_model import stored_model
+from sparse_update.transformer import Transformer
 
 EXPECTED = (RunError, CorpusError, CheckpointError, NothingToMap, DoesNotFit, DataFileError)
 """Errors whose message says all."""
@@ -58,9 +59,7 @@ def load_run(folder: Path) -> tuple[Transformer, Corpus, DataConfig, dict[str, A
             f"{folder}: its corpus had sha256 {checkpoint.meta['corpus_sha256']}, the one read now has {corpus.sha256}: "
             "held-out loss would not be comparable"
         )
-    model = Transformer(ModelConfig(**checkpoint.meta["model"]))
-    model.load_state_dict(checkpoint.model)
-    return model.eval(), corpus, data, record
+    return stored_model(checkpoint).eval(), corpus, data, record
 
 
 def _no_text(meta: Mapping[str, Any]) -> Corpus:

@@ -1,16 +1,18 @@
 """Static power of Loihi 1 by the cores in use, where a chip's figure would price cores that are switched off.
 
-A chip's figure (104 mW in the profiles) is that of chips in full use. Two sources give one core's: Frady et al. 2020 (at
-most 0.816 mW), and the recurrent Braille network of intel-nrc-ecosystem/models 3dc53bf, 89.1 mW. That network takes 54
-cores, and a chip holds two copies of it; whether the power is of both is not said: 0.825 mW a core if it is, 1.65 if not.
+The figure of one core, its sources and its bounds are in ``hardware/static/loihi1.yaml``.
 """
 
 from __future__ import annotations
 
+from functools import cache
+
+from hardware import datafile
 from hardware.interval import Interval
 
-FRADY_MW, BRAILLE_MW, BRAILLE_CORES, BRAILLE_COPIES = 0.816, 89.1, 54, 2
+CHIP, METHODS = "loihi1", ("measured",)
 MOST_CORES = 128
+"""Neuron cores of the chip (``hardware/chips/loihi1.yaml``)."""
 
 
 def static_of_cores(cores: int) -> Interval:
@@ -24,5 +26,13 @@ def static_of_cores(cores: int) -> Interval:
     """
     if isinstance(cores, bool) or not isinstance(cores, int) or not 1 <= cores <= MOST_CORES:
         raise ValueError(f"static power of {cores!r} cores in use: a whole number from 1 to {MOST_CORES} is needed")
-    both, one = BRAILLE_MW / (BRAILLE_CORES * BRAILLE_COPIES), BRAILLE_MW / BRAILLE_CORES
-    return Interval.of(FRADY_MW, both, one, "mW") * cores
+    return _core() * cores
+
+
+@cache
+def _core() -> Interval:
+    where, entry = datafile.opened(CHIP, "static", ("core",))
+    found = datafile.figure(f"{where}: core", entry["core"], "power", "core", METHODS).value
+    if found is None:
+        raise datafile.DataFileError(f"{where}: core: a figure is needed")
+    return found

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparse_update.data.records import Batch
 from sparse_update.loop.checkpoint import load_checkpoint
+from sparse_update.loop.stored_model import stored_model, stored_shape
 from sparse_update.signals.base import Seen, Signal, SignalContext, SignalError, register_signal
 from sparse_update.signals.memory import VisitProgress
 from sparse_update.signals.proxies import forward_flops, model_loss
@@ -22,12 +23,11 @@ from sparse_update.transformer import ModelConfig, Transformer
 def load_reference(folder: str, context: SignalContext) -> Transformer:
     """The Transformer of a checkpoint folder, frozen. No code of it can run (`checkpoint.load_checkpoint`).
 
-    Raises CheckpointError from reading; SignalError for another vocabulary, a shorter context, or a folder without `model`.
+    Raises CheckpointError from reading, also for a folder without `model`; SignalError for another vocabulary or a shorter
+    context.
     """
     found = load_checkpoint(folder)
-    if "model" not in found.meta:
-        raise SignalError(f"{folder}: this checkpoint does not say its model's shape; use one that `spikegate train` wrote")
-    cfg = ModelConfig(**found.meta["model"])
+    cfg = stored_shape(found)
     if cfg.vocab_size != context.vocab_size:
         raise SignalError(
             f"the reference model {folder} has a vocabulary of {cfg.vocab_size}, this run has {context.vocab_size}: losses "
@@ -40,9 +40,7 @@ def load_reference(folder: str, context: SignalContext) -> Transformer:
         )
     if cfg.attention == "auto":
         cfg.attention = "sdpa"
-    model = Transformer(cfg)
-    model.load_state_dict(found.model)
-    return model.to(context.device).requires_grad_(False).eval()
+    return stored_model(found, cfg).to(context.device).requires_grad_(False).eval()
 
 
 def _flops(model: nn.Module, windows: int, length: int) -> int:

@@ -15,11 +15,12 @@ from experiments.runs.folder import RunError, read_json
 from sparse_update.data.tokens import tokenizer_from_record
 from sparse_update.generation import GenerateConfig, Sampler
 from sparse_update.loop.checkpoint import load_checkpoint
+from sparse_update.loop.stored_model import stored_model
 from sparse_update.objectives.examples.examples import Examples
 from sparse_update.objectives.examples.rows import prompt_tokens
 from sparse_update.objectives.examples.settings import TaskConfig
 from sparse_update.tasks.base import Instance
-from sparse_update.transformer import ModelConfig, Transformer
+from sparse_update.transformer import Transformer
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +50,7 @@ def tuned(folder: Path) -> Tuned:
     task = checkpoint.meta["config"].get("task") or {}
     if not task.get("tasks"):
         raise RunError(f"{folder} trained on no task: `spikegate train objective=instruct task=...` makes one that did")
-    model = Transformer(ModelConfig(**checkpoint.meta["model"]))
-    model.load_state_dict(checkpoint.model)
+    model = stored_model(checkpoint)
     return Tuned(model.cfg.name, record["seed"], model.eval(), TaskConfig(**task), checkpoint.meta["tokenizer"])
 
 

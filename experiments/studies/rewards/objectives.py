@@ -21,12 +21,13 @@ from experiments.runs.folder import RunError, read_json
 from sparse_update.data.tokens import Tokenizer, tokenizer_from_record
 from sparse_update.generation import GenerateConfig, Sampler, stop_tokens
 from sparse_update.loop.checkpoint import load_checkpoint
+from sparse_update.loop.stored_model import stored_model
 from sparse_update.objectives.preference.calibration import Calibration, calibration, log_odds
 from sparse_update.objectives.preference.pairs import Annotator, Pair, sampled_pairs
 from sparse_update.objectives.preference.reward import RewardModel
 from sparse_update.objectives.preference.training import FitConfig, fit_reward
 from sparse_update.tasks import END, Instance, TaskStream, distinct, encoded, make_task
-from sparse_update.transformer import ModelConfig, Transformer
+from sparse_update.transformer import Transformer
 
 SAMPLING_SEED = 77
 
@@ -66,9 +67,7 @@ def run(folder: Path, words: Sequence[str]) -> dict[str, Any]:
 def trained(folder: Path) -> tuple[Transformer, Tokenizer]:
     """The model of a finished run, and its tokenizer."""
     found = load_checkpoint(folder / "checkpoint")
-    model = Transformer(ModelConfig(**found.meta["model"]))
-    model.load_state_dict(found.model)
-    return model.requires_grad_(False).eval(), tokenizer_from_record(found.meta["tokenizer"])
+    return stored_model(found).requires_grad_(False).eval(), tokenizer_from_record(found.meta["tokenizer"])
 
 
 def sampled(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from sparse_update.data.tokens import Tokenizer
 from sparse_update.loop.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from sparse_update.loop.stored_model import stored_shape
 from sparse_update.objectives.preference.errors import PreferenceError, VocabularyMismatch
 from sparse_update.tasks.encoding import PromptTooLong
-from sparse_update.transformer import ModelConfig, Transformer
+from sparse_update.transformer import Transformer
 
 KIND = "reward_model"
 
@@ -128,9 +129,7 @@ class RewardModel(nn.Module):
                 "RewardModel.save wrote"
             )
         try:
-            known = {field.name for field in fields(ModelConfig)}
-            cfg = ModelConfig(**{key: value for key, value in found.meta["model"].items() if key in known})
-            model = RewardModel(Transformer(cfg), found.meta["tokenizer"])
+            model = RewardModel(Transformer(stored_shape(found, "trunk.")), found.meta["tokenizer"])
             model.load_state_dict(found.model)
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{folder} does not hold the reward model that it says it does: {error}") from error
