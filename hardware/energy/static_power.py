@@ -9,6 +9,7 @@ from functools import cache
 
 from hardware import datafile
 from hardware.interval import Interval
+from hardware.text import quoted
 
 CHIP, METHODS = "loihi1", ("measured",)
 MOST_CORES = 128
@@ -25,7 +26,7 @@ def static_of_cores(cores: int) -> Interval:
         ValueError: another number of cores.
     """
     if isinstance(cores, bool) or not isinstance(cores, int) or not 1 <= cores <= MOST_CORES:
-        raise ValueError(f"static power of {cores!r} cores in use: a whole number from 1 to {MOST_CORES} is needed")
+        raise ValueError(f"static power of {quoted(cores)} cores in use: a whole number from 1 to {MOST_CORES} is needed")
     return _core() * cores
 
 
